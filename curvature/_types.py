@@ -1,0 +1,123 @@
+"""Aliases, modes, statuses and result types that every layer shares."""
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+Objective = Callable[..., Any]
+"""A function ``fun(x, *args)``: differentiated by ``x``, any tree of floating arrays; ``args`` is data."""
+
+Tree = PyTree[Any]
+"""A tree of arrays: the point ``x``, a direction, a gradient."""
+
+HessianMode = Literal["auto", "fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd"]
+"""How two derivatives are composed: ``"a_over_b"`` differentiates, by mode ``a``, the gradient made by mode ``b``."""
+
+JacobianMode = Literal["auto", "fwd", "rev"]
+"""Forward mode costs one JVP for each input, reverse mode one VJP for each output."""
+
+ChunkSize = int | Literal["auto"] | None
+"""How many lanes run at once: a number, all of them (``None``), or as many as the cache holds (``"auto"``)."""
+
+
+class Status(enum.IntEnum):
+    """Why a solver stopped; each value carries a sentence, its ``message``.
+
+    ``CONVERGED`` is the only success, and is reported only when the stated test holds at the returned point. Inside
+    ``jit`` and ``vmap`` a status is an integer array; ``Status(int(status))`` gives it its name back.
+
+    Example:
+        >>> Status.CONVERGED.message
+        'The convergence test holds at the returned point.'
+    """
+
+    RUNNING = -1
+    CONVERGED = 0
+    MAX_STEPS = 1
+    STALLED = 2
+    NONFINITE_START = 3
+    NONFINITE = 4
+    UNBOUNDED = 5
+    NEGATIVE_CURVATURE = 6
+
+    @property
+    def message(self) -> str:
+        """One sentence for people."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.RUNNING: "The solver has not stopped yet.",
+    Status.CONVERGED: "The convergence test holds at the returned point.",
+    Status.MAX_STEPS: "The limit of steps was reached before the convergence test held.",
+    Status.STALLED: "No step lowers the value or the gradient any further in this precision, "
+    "and the convergence test does not hold.",
+    Status.NONFINITE_START: "The value or the gradient is NaN or infinite at the starting point.",
+    Status.NONFINITE: "A NaN or an infinity appeared; the best finite point is returned.",
+    Status.UNBOUNDED: "The objective falls to minus infinity; the lowest finite point is returned.",
+    Status.NEGATIVE_CURVATURE: "The operator is not positive definite; the direction that shows it is returned.",
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MinimizeResult:
+    """What ``minimize`` found. Under ``vmap`` every field has a leading axis of lanes.
+
+    Attributes:
+        x: the best point: the one that passed the convergence test or, on failure, the lowest one seen.
+        value: the objective at ``x``.
+        grad: its gradient at ``x``, shaped like ``x``.
+        num_steps: how many steps the method took.
+        status: a ``Status`` as an integer array.
+    """
+
+    x: Tree
+    value: Float[Array, "*lanes"]
+    grad: Tree
+    num_steps: Int[Array, "*lanes"]
+    status: Int[Array, "*lanes"]
+
+    @property
+    def success(self) -> Bool[Array, "*lanes"]:
+        """Whether ``max|grad| <= gtol + rtol * max|grad at x0|`` holds at ``x``."""
+        return self.status == Status.CONVERGED
+
+    @property
+    def message(self) -> str | list[Any]:
+        """The sentence of the status; nested lists of sentences for many lanes. Not available while tracing."""
+        sentences = {int(s): s.message for s in Status}
+        return jax.tree.map(sentences.get, np.asarray(self.status).tolist())
+
+
+class CGInfo(NamedTuple):
+    """How ``cg`` ended.
+
+    Attributes:
+        status: a ``Status`` as an integer array.
+        num_steps: the number of steps, each one product with the operator.
+        residual_norm: ``norm(b - A x)``, computed afresh from the returned ``x``.
+        min_curvature: the smallest ``p' A p / p' p`` seen over the search directions ``p``; infinity before any.
+        direction: the direction at which it was seen; of negative curvature if the status says so.
+    """
+
+    status: Int[Array, ""]
+    num_steps: Int[Array, ""]
+    residual_norm: Float[Array, ""]
+    min_curvature: Float[Array, ""]
+    direction: Tree
+
+
+def ravel(tree: Tree) -> tuple[Float[Array, " n"], Callable[[Array], Tree]]:
+    """The tree as one vector of at least single precision, and the way back, which restores each leaf's dtype."""
+    with jax.numpy_dtype_promotion("standard"):  # leaves may differ in dtype even where users are strict
+        flat, unravel = ravel_pytree(tree)
+        dtype = jnp.promote_types(flat.dtype, jnp.float32)
+    return flat.astype(dtype), lambda vector: unravel(vector.astype(flat.dtype))

@@ -1,0 +1,5 @@
+"""From an operator and a right-hand side to an answer and how it was reached."""
+
+from curvature.linalg._krylov import cg
+
+__all__ = ["cg"]

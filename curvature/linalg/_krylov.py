@@ -1,0 +1,246 @@
+"""Conjugate gradients that report negative curvature, in free space and inside a trust region."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from curvature import _checks
+from curvature._types import CGInfo, Status, Tree, ravel
+
+Vector = Float[Array, " n"]
+Scalar = Float[Array, ""]
+
+
+def cg(
+    op: Callable[[Tree], Tree],
+    b: Tree,
+    *,
+    rtol: float = 1e-5,
+    max_steps: int | None = None,
+    preconditioner: Callable[[Tree], Tree] | None = None,
+) -> tuple[Tree, CGInfo]:
+    """Solve ``A x = b`` for a symmetric positive definite ``A`` by conjugate gradients, or say why it cannot be.
+
+    Two things differ from the usual routine. Success is claimed only when ``norm(b - A x) <= rtol * norm(b)`` holds for
+    the residual computed afresh from ``x``; when rounding has parted it from the recurrence, the method restarts from
+    ``x``. And a direction ``p`` with ``p' A p <= eps * norm(p) * norm(A p)`` ends the solve and is returned: ``A`` is
+    not positive definite.
+
+    Args:
+        op: the product ``v -> A v`` on trees like ``b``.
+        b: the right-hand side, any tree of floating arrays.
+        rtol: the residual's tolerance, relative to ``norm(b)``.
+        max_steps: the most products; ``None`` is 10 for each entry of ``b``.
+        preconditioner: the product with a symmetric positive definite approximation of the inverse of ``A``.
+
+    Returns:
+        ``(x, info)``: ``x`` shaped like ``b``, the last iterate; ``info`` a ``CGInfo``. The status is ``CONVERGED``,
+        ``MAX_STEPS``, ``NEGATIVE_CURVATURE``, ``STALLED`` (restarts gain nothing more in this precision) or
+        ``NONFINITE``.
+
+    Raises:
+        TypeError: when ``op`` is not callable, a leaf of ``b`` is not of a real floating dtype, or ``op`` changes it.
+        ValueError: when ``op(b)`` has not the structure or shapes of ``b``, or a number is out of range.
+
+    Cost: one product each step, one more for each restart; memory for six vectors like ``b``.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> x, info = curvature.cg(lambda v: jnp.array([2.0, 4.0]) * v, jnp.array([2.0, 2.0]))
+        >>> jnp.round(x, 4), curvature.Status(int(info.status)).name, int(info.num_steps)
+        (Array([1. , 0.5], dtype=float32), 'CONVERGED', 2)
+        >>> _, info = curvature.cg(lambda v: -v, jnp.array([1.0, 0.0]))
+        >>> curvature.Status(int(info.status)).name, float(info.min_curvature)
+        ('NEGATIVE_CURVATURE', -1.0)
+
+    References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithm 5.3.
+    """
+    _checks.check_callable("cg", "op", op)
+    b = _checks.check_point("cg", "b", b)
+    _checks.check_direction("cg", "op(b)", _shapes(op, b), "b", b)
+    _checks.check_nonnegative("cg", "rtol", rtol)
+    if max_steps is not None:
+        _checks.check_count("cg", "max_steps", max_steps)
+    if preconditioner is not None:
+        _checks.check_callable("cg", "preconditioner", preconditioner)
+        _checks.check_direction("cg", "preconditioner(b)", _shapes(preconditioner, b), "b", b)
+
+    flat, unravel = ravel(b)
+    limit = jnp.asarray(10 * flat.size if max_steps is None else max_steps, jnp.int32)
+    size = norm(flat)
+    unit = flat / jnp.where(size > 0, size, 1)  # squares of large or tiny entries would leave the range of float32
+    x, info = _restarted_cg(_on_vectors(op, unravel), unit, rtol, limit, _on_vectors(preconditioner, unravel))
+    return unravel(size * x), info._replace(
+        residual_norm=size * info.residual_norm, direction=unravel(info.direction)
+    )
+
+
+def _shapes(fun: Callable[[Tree], Tree], x: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(jnp.zeros((), leaf.dtype), leaf.shape), jax.eval_shape(fun, x))
+
+
+def _on_vectors(fun: Callable[[Tree], Tree] | None, unravel: Callable[[Array], Tree]) -> Callable[[Vector], Vector]:
+    return lambda vector: vector if fun is None else ravel(fun(unravel(vector)))[0]
+
+
+class CGState(NamedTuple):
+    """Where the iteration stands; ``r`` is the residual by the recurrence and ``rz`` is ``r' M r``."""
+
+    x: Vector
+    r: Vector
+    p: Vector
+    rz: Scalar
+    step: Int[Array, ""]
+    status: Int[Array, ""]
+    on_boundary: Bool[Array, ""]
+    min_curvature: Scalar
+    direction: Vector
+
+
+def truncated_cg(
+    matvec: Callable[[Vector], Vector],
+    b: Vector,
+    *,
+    tolerance: Scalar,
+    max_steps: Int[Array, ""],
+    radius: Scalar | float = jnp.inf,
+    precondition: Callable[[Vector], Vector] = lambda r: r,
+    start: CGState | None = None,
+) -> CGState:
+    """Conjugate gradients for ``A x = b``, b of unit norm, inside ``norm(x) <= radius``: Steihaug, N&W algorithm 7.2.
+
+    Stops at ``norm(r) <= tolerance``, at the boundary, or on negative curvature, which it follows to the boundary
+    when there is one. The region is measured in the Euclidean norm, so a preconditioner needs an infinite radius.
+    """
+    state = start_cg(b, precondition) if start is None else start
+
+    def running(state: CGState) -> Bool[Array, ""]:
+        return (state.status == Status.RUNNING) & (state.step < max_steps)
+
+    def step(state: CGState) -> CGState:
+        return _cg_step(state, matvec, precondition, radius, tolerance)
+
+    state = state._replace(status=_where_status(jnp.linalg.norm(state.r) <= tolerance, Status.CONVERGED, state.status))
+    state = jax.lax.while_loop(running, step, state)
+    return state._replace(status=_where_status(state.status == Status.RUNNING, Status.MAX_STEPS, state.status))
+
+
+def start_cg(b: Vector, precondition: Callable[[Vector], Vector]) -> CGState:
+    """The iteration at ``x = 0``."""
+    z = precondition(b)
+    return CGState(
+        x=jnp.zeros_like(b),
+        r=b,
+        p=z,
+        rz=_dot(b, z),
+        step=jnp.asarray(0, jnp.int32),
+        status=jnp.asarray(Status.RUNNING, jnp.int32),
+        on_boundary=jnp.asarray(False),
+        min_curvature=jnp.asarray(jnp.inf, b.dtype),
+        direction=jnp.zeros_like(b),
+    )
+
+
+def _cg_step(
+    state: CGState,
+    matvec: Callable[[Vector], Vector],
+    precondition: Callable[[Vector], Vector],
+    radius: Scalar | float,
+    tolerance: Scalar,
+) -> CGState:
+    x, r, p = state.x, state.r, state.p
+    ap = matvec(p)
+    pap, pp = _dot(p, ap), _dot(p, p)
+    finite = jnp.isfinite(pap)
+    negative = finite & (pap <= jnp.finfo(p.dtype).eps * jnp.sqrt(pp) * jnp.linalg.norm(ap))
+    alpha = state.rz / jnp.where(negative | ~finite, 1, pap)
+    crosses = finite & (negative | (jnp.linalg.norm(x + alpha * p) >= radius))
+    alpha = jnp.where(crosses, _to_boundary(x, p, radius), alpha)
+    alpha = jnp.where(finite, alpha, 0)
+
+    x, r = x + alpha * p, r - alpha * jnp.where(finite, ap, 0)
+    z = precondition(r)
+    rz = _dot(r, z)
+    converged = ~crosses & (jnp.linalg.norm(r) <= tolerance)
+    status = _where_status(converged | crosses, Status.CONVERGED, state.status)
+    status = _where_status(negative, Status.NEGATIVE_CURVATURE, status)
+    curvature = pap / pp
+    lower = finite & (curvature < state.min_curvature)
+    return CGState(
+        x=x,
+        r=r,
+        p=z + rz / state.rz * p,
+        rz=rz,
+        step=state.step + 1,
+        status=_where_status(finite & jnp.isfinite(rz), status, Status.NONFINITE),
+        on_boundary=crosses,
+        min_curvature=jnp.where(lower, curvature, state.min_curvature),
+        direction=jnp.where(lower, p, state.direction),
+    )
+
+
+def _to_boundary(x: Vector, p: Vector, radius: Scalar | float) -> Scalar:
+    """The ``t >= 0`` with ``norm(x + t p) = radius``, free of cancellation and overflow; 0 with no boundary."""
+    unit = x / radius
+    xp, pp, gap = _dot(unit, p), _dot(p, p), 1 - _dot(unit, unit)
+    denominator = xp + jnp.sqrt(xp**2 + pp * gap)
+    bounded = jnp.isfinite(radius) & (denominator > 0) & (gap > 0)
+    return jnp.where(bounded, radius * (gap / jnp.where(bounded, denominator, 1)), 0)
+
+
+class _Restart(NamedTuple):
+    state: CGState
+    residual_norm: Scalar
+
+
+def _restarted_cg(
+    matvec: Callable[[Vector], Vector],
+    b: Vector,
+    rtol: Any,
+    max_steps: Int[Array, ""],
+    precondition: Callable[[Vector], Vector],
+) -> tuple[Vector, CGInfo]:
+    """Run CG, compute the residual afresh, and go on from there while that gains at least half of it."""
+    norm_b = jnp.linalg.norm(b)  # 1, or 0, or NaN
+    tolerance = jnp.asarray(rtol, b.dtype) * norm_b
+
+    def running(carry: _Restart) -> Bool[Array, ""]:
+        return carry.state.status == Status.RUNNING
+
+    def restart(carry: _Restart) -> _Restart:
+        state = truncated_cg(
+            matvec, b, tolerance=tolerance, max_steps=max_steps, precondition=precondition, start=carry.state
+        )
+        r = b - matvec(state.x)
+        residual_norm = jnp.linalg.norm(r)
+        z = precondition(r)
+        claimed = (state.status == Status.CONVERGED) | (state.status == Status.MAX_STEPS)
+        status = _where_status(claimed & (residual_norm <= tolerance), Status.CONVERGED, state.status)
+        status = _where_status((status == Status.CONVERGED) & ~(residual_norm <= tolerance), Status.RUNNING, status)
+        stuck = (status == Status.RUNNING) & ~(residual_norm <= carry.residual_norm / 2)
+        status = _where_status(stuck, Status.STALLED, status)
+        return _Restart(state._replace(r=r, p=z, rz=_dot(r, z), status=status), residual_norm)
+
+    finite = jnp.isfinite(norm_b)
+    state = start_cg(b, precondition)
+    state = state._replace(status=_where_status(finite, state.status, Status.NONFINITE))
+    state, residual_norm = jax.lax.while_loop(running, restart, _Restart(state, norm_b))
+    return state.x, CGInfo(state.status, state.step, residual_norm, state.min_curvature, state.direction)
+
+
+def norm(vector: Vector) -> Scalar:
+    """The Euclidean norm, safe from overflow and underflow of the squares."""
+    largest = jnp.max(jnp.abs(vector))
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return scale * jnp.linalg.norm(vector / scale)
+
+
+def _dot(a: Vector, b: Vector) -> Scalar:
+    return jnp.vdot(a, b, precision="highest")
+
+
+def _where_status(condition: Bool[Array, ""], status: Any, otherwise: Any) -> Int[Array, ""]:
+    return jnp.where(condition, jnp.asarray(status, jnp.int32), jnp.asarray(otherwise, jnp.int32))

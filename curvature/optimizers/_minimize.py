@@ -1,0 +1,260 @@
+"""One compiled loop that drives any optax transformation to a point where the gradient vanishes, or says why not."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from curvature import _checks
+from curvature._types import MinimizeResult, Objective, Status, Tree, ravel
+from curvature.optimizers._newton import newton
+from curvature.optimizers._protocol import SecondOrder, noise_of
+from curvature.optimizers._trust_region import trust_region
+from curvature.transforms._hessian import linearize_program, trace_objective
+from curvature.transforms._jacobian import gradient_of
+from curvature.transforms._modes import Program, choose_composition, choose_jacobian, num_entries
+
+Method = str | optax.GradientTransformation
+
+_METHODS: dict[str, Callable[[], SecondOrder]] = {
+    "newton": newton,
+    "trust-region": lambda: trust_region("cg"),
+    "trust-exact": lambda: trust_region("exact"),
+}
+_DENSE_ENTRIES = 100  # up to here "auto" forms the Hessian
+_PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond rounding, before a method has stalled
+
+
+class Step(NamedTuple):
+    """What a callback is told before each step.
+
+    Attributes:
+        num_steps: the steps taken so far.
+        value: the objective.
+        grad_norm: the largest absolute entry of its gradient.
+        state: the state of the method.
+    """
+
+    num_steps: Int[Array, ""]
+    value: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    state: Any
+
+
+class _Point(NamedTuple):
+    x: Tree
+    value: Float[Array, ""]
+    grad: Tree
+    grad_norm: Float[Array, ""]
+
+
+class _Loop(NamedTuple):
+    x: Tree
+    state: Any
+    best: _Point
+    tolerance: Float[Array, ""]
+    num_steps: Int[Array, ""]
+    idle_steps: Int[Array, ""]
+    status: Int[Array, ""]
+
+
+def minimize(
+    fun: Objective,
+    x0: Tree,
+    args: Any = (),
+    *,
+    method: Method = "auto",
+    gtol: float | None = None,
+    rtol: float = 0.0,
+    max_steps: int = 1000,
+    hessian: Callable[..., Tree] | None = None,
+    callback: Callable[[Step], None] | None = None,
+) -> MinimizeResult:
+    """Minimise ``fun(x, *args)`` from ``x0`` in one compiled loop.
+
+    Converged means ``max|grad| <= gtol + rtol * max|grad at x0|`` at the returned point, and nothing else is called
+    success. The program is compiled once for each ``fun``, method and shape; data, tolerances and ``max_steps`` are
+    operands. It runs under ``jit`` and under ``vmap``, where each lane stops by itself with a status of its own.
+
+    Args:
+        fun: the objective, ``fun(x, *args) -> scalar``.
+        x0: where to start, any tree of floating arrays.
+        args: data for ``fun``: a tuple, or one argument that is not a tuple.
+        method: ``"trust-exact"``, ``"trust-region"`` (by conjugate gradients), ``"newton"``, any optax transformation,
+            or ``"auto"``: exact up to 100 entries, by conjugate gradients beyond.
+        gtol: the absolute tolerance; ``None`` is the square root of the rounding unit of ``x0``: 1.5e-8 in double
+            precision, 3.5e-4 in single.
+        rtol: the tolerance relative to the first gradient; with ``gtol=0`` it makes the test independent of scale.
+        max_steps: the most steps.
+        hessian: ``hessian(x, *args)`` forms the Hessian, as ``curvature.hessian(fun)`` would, for the methods that use
+            one.
+        callback: called on the host with a ``Step`` at every iterate, the first and the last included. Not for
+            ``vmap``, where it would be called for lanes that have stopped.
+
+    Returns:
+        A ``MinimizeResult``: the point that passed the test or, on failure, the best one seen, with its value and
+        gradient; ``status`` says which, ``success`` and ``message`` say it in other words.
+
+    Raises:
+        TypeError: when ``fun`` is not callable or not scalar, when a leaf of ``x0`` is not of a real floating dtype, or
+            when no composition of modes can differentiate ``fun``.
+        ValueError: when ``x0`` is known to hold NaN or infinity, when the method is unknown, or a number out of range.
+
+    Cost: for each step one linearization of the gradient and what the method adds; the objective is evaluated once
+        more for each point the method tries. The optax transformations take a gradient a step, or none where a line
+        search has stored it.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> def rosenbrock(x, scale):
+        ...     return scale * jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+        >>> result = curvature.minimize(rosenbrock, jnp.zeros(3), (1e-3,), gtol=0, rtol=1e-5)
+        >>> bool(result.success), jnp.round(result.x, 2)
+        (True, Array([1., 1., 1.], dtype=float32))
+    """
+    _checks.check_callable("minimize", "fun", fun)
+    x0 = _checks.check_point("minimize", "x0", x0)
+    _checks.check_finite("minimize", "x0", x0)
+    args = args if isinstance(args, tuple) else (args,)
+    _checks.check_data("minimize", args)
+    for name, tolerance in {"gtol": 0.0 if gtol is None else gtol, "rtol": rtol}.items():
+        _checks.check_nonnegative("minimize", name, tolerance)
+    _checks.check_count("minimize", "max_steps", max_steps)
+    for name, function in {"hessian": hessian, "callback": callback}.items():
+        if function is not None:
+            _checks.check_callable("minimize", name, function)
+    transformation = _resolve(method, num_entries(x0))
+    x0 = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), x0)  # drops weak types
+    return _minimize(fun, x0, args, gtol, rtol, max_steps, transformation, hessian, callback)
+
+
+def _resolve(method: Method, entries: int) -> optax.GradientTransformationExtraArgs:
+    if isinstance(method, optax.GradientTransformation):
+        return method if isinstance(method, SecondOrder) else optax.with_extra_args_support(method)
+    _checks.check_method("minimize", method, ("auto", *_METHODS))
+    if method == "auto":
+        method = "trust-exact" if entries <= _DENSE_ENTRIES else "trust-region"
+    return _METHODS[method]()
+
+
+@functools.partial(jax.jit, static_argnames=("fun", "transformation", "hessian", "callback"))
+def _minimize(
+    fun: Objective,
+    x0: Tree,
+    args: tuple[Any, ...],
+    gtol: Any,
+    rtol: Any,
+    max_steps: Any,
+    transformation: optax.GradientTransformationExtraArgs,
+    hessian: Callable[..., Tree] | None,
+    callback: Callable[[Step], None] | None,
+) -> MinimizeResult:
+    """The compiled loop; data and tolerances are operands, so that new ones find the program they need."""
+
+    def advance(loop: _Loop) -> _Loop:
+        point, extras = _evaluate(fun, args, transformation, hessian, loop)
+        if callback is not None:
+            jax.debug.callback(callback, Step(loop.num_steps, point.value, point.grad_norm, loop.state))
+        loop = _judge(loop, point, rtol, max_steps, has_status=isinstance(transformation, SecondOrder))
+
+        def update(loop: _Loop) -> _Loop:
+            updates, state = transformation.update(
+                point.grad,
+                loop.state,
+                loop.x,
+                value=point.value,
+                grad=point.grad,
+                value_fn=lambda x: fun(x, *args),
+                **extras,
+            )
+            status = state.status if isinstance(transformation, SecondOrder) else loop.status
+            moved = (status == Status.RUNNING).astype(jnp.int32)
+            x = optax.apply_updates(loop.x, updates)
+            return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved)
+
+        return jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
+
+    loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, _start(transformation, x0, gtol))
+    return MinimizeResult(loop.best.x, loop.best.value, loop.best.grad, loop.num_steps, loop.status)
+
+
+def _start(transformation: optax.GradientTransformationExtraArgs, x0: Tree, gtol: Any) -> _Loop:
+    """The loop before the first evaluation; the tolerance is ``gtol`` until the first gradient is known."""
+    leaves = jax.tree.leaves(x0)
+    dtype = ravel(x0)[0].dtype
+    default = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves) ** 0.5
+    zero = jnp.asarray(0, jnp.int32)
+    infinity = jnp.asarray(jnp.inf, dtype)
+    return _Loop(
+        x=x0,
+        state=transformation.init(x0),
+        best=_Point(x0, infinity, jax.tree.map(jnp.zeros_like, x0), infinity),
+        tolerance=jnp.asarray(default if gtol is None else gtol, dtype),
+        num_steps=zero,
+        idle_steps=zero,
+        status=jnp.asarray(Status.RUNNING, jnp.int32),
+    )
+
+
+def _evaluate(
+    fun: Objective,
+    args: tuple[Any, ...],
+    transformation: optax.GradientTransformationExtraArgs,
+    hessian: Callable[..., Tree] | None,
+    loop: _Loop,
+) -> tuple[_Point, dict[str, Any]]:
+    """The objective at the current point, once, and what else the method's update takes."""
+    program = trace_objective("minimize", "fun", fun, loop.x, args)
+    dtype = loop.tolerance.dtype
+    extras: dict[str, Any] = {}
+    if isinstance(transformation, SecondOrder):
+        value, grad, extras["hvp_fn"], _ = linearize_program(program, choose_composition("minimize", program, "auto"))
+        if hessian is not None:
+            extras["hessian_fn"] = lambda x: hessian(x, *args)
+    else:
+        value, grad = _stored_or_fresh(program, loop)
+    grad_norm = jnp.max(jnp.abs(ravel(grad)[0]))
+    return _Point(loop.x, value.astype(dtype), grad, grad_norm), extras
+
+
+def _stored_or_fresh(program: Program, loop: _Loop) -> tuple[Float[Array, ""], Tree]:
+    """Value and gradient, from the state where a line search has left them, as ``optax.value_and_grad_from_state``."""
+
+    def fresh() -> tuple[Float[Array, ""], Tree]:
+        grad, (value, _) = gradient_of(program, program.x, choose_jacobian("minimize", program, "auto"))
+        return value, grad
+
+    stored = [optax.tree.get_all_with_path(loop.state, name) for name in ("value", "grad")]
+    if any(len(found) != 1 for found in stored):
+        return fresh()
+    value, grad = (found[0][1] for found in stored)
+    return jax.lax.cond(jnp.isfinite(value), lambda: (value.astype(program.out.dtype), grad), fresh)
+
+
+def _judge(loop: _Loop, point: _Point, rtol: Any, max_steps: Any, has_status: bool) -> _Loop:
+    """Update the best point and the status: is it converged, out of steps, stuck, or broken?
+
+    Stuck is asked only of methods that descend at every step; others may wander and recover.
+    """
+    first = loop.best.value == jnp.inf
+    tolerance = loop.tolerance + jnp.where(first, rtol * point.grad_norm, 0)
+    finite = jnp.isfinite(point.value) & jnp.isfinite(point.grad_norm)
+    converged = finite & (point.grad_norm <= tolerance)
+
+    noise = jnp.where(first, 0, noise_of(loop.best.value))
+    lower = point.value < loop.best.value - noise
+    flatter = (point.value <= loop.best.value + noise) & (point.grad_norm < loop.best.grad_norm)
+    better = finite & (lower | flatter)
+    best = optax.tree.where(better | converged | first, point, loop.best)
+    idle_steps = jnp.where(better, 0, loop.idle_steps + 1)
+
+    status = jnp.where(loop.num_steps >= max_steps, Status.MAX_STEPS, Status.RUNNING)
+    if has_status:
+        status = jnp.where(idle_steps >= _PATIENCE, Status.STALLED, status)
+    status = jnp.where(finite, status, jnp.where(first, Status.NONFINITE_START, Status.NONFINITE))
+    status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
+    return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, status=status)

@@ -1,0 +1,121 @@
+"""What our optimizers share: the optax protocol with a status, and the objective around the current point."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from curvature import _checks
+from curvature._types import Status, Tree, ravel
+from curvature.transforms import linearize_grad
+from curvature.transforms._jacobian import map_basis
+
+Vector = Float[Array, " n"]
+Matrix = Float[Array, "n n"]
+Scalar = Float[Array, ""]
+
+_NOISE = 10  # a change of fewer roundings of the value decides nothing: Conn, Gould and Toint (2000), section 17.4.2
+_SHRINK = (0.1, 0.5)  # a rejected step is cut to a length between these shares of it
+MAX_TRIALS = 40
+
+
+class SecondOrder(optax.GradientTransformationExtraArgs):
+    """An optax transformation whose state has a ``status``, and whose ``update`` takes two more extra arguments.
+
+    ``hvp_fn=`` is the Hessian's product at ``params``, and ``hessian_fn=`` a function of ``params`` that forms it;
+    without them the Hessian is that of ``value_fn``. An update moves to a point it has accepted; when it finds none the
+    update is zero and the status says why.
+    """
+
+
+class Local(NamedTuple):
+    """The objective around the current point, in flat vectors of at least single precision."""
+
+    x: Vector
+    value: Scalar
+    grad: Vector
+    hvp: Callable[[Vector], Vector]
+    hessian: Callable[[], Matrix]
+    value_after: Callable[[Vector], Scalar]
+    unravel: Callable[[Vector], Tree]
+
+
+def localize(
+    function: str,
+    params: Tree,
+    value: Any,
+    grad: Tree,
+    value_fn: Callable[..., Any] | None,
+    hvp_fn: Callable[[Tree], Tree] | None,
+    hessian_fn: Callable[[Tree], Tree] | None,
+    extras: dict[str, Any],
+) -> Local:
+    """Gather what an update needs from its arguments; linearizes ``value_fn`` unless ``hvp_fn`` was handed over."""
+    for name, given in {"params": params, "value": value, "grad": grad, "value_fn": value_fn}.items():
+        _checks.require_extra(function, name, given)
+    assert value_fn is not None
+    params = _checks.check_point(function, "params", params)
+    grad = _checks.check_direction(function, "grad", grad, "params", params)
+    named = _named_extras(value_fn, extras)
+    x, unravel = ravel(params)
+    if hvp_fn is None:
+        hvp_fn = linearize_grad(lambda params: value_fn(params, **named), params)[2]
+
+    def hessian() -> Matrix:
+        if hessian_fn is None:
+            matrix = _rows(map_basis(hvp_fn, params, "auto"), x.size, x.dtype)
+        else:
+            blocks = _checks.check_hessian(function, hessian_fn(params), params)
+            matrix = jnp.concatenate([_rows(row, leaf.size, x.dtype) for row, leaf in blocks])
+        return (matrix + matrix.T) / 2
+
+    return Local(
+        x=x,
+        value=jnp.asarray(value),
+        grad=ravel(grad)[0],
+        hvp=lambda v: ravel(hvp_fn(unravel(v)))[0],
+        hessian=hessian,
+        value_after=lambda step: value_fn(unravel(x + step), **named),
+        unravel=unravel,
+    )
+
+
+def _rows(tree: Tree, num_rows: int, dtype: Any) -> Float[Array, "rows n"]:
+    """The leaves, each with ``num_rows`` entries along its leading axes, side by side as one matrix."""
+    leaves = [leaf.reshape(num_rows, -1).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    return jnp.concatenate(leaves, axis=1)
+
+
+def _named_extras(value_fn: Callable[..., Any], extras: dict[str, Any]) -> dict[str, Any]:
+    """The extra arguments that ``value_fn`` has a parameter for; its neighbours in a chain may be sent others."""
+    parameters = inspect.signature(value_fn).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return extras
+    return {name: extra for name, extra in extras.items() if name in parameters}
+
+
+def noise_of(value: Scalar) -> Scalar:
+    """The change of the value that rounding alone can make."""
+    return _NOISE * jnp.finfo(value.dtype).eps * jnp.abs(value)
+
+
+def shrink_factor(value: Scalar, slope: Scalar, trial: Scalar) -> Scalar:
+    """The share of a rejected step to try next: the minimiser of the parabola through what is known along it.
+
+    ``slope`` is the gradient times the step. N&W (3.57), kept within ``_SHRINK``, whose lesser end serves a trial that
+    is NaN or infinite.
+    """
+    low, high = _SHRINK
+    factor = -slope / (2 * (trial - value - slope))
+    return jnp.where(jnp.isfinite(factor) & jnp.isfinite(trial), jnp.clip(factor, low, high), low)
+
+
+def trial_status(accepted: Bool[Array, ""], trial: Scalar, model: Scalar) -> Int[Array, ""]:
+    """The status of an update from its last trial value and from what the model promised for it."""
+    failed = jnp.where(trial == -jnp.inf, Status.UNBOUNDED, Status.STALLED)
+    failed = jnp.where(jnp.isfinite(model), failed, Status.NONFINITE)
+    return jnp.where(accepted, Status.RUNNING, failed).astype(jnp.int32)

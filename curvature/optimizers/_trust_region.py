@@ -1,0 +1,223 @@
+"""Newton's method in a trust region, with the exact subproblem or Steihaug's conjugate gradients."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from curvature import _checks
+from curvature._types import Status, Tree, ravel
+from curvature.linalg._dense import RegionStep, factor_model, solve_region
+from curvature.linalg._krylov import norm, truncated_cg
+from curvature.optimizers._protocol import (
+    MAX_TRIALS,
+    Local,
+    Scalar,
+    SecondOrder,
+    Vector,
+    localize,
+    noise_of,
+    shrink_factor,
+    trial_status,
+)
+
+Subproblem = Literal["exact", "cg"]
+
+_ACCEPT = 1e-4  # N&W algorithm 4.1: the least ratio of actual to predicted reduction that is a step,
+_POOR, _GOOD = 0.25, 0.75  # below which the region shrinks, above which it grows
+_GROWTH = 4.0
+_FORCING = 0.5  # the loosest relative residual of an inner solve: N&W (7.3)
+
+
+class TrustRegionState(NamedTuple):
+    """The state of ``trust_region``: plain arrays, ready for a checkpoint.
+
+    Attributes:
+        radius: the radius for the next step.
+        num_trials: the points that the last update tried.
+        num_inner_steps: the conjugate gradient steps of the last update; 0 for the exact subproblem.
+        grad_norm: the norm of the first gradient, by which the inner tolerance is measured.
+        status: a ``Status``: running, or why the last update could not move.
+        value, grad: what ``optax.value_and_grad_from_state`` looks for. The value is infinite, which has it evaluate
+            both afresh: the next update needs the linearization there in any case.
+    """
+
+    radius: Float[Array, ""]
+    num_trials: Int[Array, ""]
+    num_inner_steps: Int[Array, ""]
+    grad_norm: Float[Array, ""]
+    status: Int[Array, ""]
+    value: Float[Array, ""]
+    grad: Tree
+
+
+class _Trial(NamedTuple):
+    """One radius tried: the step, what the model promised, what came."""
+
+    radius: Scalar
+    step: Vector
+    value: Scalar
+    predicted: Scalar
+    on_boundary: Bool[Array, ""]
+    ratio: Scalar
+    count: Int[Array, ""]
+    inner_steps: Int[Array, ""]
+
+
+Solver = Callable[[Scalar], tuple[RegionStep, Int[Array, ""]]]
+
+
+@functools.lru_cache(maxsize=64)  # the same settings are the same object, so that a compiled solve is found again
+def trust_region(
+    subproblem: Subproblem = "cg",
+    *,
+    initial_radius: float | None = None,
+    max_inner_steps: int | None = None,
+) -> SecondOrder:
+    """Newton's method in a trust region: an optax transformation for smooth objectives, convex or not.
+
+    A step minimises the model ``f + g's + s'Hs / 2`` over ``norm(s) <= radius``; the region shrinks until the value
+    falls by a fair share of what the model promised, and grows where the model is good. Changes of the value below
+    10 roundings of it count as promised and delivered, so that single precision ends by its gradient and not in noise.
+    Nothing depends on the scale of the objective.
+
+    Use it where ``optax.lbfgs()`` stands: ``update(grad, state, params, value=, grad=, value_fn=)`` returns the step to
+    an accepted point. If there is none, the step is zero and ``state.status`` says why.
+
+    Args:
+        subproblem: ``"cg"`` never forms the Hessian: conjugate gradients stopped at the boundary, on negative curvature
+            (which they follow to the boundary), or at a residual that falls with the gradient. ``"exact"`` forms it,
+            and solves the subproblem to rounding by one eigendecomposition, the hard case included.
+        initial_radius: the radius of the first step, in the units of ``params``; ``None`` is ``max(1, norm(params))``.
+        max_inner_steps: the most conjugate gradient steps at one radius; ``None`` is 2 n + 10.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` whose state is a ``TrustRegionState``. The same settings return the
+        same object, so that a compiled ``minimize`` is found again.
+
+    Raises:
+        ValueError: for an unknown subproblem or a number out of range; from ``update`` when an argument is missing.
+
+    Cost: for each update one linearization of the gradient, one value at each trial, and at each trial as many Hessian
+        products as there are conjugate gradient steps; or for ``"exact"`` n Hessian products and about 9 n^3 FLOPs in
+        all, and memory for 3 n^2 numbers. No Hessian is computed at a rejected point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, curvature
+        >>> rosenbrock = lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+        >>> x, solver = jnp.array([-1.2, 1.0]), curvature.trust_region("exact")
+        >>> state = solver.init(x)
+        >>> for _ in range(25):
+        ...     value, grad = jax.value_and_grad(rosenbrock)(x)
+        ...     step, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=rosenbrock)
+        ...     x = optax.apply_updates(x, step)
+        >>> jnp.round(x, 3)
+        Array([1., 1.], dtype=float32)
+
+    References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithms 4.1 and 7.2; Conn, Gould and
+        Toint, Trust-Region Methods (2000), sections 7.3 and 17.4.2, doi:10.1137/1.9780898719857.
+    """
+    _checks.check_choice("trust_region", "subproblem", subproblem, Subproblem)
+    if initial_radius is not None:
+        _checks.check_positive("trust_region", "initial_radius", initial_radius)
+    if max_inner_steps is not None:
+        _checks.check_count("trust_region", "max_inner_steps", max_inner_steps, least=1)
+
+    def init(params: Tree) -> TrustRegionState:
+        params = _checks.check_point("trust_region", "params", params)
+        dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
+        zero = jnp.asarray(0, jnp.int32)
+        default = jnp.maximum(1, norm(ravel(params)[0]))
+        return TrustRegionState(
+            radius=jnp.asarray(default if initial_radius is None else initial_radius, dtype),
+            num_trials=zero,
+            num_inner_steps=zero,
+            grad_norm=jnp.asarray(0, dtype),
+            status=jnp.asarray(Status.RUNNING, jnp.int32),
+            value=jnp.asarray(jnp.inf, dtype),
+            grad=jax.tree.map(jnp.zeros_like, params),
+        )
+
+    def update(
+        updates: Tree,
+        state: TrustRegionState,
+        params: Tree | None = None,
+        *,
+        value: Any = None,
+        grad: Tree | None = None,
+        value_fn: Callable[..., Any] | None = None,
+        hvp_fn: Callable[[Tree], Tree] | None = None,
+        hessian_fn: Callable[[Tree], Tree] | None = None,
+        **extras: Any,
+    ) -> tuple[Tree, TrustRegionState]:
+        grad = updates if grad is None else grad
+        local = localize("trust_region", params, value, grad, value_fn, hvp_fn, hessian_fn, extras)
+        size = norm(local.grad)
+        first = jnp.where(state.grad_norm > 0, state.grad_norm, size)
+        solver = _exact(local) if subproblem == "exact" else _steihaug(local, size, first, max_inner_steps)
+        last = _search_radius(local, solver, state.radius)
+        accepted = last.ratio >= _ACCEPT
+        step = jnp.where(accepted, last.step, 0)
+        return local.unravel(step), state._replace(
+            radius=_next_radius(last),
+            num_trials=last.count,
+            num_inner_steps=last.inner_steps,
+            grad_norm=first,
+            status=trial_status(accepted, last.value, last.predicted),
+        )
+
+    return SecondOrder(init, update)
+
+
+def _exact(local: Local) -> Solver:
+    """The eigenvectors of the Hessian, once; then each radius takes O(n^2)."""
+    model = factor_model(local.hessian(), local.grad)
+    return lambda radius: (solve_region(model, radius), jnp.asarray(0, jnp.int32))
+
+
+def _steihaug(local: Local, size: Scalar, first: Scalar, max_inner_steps: int | None) -> Solver:
+    """Conjugate gradients to a residual that falls with the gradient, so that the steps converge superlinearly."""
+    forcing = jnp.minimum(_FORCING, jnp.sqrt(size / first))
+    limit = jnp.asarray(2 * local.x.size + 10 if max_inner_steps is None else max_inner_steps, jnp.int32)
+    unit = -local.grad / size
+
+    def solve(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
+        state = truncated_cg(local.hvp, unit, tolerance=forcing, max_steps=limit, radius=radius / size)
+        predicted = jnp.vdot(state.x, state.r + unit, precision="highest") / 2  # H x = unit - r
+        return RegionStep(size * state.x, size * (size * predicted), state.on_boundary), state.step
+
+    return solve
+
+
+def _search_radius(local: Local, solver: Solver, radius: Scalar) -> _Trial:
+    """Shrink the region until the model's step is accepted; only the value is evaluated at each trial."""
+    noise = noise_of(local.value)
+
+    def running(trial: _Trial) -> Bool[Array, ""]:
+        hopeless = ~jnp.isfinite(trial.predicted) | (trial.value == -jnp.inf)
+        return (trial.count == 0) | (~(trial.ratio >= _ACCEPT) & ~hopeless & (trial.count < MAX_TRIALS))
+
+    def attempt(trial: _Trial) -> _Trial:
+        slope = jnp.vdot(local.grad, trial.step, precision="highest")
+        shrunk = norm(trial.step) * shrink_factor(local.value, slope, trial.value)
+        radius = jnp.where(trial.count == 0, trial.radius, shrunk)
+        (step, predicted, on_boundary), inner_steps = solver(radius)
+        value = local.value_after(step)
+        ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
+        ratio = jnp.where(jnp.isfinite(value), ratio, -jnp.inf).astype(radius.dtype)
+        return _Trial(radius, step, value, predicted, on_boundary, ratio, trial.count + 1, trial.inner_steps + inner_steps)
+
+    zero, count = jnp.zeros_like(radius), jnp.asarray(0, jnp.int32)
+    start = _Trial(
+        radius, jnp.zeros_like(local.x), local.value, zero, jnp.asarray(False), zero, count, count
+    )
+    return jax.lax.while_loop(running, attempt, start)
+
+
+def _next_radius(last: _Trial) -> Scalar:
+    length = norm(last.step)
+    grown = jnp.where((last.ratio > _GOOD) & last.on_boundary, _GROWTH * last.radius, last.radius)
+    return jnp.where(last.ratio < _POOR, _POOR * length, grown)

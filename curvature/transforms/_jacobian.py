@@ -1,0 +1,243 @@
+"""Jacobians by forward or reverse mode in bounded memory, and the chunked map that they are built on."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from curvature import _checks
+from curvature._types import ChunkSize, JacobianMode, Tree
+from curvature.transforms import _modes
+
+
+def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, chunk_size: ChunkSize = "auto") -> Callable:
+    """``jax.vmap`` in bounded memory: lanes run in equal chunks, one chunk after the other.
+
+    ``vmap(f)(xs)[i] = f(xs[i])``. The compiled program holds ``f`` once, whatever the number of lanes: where they do
+    not divide into equal chunks, the last chunk starts early and overlaps the one before.
+
+    Args:
+        f: the function of one lane.
+        in_axes: as in ``jax.vmap``: an integer, None, or a tree of them that is a prefix of the arguments.
+        out_axes: as in ``jax.vmap``.
+        chunk_size: lanes at once. ``None`` is ``jax.vmap`` itself; ``"auto"`` takes as many as keep what one operation
+            writes within the cache (CPU) or all intermediates within an eighth of the free memory (GPU, TPU).
+
+    Returns:
+        The function of all lanes. Keyword arguments are mapped over their leading axis.
+
+    Raises:
+        ValueError: for a ``chunk_size`` that is not a positive integer, None or "auto", arguments whose mapped axes
+            differ in size or are missing, or an ``in_axes`` that is no prefix of the arguments.
+
+    Cost: one evaluation of ``f`` for each lane; memory for the results and for the intermediates of one chunk.
+        ``"auto"`` traces ``f`` once more, and compiles nothing more.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> curvature.vmap(jnp.dot, in_axes=(0, None), chunk_size=2)(jnp.eye(3), jnp.array([1.0, 2.0, 3.0]))
+        Array([1., 2., 3.], dtype=float32)
+    """
+    _checks.check_callable("vmap", "f", f)
+    _checks.check_chunk_size("vmap", chunk_size)
+    in_axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes
+
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        lanes, axes = _checks.check_lanes("vmap", in_axes, args, kwargs)
+
+        def call(operands: Any) -> Any:
+            return f(*operands[0], **operands[1])
+
+        return _map_chunks("vmap", call, (args, kwargs), axes, out_axes, lanes, chunk_size)
+
+    return mapped
+
+
+def _map_chunks(
+    function: str,
+    call: Callable[[Any], Any],
+    operands: Any,
+    axes: Any,
+    out_axes: Any,
+    lanes: int,
+    chunk_size: ChunkSize,
+) -> Any:
+    """Map ``call`` over the axes of ``operands``, a chunk at a time; ``axes`` is a tree like ``operands``."""
+
+    def take(start: Any, size: int) -> Any:
+        return _on_mapped(lambda leaf, axis: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis), operands, axes)
+
+    one = _on_mapped(lambda leaf, axis: jax.lax.index_in_dim(leaf, 0, axis, keepdims=False), operands, axes)
+    chunks = _modes.num_chunks(lanes, chunk_size, call, one)
+    if chunks == 1:
+        return jax.vmap(call, (axes,), out_axes)(operands)
+    size = -(-lanes // chunks)
+    firsts = jax.tree.map(lambda axis: None if axis is None else 0, out_axes, is_leaf=_is_none)
+    stacked = jax.lax.map(
+        lambda start: jax.vmap(call, (axes,), firsts)(take(start, size)), jnp.arange(chunks) * size
+    )
+    out_axes = _checks.check_prefix(function, "out_axes", out_axes, stacked)
+    return _on_mapped(
+        lambda leaf, axis: jnp.moveaxis(_join(leaf, lanes), 0, axis), stacked, out_axes, otherwise=lambda leaf: leaf[0]
+    )
+
+
+def _join(stacked: Array, lanes: int) -> Array:
+    """``(chunks, size, ...)`` to ``(lanes, ...)``; the last chunk repeats the end of the one before it."""
+    chunks, size, *shape = stacked.shape
+    repeated = chunks * size - lanes
+    if not repeated:
+        return stacked.reshape(lanes, *shape)
+    return jnp.concatenate([stacked[:-1].reshape(-1, *shape), stacked[-1, repeated:]])
+
+
+def _on_mapped(
+    fun: Callable[[Any, int], Any], tree: Any, axes: Any, otherwise: Callable[[Any], Any] = lambda leaf: leaf
+) -> Any:
+    """``fun(leaf, axis)`` on the leaves that have an axis, ``otherwise(leaf)`` on those whose axis is None."""
+    flat_axes = jax.tree.leaves(axes, is_leaf=_is_none)
+    leaves, structure = jax.tree.flatten(tree)
+    pairs = zip(leaves, flat_axes, strict=True)
+    return structure.unflatten([otherwise(leaf) if axis is None else fun(leaf, axis) for leaf, axis in pairs])
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def jacobian(
+    f: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    mode: JacobianMode = "auto",
+    chunk_size: ChunkSize = "auto",
+) -> Callable[..., Any]:
+    """The Jacobian ``J[o, i] = d f_o / d x_i``, by whichever mode its shape and the function allow.
+
+    A drop-in for ``jax.jacobian``, ``jax.jacfwd`` and ``jax.jacrev``: the same arguments, the same tree of results.
+
+    Args:
+        f: a function of arrays, whose outputs are floating arrays.
+        argnums: the positional argument to differentiate by, or several.
+        has_aux: whether ``f`` returns ``(out, aux)``; then the Jacobian comes as ``(jacobian, aux)``.
+        mode: ``"fwd"`` costs a JVP for each input, ``"rev"`` a VJP for each output; ``"auto"`` takes forward when
+            there are no more inputs than outputs, and what is legal when only one of them is.
+        chunk_size: how many JVPs or VJPs run at once; see ``vmap``.
+
+    Returns:
+        A function of the arguments of ``f`` that returns a tree shaped like the output of ``f``, whose leaves are trees
+        shaped like ``x`` (a tuple of them for several ``argnums``), with blocks of shape
+        ``out_leaf.shape + x_leaf.shape``.
+
+    Raises:
+        TypeError: when a leaf of ``x`` or of the output is not of a real floating dtype, or no mode (or not the mode
+            asked for) can differentiate ``f``; the message names the primitive and the line that brought it in.
+        ValueError: for an unknown mode, a bad ``chunk_size`` or ``argnums``.
+
+    Cost: ``f`` is linearized once; then one product for each input (forward) or output (reverse), in chunks. Memory:
+        the Jacobian, the intermediates of one evaluation, and the tangents of one chunk.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> curvature.jacobian(lambda x: x**2)(jnp.array([1.0, 3.0]))
+        Array([[2., 0.],
+               [0., 6.]], dtype=float32)
+
+    References: Griewank and Walther, Evaluating Derivatives, 2nd ed. (2008), sections 3.1 (forward), 3.2 (reverse),
+        doi:10.1137/1.9780898717761.
+    """
+    _checks.check_callable("jacobian", "f", f)
+    _checks.check_choice("jacobian", "mode", mode, JacobianMode)
+    _checks.check_chunk_size("jacobian", chunk_size)
+
+    def jacobian_fn(*args: Any, **kwargs: Any) -> Any:
+        fun, x = bind_argnums("jacobian", f, argnums, has_aux, args, kwargs)
+        program = _modes.trace(fun, x)
+        _checks.check_floating_output("jacobian", "f", program.out)
+        chosen = _modes.choose_jacobian("jacobian", program, mode)
+        result, (_, aux) = jacobian_of(program.fun, x, chosen, chunk_size)
+        return (result, aux) if has_aux else result
+
+    return jacobian_fn
+
+
+def bind_argnums(
+    function: str, f: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, args: Any, kwargs: Any
+) -> tuple[Callable[[Tree], tuple[Any, Any]], Tree]:
+    """``f`` as a function of the tree of the chosen arguments that returns ``(out, aux)``, and that tree."""
+    _checks.check_argnums(function, argnums, len(args))
+    many = not isinstance(argnums, int)
+    positions = [int(i) % len(args) for i in (argnums if many else (argnums,))]
+    points = tuple(_checks.check_point(function, f"argument {i}", args[i]) for i in positions)
+
+    def fun(x: Tree) -> tuple[Any, Any]:
+        full = list(args)
+        for position, value in zip(positions, x if many else (x,), strict=True):
+            full[position] = value
+        return with_aux(function, f(*full, **kwargs), has_aux)
+
+    return fun, points if many else points[0]
+
+
+def with_aux(function: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
+    """``(out, aux)``, with None for the aux of a function that has none."""
+    if has_aux:
+        _checks.check_aux_output(function, "f", out)
+        return out
+    return out, None
+
+
+def jacobian_of(
+    fun: Callable[[Tree], tuple[Any, Any]], x: Tree, mode: str, chunk_size: ChunkSize
+) -> tuple[Any, tuple[Any, Any]]:
+    """The Jacobian of ``fun``, which returns ``(out, aux)``, and ``(out, aux)`` itself."""
+    if mode == "fwd":
+        out, push, aux = jax.linearize(fun, x, has_aux=True)
+        tangents = map_basis(push, x, chunk_size)
+        columns = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), tangents)
+        return jax.tree.map(lambda leaf: _split(leaf, x, -1), columns), (out, aux)
+    out, pull, aux = jax.vjp(fun, x, has_aux=True)
+    cotangents = map_basis(lambda v: pull(v)[0], out, chunk_size)
+    rows = jax.tree.map(lambda leaf: _split(leaf, out, 0), cotangents)
+    return jax.tree.transpose(jax.tree.structure(x), jax.tree.structure(out), rows), (out, aux)
+
+
+def gradient_of(program: _modes.Program, x: Tree, mode: str) -> tuple[Any, tuple[Any, Any]]:
+    """``jacobian_of`` a traced function, all at once; in reverse mode a scalar function needs no map at all."""
+    if mode == "rev" and program.is_scalar:
+        return program.reverse.fun(x)
+    return jacobian_of(program.fun, x, mode, None)
+
+
+def map_basis(product: Callable[[Tree], Tree], like: Tree, chunk_size: ChunkSize) -> Tree:
+    """``product`` of every vector of the standard basis of trees shaped like ``like``, along a new leading axis."""
+    lanes = _modes.num_entries(like)
+    return _map_chunks(
+        "jacobian", lambda i: product(_basis_vector(like, i)), jnp.arange(lanes), 0, 0, lanes, chunk_size
+    )
+
+
+def _basis_vector(like: Tree, i: Int[Array, ""]) -> Tree:
+    """The tree whose ``i``-th entry is one and whose others are zero; made where it is used, never n of them."""
+    leaves, structure = jax.tree.flatten(like)
+    vectors, start = [], 0
+    for leaf in leaves:
+        entries = jnp.arange(start, start + leaf.size).reshape(leaf.shape)
+        vectors.append((entries == i).astype(leaf.dtype))
+        start += leaf.size
+    return structure.unflatten(vectors)
+
+
+def _split(array: Array, like: Tree, axis: int) -> Tree:
+    """Cut the axis of all entries of ``like`` into its leaves, and give each its shape back."""
+    leaves, structure = jax.tree.flatten(like)
+    blocks, start = [], 0
+    for leaf in leaves:
+        block = jax.lax.slice_in_dim(array, start, start + leaf.size, axis=axis)
+        rest = array.shape[1:] if axis == 0 else array.shape[:-1]
+        blocks.append(block.reshape(leaf.shape + rest if axis == 0 else rest + leaf.shape))
+        start += leaf.size
+    return structure.unflatten(blocks)

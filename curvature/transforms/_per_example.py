@@ -1,0 +1,96 @@
+"""Derivatives of a loss for each example of a batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+from curvature import _checks
+from curvature._types import ChunkSize, HessianMode, Objective, Tree
+from curvature.transforms import _modes
+from curvature.transforms._hessian import hessian_of
+from curvature.transforms._jacobian import gradient_of, vmap
+
+
+def per_example_grad(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Callable[..., Tree]:
+    """The gradient of ``loss`` by ``params`` for each example: ``G[b] = d loss(params, *example_b) / d params``.
+
+    Args:
+        loss: ``loss(params, *example) -> scalar``, for one example.
+        chunk_size: how many examples run at once; see ``vmap``.
+
+    Returns:
+        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns a
+        tree like ``params`` with leaves of shape ``(B,) + leaf.shape``. Gradients are per example: divide by B nowhere.
+
+    Raises:
+        TypeError: when the loss is not scalar, or a leaf of ``params`` is not of a real floating dtype.
+        ValueError: when no batch is given, or its leaves differ in their leading axis.
+
+    Cost: one gradient for each example; memory B copies of ``params``, and the intermediates of one chunk.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> loss = lambda w, x, y: 0.5 * (w @ x - y) ** 2
+        >>> curvature.per_example_grad(loss)(jnp.ones(2), jnp.eye(2), jnp.array([0.0, 1.0]))
+        Array([[1., 0.],
+               [0., 0.]], dtype=float32)
+    """
+
+    def gradient(program: _modes.Program) -> Tree:
+        mode = _modes.choose_jacobian("per_example_grad", program, "auto")
+        return gradient_of(program, program.x, mode)[0]
+
+    return _over_batch("per_example_grad", loss, gradient, chunk_size)
+
+
+def per_example_hessian(
+    loss: Objective, *, mode: HessianMode = "auto", chunk_size: ChunkSize = "auto"
+) -> Callable[..., Tree]:
+    """The Hessian of ``loss`` by ``params`` for each example: ``H[b] = d^2 loss(params, *example_b) / d params^2``.
+
+    Args:
+        loss: ``loss(params, *example) -> scalar``, for one example.
+        mode: the composition of modes; see ``hvp``.
+        chunk_size: how many examples run at once; see ``vmap``.
+
+    Returns:
+        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns a
+        tree like ``params`` of trees like ``params`` with blocks of shape ``(B,) + leaf_i.shape + leaf_j.shape``.
+
+    Raises:
+        TypeError, ValueError: as ``per_example_grad``; and for an unknown or illegal mode.
+
+    Cost: one Hessian for each example; memory B times the n x n result, and the intermediates of one chunk.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> loss = lambda w, x: 0.5 * (w @ x) ** 2
+        >>> curvature.per_example_hessian(loss)(jnp.ones(2), jnp.array([[1.0, 2.0]]))
+        Array([[[1., 2.],
+                [2., 4.]]], dtype=float32)
+    """
+    _checks.check_choice("per_example_hessian", "mode", mode, HessianMode)
+
+    def one_hessian(program: _modes.Program) -> Tree:
+        return hessian_of("per_example_hessian", program, mode, None)[0]
+
+    return _over_batch("per_example_hessian", loss, one_hessian, chunk_size)
+
+
+def _over_batch(
+    function: str, loss: Objective, derivative: Callable[[_modes.Program], Tree], chunk_size: ChunkSize
+) -> Callable[..., Tree]:
+    """``derivative`` of the loss at ``params``, mapped over the leading axis of the batch."""
+    _checks.check_callable(function, "loss", loss)
+    _checks.check_chunk_size(function, chunk_size)
+
+    def one(params: Tree, *example: Any) -> Tree:
+        program = _modes.trace(lambda params: (loss(params, *example), None), params)
+        _checks.check_scalar_output(function, "loss", program.out)
+        return derivative(program)
+
+    def over_batch(params: Tree, *batch: Any) -> Tree:
+        params = _checks.check_point(function, "params", params)
+        _checks.check_batch(function, batch)
+        return vmap(one, (None,) + (0,) * len(batch), chunk_size=chunk_size)(params, *batch)
+
+    return over_batch
