@@ -4,15 +4,17 @@ Form: the public function, the path of the leaf, what came, what was expected, t
 tracing, before any computation.
 """
 
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from curvature._types import ChunkSize, Tree
 
+T = TypeVar("T")
 _HINT = "pass data that is not differentiated through args"
 
 
@@ -47,7 +49,7 @@ def _floating_leaf(function: str, name: str, leaf: Any) -> jax.Array:
 def check_finite(function: str, name: str, tree: Tree) -> None:
     """Refuse NaN and infinities wherever the values are known; those of tracers are reported by a status instead."""
     for path, leaf in tree_flatten_with_path(tree)[0]:
-        if isinstance(leaf, jax.core.Tracer) or not leaf.is_fully_addressable:
+        if isinstance(leaf, Tracer) or not leaf.is_fully_addressable:
             continue
         bad = ~np.isfinite(np.asarray(leaf, np.float64))
         if bad.any():
@@ -87,9 +89,7 @@ def _matching_leaf(function: str, name: str, leaf: Any, x_name: str, x_leaf: jax
     if not _is_array_like(leaf):
         raise TypeError(f"{function}: {name} is {_kind(leaf)}, expected an array to match {x_name}.")
     if jnp.shape(leaf) != x_leaf.shape:
-        raise ValueError(
-            f"{function}: {name} has shape {jnp.shape(leaf)}, expected {x_leaf.shape} to match {x_name}."
-        )
+        raise ValueError(f"{function}: {name} has shape {jnp.shape(leaf)}, expected {x_leaf.shape} to match {x_name}.")
     if isinstance(leaf, float):
         return jnp.asarray(leaf, x_leaf.dtype)
     if jnp.result_type(leaf) != x_leaf.dtype:
@@ -122,7 +122,8 @@ def check_floating_output(function: str, name: str, out: Any) -> None:
     for path, leaf in tree_flatten_with_path(out)[0]:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
-                f"{function}: the output {name}(x){keystr(path)} has dtype {leaf.dtype}, expected a real floating dtype."
+                f"{function}: the output {name}(x){keystr(path)} has dtype {leaf.dtype}, "
+                "expected a real floating dtype."
             )
 
 
@@ -174,7 +175,7 @@ def check_argnums(function: str, argnums: Any, num_args: int) -> None:
 
 def check_nonnegative(function: str, name: str, value: Any) -> None:
     """Refuse a negative, NaN or non-numeric tolerance; tracers pass."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     if isinstance(value, bool) or not _is_array_like(value) or jnp.shape(value) != () or not value >= 0:
         raise ValueError(f"{function}: {name}={value!r}, expected a number >= 0.")
@@ -188,7 +189,7 @@ def check_positive(function: str, name: str, value: Any) -> None:
 
 def check_count(function: str, name: str, value: Any, least: int = 0) -> None:
     """Refuse anything but an integer of at least ``least``; tracers pass."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{function}: {name}={value!r}, expected an integer >= {least}.")
@@ -298,13 +299,14 @@ def check_hessian(function: str, blocks: Any, x: Tree) -> list[tuple[Tree, jax.A
     return list(zip(rows, leaves, strict=True))
 
 
-def require_extra(function: str, name: str, value: Any) -> None:
-    """Refuse an optimizer update that lacks one of the arguments its method needs."""
+def require_extra(function: str, name: str, value: T | None) -> T:
+    """``value``, one of the arguments of an optimizer's update; refuses None."""
     if value is None:
         raise ValueError(
             f"{function}: update() needs {name}=; call "
             "update(grad, state, params, value=value, grad=grad, value_fn=value_fn), as for optax.lbfgs()."
         )
+    return value
 
 
 def _is_array_like(leaf: Any) -> bool:

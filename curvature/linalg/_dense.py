@@ -62,7 +62,7 @@ class QuadraticModel(NamedTuple):
 
 
 class RegionStep(NamedTuple):
-    """A minimiser of the model within a radius, and what it promises."""
+    """A minimizer of the model within a radius, and what it promises."""
 
     step: Vector
     predicted: Scalar  # -q(step) >= 0
@@ -78,9 +78,9 @@ def factor_model(matrix: Matrix, gradient: Vector) -> QuadraticModel:
 
 
 def solve_region(model: QuadraticModel, radius: Scalar) -> RegionStep:
-    """Minimise ``g's + s'Hs / 2`` over ``norm(s) <= radius`` to rounding, the hard case included.
+    """Minimize ``g's + s'Hs / 2`` over ``norm(s) <= radius`` to rounding, the hard case included.
 
-    With ``H = V diag(l) V'`` the minimiser is ``s = -V (V'g / (l + mu))`` for the ``mu >= max(0, -l_1)`` that puts it
+    With ``H = V diag(l) V'`` the minimizer is ``s = -V (V'g / (l + mu))`` for the ``mu >= max(0, -l_1)`` that puts it
     on the boundary, or ``mu = 0`` if that is inside. In the hard case, when no ``mu`` reaches the boundary because
     ``g`` is orthogonal to the lowest eigenvectors, a multiple of the lowest one is added.
 
@@ -144,4 +144,3 @@ def rounding_level(eigenvalues: Vector) -> Scalar:
 
 def _matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision="highest")
-

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
@@ -18,8 +19,8 @@ def cg(
     op: Callable[[Tree], Tree],
     b: Tree,
     *,
-    rtol: float = 1e-5,
-    max_steps: int | None = None,
+    rtol: ArrayLike = 1e-5,
+    max_steps: ArrayLike | None = None,
     preconditioner: Callable[[Tree], Tree] | None = None,
 ) -> tuple[Tree, CGInfo]:
     """Solve ``A x = b`` for a symmetric positive definite ``A`` by conjugate gradients, or say why it cannot be.
@@ -73,9 +74,7 @@ def cg(
     size = norm(flat)
     unit = flat / jnp.where(size > 0, size, 1)  # squares of large or tiny entries would leave the range of float32
     x, info = _restarted_cg(_on_vectors(op, unravel), unit, rtol, limit, _on_vectors(preconditioner, unravel))
-    return unravel(size * x), info._replace(
-        residual_norm=size * info.residual_norm, direction=unravel(info.direction)
-    )
+    return unravel(size * x), info._replace(residual_norm=size * info.residual_norm, direction=unravel(info.direction))
 
 
 def _shapes(fun: Callable[[Tree], Tree], x: Tree) -> Tree:
@@ -155,9 +154,10 @@ def _cg_step(
     ap = matvec(p)
     pap, pp = _dot(p, ap), _dot(p, p)
     finite = jnp.isfinite(pap)
-    negative = finite & (pap <= jnp.finfo(p.dtype).eps * jnp.sqrt(pp) * jnp.linalg.norm(ap))
+    negative = finite & (pap <= jnp.finfo(p.dtype).eps * jnp.sqrt(pp) * norm(ap))
     alpha = state.rz / jnp.where(negative | ~finite, 1, pap)
-    crosses = finite & (negative | (jnp.linalg.norm(x + alpha * p) >= radius))
+    outside = jnp.isfinite(radius) & (norm(x + alpha * p) >= radius)
+    crosses = finite & (negative | outside)
     alpha = jnp.where(crosses, _to_boundary(x, p, radius), alpha)
     alpha = jnp.where(finite, alpha, 0)
 

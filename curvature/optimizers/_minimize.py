@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
@@ -68,13 +69,13 @@ def minimize(
     args: Any = (),
     *,
     method: Method = "auto",
-    gtol: float | None = None,
-    rtol: float = 0.0,
-    max_steps: int = 1000,
+    gtol: ArrayLike | None = None,
+    rtol: ArrayLike = 0.0,
+    max_steps: ArrayLike = 1000,
     hessian: Callable[..., Tree] | None = None,
     callback: Callable[[Step], None] | None = None,
 ) -> MinimizeResult:
-    """Minimise ``fun(x, *args)`` from ``x0`` in one compiled loop.
+    """Minimize ``fun(x, *args)`` from ``x0`` in one compiled loop.
 
     Converged means ``max|grad| <= gtol + rtol * max|grad at x0|`` at the returned point, and nothing else is called
     success. The program is compiled once for each ``fun``, method and shape; data, tolerances and ``max_steps`` are
@@ -154,15 +155,17 @@ def _minimize(
     callback: Callable[[Step], None] | None,
 ) -> MinimizeResult:
     """The compiled loop; data and tolerances are operands, so that new ones find the program they need."""
+    has_status = isinstance(transformation, SecondOrder)
+    update_fn: Callable[..., tuple[Tree, Any]] = transformation.update
 
     def advance(loop: _Loop) -> _Loop:
         point, extras = _evaluate(fun, args, transformation, hessian, loop)
         if callback is not None:
             jax.debug.callback(callback, Step(loop.num_steps, point.value, point.grad_norm, loop.state))
-        loop = _judge(loop, point, rtol, max_steps, has_status=isinstance(transformation, SecondOrder))
+        loop = _judge(loop, point, rtol, max_steps, has_status)
 
         def update(loop: _Loop) -> _Loop:
-            updates, state = transformation.update(
+            updates, state = update_fn(
                 point.grad,
                 loop.state,
                 loop.x,
@@ -171,7 +174,7 @@ def _minimize(
                 value_fn=lambda x: fun(x, *args),
                 **extras,
             )
-            status = state.status if isinstance(transformation, SecondOrder) else loop.status
+            status = state.status if has_status else loop.status
             moved = (status == Status.RUNNING).astype(jnp.int32)
             x = optax.apply_updates(loop.x, updates)
             return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved)

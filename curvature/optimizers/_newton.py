@@ -1,14 +1,12 @@
 """Newton's method with a line search, on a Hessian made positive definite."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from curvature import _checks
 from curvature._types import Status, Tree
 from curvature.linalg._dense import positive_definite_solve
 from curvature.optimizers._protocol import (
@@ -17,8 +15,8 @@ from curvature.optimizers._protocol import (
     Scalar,
     SecondOrder,
     Vector,
-    localize,
     noise_of,
+    second_order,
     shrink_factor,
     trial_status,
 )
@@ -47,7 +45,7 @@ class NewtonState(NamedTuple):
 class _Trial(NamedTuple):
     step_size: Scalar
     value: Scalar
-    accepted: Any
+    accepted: Bool[Array, ""]
     count: Int[Array, ""]
 
 
@@ -86,51 +84,36 @@ def newton() -> SecondOrder:
 
     References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithms 3.1 and 3.2, section 3.4.
     """
+    return second_order("newton", _init, _step)
 
-    def init(params: Tree) -> NewtonState:
-        params = _checks.check_point("newton", "params", params)
-        dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
-        return NewtonState(
-            step_size=jnp.asarray(1, dtype),
-            num_trials=jnp.asarray(0, jnp.int32),
-            status=jnp.asarray(Status.RUNNING, jnp.int32),
-            value=jnp.asarray(jnp.inf, dtype),
-            grad=jax.tree.map(jnp.zeros_like, params),
-        )
 
-    def update(
-        updates: Tree,
-        state: NewtonState,
-        params: Tree | None = None,
-        *,
-        value: Any = None,
-        grad: Tree | None = None,
-        value_fn: Callable[..., Any] | None = None,
-        hvp_fn: Callable[[Tree], Tree] | None = None,
-        hessian_fn: Callable[[Tree], Tree] | None = None,
-        **extras: Any,
-    ) -> tuple[Tree, NewtonState]:
-        grad = updates if grad is None else grad
-        local = localize("newton", params, value, grad, value_fn, hvp_fn, hessian_fn, extras)
-        direction = -positive_definite_solve(local.hessian(), local.grad)
-        slope = jnp.vdot(local.grad, direction, precision="highest")
-        last = _backtrack(local, direction, slope)
-        step = jnp.where(last.accepted, last.step_size, 0) * jnp.where(last.accepted, direction, 0)
-        return local.unravel(step), state._replace(
-            step_size=last.step_size,
-            num_trials=last.count,
-            status=trial_status(last.accepted, last.value, slope),
-        )
+def _init(x: Vector, params: Tree) -> NewtonState:
+    return NewtonState(
+        step_size=jnp.asarray(1, x.dtype),
+        num_trials=jnp.asarray(0, jnp.int32),
+        status=jnp.asarray(Status.RUNNING, jnp.int32),
+        value=jnp.asarray(jnp.inf, x.dtype),
+        grad=jax.tree.map(jnp.zeros_like, params),
+    )
 
-    return SecondOrder(init, update)
+
+def _step(state: NewtonState, local: Local) -> tuple[Vector, NewtonState]:
+    direction = -positive_definite_solve(local.hessian(), local.grad)
+    slope = jnp.vdot(local.grad, direction, precision="highest")
+    last = _backtrack(local, direction, slope)
+    return jnp.where(last.accepted, last.step_size * direction, 0), state._replace(
+        step_size=last.step_size,
+        num_trials=last.count,
+        status=trial_status(last.accepted, last.value, slope),
+    )
 
 
 def _backtrack(local: Local, direction: Vector, slope: Scalar) -> _Trial:
     """From the full step down to one of sufficient decrease; only the value is evaluated at each trial."""
     noise = noise_of(local.value)
 
-    def running(trial: _Trial) -> Any:
-        hopeless = ~jnp.isfinite(slope) | (trial.value == -jnp.inf)
+    def running(trial: _Trial) -> Bool[Array, ""]:
+        hopeless = jnp.isnan(slope) | (trial.value == -jnp.inf)
         return (trial.count == 0) | (~trial.accepted & ~hopeless & (trial.count < MAX_TRIALS))
 
     def attempt(trial: _Trial) -> _Trial:

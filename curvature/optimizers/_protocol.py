@@ -1,5 +1,6 @@
 """What our optimizers share: the optax protocol with a status, and the objective around the current point."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -41,35 +42,59 @@ class Local(NamedTuple):
     hvp: Callable[[Vector], Vector]
     hessian: Callable[[], Matrix]
     value_after: Callable[[Vector], Scalar]
-    unravel: Callable[[Vector], Tree]
 
 
-def localize(
-    function: str,
+def second_order(
+    name: str, init: Callable[[Vector, Tree], Any], step: Callable[[Any, Local], tuple[Vector, Any]]
+) -> SecondOrder:
+    """An optax transformation from ``init(x, params) -> state`` and ``step(state, local) -> (step, state)``."""
+
+    def init_fn(params: Tree) -> Any:
+        params = _checks.check_point(name, "params", params)
+        return init(ravel(params)[0], params)
+
+    def update_fn(
+        updates: Tree,
+        state: Any,
+        params: Tree | None = None,
+        *,
+        value: Any = None,
+        grad: Tree | None = None,
+        value_fn: Callable[..., Any] | None = None,
+        hvp_fn: Callable[[Tree], Tree] | None = None,
+        hessian_fn: Callable[[Tree], Tree] | None = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, Any]:
+        grad = updates if grad is None else grad
+        params = _checks.check_point(name, "params", _checks.require_extra(name, "params", params))
+        value = _checks.require_extra(name, "value", value)
+        value_fn = _checks.require_extra(name, "value_fn", value_fn)
+        grad = _checks.check_direction(name, "grad", grad, "params", params)
+        fun = functools.partial(value_fn, **_named_extras(value_fn, extra_args))
+        vector, state = step(state, _localize(name, params, value, grad, fun, hvp_fn, hessian_fn))
+        return ravel(params)[1](vector), state
+
+    return SecondOrder(init_fn, update_fn)
+
+
+def _localize(
+    name: str,
     params: Tree,
     value: Any,
     grad: Tree,
-    value_fn: Callable[..., Any] | None,
+    fun: Callable[[Tree], Any],
     hvp_fn: Callable[[Tree], Tree] | None,
     hessian_fn: Callable[[Tree], Tree] | None,
-    extras: dict[str, Any],
 ) -> Local:
-    """Gather what an update needs from its arguments; linearizes ``value_fn`` unless ``hvp_fn`` was handed over."""
-    for name, given in {"params": params, "value": value, "grad": grad, "value_fn": value_fn}.items():
-        _checks.require_extra(function, name, given)
-    assert value_fn is not None
-    params = _checks.check_point(function, "params", params)
-    grad = _checks.check_direction(function, "grad", grad, "params", params)
-    named = _named_extras(value_fn, extras)
+    """Gather what a step needs; linearizes ``fun`` unless its Hessian products were handed over."""
     x, unravel = ravel(params)
-    if hvp_fn is None:
-        hvp_fn = linearize_grad(lambda params: value_fn(params, **named), params)[2]
+    product = linearize_grad(fun, params)[2] if hvp_fn is None else hvp_fn
 
     def hessian() -> Matrix:
         if hessian_fn is None:
-            matrix = _rows(map_basis(hvp_fn, params, "auto"), x.size, x.dtype)
+            matrix = _rows(map_basis(product, params, "auto"), x.size, x.dtype)
         else:
-            blocks = _checks.check_hessian(function, hessian_fn(params), params)
+            blocks = _checks.check_hessian(name, hessian_fn(params), params)
             matrix = jnp.concatenate([_rows(row, leaf.size, x.dtype) for row, leaf in blocks])
         return (matrix + matrix.T) / 2
 
@@ -77,10 +102,9 @@ def localize(
         x=x,
         value=jnp.asarray(value),
         grad=ravel(grad)[0],
-        hvp=lambda v: ravel(hvp_fn(unravel(v)))[0],
+        hvp=lambda v: ravel(product(unravel(v)))[0],
         hessian=hessian,
-        value_after=lambda step: value_fn(unravel(x + step), **named),
-        unravel=unravel,
+        value_after=lambda step: fun(unravel(x + step)),
     )
 
 
@@ -91,7 +115,7 @@ def _rows(tree: Tree, num_rows: int, dtype: Any) -> Float[Array, "rows n"]:
 
 
 def _named_extras(value_fn: Callable[..., Any], extras: dict[str, Any]) -> dict[str, Any]:
-    """The extra arguments that ``value_fn`` has a parameter for; its neighbours in a chain may be sent others."""
+    """The extra arguments that ``value_fn`` has a parameter for; its neighbors in a chain may be sent others."""
     parameters = inspect.signature(value_fn).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return extras
@@ -104,7 +128,7 @@ def noise_of(value: Scalar) -> Scalar:
 
 
 def shrink_factor(value: Scalar, slope: Scalar, trial: Scalar) -> Scalar:
-    """The share of a rejected step to try next: the minimiser of the parabola through what is known along it.
+    """The share of a rejected step to try next: the minimizer of the parabola through what is known along it.
 
     ``slope`` is the gradient times the step. N&W (3.57), kept within ``_SHRINK``, whose lesser end serves a trial that
     is NaN or infinite.
@@ -116,6 +140,6 @@ def shrink_factor(value: Scalar, slope: Scalar, trial: Scalar) -> Scalar:
 
 def trial_status(accepted: Bool[Array, ""], trial: Scalar, model: Scalar) -> Int[Array, ""]:
     """The status of an update from its last trial value and from what the model promised for it."""
-    failed = jnp.where(trial == -jnp.inf, Status.UNBOUNDED, Status.STALLED)
-    failed = jnp.where(jnp.isfinite(model), failed, Status.NONFINITE)
+    failed = jnp.where(jnp.isnan(model), Status.NONFINITE, Status.STALLED)
+    failed = jnp.where(trial == -jnp.inf, Status.UNBOUNDED, failed)
     return jnp.where(accepted, Status.RUNNING, failed).astype(jnp.int32)

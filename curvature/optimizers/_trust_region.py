@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._types import Status, Tree, ravel
+from curvature._types import Status, Tree
 from curvature.linalg._dense import RegionStep, factor_model, solve_region
 from curvature.linalg._krylov import norm, truncated_cg
 from curvature.optimizers._protocol import (
@@ -18,8 +18,8 @@ from curvature.optimizers._protocol import (
     Scalar,
     SecondOrder,
     Vector,
-    localize,
     noise_of,
+    second_order,
     shrink_factor,
     trial_status,
 )
@@ -79,7 +79,7 @@ def trust_region(
 ) -> SecondOrder:
     """Newton's method in a trust region: an optax transformation for smooth objectives, convex or not.
 
-    A step minimises the model ``f + g's + s'Hs / 2`` over ``norm(s) <= radius``; the region shrinks until the value
+    A step minimizes the model ``f + g's + s'Hs / 2`` over ``norm(s) <= radius``; the region shrinks until the value
     falls by a fair share of what the model promised, and grows where the model is good. Changes of the value below
     10 roundings of it count as promised and delivered, so that single precision ends by its gradient and not in noise.
     Nothing depends on the scale of the objective.
@@ -126,42 +126,26 @@ def trust_region(
     if max_inner_steps is not None:
         _checks.check_count("trust_region", "max_inner_steps", max_inner_steps, least=1)
 
-    def init(params: Tree) -> TrustRegionState:
-        params = _checks.check_point("trust_region", "params", params)
-        dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
+    def init(x: Vector, params: Tree) -> TrustRegionState:
+        radius = jnp.maximum(1, norm(x)) if initial_radius is None else jnp.asarray(initial_radius, x.dtype)
         zero = jnp.asarray(0, jnp.int32)
-        default = jnp.maximum(1, norm(ravel(params)[0]))
         return TrustRegionState(
-            radius=jnp.asarray(default if initial_radius is None else initial_radius, dtype),
+            radius=radius,
             num_trials=zero,
             num_inner_steps=zero,
-            grad_norm=jnp.asarray(0, dtype),
+            grad_norm=jnp.asarray(0, x.dtype),
             status=jnp.asarray(Status.RUNNING, jnp.int32),
-            value=jnp.asarray(jnp.inf, dtype),
+            value=jnp.asarray(jnp.inf, x.dtype),
             grad=jax.tree.map(jnp.zeros_like, params),
         )
 
-    def update(
-        updates: Tree,
-        state: TrustRegionState,
-        params: Tree | None = None,
-        *,
-        value: Any = None,
-        grad: Tree | None = None,
-        value_fn: Callable[..., Any] | None = None,
-        hvp_fn: Callable[[Tree], Tree] | None = None,
-        hessian_fn: Callable[[Tree], Tree] | None = None,
-        **extras: Any,
-    ) -> tuple[Tree, TrustRegionState]:
-        grad = updates if grad is None else grad
-        local = localize("trust_region", params, value, grad, value_fn, hvp_fn, hessian_fn, extras)
+    def step(state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
         size = norm(local.grad)
         first = jnp.where(state.grad_norm > 0, state.grad_norm, size)
         solver = _exact(local) if subproblem == "exact" else _steihaug(local, size, first, max_inner_steps)
         last = _search_radius(local, solver, state.radius)
         accepted = last.ratio >= _ACCEPT
-        step = jnp.where(accepted, last.step, 0)
-        return local.unravel(step), state._replace(
+        return jnp.where(accepted, last.step, 0), state._replace(
             radius=_next_radius(last),
             num_trials=last.count,
             num_inner_steps=last.inner_steps,
@@ -169,7 +153,7 @@ def trust_region(
             status=trial_status(accepted, last.value, last.predicted),
         )
 
-    return SecondOrder(init, update)
+    return second_order("trust_region", init, step)
 
 
 def _exact(local: Local) -> Solver:
@@ -187,7 +171,8 @@ def _steihaug(local: Local, size: Scalar, first: Scalar, max_inner_steps: int | 
     def solve(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
         state = truncated_cg(local.hvp, unit, tolerance=forcing, max_steps=limit, radius=radius / size)
         predicted = jnp.vdot(state.x, state.r + unit, precision="highest") / 2  # H x = unit - r
-        return RegionStep(size * state.x, size * (size * predicted), state.on_boundary), state.step
+        predicted = jnp.where(state.status == Status.NONFINITE, jnp.nan, size * (size * predicted))
+        return RegionStep(size * state.x, predicted, state.on_boundary), state.step
 
     return solve
 
@@ -197,7 +182,7 @@ def _search_radius(local: Local, solver: Solver, radius: Scalar) -> _Trial:
     noise = noise_of(local.value)
 
     def running(trial: _Trial) -> Bool[Array, ""]:
-        hopeless = ~jnp.isfinite(trial.predicted) | (trial.value == -jnp.inf)
+        hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
         return (trial.count == 0) | (~(trial.ratio >= _ACCEPT) & ~hopeless & (trial.count < MAX_TRIALS))
 
     def attempt(trial: _Trial) -> _Trial:
@@ -208,12 +193,12 @@ def _search_radius(local: Local, solver: Solver, radius: Scalar) -> _Trial:
         value = local.value_after(step)
         ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
         ratio = jnp.where(jnp.isfinite(value), ratio, -jnp.inf).astype(radius.dtype)
-        return _Trial(radius, step, value, predicted, on_boundary, ratio, trial.count + 1, trial.inner_steps + inner_steps)
+        return _Trial(
+            radius, step, value, predicted, on_boundary, ratio, trial.count + 1, trial.inner_steps + inner_steps
+        )
 
     zero, count = jnp.zeros_like(radius), jnp.asarray(0, jnp.int32)
-    start = _Trial(
-        radius, jnp.zeros_like(local.x), local.value, zero, jnp.asarray(False), zero, count, count
-    )
+    start = _Trial(radius, jnp.zeros_like(local.x), local.value, zero, jnp.asarray(False), zero, count, count)
     return jax.lax.while_loop(running, attempt, start)
 
 

@@ -129,9 +129,7 @@ def hessian(
     return hessian_fn
 
 
-def hessian_of(
-    function: str, program: _modes.Program, mode: HessianMode, chunk_size: ChunkSize
-) -> tuple[Tree, Any]:
+def hessian_of(function: str, program: _modes.Program, mode: HessianMode, chunk_size: ChunkSize) -> tuple[Tree, Any]:
     """The Hessian of a traced function at its point, and the function's aux."""
     outer, _, inner = _modes.choose_composition(function, program, mode).partition("_over_")
     result, (_, (_, aux)) = jacobian_of(lambda x: gradient_of(program, x, inner), program.x, outer, chunk_size)

@@ -75,9 +75,7 @@ def _map_chunks(
         return jax.vmap(call, (axes,), out_axes)(operands)
     size = -(-lanes // chunks)
     firsts = jax.tree.map(lambda axis: None if axis is None else 0, out_axes, is_leaf=_is_none)
-    stacked = jax.lax.map(
-        lambda start: jax.vmap(call, (axes,), firsts)(take(start, size)), jnp.arange(chunks) * size
-    )
+    stacked = jax.lax.map(lambda start: jax.vmap(call, (axes,), firsts)(take(start, size)), jnp.arange(chunks) * size)
     out_axes = _checks.check_prefix(function, "out_axes", out_axes, stacked)
     return _on_mapped(
         lambda leaf, axis: jnp.moveaxis(_join(leaf, lanes), 0, axis), stacked, out_axes, otherwise=lambda leaf: leaf[0]

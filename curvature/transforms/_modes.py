@@ -176,7 +176,7 @@ def _find_blocker(jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[bo
         mask = _mask(eqn.invars, active)
         passes_on = mode == "fwd" or any(v in live and v in active for v in eqn.outvars)
         if any(mask) and passes_on:
-            live.update(v for v, is_active in zip(eqn.invars, mask, strict=True) if is_active)
+            live.update(v for v in eqn.invars if isinstance(v, Var) and v in active)
             found = _equation_blocker(eqn, mask, mode) or found
     return found
 
@@ -344,7 +344,8 @@ def _equation_bytes(jaxpr: Jaxpr) -> list[int]:
     for eqn in jaxpr.eqns:
         if any(_mask(eqn.invars, of_lane)):
             of_lane.update(eqn.outvars)
-            sizes.append(sum(v.aval.size * v.aval.dtype.itemsize for v in eqn.outvars if hasattr(v.aval, "size")))
+            outs: list[Any] = [v.aval for v in eqn.outvars]
+            sizes.append(sum(aval.size * aval.dtype.itemsize for aval in outs if hasattr(aval, "size")))
             for body in jex.core.jaxprs_in_params(eqn.params):
                 sizes += _equation_bytes(body)
     return sizes

@@ -1,0 +1,51 @@
+# Every target that needs Python makes .venv first, with the interpreter PYTHON, and again when that
+# interpreter or pyproject.toml changes.
+PYTHON ?= python3
+
+VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null)
+STAMP := .venv/installed-$(VERSION)
+RUN := .venv/bin/python -m
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format check bench clean
+
+help: ## list the targets
+	@echo 'make TARGET [PYTHON=python3.13]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## train a classifier of handwritten digits with Newton steps
+	@$(RUN) examples.digits
+
+test: $(STAMP) ## run the tests and the examples in the docstrings
+	$(RUN) pytest -n 2
+
+lint: $(STAMP) ## check style, format, types and spelling
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) pyright
+	.venv/bin/typos
+
+format: $(STAMP) ## format the code and fix what can be fixed
+	$(RUN) ruff check --fix
+	$(RUN) ruff format
+
+check: lint test ## lint, then test: what every commit passes
+
+bench: $(STAMP) ## run the benchmarks
+	@$(RUN) benchmarks
+
+clean: ## remove .venv, caches and build products
+	rm -rf .venv .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp goes before the installation starts and comes back when it has succeeded. An environment that
+# has one is only brought up to date; any other is made anew.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo 'curvature needs Python 3.11 or newer; PYTHON=$(PYTHON) is $(or $(VERSION),no Python at all).' \
+	    'Name another one, for example: make test PYTHON=python3.13' >&2; exit 1; }
+	@echo 'Installing curvature and its tools into .venv with Python $(VERSION); the first time takes a minute or more.'
+	@test -e $@ || { rm -f .venv/installed-*; $(PYTHON) -m venv --clear .venv; }
+	@rm -f $@
+	@$(RUN) pip install -qq -e '.[examples,test,lint,bench]'
+	@touch $@

@@ -1,0 +1,30 @@
+"""Settings of every test: double precision available, strict promotion, annotations checked, compilations cached."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+import tests.typecheck  # noqa: F401 - the import hook looks it up by name
+
+# A second run finds the programs of the first, and each worker those of the others.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# Every annotation of the package is checked at every call of every test; see tests/typecheck.py.
+jaxtyping.install_import_hook("curvature", "tests.typecheck.checked")
+
+
+@pytest.fixture(autouse=True)
+def strict_double_precision():
+    """float64 exists, and nothing is promoted or broadcast in rank behind the user's back."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture(params=[jnp.float32, jnp.float64], ids=["float32", "float64"])
+def dtype(request):
+    """Both precisions."""
+    return request.param

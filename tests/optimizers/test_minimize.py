@@ -1,0 +1,273 @@
+"""minimize: right minimizers, true statuses, counted evaluations, under jit and vmap, by any optax method."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+import curvature
+from curvature import Status
+from tests.optimizers.problems import PROBLEMS, rosenbrock, wood
+from tests.oracles import assert_close, dense_hessian
+from tests.scenarios import SCENARIOS, forward_only, reverse_only
+
+METHODS = ["newton", "trust-exact", "trust-region"]
+methods = pytest.mark.parametrize("method", METHODS)
+
+
+@methods
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+def test_classical_problems(problem, method, dtype):
+    result = curvature.minimize(problem.fun, jnp.asarray(problem.start, dtype), method=method)
+    single = dtype == jnp.float32
+    # In single precision the gradient at the best representable point of Brown's function is 1e-2.
+    unreachable = single and problem.name == "brown_badly_scaled"
+    assert result.status == (Status.STALLED if unreachable else Status.CONVERGED)
+    assert result.x.dtype == result.value.dtype == result.grad.dtype == dtype
+    scale = np.maximum(np.abs(problem.minimizer), 1e-6 if problem.name == "brown_badly_scaled" else 1)
+    error = np.max(np.abs(np.asarray(result.x, float) - problem.minimizer) / scale)
+    assert error <= (max(1e-2, 10 * problem.accuracy) if single else problem.accuracy)
+    assert result.num_steps <= 70
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(result.value, problem.fun(result.x), rtol=1e-4, atol=eps**1.5)
+    assert unreachable or jnp.max(jnp.abs(result.grad)) <= eps**0.5
+
+
+@methods
+@pytest.mark.parametrize("scale", [1e-9, 1e-20, 1e12])
+def test_the_scale_of_the_objective_changes_nothing(method, scale):
+    start = jnp.array([-1.2, 1.0])
+    plain = curvature.minimize(rosenbrock, start, method=method, gtol=0, rtol=1e-8)
+    scaled = curvature.minimize(lambda x: scale * rosenbrock(x), start, method=method, gtol=0, rtol=1e-8)
+    assert plain.success
+    assert scaled.success
+    assert plain.num_steps == scaled.num_steps
+    assert_close(scaled.x, plain.x, roundings=1e4)
+
+
+@methods
+def test_a_thousand_starts_each_report_their_own_status(method):
+    starts = np.random.default_rng(0).uniform(-3, 3, size=(1000, 2))
+    starts[7] = np.nan
+    starts[11] = [1.0, 1.0]
+    solve = jax.jit(jax.vmap(lambda x: curvature.minimize(rosenbrock, x, method=method, max_steps=30)))
+    result = solve(jnp.asarray(starts))
+    assert result.status.shape == result.num_steps.shape == (1000,)
+    assert result.status[7] == Status.NONFINITE_START
+    assert (result.status[11], result.num_steps[11]) == (Status.CONVERGED, 0)
+    assert set(result.status.tolist()) <= {Status.CONVERGED, Status.MAX_STEPS, Status.NONFINITE_START}
+    solved = result.status == Status.CONVERGED
+    assert jnp.sum(solved) > 800
+    assert len(set(result.num_steps.tolist())) > 5
+    assert jnp.max(jnp.abs(jnp.where(solved[:, None], result.x - 1, 0))) < 1e-5
+    assert jnp.all(jnp.where(result.status == Status.MAX_STEPS, result.num_steps == 30, True))
+    assert result.message[7] == Status.NONFINITE_START.message
+    alone = curvature.minimize(rosenbrock, jnp.asarray(starts[3]), method=method, max_steps=30)
+    assert alone.num_steps == result.num_steps[3]
+
+
+@methods
+def test_one_linearization_a_step_and_no_hessian_at_a_rejected_point(method):
+    """Counts by callbacks: the objective at every trial and once more at every accepted point, its Hessian there."""
+    evaluations, hessians = [], []
+
+    def observed(x):
+        jax.debug.callback(lambda: evaluations.append(1))
+        return rosenbrock(x)
+
+    def observed_hessian(x):
+        jax.debug.callback(lambda: hessians.append(1))
+        return jax.hessian(rosenbrock)(x)
+
+    trials = []
+    start = jnp.array([-1.2, 1.0])
+    result = curvature.minimize(
+        observed, start, method=method, hessian=observed_hessian,
+        callback=lambda step: trials.append(int(step.state.num_trials)),
+    )  # fmt: skip
+    jax.block_until_ready(result)
+    jax.effects_barrier()
+    steps = int(result.num_steps)
+    assert len(trials) == steps + 1
+    assert sum(trials) > steps, "no step was rejected: the count would show nothing"
+    assert len(evaluations) == (steps + 1) + sum(trials)
+    assert len(hessians) == (0 if method == "trust-region" else steps)
+
+
+def test_calling_again_does_not_retrace():
+    traces = []
+
+    def traced(x, shift):
+        traces.append(1)
+        return rosenbrock(x - shift)
+
+    curvature.minimize(traced, jnp.zeros(2), (0.5,))
+    count = len(traces)
+    for shift in (1.0, 2.0):
+        result = curvature.minimize(traced, jnp.ones(2), (shift,), gtol=1e-6, rtol=1e-9, max_steps=200)
+        assert_close(result.x, jnp.full(2, 1 + shift), roundings=1e12)
+    assert len(traces) <= 2 * count  # gtol=None and a number are two programs
+    count = len(traces)
+    curvature.minimize(traced, jnp.zeros(2), (3.0,), gtol=1e-5, method=curvature.trust_region("exact"))
+    assert len(traces) == count
+
+
+@methods
+@pytest.mark.parametrize("scenario", SCENARIOS[1:3], ids=lambda scenario: scenario.name)
+def test_trees_and_data(scenario, method):
+    x0, args = scenario.make(jnp.float64)
+    result = jax.jit(lambda x0, args: curvature.minimize(scenario.fun, x0, args, method=method))(x0, args)
+    assert result.success
+    assert jax.tree.structure(result.x) == jax.tree.structure(result.grad) == jax.tree.structure(x0)
+    assert np.all(np.linalg.eigvalsh(dense_hessian(scenario.fun, result.x, *args)) > 0)
+
+
+def test_a_single_argument_need_not_be_a_tuple():
+    result = curvature.minimize(lambda x, c: jnp.sum((x - c) ** 2), jnp.zeros(3), jnp.arange(3.0))
+    assert_close(result.x, jnp.arange(3.0))
+
+
+@pytest.mark.parametrize(
+    ("method", "max_steps"), [(optax.lbfgs(), 200), (optax.adam(0.05), 5000), (optax.chain(curvature.newton()), 100)]
+)
+def test_any_optax_transformation_is_driven(method, max_steps):
+    x0 = {"a": jnp.array([-1.2]), "b": jnp.asarray(1.0)}
+    fun = lambda x: rosenbrock(jnp.stack([x["a"][0], x["b"]]))  # noqa: E731
+    with jax.numpy_dtype_promotion("standard"):  # which optax needs
+        result = curvature.minimize(fun, x0, method=method, gtol=1e-5, max_steps=max_steps)
+    assert result.success
+    np.testing.assert_allclose(result.x["a"], 1.0, rtol=1e-4)
+
+
+def test_objectives_that_some_modes_cannot_differentiate():
+    for fun in (lambda x: jnp.sum(x**2 - reverse_only(x)), lambda x: jnp.sum(forward_only(x) ** 2 + (x - 1) ** 2)):
+        for method in METHODS:
+            assert curvature.minimize(fun, jnp.array([0.5, -0.8]), method=method, gtol=1e-6).success
+
+
+def test_rules_of_status():
+    def status(fun, x0, **options):
+        return Status(int(curvature.minimize(fun, jnp.asarray(x0), **options).status))
+
+    quadratic = lambda x: jnp.sum((x - 1) ** 2)  # noqa: E731
+    assert status(quadratic, [1.0, 1.0]) == Status.CONVERGED
+    assert status(lambda x: 0 * jnp.sum(x) + 3, [1.0, 2.0]) == Status.CONVERGED
+    assert status(quadratic, [3.0], max_steps=0) == Status.MAX_STEPS
+    assert status(lambda x: jnp.sum(jnp.log(x)), [-1.0]) == Status.NONFINITE_START
+    for method in METHODS:
+        assert status(lambda x: -jnp.sum(x**4), [1.0, 2.0], method=method) == Status.UNBOUNDED
+        assert status(quadratic, [5.0], method=method, gtol=0, rtol=0, max_steps=50) == Status.CONVERGED
+        assert status(wood, [-3.0, -1, -3, -1], method=method, max_steps=3) == Status.MAX_STEPS
+
+
+@methods
+def test_failure_returns_the_best_point(method):
+    result = curvature.minimize(wood, jnp.array([-3.0, -1.0, -3.0, -1.0]), method=method, max_steps=5)
+    assert not result.success
+    assert result.value < wood(jnp.array([-3.0, -1.0, -3.0, -1.0])) / 10
+    assert_close(result.value, wood(result.x))
+    assert_close(result.grad, jax.grad(wood)(result.x))
+
+
+def test_a_wandering_method_returns_the_lowest_point_seen():
+    seen = []
+    result = curvature.minimize(
+        lambda x: jnp.sum(x**2), jnp.ones(2), method=optax.sgd(1.05), gtol=0, max_steps=20,
+        callback=lambda step: seen.append(float(step.value)),
+    )  # fmt: skip
+    jax.effects_barrier()
+    assert len(seen) == 21
+    assert result.status == Status.MAX_STEPS
+    assert_close(result.value, min(seen))
+
+
+@methods
+def test_nan_at_a_trial_point_means_shrink(method):
+    """A barrier: the full first step leaves the domain, where the objective is NaN."""
+    fun = lambda x: jnp.sum(x - jnp.log(x)) if method != "newton" else jnp.sum(x - 0.1 * jnp.log(x))  # noqa: E731
+    result = curvature.minimize(fun, jnp.array([5.0, 3.0]), method=method)
+    assert result.success
+
+
+@methods
+def test_a_nan_hessian_is_reported(method):
+    def fun(x):  # value and gradient are finite at 0, the second derivative is not
+        return jnp.sum(jnp.abs(x) ** 1.5) + jnp.sum(x)
+
+    result = curvature.minimize(fun, jnp.zeros(2), method=method)
+    assert result.status == Status.NONFINITE
+    assert jnp.all(jnp.isfinite(result.x))
+
+
+@methods
+def test_saddles_are_left(method):
+    fun = lambda x: x[0] ** 2 - x[1] ** 2 + x[1] ** 4  # noqa: E731
+    result = curvature.minimize(fun, jnp.array([1.0, 1e-6]), method=method)
+    assert result.success
+    assert_close(result.value, -0.25, roundings=1e4)
+
+
+@pytest.mark.parametrize("x0", [2.0, jnp.asarray(2.0), jnp.array([2.0]), np.array([[2.0]]), {"s": 2.0}])
+def test_scalars_and_size_one(x0):
+    fun = lambda x: jnp.sum((jax.tree.leaves(x)[0] - 3) ** 2)  # noqa: E731
+    result = curvature.minimize(fun, x0)
+    assert result.success
+    assert_close(jax.tree.leaves(result.x)[0].reshape(()), 3.0)
+
+
+def test_leaves_of_low_and_different_precision():
+    x0 = {"low": jnp.zeros(2, jnp.bfloat16), "single": jnp.zeros(2, jnp.float32)}
+
+    def fun(x):
+        return jnp.sum((x["low"].astype(jnp.float32) - 1) ** 2) + jnp.sum((x["single"] - 2) ** 2)
+
+    for method in METHODS:
+        result = curvature.minimize(fun, x0, method=method)
+        assert result.success
+        assert result.x["low"].dtype == jnp.bfloat16
+        np.testing.assert_allclose(result.x["single"], 2.0, atol=0.05)  # gtol follows the lowest precision
+
+
+def test_a_supplied_hessian_is_used():
+    x0, args = SCENARIOS[2].make(jnp.float64)
+    for method in ("newton", "trust-exact"):
+        result = curvature.minimize(
+            SCENARIOS[2].fun, x0, args, method=method, hessian=curvature.hessian(SCENARIOS[2].fun)
+        )
+        plain = curvature.minimize(SCENARIOS[2].fun, x0, args, method=method)
+        assert result.success
+        assert result.num_steps == plain.num_steps
+
+
+def test_the_callback_sees_every_iterate_in_order():
+    steps = []
+    result = curvature.minimize(rosenbrock, jnp.array([-1.2, 1.0]), callback=steps.append)
+    jax.effects_barrier()
+    assert [int(step.num_steps) for step in steps] == list(range(int(result.num_steps) + 1))
+    assert_close(steps[-1].value, result.value)
+    assert np.all(np.diff([float(step.value) for step in steps]) <= 0)
+
+
+def test_digits_agree_with_scikit_learn():
+    """Multinomial logistic regression with an L2 term on real data: DESIGN's smallest honest problem."""
+    images, labels = load_digits(return_X_y=True)
+    images = images / 16
+    l2 = 1e-3
+
+    def loss(params, images, labels):
+        logits = images @ params["weights"] + params["bias"][None]
+        fit = jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+        return fit + l2 / 2 * jnp.sum(params["weights"] ** 2)
+
+    params = {"weights": jnp.zeros((64, 10)), "bias": jnp.zeros(10)}
+    data = (jnp.asarray(images), jnp.asarray(labels))
+    result = curvature.minimize(loss, params, data, method="trust-region", gtol=1e-9)
+    assert result.success
+    assert result.num_steps <= 20
+    peer = LogisticRegression(C=1 / (l2 * len(images)), solver="newton-cholesky", tol=1e-12, max_iter=1000)
+    peer.fit(images, labels)
+    theirs = loss({"weights": jnp.asarray(peer.coef_.T), "bias": jnp.asarray(peer.intercept_)}, *data)
+    np.testing.assert_allclose(result.value, theirs, rtol=1e-8)

@@ -1,0 +1,417 @@
+"""Every error a user can meet: the function, the leaf, what came, what was expected, what to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import curvature
+
+pytestmark = pytest.mark.filterwarnings("ignore::tests.typecheck.AnnotationWarning")
+
+X = {"w": np.ones(4), "b": np.ones(())}
+
+
+def loss(x, *args):
+    return jnp.sum(x["w"] ** 2) + x["b"] ** 2
+
+
+def square(x, *args):
+    return jnp.sum(x**2)
+
+
+def with_leaf(**leaves):
+    return {**X, **leaves}
+
+
+# (the call, the type of error, what its message says)
+CASES = {
+    # the point
+    "hvp-integer-leaf": (
+        lambda: curvature.hvp(loss, with_leaf(b=np.arange(3)), X),
+        TypeError,
+        r"hvp: x\['b'\] has dtype int.*, expected a floating dtype; .* through args",
+    ),
+    "hvp-boolean-leaf": (lambda: curvature.hvp(square, np.array([True]), X), TypeError, r"hvp: x has dtype bool"),
+    "hvp-python-integer": (lambda: curvature.hvp(square, 3, 1.0), TypeError, r"hvp: x has dtype int"),
+    "hvp-complex-leaf": (
+        lambda: curvature.hvp(square, np.ones(2, complex), np.ones(2)),
+        TypeError,
+        r"hvp: x has dtype complex128; complex leaves are not supported\. .*two real leaves",
+    ),
+    "hvp-string-leaf": (
+        lambda: curvature.hvp(loss, with_leaf(b="no"), X),
+        TypeError,
+        r"hvp: x\['b'\] is 'no' of type str, expected an array of floats",
+    ),
+    "hvp-empty-tree": (lambda: curvature.hvp(square, {}, {}), ValueError, r"hvp: x is an empty tree \(\{\}\)"),
+    "linearize-integer-leaf": (
+        lambda: curvature.linearize_grad(loss, with_leaf(w=np.arange(4))),
+        TypeError,
+        r"linearize_grad: x\['w'\] has dtype int",
+    ),
+    "hessian-integer-argument": (
+        lambda: curvature.hessian(square)(np.arange(3)),
+        TypeError,
+        r"hessian: argument 0 has dtype int",
+    ),
+    "jacobian-integer-argument": (
+        lambda: curvature.jacobian(lambda a, b: a * b, argnums=1)(1.0, {"k": 2}),
+        TypeError,
+        r"jacobian: argument 1\['k'\] has dtype int",
+    ),
+    "minimize-integer-leaf": (
+        lambda: curvature.minimize(loss, with_leaf(w=np.arange(4))),
+        TypeError,
+        r"minimize: x0\['w'\] has dtype int.*, expected a floating dtype",
+    ),
+    "minimize-empty-tree": (lambda: curvature.minimize(loss, []), ValueError, r"minimize: x0 is an empty tree"),
+    "minimize-nan-start": (
+        lambda: curvature.minimize(loss, with_leaf(w=np.array([1.0, np.nan, 2.0, 0.0]))),
+        ValueError,
+        r"minimize: x0\['w'\] is nan at index \(1,\), expected finite numbers",
+    ),
+    "minimize-infinite-start": (lambda: curvature.minimize(square, -np.inf), ValueError, r"minimize: x0 is -inf"),
+    "per-example-integer-params": (
+        lambda: curvature.per_example_grad(square)(np.arange(3), np.ones(2)),
+        TypeError,
+        r"per_example_grad: params has dtype int",
+    ),
+    "newton-init-integer": (
+        lambda: curvature.newton().init({"n": np.arange(2)}),
+        TypeError,
+        r"newton: params\['n'\] has dtype int",
+    ),
+    "trust-region-init-empty": (
+        lambda: curvature.trust_region().init(()),
+        ValueError,
+        r"trust_region: params is an empty tree",
+    ),
+    "cg-integer": (lambda: curvature.cg(lambda v: v, np.arange(3)), TypeError, r"cg: b has dtype int"),
+    # the direction
+    "hvp-wrong-shape": (
+        lambda: curvature.hvp(loss, X, with_leaf(w=np.ones(3))),
+        ValueError,
+        r"hvp: v\['w'\] has shape \(3,\), expected \(4,\) to match x\['w'\]\.",
+    ),
+    "hvp-missing-leaf": (
+        lambda: curvature.hvp(loss, X, {"w": np.ones(4)}),
+        ValueError,
+        r"hvp: v does not have the tree structure of x: v\['b'\] is missing",
+    ),
+    "hvp-extra-leaf": (
+        lambda: curvature.hvp(loss, X, with_leaf(c=np.ones(1))),
+        ValueError,
+        r"hvp: .* v\['c'\] is unexpected",
+    ),
+    "hvp-other-container": (
+        lambda: curvature.hvp(lambda x: jnp.sum(x[0]), (np.ones(2),), [np.ones(2)]),
+        ValueError,
+        r"hvp: v does not have the tree structure of x",
+    ),
+    "hvp-wrong-dtype": (
+        lambda: curvature.hvp(loss, X, with_leaf(w=np.ones(4, np.float32))),
+        TypeError,
+        r"hvp: v\['w'\] has dtype float32, expected float64 to match x\['w'\]; cast it",
+    ),
+    "hvp-integer-direction": (
+        lambda: curvature.hvp(square, np.ones(2), np.array([1, 0])),
+        TypeError,
+        r"hvp: v has dtype int64, expected float64",
+    ),
+    "hvp-string-direction": (
+        lambda: curvature.hvp(square, np.ones(()), "up"),
+        TypeError,
+        r"hvp: v is 'up' of type str, expected an array to match x",
+    ),
+    "hvp_fn-wrong-shape": (
+        lambda: curvature.linearize_grad(square, np.ones(3))[2](np.ones(2)),
+        ValueError,
+        r"hvp_fn: v has shape \(2,\), expected \(3,\)",
+    ),
+    "update-wrong-gradient": (
+        lambda: update(curvature.newton(), grad={"w": np.ones(4)}),
+        ValueError,
+        r"newton: grad does not have the tree structure of params: grad\['b'\] is missing",
+    ),
+    # the function
+    "hvp-not-callable": (
+        lambda: curvature.hvp(3.0, X, X),
+        TypeError,
+        r"hvp: f is 3\.0 of type float, expected a function",
+    ),
+    "hessian-not-callable": (lambda: curvature.hessian("f"), TypeError, r"hessian: f is 'f' of type str"),
+    "jacobian-not-callable": (lambda: curvature.jacobian(None), TypeError, r"jacobian: f is None"),
+    "vmap-not-callable": (
+        lambda: curvature.vmap(np.ones(2)),
+        TypeError,
+        r"vmap: f is an array of shape \(2,\), expected a function",
+    ),
+    "minimize-not-callable": (lambda: curvature.minimize(X, X), TypeError, r"minimize: fun is .* of type dict"),
+    "per-example-not-callable": (
+        lambda: curvature.per_example_hessian(1),
+        TypeError,
+        r"per_example_hessian: loss is 1",
+    ),
+    "cg-not-callable": (
+        lambda: curvature.cg(np.eye(2), np.ones(2)),
+        TypeError,
+        r"cg: op is an array of shape \(2, 2\), expected a function",
+    ),
+    "minimize-bad-callback": (
+        lambda: curvature.minimize(square, 1.0, callback="print"),
+        TypeError,
+        r"minimize: callback is 'print' of type str, expected a function",
+    ),
+    "minimize-bad-hessian": (
+        lambda: curvature.minimize(square, 1.0, hessian=np.eye(1)),
+        TypeError,
+        r"minimize: hessian is an array of shape \(1, 1\), expected a function",
+    ),
+    "hvp-vector-output": (
+        lambda: curvature.hvp(lambda x: x**2, np.ones(3), np.ones(3)),
+        TypeError,
+        r"hvp: f returns shape \(3,\), expected a scalar, shape \(\); .*curvature\.jacobian",
+    ),
+    "minimize-size-one-output": (
+        lambda: curvature.minimize(lambda x: jnp.sum(x**2)[None], np.ones(3)),
+        TypeError,
+        r"minimize: fun returns shape \(1,\), expected a scalar",
+    ),
+    "linearize-pair-without-has-aux": (
+        lambda: curvature.linearize_grad(lambda x: (jnp.sum(x), x), np.ones(3)),
+        TypeError,
+        r"linearize_grad: f returns a tree of 2 arrays, expected one floating scalar; .*has_aux=True",
+    ),
+    "linearize-has-aux-without-pair": (
+        lambda: curvature.linearize_grad(square, np.ones(3), has_aux=True),
+        TypeError,
+        r"linearize_grad: has_aux=True, but f returns .*, expected a pair \(value, aux\)",
+    ),
+    "hvp-integer-output": (
+        lambda: curvature.hvp(lambda x: jnp.sum(x).astype(int), np.ones(2), np.ones(2)),
+        TypeError,
+        r"hvp: the output f\(x\) has dtype int64, expected a real floating dtype",
+    ),
+    "jacobian-integer-output": (
+        lambda: curvature.jacobian(lambda x: {"n": jnp.argmax(x)})(np.ones(2)),
+        TypeError,
+        r"jacobian: the output f\(x\)\['n'\] has dtype int64",
+    ),
+    "hessian-complex-output": (
+        lambda: curvature.hessian(lambda x: jnp.exp(1j * x))(1.0),
+        TypeError,
+        r"hessian: the output f\(x\) has dtype complex128",
+    ),
+    "hvp-no-output": (
+        lambda: curvature.hvp(lambda x: None, np.ones(2), np.ones(2)),
+        TypeError,
+        r"hvp: f returns a tree of 0 arrays",
+    ),
+    "hessian-no-output": (
+        lambda: curvature.hessian(lambda x: None)(1.0),
+        TypeError,
+        r"hessian: f returns no array \(None\).*does it return\?",
+    ),
+    "per-example-vector-loss": (
+        lambda: curvature.per_example_grad(lambda w, x: w * x)(np.ones(2), np.ones((3, 2))),
+        TypeError,
+        r"per_example_grad: loss returns shape \(2,\), expected a scalar",
+    ),
+    "cg-operator-shape": (
+        lambda: curvature.cg(lambda v: v[:2], np.ones(3)),
+        ValueError,
+        r"cg: op\(b\) has shape \(2,\), expected \(3,\) to match b",
+    ),
+    "cg-preconditioner-shape": (
+        lambda: curvature.cg(lambda v: v, np.ones(3), preconditioner=lambda r: r[:1]),
+        ValueError,
+        r"cg: preconditioner\(b\) has shape \(1,\), expected \(3,\)",
+    ),
+    "minimize-hessian-shape": (
+        lambda: curvature.minimize(square, np.ones(3), method="newton", hessian=lambda x: jnp.eye(2)),
+        ValueError,
+        r"newton: hessian\(x\) has shape \(2, 2\), expected \(3, 3\)",
+    ),
+    "minimize-hessian-structure": (
+        lambda: curvature.minimize(loss, X, method="newton", hessian=lambda x: jnp.eye(5)),
+        ValueError,
+        r"newton: hessian\(x\) is not a tree like x of trees like x",
+    ),
+    # words and numbers
+    "hvp-unknown-mode": (
+        lambda: curvature.hvp(loss, X, X, mode="forward"),
+        ValueError,
+        r"hvp: mode='forward' is unknown, expected one of 'auto', 'fwd_over_rev'",
+    ),
+    "hessian-unknown-mode": (
+        lambda: curvature.hessian(loss, mode="fwd"),
+        ValueError,
+        r"hessian: mode='fwd' is unknown",
+    ),
+    "jacobian-unknown-mode": (
+        lambda: curvature.jacobian(loss, mode="fwd_over_rev"),
+        ValueError,
+        r"jacobian: mode='fwd_over_rev' is unknown, expected one of 'auto', 'fwd', 'rev'",
+    ),
+    "hessian-zero-chunk": (
+        lambda: curvature.hessian(loss, chunk_size=0),
+        ValueError,
+        r"hessian: chunk_size=0, expected a positive integer, None or 'auto'",
+    ),
+    "vmap-fractional-chunk": (lambda: curvature.vmap(loss, chunk_size=2.5), ValueError, r"vmap: chunk_size=2\.5"),
+    "per-example-chunk-word": (
+        lambda: curvature.per_example_grad(loss, chunk_size="all"),
+        ValueError,
+        r"per_example_grad: chunk_size='all'",
+    ),
+    "hessian-argnums-out-of-range": (
+        lambda: curvature.hessian(square, argnums=2)(1.0),
+        ValueError,
+        r"hessian: argnums=2 names argument 2, but f was called with 1 positional",
+    ),
+    "jacobian-argnums-word": (
+        lambda: curvature.jacobian(square, argnums="x")(1.0),
+        TypeError,
+        r"jacobian: argnums='x', expected an integer or a tuple of integers",
+    ),
+    "jacobian-argnums-empty": (
+        lambda: curvature.jacobian(square, argnums=())(1.0),
+        ValueError,
+        r"jacobian: argnums=\(\) is empty",
+    ),
+    "minimize-unknown-method": (
+        lambda: curvature.minimize(square, 1.0, method="gradient-descent"),
+        ValueError,
+        r"minimize: method='gradient-descent' is unknown, expected one of .*'trust-exact'.* or an optax",
+    ),
+    "minimize-method-class": (
+        lambda: curvature.minimize(square, 1.0, method=optax.adam),
+        ValueError,
+        r"minimize: method=<function adam .* or an optax transformation such as curvature\.newton\(\)",
+    ),
+    "minimize-negative-steps": (
+        lambda: curvature.minimize(square, 1.0, max_steps=-1),
+        ValueError,
+        r"minimize: max_steps=-1, expected an integer >= 0",
+    ),
+    "minimize-fractional-steps": (
+        lambda: curvature.minimize(square, 1.0, max_steps=1.5),
+        ValueError,
+        r"minimize: max_steps=1\.5, expected an integer",
+    ),
+    "minimize-negative-gtol": (
+        lambda: curvature.minimize(square, 1.0, gtol=-1e-3),
+        ValueError,
+        r"minimize: gtol=-0\.001, expected a number >= 0",
+    ),
+    "minimize-nan-rtol": (lambda: curvature.minimize(square, 1.0, rtol=np.nan), ValueError, r"minimize: rtol=nan"),
+    "minimize-string-data": (
+        lambda: curvature.minimize(square, 1.0, (np.ones(2), {"mode": "fast"})),
+        TypeError,
+        r"minimize: args\[1\]\['mode'\] is 'fast' of type str, expected an array",
+    ),
+    "trust-region-subproblem": (
+        lambda: curvature.trust_region("dogleg"),
+        ValueError,
+        r"trust_region: subproblem='dogleg' is unknown, expected one of 'exact', 'cg'",
+    ),
+    "trust-region-radius": (
+        lambda: curvature.trust_region(initial_radius=0.0),
+        ValueError,
+        r"trust_region: initial_radius=0\.0, expected a number > 0",
+    ),
+    "trust-region-inner-steps": (
+        lambda: curvature.trust_region(max_inner_steps=0),
+        ValueError,
+        r"trust_region: max_inner_steps=0, expected an integer >= 1",
+    ),
+    "cg-rtol": (lambda: curvature.cg(lambda v: v, 1.0, rtol=-1), ValueError, r"cg: rtol=-1"),
+    "cg-max-steps": (lambda: curvature.cg(lambda v: v, 1.0, max_steps=-3), ValueError, r"cg: max_steps=-3"),
+    # the data of lanes and examples
+    "per-example-no-batch": (
+        lambda: curvature.per_example_grad(square)(np.ones(2)),
+        ValueError,
+        r"per_example_grad: no batch was given",
+    ),
+    "per-example-scalar-batch": (
+        lambda: curvature.per_example_grad(square)(np.ones(2), np.ones(3), 0.5),
+        ValueError,
+        r"per_example_grad: batch\[1\] is a scalar, expected a leading example axis",
+    ),
+    "per-example-ragged-batch": (
+        lambda: curvature.per_example_hessian(square)(np.ones(2), np.ones(3), {"y": np.ones(4)}),
+        ValueError,
+        r"per_example_hessian: batch\[1\]\['y'\] has 4 examples .*, expected 3 to match batch\[0\]",
+    ),
+    "per-example-empty-batch": (
+        lambda: curvature.per_example_grad(square)(np.ones(2), np.ones((0, 2))),
+        ValueError,
+        r"per_example_grad: batch\[0\] has shape \(0, 2\), expected at least one example",
+    ),
+    "per-example-string-batch": (
+        lambda: curvature.per_example_grad(square)(np.ones(2), "abc"),
+        TypeError,
+        r"per_example_grad: batch\[0\] is 'abc' of type str",
+    ),
+    "vmap-sizes-differ": (
+        lambda: curvature.vmap(lambda a, b: a + b)(np.ones(2), np.ones(3)),
+        ValueError,
+        r"vmap: the mapped axes differ in size: args\[0\] has 2, args\[1\] has 3",
+    ),
+    "vmap-no-axis": (
+        lambda: curvature.vmap(jnp.add, in_axes=(0, 1))(np.ones(2), np.ones(2)),
+        ValueError,
+        r"vmap: args\[1\] has rank 1, which has no axis 1 to map; use in_axes=None",
+    ),
+    "vmap-nothing-mapped": (
+        lambda: curvature.vmap(jnp.sin, in_axes=None)(np.ones(2)),
+        ValueError,
+        r"vmap: no argument has an axis to map",
+    ),
+    "vmap-not-a-prefix": (
+        lambda: curvature.vmap(jnp.add, in_axes=(0, 0, 0))(np.ones(2), np.ones(2)),
+        ValueError,
+        r"vmap: in_axes is not a prefix of the tree it is for",
+    ),
+    # an optimizer's update
+    "newton-without-value_fn": (
+        lambda: update(curvature.newton(), value_fn=None),
+        ValueError,
+        r"newton: update\(\) needs value_fn=; call update\(grad, state, params, value=value",
+    ),
+    "trust-region-without-value": (
+        lambda: update(curvature.trust_region(), value=None),
+        ValueError,
+        r"trust_region: update\(\) needs value=",
+    ),
+    "trust-region-without-params": (
+        lambda: update(curvature.trust_region("exact"), params=None),
+        ValueError,
+        r"trust_region: update\(\) needs params=",
+    ),
+}
+
+
+def update(solver, **changes):
+    given = {"params": X, "grad": X, "value": 1.0, "value_fn": loss, **changes}
+    state = solver.init(X)
+    params, grad = given.pop("params"), given["grad"]
+    return solver.update(grad, state, params, **given)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_refused_with_a_clear_error(name):
+    call, error, message = CASES[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_bad_input_fails_while_tracing():
+    with pytest.raises(ValueError, match=r"hvp: v has shape \(2,\)"):
+        jax.eval_shape(lambda x: curvature.hvp(square, x, jnp.ones(2)), jax.ShapeDtypeStruct((3,), jnp.float64))
+
+
+def test_there_are_at_least_forty():
+    assert len(CASES) >= 40

@@ -1,0 +1,100 @@
+"""jacobian and vmap against JAX's own, whatever the shapes, axes and chunks."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import curvature
+from tests.oracles import assert_close, assert_trees_close
+
+
+def tall(x, scale):
+    return {"many": jnp.outer(x["a"], jnp.arange(1.0, 5.0)) * scale, "one": jnp.sum(x["a"]) * x["b"]}
+
+
+def wide(x, scale):
+    return jnp.sum(x["a"] ** 2) * x["b"] * scale
+
+
+@pytest.fixture
+def x():
+    return {"a": jnp.array([0.5, -1.0]), "b": jnp.asarray(0.7)}
+
+
+@pytest.mark.parametrize("fun", [tall, wide])
+@pytest.mark.parametrize("mode", ["auto", "fwd", "rev"])
+@pytest.mark.parametrize("chunk_size", [None, 2, "auto"])
+def test_jacobian_equals_jaxs(fun, mode, chunk_size, x):
+    got = jax.jit(curvature.jacobian(fun, mode=mode, chunk_size=chunk_size))(x, 2.0)
+    assert_trees_close(got, jax.jacobian(fun)(x, 2.0))
+
+
+def test_jacobian_by_several_arguments_with_aux(x):
+    def fun(x, scale):
+        return tall(x, scale), x["a"] + 1
+
+    got, aux = curvature.jacobian(fun, (1, 0), has_aux=True)(x, 2.0)
+    want, want_aux = jax.jacrev(fun, (1, 0), has_aux=True)(x, 2.0)
+    assert_trees_close(got, want)
+    assert_trees_close(aux, want_aux)
+
+
+def test_auto_picks_forward_for_tall_and_reverse_for_wide():
+    def program(fun, x):
+        return str(jax.make_jaxpr(curvature.jacobian(fun, chunk_size=None))(x))
+
+    matrix = jnp.ones((100, 3))
+    square = "f64[100,100]"  # the cotangents of a tall Jacobian, the tangents of a wide one
+    assert square not in program(lambda x: jnp.tanh(matrix @ x), jnp.ones(3))
+    assert square not in program(lambda x: jnp.tanh(matrix.T @ x), jnp.ones(100))
+    assert square in str(jax.make_jaxpr(jax.jacrev(lambda x: jnp.tanh(matrix @ x)))(jnp.ones(3)))
+
+
+@pytest.mark.parametrize("lanes", [1, 6, 7])
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 100, "auto"])
+@pytest.mark.parametrize(
+    ("in_axes", "out_axes"), [((0, None), 0), ((1, None), -1), ((-1, {"k": None}), (0, None)), ([0, None], 1)]
+)
+def test_vmap_equals_jaxs(lanes, chunk_size, in_axes, out_axes):
+    axis = in_axes[0]
+    xs = jnp.moveaxis(jnp.arange(lanes * 3.0).reshape(lanes, 3), 0, axis)
+    data = {"k": jnp.array([2.0, 3.0, 4.0])}
+
+    def fun(x, data):
+        product = jnp.outer(x, data["k"])
+        return (product, data["k"]) if isinstance(out_axes, tuple) else product
+
+    got = curvature.vmap(fun, in_axes, out_axes, chunk_size=chunk_size)(xs, data)
+    assert_trees_close(got, jax.vmap(fun, tuple(in_axes), out_axes)(xs, data))
+
+
+def test_vmap_maps_keyword_arguments_and_integers():
+    table = jnp.arange(10.0)
+    got = curvature.vmap(lambda i, scale: table[i] * scale, chunk_size=2)(jnp.arange(5), scale=jnp.arange(5.0))
+    assert_close(got, jnp.arange(5.0) ** 2)
+
+
+def test_a_ragged_chunk_compiles_one_program_and_is_differentiable():
+    traces = []
+
+    def lane(x):
+        traces.append(1)
+        return jnp.sin(x) * x
+
+    xs = jnp.arange(7.0)
+    mapped = jax.jit(jax.grad(lambda xs: jnp.sum(curvature.vmap(lane, chunk_size=3)(xs))))
+    assert_close(mapped(xs), jnp.cos(xs) * xs + jnp.sin(xs))
+    assert len(traces) == 1
+
+
+def test_vmap_memory_is_bounded_by_the_chunk():
+    def lane(x):
+        return jnp.sum(jnp.sin(jnp.outer(x, x) + x[None, :]) @ x)
+
+    xs = jnp.ones((256, 200))
+
+    def temporary_bytes(chunk_size):
+        mapped = jax.jit(curvature.vmap(lane, chunk_size=chunk_size))
+        return mapped.lower(xs).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("auto") < temporary_bytes(None) / 8
