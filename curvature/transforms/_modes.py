@@ -1,46 +1,26 @@
-"""Which compositions of forward and reverse mode are legal for a function, and how many lanes run at once.
-
-A function is traced once; its jaxpr is read to choose a mode, and replayed to differentiate. Two kinds of primitive
-decide what is legal where they stand between the input and the output:
-
-- ``custom_vjp`` has no forward derivative. Its reverse derivative is an ordinary program, which may have either.
-- ``while`` (a loop whose length is not known while tracing) has no reverse derivative.
-
-A ``custom_jvp`` is judged by its rule and not by its body, and a linear solve by its matrix, as JAX does.
-"""
+"""A function traced once: which composition of modes to differentiate it by, and how many lanes to run at once."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from curvature import _checks
 from curvature._types import ChunkSize, HessianMode, JacobianMode, Tree
+from curvature.transforms._legality import Blocker, find_blocker
 
 _ORDER = get_args(HessianMode)[1:]  # cheapest first
-_OPAQUE = {"pure_callback", "io_callback", "ffi_call"}  # no derivative of any kind
 _NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
-
-
-class Blocker(NamedTuple):
-    """What stands in the way of a mode: a primitive, and the user's line that brought it in."""
-
-    primitive: str
-    where: str
-
-    def __str__(self) -> str:
-        """As it reads in an error message."""
-        return f"{self.primitive} at {self.where}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +50,7 @@ class Program:
             return None
         outputs = len(self.jaxpr.jaxpr.outvars)
         live = [i < len(jax.tree.leaves(self.out)) for i in range(outputs)]
-        return _find_blocker(self.jaxpr.jaxpr, [True] * len(self.jaxpr.jaxpr.invars), live, mode)
+        return find_blocker(self.jaxpr.jaxpr, [True] * len(self.jaxpr.jaxpr.invars), live, mode)
 
     @cached_property
     def reverse(self) -> "Program":
@@ -162,153 +142,6 @@ def num_entries(tree: Tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-# ---- what a jaxpr allows -----------------------------------------------------------------------------------------
-# A variable is active if it carries a derivative of the input, and live if the output depends on it through active
-# variables. Forward mode differentiates every active equation; reverse mode only those that are live too.
-
-
-def _find_blocker(jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[bool], mode: str) -> Blocker | None:
-    """The first equation of ``jaxpr`` that has no derivative in ``mode``."""
-    active = _active_variables(jaxpr, active_in)
-    live = {v for v, is_live in zip(jaxpr.outvars, live_out, strict=True) if is_live and isinstance(v, Var)}
-    found = None
-    for eqn in reversed(jaxpr.eqns):
-        mask = _mask(eqn.invars, active)
-        passes_on = mode == "fwd" or any(v in live and v in active for v in eqn.outvars)
-        if any(mask) and passes_on:
-            live.update(v for v in eqn.invars if isinstance(v, Var) and v in active)
-            found = _equation_blocker(eqn, mask, mode) or found
-    return found
-
-
-def _active_variables(jaxpr: Jaxpr, active_in: Sequence[bool]) -> set[Var]:
-    active = {v for v, is_active in zip(jaxpr.invars, active_in, strict=True) if is_active}
-    for eqn in jaxpr.eqns:
-        mask = _mask(eqn.invars, active)
-        if any(mask):
-            flags = _active_outputs(eqn, mask)
-            active.update(v for v, flag in zip(eqn.outvars, flags, strict=True) if flag and _is_floating(v))
-    return active
-
-
-def _active_outputs(eqn: JaxprEqn, mask: list[bool]) -> list[bool]:
-    """Which outputs carry a derivative; True is always a safe answer."""
-    name, params = eqn.primitive.name, eqn.params
-    if name == "stop_gradient":
-        return [False] * len(eqn.outvars)
-    if name == "cond":
-        branches = [_outputs_of(branch.jaxpr, mask[1:]) for branch in params["branches"]]
-        return [any(flags) for flags in zip(*branches, strict=True)]
-    if name == "scan":
-        consts, carry = params["num_consts"], params["num_carry"]
-        return _loop_outputs(params["jaxpr"].jaxpr, mask, consts, carry)
-    if name == "while":
-        start, consts = params["cond_nconsts"], params["body_nconsts"]
-        return _loop_outputs(params["body_jaxpr"].jaxpr, mask[start:], consts, len(eqn.outvars))
-    body = _called_jaxpr(eqn)
-    return [True] * len(eqn.outvars) if body is None else _outputs_of(body, mask)
-
-
-def _loop_outputs(body: Jaxpr, mask: list[bool], num_consts: int, num_carry: int) -> list[bool]:
-    """Iterate the body until the set of active carries no longer grows."""
-    consts, carry, rest = mask[:num_consts], mask[num_consts : num_consts + num_carry], mask[num_consts + num_carry :]
-    while True:
-        outs = _outputs_of(body, [*consts, *carry, *rest])
-        grown = [a or b for a, b in zip(carry, outs, strict=False)]
-        if grown == carry:
-            return carry + outs[num_carry:]
-        carry = grown
-
-
-def _outputs_of(jaxpr: Jaxpr, active_in: Sequence[bool]) -> list[bool]:
-    return _mask(jaxpr.outvars, _active_variables(jaxpr, active_in))
-
-
-def _equation_blocker(eqn: JaxprEqn, mask: list[bool], mode: str) -> Blocker | None:
-    """What forbids differentiating this one equation in ``mode``."""
-    name, params = eqn.primitive.name, eqn.params
-    blocked = name in _OPAQUE or name == ("custom_vjp_call" if mode == "fwd" else "while")
-    if name == "custom_linear_solve":
-        blocked = mode == "rev" and params["jaxprs"].transpose_solve is None
-        if not blocked:
-            return _find_blocker_anywhere(params["jaxprs"].matvec.jaxpr, mode)
-    if blocked:
-        return Blocker(name, jex.source_info_util.summarize(eqn.source_info))
-    if name == "custom_vjp_call":
-        return None
-    if name == "custom_jvp_call":
-        return None if mode == "fwd" else _custom_jvp_blocker(eqn, mask)
-    if name == "while":
-        flags = mask[params["cond_nconsts"] :]
-        carry = _active_outputs(eqn, mask)
-        body = params["body_jaxpr"].jaxpr
-        return _find_blocker(body, flags[: params["body_nconsts"]] + carry, [True] * len(body.outvars), mode)
-    if name == "scan":
-        body, consts, carry = params["jaxpr"].jaxpr, params["num_consts"], params["num_carry"]
-        flags = mask[:consts] + _active_outputs(eqn, mask)[:carry] + mask[consts + carry :]
-        return _find_blocker(body, flags, [True] * len(body.outvars), mode)
-    if name == "cond":
-        bodies = [(branch.jaxpr, mask[1:]) for branch in params["branches"]]
-    else:
-        body = _called_jaxpr(eqn)
-        bodies = [] if body is None else [(body, mask)]
-    found = [_find_blocker(body, flags, [True] * len(body.outvars), mode) for body, flags in bodies]
-    return next((blocker for blocker in found if blocker is not None), None)
-
-
-def _find_blocker_anywhere(jaxpr: Jaxpr, mode: str) -> Blocker | None:
-    return _find_blocker(jaxpr, [True] * len(jaxpr.invars), [True] * len(jaxpr.outvars), mode)
-
-
-def _custom_jvp_blocker(eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
-    """Reverse mode transposes the rule's tangent, so trace the rule and ask what lies between its tangents."""
-    alone = eqn.params["call_jaxpr"].jaxpr  # any jaxpr will do as the one to put the equation in
-    invars = [v for v in eqn.invars if isinstance(v, Var)]
-    distinct = list(dict.fromkeys(invars))
-    jaxpr = alone.replace(
-        constvars=[],
-        invars=distinct,
-        outvars=list(eqn.outvars),
-        eqns=[eqn],
-        effects=eqn.effects,
-        debug_info=alone.debug_info.with_unknown_names(),
-    )
-    fun = jex.core.jaxpr_as_fun(ClosedJaxpr(jaxpr, []))
-    active = {v for v, is_active in zip(eqn.invars, mask, strict=True) if is_active}
-    moving = [v in active for v in distinct]
-
-    def tangents_out(values: list[Any], tangents: list[Any]) -> list[Any]:
-        def along(*moved: Any) -> list[Any]:
-            rest = iter(moved)
-            return fun(*[next(rest) if m else value for m, value in zip(moving, values, strict=True)])
-
-        primals = tuple(value for m, value in zip(moving, values, strict=True) if m)
-        return jax.jvp(along, primals, tuple(tangents))[1]
-
-    values = [v.aval for v in distinct]
-    tangents = [v.aval for v, m in zip(distinct, moving, strict=True) if m]
-    rule = jax.make_jaxpr(tangents_out)(values, tangents).jaxpr
-    return _find_blocker(rule, [False] * len(values) + [True] * len(tangents), [True] * len(rule.outvars), "rev")
-
-
-def _called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
-    """The body of a call-like equation, whose inputs are the body's inputs one for one: jit, remat, and the like."""
-    if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):  # judged by their rules: every output counts
-        return None
-    for body in jex.core.jaxprs_in_params(eqn.params):
-        if len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars):
-            return body
-    return None
-
-
-def _mask(variables: Sequence[Any], active: set[Var]) -> list[bool]:
-    return [not isinstance(v, Literal) and v in active for v in variables]
-
-
-def _is_floating(v: Any) -> bool:
-    return jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)
-
-
 # ---- how many lanes at once --------------------------------------------------------------------------------------
 
 _CACHE_BYTES = 2 * 2**20
@@ -342,7 +175,7 @@ def _equation_bytes(jaxpr: Jaxpr) -> list[int]:
     of_lane = set(jaxpr.invars)
     sizes = [1]
     for eqn in jaxpr.eqns:
-        if any(_mask(eqn.invars, of_lane)):
+        if any(v in of_lane for v in eqn.invars if isinstance(v, Var)):
             of_lane.update(eqn.outvars)
             outs: list[Any] = [v.aval for v in eqn.outvars]
             sizes.append(sum(aval.size * aval.dtype.itemsize for aval in outs if hasattr(aval, "size")))

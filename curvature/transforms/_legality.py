@@ -1,0 +1,188 @@
+"""Which derivatives a jaxpr allows: what stands between its inputs and its outputs that has none in a mode.
+
+Two kinds of primitive decide:
+
+- ``custom_vjp`` has no forward derivative. Its reverse derivative is an ordinary program, which may have either.
+- ``while`` (a loop whose length is not known while tracing) has no reverse derivative.
+
+A ``custom_jvp`` is judged by its rule and not by its body, and a linear solve by its matrix, as JAX does.
+
+A variable is active if it carries a derivative of the input, and live if the output depends on it through active
+variables. Forward mode differentiates every active equation; reverse mode only those that are live too.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+_OPAQUE = {"pure_callback", "io_callback", "ffi_call"}  # no derivative of any kind
+
+
+class Blocker(NamedTuple):
+    """What stands in the way of a mode: a primitive, and the user's line that brought it in."""
+
+    primitive: str
+    where: str
+
+    def __str__(self) -> str:
+        """As it reads in an error message."""
+        return f"{self.primitive} at {self.where}"
+
+
+def find_blocker(jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[bool], mode: str) -> Blocker | None:
+    """The first equation of ``jaxpr`` that has no derivative in ``mode``."""
+    active = _active_variables(jaxpr, active_in)
+    live = {v for v, is_live in zip(jaxpr.outvars, live_out, strict=True) if is_live and isinstance(v, Var)}
+    found = None
+    for eqn in reversed(jaxpr.eqns):
+        mask = _mask(eqn.invars, active)
+        live_outs = [mode == "fwd" or (v in live and v in active) for v in eqn.outvars]
+        if any(mask) and any(live_outs):
+            live.update(v for v in eqn.invars if isinstance(v, Var) and v in active)
+            found = _equation_blocker(eqn, mask, live_outs, mode) or found
+    return found
+
+
+def _active_variables(jaxpr: Jaxpr, active_in: Sequence[bool]) -> set[Var]:
+    active = {v for v, is_active in zip(jaxpr.invars, active_in, strict=True) if is_active}
+    for eqn in jaxpr.eqns:
+        mask = _mask(eqn.invars, active)
+        if any(mask):
+            flags = _active_outputs(eqn, mask)
+            active.update(v for v, flag in zip(eqn.outvars, flags, strict=True) if flag and _is_floating(v))
+    return active
+
+
+def _active_outputs(eqn: JaxprEqn, mask: list[bool]) -> list[bool]:
+    """Which outputs carry a derivative; True is always a safe answer."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "stop_gradient":
+        return [False] * len(eqn.outvars)
+    if name == "cond":
+        branches = [_outputs_of(_open(branch), mask[1:]) for branch in params["branches"]]
+        return [any(flags) for flags in zip(*branches, strict=True)]
+    if name in ("scan", "while"):
+        return _loop_outputs(*_loop(eqn, mask))
+    body = _called_jaxpr(eqn)
+    return [True] * len(eqn.outvars) if body is None else _outputs_of(body, mask)
+
+
+class _Loop(NamedTuple):
+    """The body of a loop, and which of its inputs are active when it starts: constants, carries, slices."""
+
+    body: Jaxpr
+    consts: list[bool]
+    carry: list[bool]
+    slices: list[bool]
+
+
+def _loop(eqn: JaxprEqn, mask: list[bool]) -> _Loop:
+    params = eqn.params
+    if eqn.primitive.name == "while":
+        mask, consts = mask[params["cond_nconsts"] :], params["body_nconsts"]
+        return _Loop(_open(params["body_jaxpr"]), mask[:consts], mask[consts:], [])
+    body = _open(params["jaxpr"])  # what is scanned over or stacked has one axis more outside than inside
+    carry = _count_of_equal_rank(eqn.outvars, body.outvars)
+    consts = _count_of_equal_rank(eqn.invars, body.invars) - carry
+    return _Loop(body, mask[:consts], mask[consts : consts + carry], mask[consts + carry :])
+
+
+def _count_of_equal_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))
+
+
+def _loop_outputs(body: Jaxpr, consts: list[bool], carry: list[bool], slices: list[bool]) -> list[bool]:
+    """Iterate the body until the set of active carries no longer grows."""
+    while True:
+        outs = _outputs_of(body, consts + carry + slices)
+        grown = [a or b for a, b in zip(carry, outs, strict=False)]
+        if grown == carry:
+            return carry + outs[len(carry) :]
+        carry = grown
+
+
+def _outputs_of(jaxpr: Jaxpr, active_in: Sequence[bool]) -> list[bool]:
+    return _mask(jaxpr.outvars, _active_variables(jaxpr, active_in))
+
+
+def _equation_blocker(eqn: JaxprEqn, mask: list[bool], live_outs: list[bool], mode: str) -> Blocker | None:
+    """What forbids differentiating this one equation in ``mode``."""
+    name, params = eqn.primitive.name, eqn.params
+    blocked = name in _OPAQUE or name == ("custom_vjp_call" if mode == "fwd" else "while")
+    if name == "custom_linear_solve":
+        blocked = mode == "rev" and params["jaxprs"].transpose_solve is None
+    if blocked:
+        return Blocker(name, jex.source_info_util.summarize(eqn.source_info))
+    if name == "custom_vjp_call":
+        return None
+    if name == "custom_jvp_call":
+        return None if mode == "fwd" else _custom_jvp_blocker(eqn, mask)
+    if name == "custom_linear_solve":
+        matvec = _open(params["jaxprs"].matvec)
+        return find_blocker(matvec, [True] * len(matvec.invars), [True] * len(matvec.outvars), mode)
+    if name in ("scan", "while"):
+        loop = _loop(eqn, mask)
+        carry = _loop_outputs(*loop)[: len(loop.carry)]
+        return find_blocker(loop.body, loop.consts + carry + loop.slices, [True] * len(loop.body.outvars), mode)
+    if name == "cond":
+        found = [find_blocker(_open(branch), mask[1:], live_outs, mode) for branch in params["branches"]]
+        return next((blocker for blocker in found if blocker is not None), None)
+    body = _called_jaxpr(eqn)
+    return None if body is None else find_blocker(body, mask, live_outs, mode)
+
+
+def _custom_jvp_blocker(eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
+    """Reverse mode transposes the rule's tangent, so trace the rule and ask what lies between its tangents."""
+    alone = _open(eqn.params["call_jaxpr"])  # any jaxpr will do as the one to put the equation in
+    distinct = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, Var)))
+    jaxpr = alone.replace(
+        constvars=[],
+        invars=distinct,
+        outvars=list(eqn.outvars),
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=alone.debug_info.with_unknown_names(),
+    )
+    fun = jex.core.jaxpr_as_fun(ClosedJaxpr(jaxpr, []))
+    active = {v for v, is_active in zip(eqn.invars, mask, strict=True) if is_active}
+    moving = [v in active for v in distinct]
+
+    def tangents_out(values: list[Any], tangents: list[Any]) -> list[Any]:
+        def along(*moved: Any) -> list[Any]:
+            rest = iter(moved)
+            return fun(*[next(rest) if m else value for m, value in zip(moving, values, strict=True)])
+
+        primals = tuple(value for m, value in zip(moving, values, strict=True) if m)
+        return jax.jvp(along, primals, tuple(tangents))[1]
+
+    values = [v.aval for v in distinct]
+    tangents = [v.aval for v, m in zip(distinct, moving, strict=True) if m]
+    rule = jax.make_jaxpr(tangents_out)(values, tangents).jaxpr
+    return find_blocker(rule, [False] * len(values) + [True] * len(tangents), [True] * len(rule.outvars), "rev")
+
+
+def _called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
+    """The body of a call-like equation, whose inputs are the body's inputs one for one: jit, remat, and the like."""
+    if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):  # judged by their rules: every output counts
+        return None
+    for body in jex.core.jaxprs_in_params(eqn.params):
+        if len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars):
+            return body
+    return None
+
+
+def _open(jaxpr: Any) -> Jaxpr:
+    """The jaxpr of an equation's parameter, which is closed in some versions of JAX and open in others."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _mask(variables: Sequence[Any], active: set[Var]) -> list[bool]:
+    return [not isinstance(v, Literal) and v in active for v in variables]
+
+
+def _is_floating(v: Any) -> bool:
+    return jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)
