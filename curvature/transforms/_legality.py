@@ -35,6 +35,13 @@ class Blocker(NamedTuple):
 
 def find_blocker(jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[bool], mode: str) -> Blocker | None:
     """The first equation of ``jaxpr`` that has no derivative in ``mode``."""
+    return _walk_back(jaxpr, active_in, live_out, mode)[0]
+
+
+def _walk_back(
+    jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[bool], mode: str
+) -> tuple[Blocker | None, list[bool]]:
+    """The first blocked equation, and which inputs are live."""
     active = _active_variables(jaxpr, active_in)
     live = {v for v, is_live in zip(jaxpr.outvars, live_out, strict=True) if is_live and isinstance(v, Var)}
     found = None
@@ -42,9 +49,10 @@ def find_blocker(jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[boo
         mask = _mask(eqn.invars, active)
         live_outs = [mode == "fwd" or (v in live and v in active) for v in eqn.outvars]
         if any(mask) and any(live_outs):
-            live.update(v for v in eqn.invars if isinstance(v, Var) and v in active)
-            found = _equation_blocker(eqn, mask, live_outs, mode) or found
-    return found
+            blocker, live_ins = _judge(eqn, mask, live_outs, mode)
+            live.update(v for v, is_live in zip(eqn.invars, live_ins, strict=True) if is_live and isinstance(v, Var))
+            found = blocker or found
+    return found, _mask(jaxpr.invars, live & active)
 
 
 def _active_variables(jaxpr: Jaxpr, active_in: Sequence[bool]) -> set[Var]:
@@ -109,30 +117,41 @@ def _outputs_of(jaxpr: Jaxpr, active_in: Sequence[bool]) -> list[bool]:
     return _mask(jaxpr.outvars, _active_variables(jaxpr, active_in))
 
 
-def _equation_blocker(eqn: JaxprEqn, mask: list[bool], live_outs: list[bool], mode: str) -> Blocker | None:
-    """What forbids differentiating this one equation in ``mode``."""
+def _judge(eqn: JaxprEqn, mask: list[bool], live_outs: list[bool], mode: str) -> tuple[Blocker | None, list[bool]]:
+    """What forbids differentiating this one equation in ``mode``, and which of its inputs are live."""
     name, params = eqn.primitive.name, eqn.params
     blocked = name in _OPAQUE or name == ("custom_vjp_call" if mode == "fwd" else "while")
     if name == "custom_linear_solve":
         blocked = mode == "rev" and params["jaxprs"].transpose_solve is None
     if blocked:
-        return Blocker(name, jex.source_info_util.summarize(eqn.source_info))
-    if name == "custom_vjp_call":
-        return None
-    if name == "custom_jvp_call":
-        return None if mode == "fwd" else _custom_jvp_blocker(eqn, mask)
+        return Blocker(name, jex.source_info_util.summarize(eqn.source_info)), mask
     if name == "custom_linear_solve":
         matvec = _open(params["jaxprs"].matvec)
-        return find_blocker(matvec, [True] * len(matvec.invars), [True] * len(matvec.outvars), mode)
+        return find_blocker(matvec, [True] * len(matvec.invars), [True] * len(matvec.outvars), mode), mask
+    if name == "custom_jvp_call" and mode == "rev":
+        return _custom_jvp_blocker(eqn, mask), mask
     if name in ("scan", "while"):
-        loop = _loop(eqn, mask)
-        carry = _loop_outputs(*loop)[: len(loop.carry)]
-        return find_blocker(loop.body, loop.consts + carry + loop.slices, [True] * len(loop.body.outvars), mode)
+        return _judge_loop(_loop(eqn, mask), live_outs, mode)
     if name == "cond":
-        found = [find_blocker(_open(branch), mask[1:], live_outs, mode) for branch in params["branches"]]
-        return next((blocker for blocker in found if blocker is not None), None)
+        judged = [_walk_back(_open(branch), mask[1:], live_outs, mode) for branch in params["branches"]]
+        blockers, lives = zip(*judged, strict=True)
+        live_ins = [any(flags) for flags in zip(*lives, strict=True)]
+        return next((blocker for blocker in blockers if blocker is not None), None), [False, *live_ins]
     body = _called_jaxpr(eqn)
-    return None if body is None else find_blocker(body, mask, live_outs, mode)
+    return (None, mask) if body is None else _walk_back(body, mask, live_outs, mode)
+
+
+def _judge_loop(loop: _Loop, live_outs: list[bool], mode: str) -> tuple[Blocker | None, list[bool]]:
+    """Iterate backward until the set of live carries no longer grows. Only a scan is ever asked in reverse mode."""
+    size = len(loop.carry)
+    active_in = loop.consts + _loop_outputs(*loop)[:size] + loop.slices
+    carry, stacked = live_outs[:size], live_outs[size:]
+    while True:
+        blocker, live_ins = _walk_back(loop.body, active_in, carry + stacked, mode)
+        grown = [a or b for a, b in zip(carry, live_ins[len(loop.consts) :], strict=False)]
+        if grown == carry:
+            return blocker, live_ins
+        carry = grown
 
 
 def _custom_jvp_blocker(eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:

@@ -99,10 +99,23 @@ def test_a_custom_jvp_is_judged_by_its_rule():
         lambda x: jnp.sum(x**2) + 0 * jax.lax.while_loop(lambda i: i < 3, lambda i: i + 1, 0),
         lambda x: jnp.sum(x**2 * forward_only(jnp.ones(2))),
         lambda x: jnp.sum(jax.lax.fori_loop(0, 3, lambda i, y: y * x, x)),
+        lambda x: jax.jit(lambda x: (jnp.sum(x**3), forward_only(x)))(x)[0],
+        lambda x: jnp.sum(
+            jax.lax.scan(lambda c, _: ((jnp.sin(c[0]), forward_only(c[1])), c[1]), (x, x), None, length=2)[0][0]
+        ),
         lambda x: jnp.sum(jax.scipy.sparse.linalg.cg(lambda v: (2 + x[0] ** 2) * v, x)[0]),
         lambda x: jnp.sum(jax.nn.relu(x) ** 3 + jax.nn.softplus(x)),
     ],
-    ids=["stop_gradient", "integer_loop", "loop_over_data", "static_fori", "linear_solve", "library_custom_jvp"],
+    ids=[
+        "stop_gradient",
+        "integer_loop",
+        "loop_over_data",
+        "static_fori",
+        "unused_by_jit",
+        "unused_by_scan",
+        "linear_solve",
+        "library_custom_jvp",
+    ],
 )
 def test_what_does_not_carry_a_derivative_blocks_nothing(fun):
     want = jax.hessian(fun)(X)
