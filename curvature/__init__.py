@@ -2,7 +2,7 @@
 
 from curvature._types import CGInfo, MinimizeResult, Status
 from curvature.linalg import cg
-from curvature.optimizers import minimize, newton, trust_region
+from curvature.optimizers import MinimizeStep, NewtonState, TrustRegionState, minimize, newton, trust_region
 from curvature.transforms import (
     hessian,
     hvp,
@@ -16,7 +16,10 @@ from curvature.transforms import (
 __all__ = [
     "CGInfo",
     "MinimizeResult",
+    "MinimizeStep",
+    "NewtonState",
     "Status",
+    "TrustRegionState",
     "cg",
     "hessian",
     "hvp",

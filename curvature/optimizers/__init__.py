@@ -1,7 +1,7 @@
 """Optax transformations of second order, and the compiled loop that drives them."""
 
-from curvature.optimizers._minimize import minimize
-from curvature.optimizers._newton import newton
-from curvature.optimizers._trust_region import trust_region
+from curvature.optimizers._minimize import MinimizeStep, minimize
+from curvature.optimizers._newton import NewtonState, newton
+from curvature.optimizers._trust_region import TrustRegionState, trust_region
 
-__all__ = ["minimize", "newton", "trust_region"]
+__all__ = ["MinimizeStep", "NewtonState", "TrustRegionState", "minimize", "newton", "trust_region"]

@@ -30,14 +30,14 @@ _DENSE_ENTRIES = 100  # up to here "auto" forms the Hessian
 _PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond rounding, before a method has stalled
 
 
-class Step(NamedTuple):
-    """What a callback is told before each step.
+class MinimizeStep(NamedTuple):
+    """What the callback of ``minimize`` is told at each iterate.
 
     Attributes:
         num_steps: the steps taken so far.
         value: the objective.
         grad_norm: the largest absolute entry of its gradient.
-        state: the state of the method.
+        state: the state of the method: what the step that led here has left, and what the next one starts from.
     """
 
     num_steps: Int[Array, ""]
@@ -73,7 +73,7 @@ def minimize(
     rtol: ArrayLike = 0.0,
     max_steps: ArrayLike = 1000,
     hessian: Callable[..., Tree] | None = None,
-    callback: Callable[[Step], None] | None = None,
+    callback: Callable[[MinimizeStep], None] | None = None,
 ) -> MinimizeResult:
     """Minimize ``fun(x, *args)`` from ``x0`` in one compiled loop.
 
@@ -93,7 +93,7 @@ def minimize(
         max_steps: the most steps.
         hessian: ``hessian(x, *args)`` forms the Hessian, as ``curvature.hessian(fun)`` would, for the methods that use
             one.
-        callback: called on the host with a ``Step`` at every iterate, the first and the last included. Not for
+        callback: called on the host with a ``MinimizeStep`` at every iterate, the first and the last included. Not for
             ``vmap``, where it would be called for lanes that have stopped.
 
     Returns:
@@ -152,7 +152,7 @@ def _minimize(
     max_steps: Any,
     transformation: optax.GradientTransformationExtraArgs,
     hessian: Callable[..., Tree] | None,
-    callback: Callable[[Step], None] | None,
+    callback: Callable[[MinimizeStep], None] | None,
 ) -> MinimizeResult:
     """The compiled loop; data and tolerances are operands, so that new ones find the program they need."""
     has_status = isinstance(transformation, SecondOrder)
@@ -161,7 +161,7 @@ def _minimize(
     def advance(loop: _Loop) -> _Loop:
         point, extras = _evaluate(fun, args, transformation, hessian, loop)
         if callback is not None:
-            jax.debug.callback(callback, Step(loop.num_steps, point.value, point.grad_norm, loop.state))
+            jax.debug.callback(callback, MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state))
         loop = _judge(loop, point, rtol, max_steps, has_status)
 
         def update(loop: _Loop) -> _Loop:

@@ -23,7 +23,7 @@ def direction_like(x, seed=3):
 def test_hvp_is_the_closed_form(scenario, mode, dtype):
     x, args = scenario.make(dtype)
     v = direction_like(x)
-    product = curvature.hvp(scenario.fun, x, v, *args, mode=mode)
+    product = jax.jit(lambda x, v: curvature.hvp(scenario.fun, x, v, *args, mode=mode))(x, v)
     assert jax.tree.structure(product) == jax.tree.structure(x)
     assert_close(flat(product), scenario.hessian(flat(x), *args) @ flat(v), dtype, roundings=200)
 
@@ -32,11 +32,17 @@ def test_hvp_is_the_closed_form(scenario, mode, dtype):
 @pytest.mark.parametrize("mode", MODES)
 def test_linearize_grad_is_the_closed_form(scenario, mode, dtype):
     x, args = scenario.make(dtype)
-    value, grad, hvp_fn = curvature.linearize_grad(scenario.fun, x, *args, mode=mode)
     v = direction_like(x)
+
+    @jax.jit
+    def everything(x, v):
+        value, grad, hvp_fn = curvature.linearize_grad(scenario.fun, x, *args, mode=mode)
+        return value, grad, hvp_fn(v)
+
+    value, grad, product = everything(x, v)
     assert_close(value, scenario.fun(x, *args), dtype)
     assert_close(flat(grad), scenario.gradient(flat(x), *args), dtype, roundings=200)
-    assert_close(flat(hvp_fn(v)), scenario.hessian(flat(x), *args) @ flat(v), dtype, roundings=200)
+    assert_close(flat(product), scenario.hessian(flat(x), *args) @ flat(v), dtype, roundings=200)
 
 
 @scenarios
@@ -45,15 +51,15 @@ def test_linearize_grad_is_the_closed_form(scenario, mode, dtype):
 def test_hessian_is_the_closed_form_and_jaxs_tree(scenario, mode, chunk_size):
     x, args = scenario.make(jnp.float64)
     result = jax.jit(curvature.hessian(scenario.fun, mode=mode, chunk_size=chunk_size))(x, *args)
-    assert_trees_close(result, jax.hessian(scenario.fun)(x, *args))
+    assert_trees_close(result, jax.jit(jax.hessian(scenario.fun))(x, *args))
     assert_close(dense_blocks(result, x), scenario.hessian(flat(x), *args), roundings=200)
 
 
 @scenarios
 def test_hessian_in_single_precision(scenario):
     x, args = scenario.make(jnp.float32)
-    result = curvature.hessian(scenario.fun)(x, *args)
-    assert_trees_close(result, jax.hessian(scenario.fun)(x, *args), jnp.float32, roundings=200)
+    result = jax.jit(curvature.hessian(scenario.fun))(x, *args)
+    assert_trees_close(result, jax.jit(jax.hessian(scenario.fun))(x, *args), jnp.float32, roundings=200)
 
 
 def two_arguments(a, data, b):
@@ -65,8 +71,8 @@ def two_arguments(a, data, b):
 @pytest.mark.parametrize("argnums", [0, 2, (0, 2), (2, 0), -1])
 def test_hessian_of_many_outputs_arguments_and_aux(mode, argnums):
     args = ({"p": jnp.arange(1.0, 7.0).reshape(2, 3)}, jnp.arange(4.0), jnp.asarray(0.4))
-    got, aux = curvature.hessian(two_arguments, argnums, has_aux=True, mode=mode, chunk_size=2)(*args)
-    want, want_aux = jax.hessian(two_arguments, argnums, has_aux=True)(*args)
+    got, aux = jax.jit(curvature.hessian(two_arguments, argnums, has_aux=True, mode=mode, chunk_size=2))(*args)
+    want, want_aux = jax.jit(jax.hessian(two_arguments, argnums, has_aux=True))(*args)
     assert_trees_close(got, want)
     assert_trees_close(aux, want_aux)
 
@@ -124,7 +130,7 @@ def test_transforms_compose_with_jit_vmap_and_grad():
 def test_hessian_differentiates_again_by_either_mode(outer):
     x = jnp.array([0.3, -0.2, 0.7])
     fun = lambda x: jnp.sum(jnp.sin(x)) * x[0]  # noqa: E731
-    assert_close(outer(curvature.hessian(fun, chunk_size=2))(x), outer(jax.hessian(fun))(x))
+    assert_close(jax.jit(outer(curvature.hessian(fun, chunk_size=2)))(x), jax.jit(outer(jax.hessian(fun)))(x))
 
 
 def test_leaves_of_different_precision_keep_their_own():
@@ -135,9 +141,9 @@ def test_leaves_of_different_precision_keep_their_own():
 
     product = curvature.hvp(fun, x, x)
     assert {name: leaf.dtype for name, leaf in product.items()} == {"half": jnp.float32, "full": jnp.float64}
-    got = curvature.hessian(fun)(x)
+    got = jax.jit(curvature.hessian(fun))(x)
     with jax.numpy_dtype_promotion("standard"):  # which jax.hessian needs here
-        assert_trees_close(got, jax.hessian(fun)(x), jnp.float32)
+        assert_trees_close(got, jax.jit(jax.hessian(fun))(x), jnp.float32)
 
 
 # ---- cost ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""What the library's derivatives cost, measured on the machine at hand."""

@@ -1,0 +1,202 @@
+"""An honest stopwatch: compile time apart, warm programs, turns taken round by round, memory from XLA itself."""
+
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+Contestant = tuple[Callable[..., Any], tuple[Any, ...]]
+Report = Callable[[str], Any]
+
+_MOST_REPEATS = 100  # in one round; more of them would only stretch the round
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one contestant; of one that failed, only the error.
+
+    Attributes:
+        name: what it is called.
+        seconds: the median time of a call.
+        spread: the quartiles of the same calls.
+        compile_seconds: tracing, lowering and compiling together; None where the caller compiled.
+        temporary_bytes: what XLA sets aside for intermediates, beyond arguments and results; None if it does not say.
+        flops: XLA's count of the compiled program, which takes the body of a loop once; None if it does not say.
+        program: a fingerprint of the program before XLA optimizes it: contestants that share it are one program.
+        error: the first line of what it raised.
+    """
+
+    name: str
+    seconds: float = math.nan
+    spread: tuple[float, float] = (math.nan, math.nan)
+    compile_seconds: float | None = None
+    temporary_bytes: int | None = None
+    flops: float | None = None
+    program: str | None = None
+    error: str | None = None
+
+
+def compare(
+    contestants: Mapping[str, Contestant], *, budget: float = 2.0, rounds: int = 5, report: Report | None = None
+) -> dict[str, Row]:
+    """Compile each function for its arguments, then time the compiled programs against each other.
+
+    Args:
+        contestants: name -> (function, arguments).
+        budget: the seconds that each may take, in all its turns together; a slow one is still called once a round.
+        rounds: how many turns each gets.
+        report: called with a line about what is going on.
+
+    Returns:
+        name -> row, in the order given. One that raises has a row with its error, and stops nobody else.
+    """
+    rows, calls = {}, {}
+    for name, (function, args) in contestants.items():
+        if report is not None:
+            report(f"compiling {name}")
+        try:
+            rows[name], calls[name] = _prepare(name, function, args)
+        except Exception as error:  # whatever a contestant raises is a result
+            rows[name] = Row(name, error=_first_line(error))
+    timed = measure(calls, budget=budget, rounds=rounds, report=report)
+    return {name: _merge(row, timed[name]) if name in timed else row for name, row in rows.items()}
+
+
+def _prepare(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Row, Callable[[], Any]]:
+    """Compile a function for its arguments.
+
+    Returns:
+        A row with all that is known before the first run, and the compiled call, for ``measure``.
+    """
+
+    def fresh(*args: Any) -> Any:  # a function that jit has never seen, so that no cache answers for the compiler
+        return function(*args)
+
+    start = time.perf_counter()
+    lowered = jax.jit(fresh).lower(*args)
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    row = Row(
+        name,
+        compile_seconds=seconds,
+        temporary_bytes=getattr(memory, "temp_size_in_bytes", None),
+        flops=costs.get("flops") if isinstance(costs, dict) else None,
+        program=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+    )
+    return row, lambda: compiled(*args)
+
+
+def measure(
+    calls: Mapping[str, Callable[[], Any]], *, budget: float = 2.0, rounds: int = 5, report: Report | None = None
+) -> dict[str, Row]:
+    """Time calls that have been compiled, or need no compilation, against each other, as ``compare`` does.
+
+    They take turns, A B C A B C and so on, so that a machine that is busy for a while is busy for all of them.
+    """
+    repeats: dict[str, int] = {}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    errors: dict[str, str] = {}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            if name in errors:
+                continue
+            if report is not None:
+                report(f"round {turn} of {rounds}: {name}" if turn else f"warming up {name}")
+            try:
+                if turn == 0:
+                    repeats[name] = _warm_up(call, budget / rounds)
+                else:
+                    samples[name] += [_clock(call) for _ in range(repeats[name])]
+            except Exception as error:  # whatever a contestant raises is a result
+                errors[name] = _first_line(error)
+    failed = {name: Row(name, error=error) for name, error in errors.items()}
+    return {name: failed.get(name) or _summarize(name, samples[name]) for name in calls}
+
+
+def _merge(compiled: Row, timed: Row) -> Row:
+    """What ``_prepare`` and ``measure`` have found about one contestant."""
+    return replace(compiled, seconds=timed.seconds, spread=timed.spread, error=timed.error)
+
+
+def share(row: Row, pieces: int) -> Row:
+    """The cost of one of ``pieces`` equal pieces of work that a contestant does in a row."""
+    low, high = row.spread
+    return replace(row, seconds=row.seconds / pieces, spread=(low / pieces, high / pieces), flops=None)
+
+
+def mark_choice(rows: Mapping[str, Row], choice: str = "auto") -> list[Row]:
+    """The rows, with the choice as a mark on the contestant that is the very same program, if there is one."""
+    chosen = rows[choice]
+    twins = [name for name, row in rows.items() if name != choice and row.program and row.program == chosen.program]
+    kept = [row for name, row in rows.items() if name != choice or not twins]
+    return [replace(row, name=f"{row.name}  <- {choice}") if row.name in twins else row for row in kept]
+
+
+def table(title: str, rows: Iterable[Row], baseline: Row, caption: str | None = None) -> Table:
+    """The rows as a table for the terminal, with the time of each relative to ``baseline``."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "": lambda row: row.name,
+        "ms": lambda row: digits(1e3 * row.seconds),
+        "quartiles": lambda row: " - ".join(digits(1e3 * seconds) for seconds in row.spread),
+        f"x {baseline.name}": lambda row: digits(row.seconds / baseline.seconds),
+        "temporary\nMiB": lambda row: "" if row.temporary_bytes is None else digits(row.temporary_bytes / 2**20),
+        "compile\ns": lambda row: "" if row.compile_seconds is None else digits(row.compile_seconds),
+    }
+    result = plain_table(title, columns, caption)
+    for row in rows:
+        cells = [cell(row) for cell in columns.values()] if row.error is None else [f"{row.name}: {row.error}"]
+        result.add_row(*cells)
+    return result
+
+
+def plain_table(title: str, columns: Iterable[str], caption: str | None = None) -> Table:
+    """An empty table that reads as well in a log as on a screen; the first column is text, the others numbers."""
+    looks = {"title_justify": "left", "caption_justify": "left", "box": rich.box.SIMPLE_HEAD, "pad_edge": False}
+    result = Table(title=title, caption=caption, **looks)
+    for name in columns:
+        result.add_column(name, justify="right" if name else "left", no_wrap=bool(name), vertical="bottom")
+    return result
+
+
+def digits(number: float) -> str:
+    """Three significant digits, at most three of them after the point, and no exponent."""
+    if number == 0 or not math.isfinite(number):
+        return f"{number:.2f}"
+    after_point = 2 - math.floor(math.log10(abs(number)))
+    return f"{number:.{min(max(after_point, 0), 3)}f}"
+
+
+def console() -> Console:
+    """A console that fits the terminal, or 100 columns of plain text where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+
+
+def _warm_up(call: Callable[[], Any], seconds: float) -> int:
+    """How many calls fit into ``seconds``, judged by the second one."""
+    _clock(call)
+    return min(max(int(seconds / max(_clock(call), 1e-9)), 1), _MOST_REPEATS)
+
+
+def _clock(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def _summarize(name: str, samples: list[float]) -> Row:
+    low, median, high = (float(seconds) for seconds in np.quantile(samples, (0.25, 0.5, 0.75)))
+    return Row(name, median, (low, high))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
