@@ -15,6 +15,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from curvature._types import ChunkSize, Tree
 
 T = TypeVar("T")
+UNMAPPED = object()  # stands for the axis None, which cannot be a leaf
 _HINT = "pass data that is not differentiated through args"
 
 
@@ -44,6 +45,21 @@ def _floating_leaf(function: str, name: str, leaf: Any) -> jax.Array:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{function}: {name} has dtype {dtype}, expected a floating dtype; cast it, or {_HINT}.")
     return jnp.asarray(leaf)
+
+
+def check_entries(function: str, name: str, tree: Tree) -> None:
+    """Refuse a point whose leaves have no entry at all."""
+    if not sum(leaf.size for leaf in jax.tree.leaves(tree)):
+        raise ValueError(f"{function}: {name} has no entries, expected at least one number.")
+
+
+def check_hessian_used(function: str, method: Any, used: bool) -> None:
+    """Refuse a Hessian given to a method that forms none, which would silently ignore it."""
+    if not used:
+        raise ValueError(
+            f"{function}: hessian= is for the methods that form a Hessian, 'newton' and 'trust-exact'; "
+            f"method={method!r} forms none."
+        )
 
 
 def check_finite(function: str, name: str, tree: Tree) -> None:
@@ -182,8 +198,10 @@ def check_nonnegative(function: str, name: str, value: Any) -> None:
 
 
 def check_positive(function: str, name: str, value: Any) -> None:
-    """Refuse anything but a positive number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not value > 0:
+    """Refuse anything but a positive number; tracers pass."""
+    if isinstance(value, Tracer):
+        return
+    if isinstance(value, bool) or not _is_array_like(value) or jnp.shape(value) != () or not value > 0:
         raise ValueError(f"{function}: {name}={value!r}, expected a number > 0.")
 
 
@@ -191,7 +209,8 @@ def check_count(function: str, name: str, value: Any, least: int = 0) -> None:
     """Refuse anything but an integer of at least ``least``; tracers pass."""
     if isinstance(value, Tracer):
         return
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+    whole = _is_array_like(value) and jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.integer)
+    if not whole or value < least:
         raise ValueError(f"{function}: {name}={value!r}, expected an integer >= {least}.")
 
 
@@ -205,14 +224,13 @@ def check_data(function: str, args: Any) -> None:
             )
 
 
-def check_lanes(function: str, in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, Any]:
-    """The number of lanes, and the axis of every leaf of ``(args, kwargs)``: keyword arguments map over axis 0."""
+def check_lanes(function: str, in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The number of lanes: the size that the mapped axes share. Keyword arguments map over axis 0."""
     operands = (args, kwargs)
-    axes = check_prefix(function, "in_axes", (in_axes, 0), operands)
-    flat_axes = jax.tree.leaves(axes, is_leaf=lambda axis: axis is None)
+    axes = jax.tree.leaves(check_prefix(function, "in_axes", (in_axes, 0), operands))
     sizes = {}
-    for (path, leaf), axis in zip(tree_flatten_with_path(operands)[0], flat_axes, strict=True):
-        if axis is None:
+    for (path, leaf), axis in zip(tree_flatten_with_path(operands)[0], axes, strict=True):
+        if axis is UNMAPPED:
             continue
         name = ("args" if path[0].idx == 0 else "kwargs") + keystr(path[1:])
         rank = jnp.ndim(leaf) if _is_array_like(leaf) else 0
@@ -224,15 +242,27 @@ def check_lanes(function: str, in_axes: Any, args: tuple[Any, ...], kwargs: dict
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
         raise ValueError(f"{function}: the mapped axes differ in size: {listed}.")
-    return next(iter(sizes.values())), axes
+    return next(iter(sizes.values()))
 
 
 def check_prefix(function: str, name: str, axes: Any, tree: Any) -> Any:
-    """``axes`` spread over the leaves of ``tree``, of which it must be a prefix."""
+    """The axis of every leaf of ``tree``, of which ``axes`` must be a prefix; ``UNMAPPED`` where it says None."""
+    for axis in jax.tree.leaves(axes):
+        if not isinstance(axis, int | np.integer) or isinstance(axis, bool):
+            raise TypeError(f"{function}: {name} holds {_kind(axis)}, expected integers and None.")
+
+    def spread(axis: Any, part: Any) -> Any:
+        return jax.tree.map(lambda _: UNMAPPED if axis is None else axis, part)
+
     try:
-        return jax.tree.broadcast(axes, tree, is_leaf=lambda axis: axis is None)
+        return jax.tree.map(spread, axes, tree, is_leaf=is_none)
     except ValueError as error:
         raise ValueError(f"{function}: {name} is not a prefix of the tree it is for: {error}") from None
+
+
+def is_none(leaf: Any) -> bool:
+    """Whether a leaf is None, which JAX otherwise takes for an empty tree."""
+    return leaf is None
 
 
 def check_batch(function: str, batch: Any) -> int:

@@ -239,6 +239,17 @@ CASES = {
         ValueError,
         r"newton: hessian\(x\) is not a tree like x of trees like x",
     ),
+    "minimize-hessian-unused": (
+        lambda: curvature.minimize(square, np.ones(3), method="trust-region", hessian=lambda x: jnp.eye(3)),
+        ValueError,
+        r"minimize: hessian= is for the methods that form a Hessian.*method='trust-region' forms none",
+    ),
+    "minimize-no-entries": (
+        lambda: curvature.minimize(square, np.ones((0, 2))),
+        ValueError,
+        r"minimize: x0 has no entries",
+    ),
+    "cg-no-entries": (lambda: curvature.cg(lambda v: v, np.ones(0)), ValueError, r"cg: b has no entries"),
     # words and numbers
     "hvp-unknown-mode": (
         lambda: curvature.hvp(loss, X, X, mode="forward"),
@@ -374,6 +385,11 @@ CASES = {
         lambda: curvature.vmap(jnp.add, in_axes=(0, 0, 0))(np.ones(2), np.ones(2)),
         ValueError,
         r"vmap: in_axes is not a prefix of the tree it is for",
+    ),
+    "vmap-axis-word": (
+        lambda: curvature.vmap(jnp.add, in_axes=(0, "x"))(np.ones(2), np.ones(2)),
+        TypeError,
+        r"vmap: in_axes holds 'x' of type str, expected integers and None",
     ),
     # an optimizer's update
     "newton-without-value_fn": (

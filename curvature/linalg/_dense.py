@@ -91,28 +91,29 @@ def solve_region(model: QuadraticModel, radius: Scalar) -> RegionStep:
     lowest = eigenvalues[0]
     gaps = eigenvalues - lowest  # the unknown is t = lowest + mu >= 0, so that l + mu = gaps + t has no cancellation
     floor = jnp.maximum(lowest, 0)
-    inside = ((floor > 0) | (gradient[0] == 0)) & (_norm_of_step(gradient, gaps, floor) <= radius)
-    t = jnp.where(inside, floor, _solve_secular(gradient, gaps, radius, floor))
-    coordinates = -_divide(gradient, gaps + t)
+    share = gradient / radius  # all steps are measured in radii: their squares cannot overflow
+    inside = ((floor > 0) | (share[0] == 0)) & (_norm_of_step(share, gaps, floor) <= 1)
+    t = jnp.where(inside, floor, _solve_secular(share, gaps, floor))
+    coordinates = -_divide(share, gaps + t)
 
     indefinite = lowest < -rounding_level(eigenvalues)
-    missing = jnp.sqrt(jnp.maximum(radius**2 - jnp.sum(coordinates**2), 0))  # the hard case, else nothing
-    along_lowest = jnp.where(indefinite, jnp.where(gradient[0] > 0, -missing, missing), 0)
-    coordinates = coordinates.at[0].add(along_lowest)
-    predicted = -(jnp.sum(gradient * coordinates) + jnp.sum(eigenvalues * coordinates**2) / 2)
+    rest = jnp.sqrt(jnp.maximum(1 - jnp.sum(coordinates[1:] ** 2), 0))  # differs from the entry in the hard case only
+    along_lowest = jnp.where(share[0] > 0, -rest, rest)
+    coordinates = radius * coordinates.at[0].set(jnp.where(indefinite, along_lowest, coordinates[0]))
+    predicted = -jnp.sum(coordinates * (gradient + eigenvalues * coordinates / 2))
     return RegionStep(_matmul(model.vectors, coordinates), predicted, ~inside | indefinite)
 
 
-def _solve_secular(gradient: Vector, gaps: Vector, radius: Scalar, floor: Scalar) -> Scalar:
-    """The ``t >= floor`` with ``norm(gradient / (gaps + t)) = radius``, by Newton on ``1 / norm``, from the left.
+def _solve_secular(share: Vector, gaps: Vector, floor: Scalar) -> Scalar:
+    """The ``t >= floor`` with ``norm(share / (gaps + t)) = 1``, by Newton on ``1 / norm``, from the left.
 
     From the left the iterates increase to the root and never pass it, CGT lemma 7.3.2, so no safeguard is needed but
     for rounding.
     """
-    tolerance = jnp.sqrt(jnp.finfo(gradient.dtype).eps)
+    tolerance = jnp.finfo(share.dtype).eps ** 0.75
 
     def excess(t: Scalar) -> Scalar:
-        return _norm_of_step(gradient, gaps, t) / radius - 1
+        return _norm_of_step(share, gaps, t) - 1
 
     def running(carry: tuple[Scalar, Int[Array, ""]]) -> Bool[Array, ""]:
         t, count = carry
@@ -120,16 +121,22 @@ def _solve_secular(gradient: Vector, gaps: Vector, radius: Scalar, floor: Scalar
 
     def newton(carry: tuple[Scalar, Int[Array, ""]]) -> tuple[Scalar, Int[Array, ""]]:
         t, count = carry
-        step = _divide(gradient, gaps + t)
+        step = _divide(share, gaps + t)
         slope = jnp.sum(_divide(step**2, gaps + t))
         return t + jnp.sum(step**2) / slope * excess(t), count + 1  # N&W (4.44)
 
-    start = jnp.maximum(floor, jnp.abs(gradient[0]) / radius)  # the lowest coordinate alone reaches the boundary there
-    return jax.lax.while_loop(running, newton, (start, jnp.asarray(0, jnp.int32)))[0]
+    start = jnp.maximum(floor, jnp.abs(share[0]))  # the lowest coordinate alone reaches the boundary there
+    return jax.lax.while_loop(running, newton, (start, jnp.zeros_like(start, jnp.int32)))[0]
 
 
-def _norm_of_step(gradient: Vector, gaps: Vector, t: Scalar) -> Scalar:
-    return jnp.linalg.norm(_divide(gradient, gaps + t))
+def _norm_of_step(share: Vector, gaps: Vector, t: Scalar) -> Scalar:
+    return norm(_divide(share, gaps + t))
+
+
+def norm(vector: Vector) -> Scalar:
+    """The Euclidean norm, safe from overflow and underflow of the squares."""
+    exponent = jnp.frexp(jnp.max(jnp.abs(vector)))[1]
+    return jnp.ldexp(jnp.linalg.norm(jnp.ldexp(vector, -exponent)), exponent)
 
 
 def _divide(a: Vector, b: Vector) -> Vector:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import CGInfo, Status, Tree, ravel
+from curvature.linalg._dense import norm
 
 Vector = Float[Array, " n"]
 Scalar = Float[Array, ""]
@@ -61,6 +62,7 @@ def cg(
     """
     _checks.check_callable("cg", "op", op)
     b = _checks.check_point("cg", "b", b)
+    _checks.check_entries("cg", "b", b)
     _checks.check_direction("cg", "op(b)", _shapes(op, b), "b", b)
     _checks.check_nonnegative("cg", "rtol", rtol)
     if max_steps is not None:
@@ -71,10 +73,35 @@ def cg(
 
     flat, unravel = ravel(b)
     limit = jnp.asarray(10 * flat.size if max_steps is None else max_steps, jnp.int32)
-    size = norm(flat)
-    unit = flat / jnp.where(size > 0, size, 1)  # squares of large or tiny entries would leave the range of float32
-    x, info = _restarted_cg(_on_vectors(op, unravel), unit, rtol, limit, _on_vectors(preconditioner, unravel))
-    return unravel(size * x), info._replace(residual_norm=size * info.residual_norm, direction=unravel(info.direction))
+    exponent = _exponent(flat)
+    unit = jnp.ldexp(flat, -exponent)  # entries at most 1: no square leaves the range of single precision
+    on_vectors = _on_vectors(preconditioner, unravel)
+    exponent_of_inverse = _exponent(on_vectors(unit))
+
+    def precondition(r: Vector) -> Vector:
+        return jnp.ldexp(on_vectors(r), -exponent_of_inverse)
+
+    x, info = _restarted_cg(_on_vectors(op, unravel), unit, rtol, limit, precondition)
+    solution = jnp.ldexp(x, exponent)
+    return unravel(solution), info._replace(
+        status=_after_scaling(x, solution, info.status),
+        residual_norm=jnp.ldexp(info.residual_norm, exponent),
+        direction=unravel(info.direction),
+    )
+
+
+def _exponent(vector: Vector) -> Int[Array, ""]:
+    """The power of two that bounds the entries; scaling by it is exact."""
+    return jnp.frexp(jnp.max(jnp.abs(vector)))[1]
+
+
+def _after_scaling(x: Vector, solution: Vector, status: Int[Array, ""]) -> Int[Array, ""]:
+    """No success for a solution that leaves the range of its precision when it takes its true size."""
+    limits = jnp.finfo(x.dtype)
+    underflows = (jnp.max(jnp.abs(solution)) < limits.tiny / limits.eps) & jnp.any(x != 0)
+    converged = status == Status.CONVERGED
+    status = _where_status(converged & underflows, Status.STALLED, status)
+    return _where_status(converged & ~jnp.all(jnp.isfinite(solution)), Status.NONFINITE, status)
 
 
 def _shapes(fun: Callable[[Tree], Tree], x: Tree) -> Tree:
@@ -109,7 +136,9 @@ def truncated_cg(
     precondition: Callable[[Vector], Vector] = lambda r: r,
     start: CGState | None = None,
 ) -> CGState:
-    """Conjugate gradients for ``A x = b``, b of unit norm, inside ``norm(x) <= radius``: Steihaug, N&W algorithm 7.2.
+    """Conjugate gradients for ``A x = b`` inside ``norm(x) <= radius``: Steihaug, N&W algorithm 7.2.
+
+    The entries of ``b`` are of order 1, so that no square overflows.
 
     Stops at ``norm(r) <= tolerance``, at the boundary, or on negative curvature, which it follows to the boundary
     when there is one. The region is measured in the Euclidean norm, so a preconditioner needs an infinite radius.
@@ -130,15 +159,16 @@ def truncated_cg(
 def start_cg(b: Vector, precondition: Callable[[Vector], Vector]) -> CGState:
     """The iteration at ``x = 0``."""
     z = precondition(b)
+    rz = _dot(b, z)  # the other scalars are made like it, so that they vary over a mesh where it does
     return CGState(
         x=jnp.zeros_like(b),
         r=b,
         p=z,
-        rz=_dot(b, z),
-        step=jnp.asarray(0, jnp.int32),
-        status=jnp.asarray(Status.RUNNING, jnp.int32),
-        on_boundary=jnp.asarray(False),
-        min_curvature=jnp.asarray(jnp.inf, b.dtype),
+        rz=rz,
+        step=jnp.zeros_like(rz, jnp.int32),
+        status=jnp.full_like(rz, Status.RUNNING, jnp.int32),
+        on_boundary=jnp.zeros_like(rz, bool),
+        min_curvature=jnp.full_like(rz, jnp.inf),
         direction=jnp.zeros_like(b),
     )
 
@@ -204,7 +234,7 @@ def _restarted_cg(
     precondition: Callable[[Vector], Vector],
 ) -> tuple[Vector, CGInfo]:
     """Run CG, compute the residual afresh, and go on from there while that gains at least half of it."""
-    norm_b = jnp.linalg.norm(b)  # 1, or 0, or NaN
+    norm_b = jnp.linalg.norm(b)
     tolerance = jnp.asarray(rtol, b.dtype) * norm_b
 
     def running(carry: _Restart) -> Bool[Array, ""]:
@@ -229,13 +259,6 @@ def _restarted_cg(
     state = state._replace(status=_where_status(finite, state.status, Status.NONFINITE))
     state, residual_norm = jax.lax.while_loop(running, restart, _Restart(state, norm_b))
     return state.x, CGInfo(state.status, state.step, residual_norm, state.min_curvature, state.direction)
-
-
-def norm(vector: Vector) -> Scalar:
-    """The Euclidean norm, safe from overflow and underflow of the squares."""
-    largest = jnp.max(jnp.abs(vector))
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return scale * jnp.linalg.norm(vector / scale)
 
 
 def _dot(a: Vector, b: Vector) -> Scalar:

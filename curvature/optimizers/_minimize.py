@@ -1,6 +1,7 @@
 """One compiled loop that drives any optax transformation to a point where the gradient vanishes, or says why not."""
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from curvature import _checks
 from curvature._types import MinimizeResult, Objective, Status, Tree, ravel
 from curvature.optimizers._newton import newton
-from curvature.optimizers._protocol import SecondOrder, noise_of
+from curvature.optimizers._protocol import DenseSecondOrder, SecondOrder, noise_of
 from curvature.optimizers._trust_region import trust_region
 from curvature.transforms._hessian import linearize_program, trace_objective
 from curvature.transforms._jacobian import gradient_of
@@ -51,6 +52,7 @@ class _Point(NamedTuple):
     value: Float[Array, ""]
     grad: Tree
     grad_norm: Float[Array, ""]
+    noise: Float[Array, ""]
 
 
 class _Loop(NamedTuple):
@@ -82,7 +84,7 @@ def minimize(
     operands. It runs under ``jit`` and under ``vmap``, where each lane stops by itself with a status of its own.
 
     Args:
-        fun: the objective, ``fun(x, *args) -> scalar``.
+        fun: the objective, ``fun(x, *args) -> scalar``; pure, as for ``jit``.
         x0: where to start, any tree of floating arrays.
         args: data for ``fun``: a tuple, or one argument that is not a tuple.
         method: ``"trust-exact"``, ``"trust-region"`` (by conjugate gradients), ``"newton"``, any optax transformation,
@@ -91,8 +93,8 @@ def minimize(
             precision, 3.5e-4 in single.
         rtol: the tolerance relative to the first gradient; with ``gtol=0`` it makes the test independent of scale.
         max_steps: the most steps.
-        hessian: ``hessian(x, *args)`` forms the Hessian, as ``curvature.hessian(fun)`` would, for the methods that use
-            one.
+        hessian: ``hessian(x, *args)`` forms the Hessian, as ``curvature.hessian(fun)`` would, for the methods that form
+            one; then ``fun`` needs no second derivative.
         callback: called on the host with a ``MinimizeStep`` at every iterate, the first and the last included. Not for
             ``vmap``, where it would be called for lanes that have stopped.
 
@@ -103,7 +105,8 @@ def minimize(
     Raises:
         TypeError: when ``fun`` is not callable or not scalar, when a leaf of ``x0`` is not of a real floating dtype, or
             when no composition of modes can differentiate ``fun``.
-        ValueError: when ``x0`` is known to hold NaN or infinity, when the method is unknown, or a number out of range.
+        ValueError: when ``x0`` is known to hold NaN or infinity, when the method is unknown or has no use for
+            ``hessian``, or a number is out of range.
 
     Cost: for each step one linearization of the gradient and what the method adds; the objective is evaluated once
         more for each point the method tries. The optax transformations take a gradient a step, or none where a line
@@ -119,61 +122,93 @@ def minimize(
     """
     _checks.check_callable("minimize", "fun", fun)
     x0 = _checks.check_point("minimize", "x0", x0)
+    _checks.check_entries("minimize", "x0", x0)
     _checks.check_finite("minimize", "x0", x0)
-    args = args if isinstance(args, tuple) else (args,)
+    args = args if type(args) is tuple else (args,)
     _checks.check_data("minimize", args)
-    for name, tolerance in {"gtol": 0.0 if gtol is None else gtol, "rtol": rtol}.items():
+    gtol = _default_gtol(x0) if gtol is None else gtol
+    for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
         _checks.check_nonnegative("minimize", name, tolerance)
     _checks.check_count("minimize", "max_steps", max_steps)
     for name, function in {"hessian": hessian, "callback": callback}.items():
         if function is not None:
             _checks.check_callable("minimize", name, function)
-    transformation = _resolve(method, num_entries(x0))
+    transformation = _resolve(method, x0, hessian is not None)
+    dtype = ravel(x0)[0].dtype
     x0 = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), x0)  # drops weak types
-    return _minimize(fun, x0, args, gtol, rtol, max_steps, transformation, hessian, callback)
+    limits = _Limits(jnp.asarray(gtol, dtype), jnp.asarray(rtol, dtype), jnp.asarray(max_steps, jnp.int32))
+    return _compiled(fun)(x0, args, limits, transformation=transformation, hessian=hessian, callback=callback)
 
 
-def _resolve(method: Method, entries: int) -> optax.GradientTransformationExtraArgs:
+class _Limits(NamedTuple):
+    """Arrays, whatever numbers the user gave, so that other numbers find the same program."""
+
+    gtol: Float[Array, ""]
+    rtol: Float[Array, ""]
+    max_steps: Int[Array, ""]
+
+
+def _default_gtol(x0: Tree) -> float:
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x0)) ** 0.5
+
+
+def _resolve(method: Method, x0: Tree, has_hessian: bool) -> optax.GradientTransformation:
     if isinstance(method, optax.GradientTransformation):
-        return method if isinstance(method, SecondOrder) else optax.with_extra_args_support(method)
-    _checks.check_method("minimize", method, ("auto", *_METHODS))
-    if method == "auto":
-        method = "trust-exact" if entries <= _DENSE_ENTRIES else "trust-region"
-    return _METHODS[method]()
+        transformation = method
+    else:
+        _checks.check_method("minimize", method, ("auto", *_METHODS))
+        small = num_entries(x0) <= _DENSE_ENTRIES
+        automatic = "trust-exact" if has_hessian or small else "trust-region"
+        transformation = _METHODS[automatic if method == "auto" else method]()
+    if has_hessian:
+        _checks.check_hessian_used("minimize", method, isinstance(transformation, DenseSecondOrder))
+    return transformation
 
 
-@functools.partial(jax.jit, static_argnames=("fun", "transformation", "hessian", "callback"))
-def _minimize(
+_PROGRAMS: weakref.WeakKeyDictionary[Objective, Callable[..., MinimizeResult]] = weakref.WeakKeyDictionary()
+
+
+def _compiled(fun: Objective) -> Callable[..., MinimizeResult]:
+    """The compiled loop of an objective, found again as long as the objective lives, and not kept any longer.
+
+    A function that cannot be looked up, such as a callable that holds arrays, is compiled at every call.
+    """
+    static = ("transformation", "hessian", "callback")
+    try:
+        if fun not in _PROGRAMS:
+            _PROGRAMS[fun] = jax.jit(functools.partial(_run_alive, weakref.ref(fun)), static_argnames=static)
+        return _PROGRAMS[fun]
+    except (TypeError, KeyError):  # unhashable, not weakly referable, or a bound method, which lives for one call
+        return jax.jit(functools.partial(_run, fun), static_argnames=static)
+
+
+def _run_alive(reference: Callable[[], Any], *operands: Any, **how: Any) -> MinimizeResult:
+    return _run(reference(), *operands, **how)
+
+
+def _run(
     fun: Objective,
     x0: Tree,
     args: tuple[Any, ...],
-    gtol: Any,
-    rtol: Any,
-    max_steps: Any,
-    transformation: optax.GradientTransformationExtraArgs,
+    limits: _Limits,
+    *,
+    transformation: optax.GradientTransformation,
     hessian: Callable[..., Tree] | None,
     callback: Callable[[MinimizeStep], None] | None,
 ) -> MinimizeResult:
-    """The compiled loop; data and tolerances are operands, so that new ones find the program they need."""
+    """The loop itself; data and limits are operands, so that new ones find the program they need."""
     has_status = isinstance(transformation, SecondOrder)
-    update_fn: Callable[..., tuple[Tree, Any]] = transformation.update
+    update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
 
     def advance(loop: _Loop) -> _Loop:
-        point, extras = _evaluate(fun, args, transformation, hessian, loop)
+        point, extras = _evaluate(fun, args, hessian, loop, has_status)
         if callback is not None:
             jax.debug.callback(callback, MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state))
-        loop = _judge(loop, point, rtol, max_steps, has_status)
+        loop = _judge(loop, point, limits, has_status)
 
         def update(loop: _Loop) -> _Loop:
-            updates, state = update_fn(
-                point.grad,
-                loop.state,
-                loop.x,
-                value=point.value,
-                grad=point.grad,
-                value_fn=lambda x: fun(x, *args),
-                **extras,
-            )
+            value_fn = lambda x: fun(x, *args)  # noqa: E731
+            updates, state = update_fn(point.grad, loop.state, loop.x, grad=point.grad, value_fn=value_fn, **extras)
             status = state.status if has_status else loop.status
             moved = (status == Status.RUNNING).astype(jnp.int32)
             x = optax.apply_updates(loop.x, updates)
@@ -181,22 +216,20 @@ def _minimize(
 
         return jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
 
-    loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, _start(transformation, x0, gtol))
+    start = _start(transformation.init(x0), x0, limits)
+    loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, start)
     return MinimizeResult(loop.best.x, loop.best.value, loop.best.grad, loop.num_steps, loop.status)
 
 
-def _start(transformation: optax.GradientTransformationExtraArgs, x0: Tree, gtol: Any) -> _Loop:
+def _start(state: Any, x0: Tree, limits: _Limits) -> _Loop:
     """The loop before the first evaluation; the tolerance is ``gtol`` until the first gradient is known."""
-    leaves = jax.tree.leaves(x0)
-    dtype = ravel(x0)[0].dtype
-    default = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves) ** 0.5
     zero = jnp.asarray(0, jnp.int32)
-    infinity = jnp.asarray(jnp.inf, dtype)
+    infinity = jnp.full_like(limits.gtol, jnp.inf)
     return _Loop(
         x=x0,
-        state=transformation.init(x0),
-        best=_Point(x0, infinity, jax.tree.map(jnp.zeros_like, x0), infinity),
-        tolerance=jnp.asarray(default if gtol is None else gtol, dtype),
+        state=state,
+        best=_Point(x0, infinity, jax.tree.map(jnp.zeros_like, x0), infinity, infinity),
+        tolerance=limits.gtol,
         num_steps=zero,
         idle_steps=zero,
         status=jnp.asarray(Status.RUNNING, jnp.int32),
@@ -204,58 +237,65 @@ def _start(transformation: optax.GradientTransformationExtraArgs, x0: Tree, gtol
 
 
 def _evaluate(
-    fun: Objective,
-    args: tuple[Any, ...],
-    transformation: optax.GradientTransformationExtraArgs,
-    hessian: Callable[..., Tree] | None,
-    loop: _Loop,
+    fun: Objective, args: tuple[Any, ...], hessian: Callable[..., Tree] | None, loop: _Loop, has_status: bool
 ) -> tuple[_Point, dict[str, Any]]:
     """The objective at the current point, once, and what else the method's update takes."""
     program = trace_objective("minimize", "fun", fun, loop.x, args)
-    dtype = loop.tolerance.dtype
     extras: dict[str, Any] = {}
-    if isinstance(transformation, SecondOrder):
-        value, grad, extras["hvp_fn"], _ = linearize_program(program, choose_composition("minimize", program, "auto"))
-        if hessian is not None:
-            extras["hessian_fn"] = lambda x: hessian(x, *args)
+    if hessian is not None:
+        value, grad = _value_and_grad(program)
+        extras["hessian_fn"] = lambda x: hessian(x, *args)
+    elif has_status:
+        composition = choose_composition("minimize", program, "auto")
+        value, grad, extras["hvp_fn"], _ = linearize_program(program, composition)
     else:
         value, grad = _stored_or_fresh(program, loop)
+    extras["value"] = value = jnp.asarray(value)
+    dtype = loop.tolerance.dtype
     grad_norm = jnp.max(jnp.abs(ravel(grad)[0]))
-    return _Point(loop.x, value.astype(dtype), grad, grad_norm), extras
+    return _Point(loop.x, value.astype(dtype), grad, grad_norm, noise_of(value).astype(dtype)), extras
+
+
+def _value_and_grad(program: Program) -> tuple[Float[Array, ""], Tree]:
+    grad, (value, _) = gradient_of(program, program.x, choose_jacobian("minimize", program, "auto"))
+    return jnp.asarray(value), grad
 
 
 def _stored_or_fresh(program: Program, loop: _Loop) -> tuple[Float[Array, ""], Tree]:
-    """Value and gradient, from the state where a line search has left them, as ``optax.value_and_grad_from_state``."""
+    """Value and gradient, from the state if a line search that comes last has left those of the point it chose.
 
-    def fresh() -> tuple[Float[Array, ""], Tree]:
-        grad, (value, _) = gradient_of(program, program.x, choose_jacobian("minimize", program, "auto"))
-        return value, grad
+    Of one that does not come last they are not: what follows it in the chain changes the step.
+    """
+    last = loop.state
+    while isinstance(last, tuple) and last and not hasattr(last, "_fields"):
+        last = last[-1]
+    value, grad = getattr(last, "value", None), getattr(last, "grad", None)
+    if value is None or jax.tree.structure(grad) != jax.tree.structure(loop.x):
+        return _value_and_grad(program)
+    dtype = program.out.dtype
+    return jax.lax.cond(
+        jnp.isfinite(value), lambda: (jnp.asarray(value, dtype), grad), lambda: _value_and_grad(program)
+    )
 
-    stored = [optax.tree.get_all_with_path(loop.state, name) for name in ("value", "grad")]
-    if any(len(found) != 1 for found in stored):
-        return fresh()
-    value, grad = (found[0][1] for found in stored)
-    return jax.lax.cond(jnp.isfinite(value), lambda: (value.astype(program.out.dtype), grad), fresh)
 
-
-def _judge(loop: _Loop, point: _Point, rtol: Any, max_steps: Any, has_status: bool) -> _Loop:
+def _judge(loop: _Loop, point: _Point, limits: _Limits, has_status: bool) -> _Loop:
     """Update the best point and the status: is it converged, out of steps, stuck, or broken?
 
     Stuck is asked only of methods that descend at every step; others may wander and recover.
     """
     first = loop.best.value == jnp.inf
-    tolerance = loop.tolerance + jnp.where(first, rtol * point.grad_norm, 0)
+    tolerance = loop.tolerance + jnp.where(first, limits.rtol * point.grad_norm, 0)
     finite = jnp.isfinite(point.value) & jnp.isfinite(point.grad_norm)
     converged = finite & (point.grad_norm <= tolerance)
 
-    noise = jnp.where(first, 0, noise_of(loop.best.value))
+    noise = jnp.where(first, 0, loop.best.noise)
     lower = point.value < loop.best.value - noise
     flatter = (point.value <= loop.best.value + noise) & (point.grad_norm < loop.best.grad_norm)
     better = finite & (lower | flatter)
-    best = optax.tree.where(better | converged | first, point, loop.best)
+    best = jax.tree.map(lambda new, old: jnp.where(better | converged | first, new, old), point, loop.best)
     idle_steps = jnp.where(better, 0, loop.idle_steps + 1)
 
-    status = jnp.where(loop.num_steps >= max_steps, Status.MAX_STEPS, Status.RUNNING)
+    status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
     if has_status:
         status = jnp.where(idle_steps >= _PATIENCE, Status.STALLED, status)
     status = jnp.where(finite, status, jnp.where(first, Status.NONFINITE_START, Status.NONFINITE))

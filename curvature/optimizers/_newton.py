@@ -14,11 +14,12 @@ from curvature.optimizers._protocol import (
     Local,
     Scalar,
     SecondOrder,
+    Unevaluated,
     Vector,
-    noise_of,
     second_order,
     shrink_factor,
     trial_status,
+    unevaluated,
 )
 
 _ARMIJO = 1e-4  # N&W (3.4)
@@ -31,15 +32,13 @@ class NewtonState(NamedTuple):
         step_size: the share of the Newton step that the last update took.
         num_trials: the points that it tried.
         status: a ``Status``: running, or why the last update could not move.
-        value, grad: what ``optax.value_and_grad_from_state`` looks for. The value is infinite, which has it evaluate
-            both afresh: the next update needs the linearization there in any case.
+        stored: nothing, for optax.
     """
 
     step_size: Float[Array, ""]
     num_trials: Int[Array, ""]
     status: Int[Array, ""]
-    value: Float[Array, ""]
-    grad: Tree
+    stored: Unevaluated
 
 
 class _Trial(NamedTuple):
@@ -84,7 +83,7 @@ def newton() -> SecondOrder:
 
     References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithms 3.1 and 3.2, section 3.4.
     """
-    return second_order("newton", _init, _step)
+    return second_order("newton", _init, _step, dense=True)
 
 
 def _init(x: Vector, params: Tree) -> NewtonState:
@@ -92,8 +91,7 @@ def _init(x: Vector, params: Tree) -> NewtonState:
         step_size=jnp.asarray(1, x.dtype),
         num_trials=jnp.asarray(0, jnp.int32),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        value=jnp.asarray(jnp.inf, x.dtype),
-        grad=jax.tree.map(jnp.zeros_like, params),
+        stored=unevaluated(x, params),
     )
 
 
@@ -110,7 +108,6 @@ def _step(state: NewtonState, local: Local) -> tuple[Vector, NewtonState]:
 
 def _backtrack(local: Local, direction: Vector, slope: Scalar) -> _Trial:
     """From the full step down to one of sufficient decrease; only the value is evaluated at each trial."""
-    noise = noise_of(local.value)
 
     def running(trial: _Trial) -> Bool[Array, ""]:
         hopeless = jnp.isnan(slope) | (trial.value == -jnp.inf)
@@ -120,8 +117,8 @@ def _backtrack(local: Local, direction: Vector, slope: Scalar) -> _Trial:
         shrunk = trial.step_size * shrink_factor(local.value, trial.step_size * slope, trial.value)
         size = jnp.where(trial.count == 0, trial.step_size, shrunk)
         value = local.value_after(size * direction)
-        accepted = jnp.isfinite(value) & (value <= local.value + _ARMIJO * size * slope + noise)
+        accepted = jnp.isfinite(value) & (value <= local.value + _ARMIJO * size * slope + local.noise)
         return _Trial(size, value, accepted, trial.count + 1)
 
-    start = _Trial(jnp.ones_like(slope), local.value, jnp.asarray(False), jnp.asarray(0, jnp.int32))
+    start = _Trial(jnp.ones_like(slope), local.value, jnp.zeros_like(slope, bool), jnp.zeros_like(slope, jnp.int32))
     return jax.lax.while_loop(running, attempt, start)

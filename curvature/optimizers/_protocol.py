@@ -33,11 +33,32 @@ class SecondOrder(optax.GradientTransformationExtraArgs):
     """
 
 
+class DenseSecondOrder(SecondOrder):
+    """One that forms the Hessian."""
+
+
+class Unevaluated(NamedTuple):
+    """What ``optax.value_and_grad_from_state`` looks for in a state, with nothing in it.
+
+    The value is infinite, which has optax evaluate both afresh: the next update needs the linearization at its point in
+    any case, and under ``jit`` the two evaluations are one.
+    """
+
+    value: Float[Array, ""]
+    grad: Tree
+
+
+def unevaluated(x: Vector, params: Tree) -> Unevaluated:
+    """Nothing stored, in the shapes of what could be."""
+    return Unevaluated(jnp.asarray(jnp.inf, x.dtype), jax.tree.map(jnp.zeros_like, params))
+
+
 class Local(NamedTuple):
     """The objective around the current point, in flat vectors of at least single precision."""
 
     x: Vector
     value: Scalar
+    noise: Scalar  # the change of the value that rounding alone can make
     grad: Vector
     hvp: Callable[[Vector], Vector]
     hessian: Callable[[], Matrix]
@@ -45,7 +66,7 @@ class Local(NamedTuple):
 
 
 def second_order(
-    name: str, init: Callable[[Vector, Tree], Any], step: Callable[[Any, Local], tuple[Vector, Any]]
+    name: str, init: Callable[[Vector, Tree], Any], step: Callable[[Any, Local], tuple[Vector, Any]], *, dense: bool
 ) -> SecondOrder:
     """An optax transformation from ``init(x, params) -> state`` and ``step(state, local) -> (step, state)``."""
 
@@ -74,7 +95,7 @@ def second_order(
         vector, state = step(state, _localize(name, params, value, grad, fun, hvp_fn, hessian_fn))
         return ravel(params)[1](vector), state
 
-    return SecondOrder(init_fn, update_fn)
+    return (DenseSecondOrder if dense else SecondOrder)(init_fn, update_fn)
 
 
 def _localize(
@@ -88,7 +109,11 @@ def _localize(
 ) -> Local:
     """Gather what a step needs; linearizes ``fun`` unless its Hessian products were handed over."""
     x, unravel = ravel(params)
-    product = linearize_grad(fun, params)[2] if hvp_fn is None else hvp_fn
+    if hvp_fn is None and hessian_fn is None:
+        hvp_fn = linearize_grad(fun, params)[2]
+
+    def product(v: Tree) -> Tree:
+        return _checks.require_extra(name, "hvp_fn", hvp_fn)(v)
 
     def hessian() -> Matrix:
         if hessian_fn is None:
@@ -98,13 +123,15 @@ def _localize(
             matrix = jnp.concatenate([_rows(row, leaf.size, x.dtype) for row, leaf in blocks])
         return (matrix + matrix.T) / 2
 
+    value = jnp.asarray(value)
     return Local(
         x=x,
-        value=jnp.asarray(value),
+        value=value.astype(x.dtype),
+        noise=noise_of(value).astype(x.dtype),
         grad=ravel(grad)[0],
         hvp=lambda v: ravel(product(unravel(v)))[0],
         hessian=hessian,
-        value_after=lambda step: fun(unravel(x + step)),
+        value_after=lambda step: jnp.asarray(fun(unravel(x + step)), x.dtype),
     )
 
 

@@ -10,18 +10,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import Status, Tree
-from curvature.linalg._dense import RegionStep, factor_model, solve_region
-from curvature.linalg._krylov import norm, truncated_cg
+from curvature.linalg._dense import RegionStep, factor_model, norm, solve_region
+from curvature.linalg._krylov import truncated_cg
 from curvature.optimizers._protocol import (
     MAX_TRIALS,
     Local,
     Scalar,
     SecondOrder,
+    Unevaluated,
     Vector,
-    noise_of,
     second_order,
     shrink_factor,
     trial_status,
+    unevaluated,
 )
 
 Subproblem = Literal["exact", "cg"]
@@ -41,8 +42,7 @@ class TrustRegionState(NamedTuple):
         num_inner_steps: the conjugate gradient steps of the last update; 0 for the exact subproblem.
         grad_norm: the norm of the first gradient, by which the inner tolerance is measured.
         status: a ``Status``: running, or why the last update could not move.
-        value, grad: what ``optax.value_and_grad_from_state`` looks for. The value is infinite, which has it evaluate
-            both afresh: the next update needs the linearization there in any case.
+        stored: nothing, for optax.
     """
 
     radius: Float[Array, ""]
@@ -50,8 +50,7 @@ class TrustRegionState(NamedTuple):
     num_inner_steps: Int[Array, ""]
     grad_norm: Float[Array, ""]
     status: Int[Array, ""]
-    value: Float[Array, ""]
-    grad: Tree
+    stored: Unevaluated
 
 
 class _Trial(NamedTuple):
@@ -70,11 +69,10 @@ class _Trial(NamedTuple):
 Solver = Callable[[Scalar], tuple[RegionStep, Int[Array, ""]]]
 
 
-@functools.lru_cache(maxsize=64)  # the same settings are the same object, so that a compiled solve is found again
 def trust_region(
     subproblem: Subproblem = "cg",
     *,
-    initial_radius: float | None = None,
+    initial_radius: float | Array | None = None,
     max_inner_steps: int | None = None,
 ) -> SecondOrder:
     """Newton's method in a trust region: an optax transformation for smooth objectives, convex or not.
@@ -125,7 +123,12 @@ def trust_region(
         _checks.check_positive("trust_region", "initial_radius", initial_radius)
     if max_inner_steps is not None:
         _checks.check_count("trust_region", "max_inner_steps", max_inner_steps, least=1)
+    if isinstance(initial_radius, jax.Array):
+        return _build(subproblem, initial_radius, max_inner_steps)
+    return _build_once(subproblem, initial_radius, max_inner_steps)
 
+
+def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inner_steps: int | None) -> SecondOrder:
     def init(x: Vector, params: Tree) -> TrustRegionState:
         radius = jnp.maximum(1, norm(x)) if initial_radius is None else jnp.asarray(initial_radius, x.dtype)
         zero = jnp.asarray(0, jnp.int32)
@@ -135,25 +138,28 @@ def trust_region(
             num_inner_steps=zero,
             grad_norm=jnp.asarray(0, x.dtype),
             status=jnp.asarray(Status.RUNNING, jnp.int32),
-            value=jnp.asarray(jnp.inf, x.dtype),
-            grad=jax.tree.map(jnp.zeros_like, params),
+            stored=unevaluated(x, params),
         )
 
     def step(state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
         size = norm(local.grad)
-        first = jnp.where(state.grad_norm > 0, state.grad_norm, size)
+        usable = jnp.isfinite(size) & (size > 0)
+        first = jnp.where((state.grad_norm > 0) | ~usable, state.grad_norm, size)
         solver = _exact(local) if subproblem == "exact" else _steihaug(local, size, first, max_inner_steps)
         last = _search_radius(local, solver, state.radius)
         accepted = last.ratio >= _ACCEPT
         return jnp.where(accepted, last.step, 0), state._replace(
-            radius=_next_radius(last),
+            radius=jnp.where(accepted, _next_radius(last), _POOR * state.radius),
             num_trials=last.count,
             num_inner_steps=last.inner_steps,
             grad_norm=first,
             status=trial_status(accepted, last.value, last.predicted),
         )
 
-    return second_order("trust_region", init, step)
+    return second_order("trust_region", init, step, dense=subproblem == "exact")
+
+
+_build_once = functools.lru_cache(maxsize=64)(_build)  # so that equal settings find the compiled solve again
 
 
 def _exact(local: Local) -> Solver:
@@ -164,22 +170,26 @@ def _exact(local: Local) -> Solver:
 
 def _steihaug(local: Local, size: Scalar, first: Scalar, max_inner_steps: int | None) -> Solver:
     """Conjugate gradients to a residual that falls with the gradient, so that the steps converge superlinearly."""
-    forcing = jnp.minimum(_FORCING, jnp.sqrt(size / first))
+    forcing = jnp.minimum(_FORCING, jnp.sqrt(size / jnp.where(first > 0, first, 1)))
     limit = jnp.asarray(2 * local.x.size + 10 if max_inner_steps is None else max_inner_steps, jnp.int32)
-    unit = -local.grad / size
+    exponent = jnp.frexp(size)[1]
+    unit = jnp.ldexp(-local.grad, -exponent)  # an exact scaling, within which no square leaves the range
+    tolerance = forcing * jnp.ldexp(size, -exponent)
 
     def solve(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
-        state = truncated_cg(local.hvp, unit, tolerance=forcing, max_steps=limit, radius=radius / size)
+        scaled = jnp.ldexp(radius, -exponent)
+        state = truncated_cg(local.hvp, unit, tolerance=tolerance, max_steps=limit, radius=scaled)
         predicted = jnp.vdot(state.x, state.r + unit, precision="highest") / 2  # H x = unit - r
-        predicted = jnp.where(state.status == Status.NONFINITE, jnp.nan, size * (size * predicted))
-        return RegionStep(size * state.x, predicted, state.on_boundary), state.step
+        predicted = jnp.ldexp(jnp.ldexp(predicted, exponent), exponent)
+        predicted = jnp.where(state.status == Status.NONFINITE, jnp.nan, predicted)
+        return RegionStep(jnp.ldexp(state.x, exponent), predicted, state.on_boundary), state.step
 
     return solve
 
 
 def _search_radius(local: Local, solver: Solver, radius: Scalar) -> _Trial:
     """Shrink the region until the model's step is accepted; only the value is evaluated at each trial."""
-    noise = noise_of(local.value)
+    noise = local.noise + jnp.finfo(local.noise.dtype).tiny
 
     def running(trial: _Trial) -> Bool[Array, ""]:
         hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
@@ -193,16 +203,18 @@ def _search_radius(local: Local, solver: Solver, radius: Scalar) -> _Trial:
         value = local.value_after(step)
         ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
         ratio = jnp.where(jnp.isfinite(value), ratio, -jnp.inf).astype(radius.dtype)
-        return _Trial(
-            radius, step, value, predicted, on_boundary, ratio, trial.count + 1, trial.inner_steps + inner_steps
-        )
+        inner_steps += trial.inner_steps
+        return _Trial(radius, step, value, predicted, on_boundary, ratio, trial.count + 1, inner_steps)
 
-    zero, count = jnp.zeros_like(radius), jnp.asarray(0, jnp.int32)
-    start = _Trial(radius, jnp.zeros_like(local.x), local.value, zero, jnp.asarray(False), zero, count, count)
+    zero, none = jnp.zeros_like(local.grad[0]), jnp.zeros_like(local.grad[0], jnp.int32)
+    start = _Trial(
+        radius + zero, jnp.zeros_like(local.grad), local.value, zero, jnp.zeros_like(zero, bool), zero, none, none
+    )
     return jax.lax.while_loop(running, attempt, start)
 
 
 def _next_radius(last: _Trial) -> Scalar:
     length = norm(last.step)
     grown = jnp.where((last.ratio > _GOOD) & last.on_boundary, _GROWTH * last.radius, last.radius)
+    grown = jnp.minimum(grown, jnp.finfo(grown.dtype).max / 8)
     return jnp.where(last.ratio < _POOR, _POOR * length, grown)

@@ -1,7 +1,7 @@
 """Hessians and their products with vectors."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 
@@ -83,7 +83,7 @@ def linearize_grad(f: Objective, x: Tree, *args: Any, has_aux: bool = False, mod
 
 def hessian(
     f: Callable[..., Any],
-    argnums: int | Sequence[int] = 0,
+    argnums: SupportsIndex | Sequence[int] = 0,
     has_aux: bool = False,
     *,
     mode: HessianMode = "auto",

@@ -1,7 +1,7 @@
 """Jacobians by forward or reverse mode in bounded memory, and the chunked map that they are built on."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +45,12 @@ def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, chunk_si
     in_axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes
 
     def mapped(*args: Any, **kwargs: Any) -> Any:
-        lanes, axes = _checks.check_lanes("vmap", in_axes, args, kwargs)
+        lanes = _checks.check_lanes("vmap", in_axes, args, kwargs)
 
         def call(operands: Any) -> Any:
             return f(*operands[0], **operands[1])
 
-        return _map_chunks("vmap", call, (args, kwargs), axes, out_axes, lanes, chunk_size)
+        return _map_chunks("vmap", call, (args, kwargs), (in_axes, 0), out_axes, lanes, chunk_size)
 
     return mapped
 
@@ -64,21 +64,26 @@ def _map_chunks(
     lanes: int,
     chunk_size: ChunkSize,
 ) -> Any:
-    """Map ``call`` over the axes of ``operands``, a chunk at a time; ``axes`` is a tree like ``operands``."""
+    """Map ``call`` over the axes of ``operands``, a chunk at a time; ``axes`` is a prefix of ``operands``."""
+    in_axes = _checks.check_prefix(function, "in_axes", axes, operands)
 
     def take(start: Any, size: int) -> Any:
-        return _on_mapped(lambda leaf, axis: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis), operands, axes)
+        return _on_mapped(lambda leaf, axis: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis), operands, in_axes)
 
-    one = _on_mapped(lambda leaf, axis: jax.lax.index_in_dim(leaf, 0, axis, keepdims=False), operands, axes)
+    def one() -> Any:
+        return _on_mapped(lambda leaf, axis: jax.lax.index_in_dim(leaf, 0, axis, keepdims=False), operands, in_axes)
+
     chunks = _modes.num_chunks(lanes, chunk_size, call, one)
     if chunks == 1:
         return jax.vmap(call, (axes,), out_axes)(operands)
     size = -(-lanes // chunks)
-    firsts = jax.tree.map(lambda axis: None if axis is None else 0, out_axes, is_leaf=_is_none)
+    firsts = jax.tree.map(lambda axis: None if axis is None else 0, out_axes, is_leaf=_checks.is_none)
     stacked = jax.lax.map(lambda start: jax.vmap(call, (axes,), firsts)(take(start, size)), jnp.arange(chunks) * size)
-    out_axes = _checks.check_prefix(function, "out_axes", out_axes, stacked)
     return _on_mapped(
-        lambda leaf, axis: jnp.moveaxis(_join(leaf, lanes), 0, axis), stacked, out_axes, otherwise=lambda leaf: leaf[0]
+        lambda leaf, axis: jnp.moveaxis(_join(leaf, lanes), 0, axis),
+        stacked,
+        _checks.check_prefix(function, "out_axes", out_axes, stacked),
+        otherwise=lambda leaf: leaf[0],
     )
 
 
@@ -88,26 +93,19 @@ def _join(stacked: Array, lanes: int) -> Array:
     repeated = chunks * size - lanes
     if not repeated:
         return stacked.reshape(lanes, *shape)
-    return jnp.concatenate([stacked[:-1].reshape(-1, *shape), stacked[-1, repeated:]])
+    return jnp.concatenate([stacked[:-1].reshape((chunks - 1) * size, *shape), stacked[-1, repeated:]])
 
 
 def _on_mapped(
     fun: Callable[[Any, int], Any], tree: Any, axes: Any, otherwise: Callable[[Any], Any] = lambda leaf: leaf
 ) -> Any:
-    """``fun(leaf, axis)`` on the leaves that have an axis, ``otherwise(leaf)`` on those whose axis is None."""
-    flat_axes = jax.tree.leaves(axes, is_leaf=_is_none)
-    leaves, structure = jax.tree.flatten(tree)
-    pairs = zip(leaves, flat_axes, strict=True)
-    return structure.unflatten([otherwise(leaf) if axis is None else fun(leaf, axis) for leaf, axis in pairs])
-
-
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
+    """``fun(leaf, axis)`` on the leaves that have an axis, ``otherwise(leaf)`` on those that are not mapped."""
+    return jax.tree.map(lambda leaf, axis: otherwise(leaf) if axis is _checks.UNMAPPED else fun(leaf, axis), tree, axes)
 
 
 def jacobian(
     f: Callable[..., Any],
-    argnums: int | Sequence[int] = 0,
+    argnums: SupportsIndex | Sequence[int] = 0,
     has_aux: bool = False,
     *,
     mode: JacobianMode = "auto",
@@ -163,12 +161,12 @@ def jacobian(
 
 
 def bind_argnums(
-    function: str, f: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, args: Any, kwargs: Any
+    function: str, f: Callable[..., Any], argnums: SupportsIndex | Sequence[int], has_aux: bool, args: Any, kwargs: Any
 ) -> tuple[Callable[[Tree], tuple[Any, Any]], Tree]:
     """``f`` as a function of the tree of the chosen arguments that returns ``(out, aux)``, and that tree."""
     _checks.check_argnums(function, argnums, len(args))
-    many = not isinstance(argnums, int)
-    positions = [int(i) % len(args) for i in (argnums if many else (argnums,))]
+    many = isinstance(argnums, Sequence)
+    positions = [int(i) % len(args) for i in (argnums if isinstance(argnums, Sequence) else (argnums,))]
     points = tuple(_checks.check_point(function, f"argument {i}", args[i]) for i in positions)
 
     def fun(x: Tree) -> tuple[Any, Any]:
@@ -213,6 +211,8 @@ def gradient_of(program: _modes.Program, x: Tree, mode: str) -> tuple[Any, tuple
 def map_basis(product: Callable[[Tree], Tree], like: Tree, chunk_size: ChunkSize) -> Tree:
     """``product`` of every vector of the standard basis of trees shaped like ``like``, along a new leading axis."""
     lanes = _modes.num_entries(like)
+    if lanes == 1:  # no axis to map: spare the product a batch of one
+        return jax.tree.map(lambda leaf: leaf[None], product(jax.tree.map(jnp.ones_like, like)))
     return _map_chunks(
         "jacobian", lambda i: product(_basis_vector(like, i)), jnp.arange(lanes), 0, 0, lanes, chunk_size
     )
@@ -224,7 +224,7 @@ def _basis_vector(like: Tree, i: Int[Array, ""]) -> Tree:
     vectors, start = [], 0
     for leaf in leaves:
         entries = jnp.arange(start, start + leaf.size).reshape(leaf.shape)
-        vectors.append((entries == i).astype(leaf.dtype))
+        vectors.append(jnp.where(entries == i, jnp.ones_like(leaf), jnp.zeros_like(leaf)))
         start += leaf.size
     return structure.unflatten(vectors)
 

@@ -151,14 +151,14 @@ _LEAST_CHUNK = 8  # below this the matrix products of a chunk are too thin to be
 _MEMORY_SHARE = 8  # on an accelerator a chunk may take one part in eight of the memory
 
 
-def num_chunks(lanes: int, chunk_size: ChunkSize, lane: Callable[..., Any], *one_lane: Any) -> int:
-    """Into how many equal chunks to cut ``lanes`` lanes, where one lane is ``lane(*one_lane)``."""
+def num_chunks(lanes: int, chunk_size: ChunkSize, call: Callable[[Any], Any], one_lane: Callable[[], Any]) -> int:
+    """Into how many equal chunks to cut ``lanes`` lanes, where one lane is ``call(one_lane())``."""
     if chunk_size is None or lanes <= 1:
         return 1
     if chunk_size == "auto":
         if lanes <= _LEAST_CHUNK:
             return 1
-        chunk_size = _auto_chunk(_equation_bytes(jax.make_jaxpr(lane)(*one_lane).jaxpr))
+        chunk_size = _auto_chunk(_equation_bytes(jax.make_jaxpr(call)(one_lane()).jaxpr))
     return math.ceil(lanes / chunk_size)
 
 

@@ -80,7 +80,7 @@ def test_an_unreachable_tolerance_is_no_success():
 
 
 def test_nan_ends_the_solve_at_a_finite_point():
-    x, info = curvature.cg(lambda v: jnp.where(v > 0.5, jnp.nan, v), jnp.array([1.0, 0.1]))
+    x, info = curvature.cg(lambda v: jnp.where(v > 0.3, jnp.nan, v), jnp.array([1.0, 0.1]))
     assert info.status == Status.NONFINITE
     assert jnp.all(jnp.isfinite(x))
     _, info = curvature.cg(lambda v: v, jnp.array([jnp.nan]))
@@ -134,3 +134,20 @@ def test_no_retrace_at_a_new_right_hand_side():
     for k in range(3):
         solve(jnp.full(4, float(k + 1)))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("scale", "size"), [(1e-30, 1e20), (1e30, 1e-20)], ids=["the solution overflows", "the solution underflows"]
+)
+def test_a_solution_out_of_range_is_no_success(scale, size):
+    b = jnp.asarray(size * np.arange(1.0, 4.0), jnp.float32)
+    scale = jnp.float32(scale)
+    _, info = curvature.cg(lambda v: scale * v, b)
+    assert info.status != Status.CONVERGED
+
+
+def test_the_scale_of_the_preconditioner_and_a_huge_right_hand_side_do_no_harm():
+    b = jnp.asarray(1e38 * np.array([1.0, 2.0, 3.0]), jnp.float32)
+    x, info = curvature.cg(lambda v: 3 * v, b, preconditioner=lambda r: jnp.float32(1e-30) * r)
+    assert info.status == Status.CONVERGED
+    assert_close(x, b / 3, jnp.float32)

@@ -1,5 +1,9 @@
 """minimize: right minimizers, true statuses, counted evaluations, under jit and vmap, by any optax method."""
 
+import gc
+import weakref
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +89,7 @@ def test_one_linearization_a_step_and_no_hessian_at_a_rejected_point(method):
     trials = []
     start = jnp.array([-1.2, 1.0])
     result = curvature.minimize(
-        observed, start, method=method, hessian=observed_hessian,
+        observed, start, method=method, hessian=None if method == "trust-region" else observed_hessian,
         callback=lambda step: trials.append(int(step.state.num_trials)),
     )  # fmt: skip
     jax.block_until_ready(result)
@@ -271,3 +275,103 @@ def test_digits_agree_with_scikit_learn():
     peer.fit(images, labels)
     theirs = loss({"weights": jnp.asarray(peer.coef_.T), "bias": jnp.asarray(peer.intercept_)}, *data)
     np.testing.assert_allclose(result.value, theirs, rtol=1e-8)
+
+
+@pytest.mark.parametrize("last", [optax.scale(0.5), optax.clip_by_global_norm(0.5)], ids=["scale", "clip"])
+def test_what_a_line_search_stored_counts_only_where_it_comes_last(last):
+    fun = lambda x: jnp.sum((x - 3) ** 2)  # noqa: E731
+    with jax.numpy_dtype_promotion("standard"):  # which optax needs
+        method = optax.chain(optax.lbfgs(), last)
+        result = curvature.minimize(fun, jnp.array([-1.2, 1.0]), method=method, gtol=1e-6, max_steps=10)
+    assert_close(result.value, fun(result.x), roundings=1e4)
+    assert_close(result.grad, 2 * (result.x - 3), roundings=1e4)
+    assert result.success == (jnp.max(jnp.abs(result.grad)) <= 1e-6)
+
+
+@methods
+def test_the_objective_may_differ_from_its_point_in_precision(method):
+    data = jnp.arange(1.0, 4.0)
+    mixed = lambda x, d: jnp.sum((x.astype(d.dtype) - d) ** 2)  # noqa: E731
+    for x0, target in (
+        (jnp.zeros(3, jnp.float32), data),
+        (jnp.zeros(3), data.astype(jnp.float32)),
+        (jnp.zeros(3, jnp.bfloat16), data.astype(jnp.bfloat16)),
+    ):
+        result = curvature.minimize(mixed, x0, (target,), method=method)
+        assert result.success
+        assert result.x.dtype == x0.dtype
+        np.testing.assert_allclose(np.asarray(result.x, float), data, atol=0.05)
+
+
+@methods
+def test_limits_of_any_type_find_the_same_program(method):
+    traces = []
+
+    def traced(x):
+        traces.append(1)
+        return rosenbrock(x)
+
+    x0 = jnp.zeros(2, jnp.float32)
+    curvature.minimize(traced, x0, method=method)
+    count = len(traces)
+    for rtol in (0, 1e-3, np.float32(1e-3), np.float64(1e-3), jnp.float32(1e-3)):
+        curvature.minimize(traced, x0, method=method, gtol=1e-3, rtol=rtol, max_steps=jnp.int32(50))
+    assert len(traces) == count
+
+
+def test_an_objective_is_not_kept_alive_nor_answered_from_an_older_state():
+    class Model:
+        shift = 1.0
+
+        def loss(self, x):
+            return jnp.sum((x - self.shift) ** 2)
+
+    model = Model()
+    assert_close(curvature.minimize(model.loss, jnp.zeros(2)).x, jnp.ones(2), roundings=1e6)
+    model.shift = 5.0
+    assert_close(curvature.minimize(model.loss, jnp.zeros(2)).x, jnp.full(2, 5.0), roundings=1e6)
+
+    def closure(x):
+        return model.loss(x)
+
+    curvature.minimize(closure, jnp.zeros(2))
+    reference = weakref.ref(closure)
+    del closure
+    gc.collect()
+    assert reference() is None
+
+
+def test_closing_over_tracers_leaks_nothing():
+    targets = jnp.arange(6.0).reshape(3, 2)
+    with jax.checking_leaks():
+        solve = jax.vmap(lambda a: curvature.minimize(lambda x: jnp.sum((x - a) ** 2), jnp.zeros(2)))
+        assert_close(solve(targets).x, targets, roundings=1e6)
+
+
+def test_a_given_hessian_frees_the_objective_from_second_derivatives():
+    @jax.custom_vjp
+    def opaque(x):
+        return jax.pure_callback(lambda x: np.sum((np.asarray(x) - 1) ** 2), jax.ShapeDtypeStruct((), x.dtype), x)
+
+    opaque.defvjp(lambda x: (opaque(x), x), lambda x, ct: (ct * 2 * (x - 1),))
+    for method in ("newton", "trust-exact", "auto"):
+        result = curvature.minimize(opaque, jnp.zeros(2), method=method, hessian=lambda x: 2 * jnp.eye(2))
+        assert result.success
+        assert_close(result.x, jnp.ones(2), roundings=1e6)
+
+
+def test_a_named_tuple_is_one_argument():
+    class Batch(NamedTuple):
+        inputs: jax.Array
+        targets: jax.Array
+
+    batch = Batch(jnp.eye(2), jnp.array([1.0, 2.0]))
+    result = curvature.minimize(lambda w, b: jnp.sum((b.inputs @ w - b.targets) ** 2), jnp.zeros(2), batch)
+    assert_close(result.x, batch.targets, roundings=1e6)
+
+
+@pytest.mark.parametrize("method", ["trust-exact", "trust-region"])
+def test_a_linear_objective_falls_to_minus_infinity(method, dtype):
+    result = curvature.minimize(lambda x: jnp.sum(x), jnp.ones(3, dtype), method=method)
+    assert result.status == Status.UNBOUNDED
+    assert jnp.isfinite(result.value)

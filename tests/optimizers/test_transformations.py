@@ -97,3 +97,29 @@ def test_one_newton_step_solves_a_quadratic(name):
     value, grad = jax.value_and_grad(quadratic)(params)
     step, _ = solver.update(grad, solver.init(params), params, value=value, grad=grad, value_fn=quadratic)
     assert_close(params + step, jnp.linalg.solve(matrix, jnp.ones(2)))
+
+
+@pytest.mark.parametrize("subproblem", ["cg", "exact"])
+@pytest.mark.parametrize("bad", [0.0, jnp.nan])
+def test_one_bad_gradient_does_not_poison_the_state(subproblem, bad):
+    quadratic = lambda x: jnp.sum((x - 1) ** 2)  # noqa: E731
+    solver = curvature.trust_region(subproblem)
+    params = jnp.zeros(2)
+    state = solver.init(params)
+    value, grad = jax.value_and_grad(quadratic)(params)
+    step, state = solver.update(bad * grad, state, params, value=value, value_fn=quadratic)
+    assert jnp.all(jnp.isfinite(step))
+    assert jnp.isfinite(state.radius)
+    for _ in range(6):
+        value, grad = jax.value_and_grad(quadratic)(params)
+        step, state = solver.update(grad, state, params, value=value, value_fn=quadratic)
+        params = params + step
+    assert_close(params, jnp.ones(2), roundings=1e4)
+
+
+def test_the_radius_may_be_an_array():
+    solver = curvature.trust_region(initial_radius=jnp.asarray(0.25))
+    assert solver.init(jnp.zeros(3)).radius == 0.25
+    with jax.numpy_dtype_promotion("standard"):  # which optax needs
+        injected = optax.inject_hyperparams(curvature.trust_region)(initial_radius=0.5)
+        assert injected.init(jnp.zeros(3)).inner_state.radius == 0.5

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import curvature
@@ -98,3 +99,25 @@ def test_vmap_memory_is_bounded_by_the_chunk():
         return mapped.lower(xs).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes("auto") < temporary_bytes(None) / 8
+
+
+def test_none_leaves_pass_through_chunks():
+    x = {"a": jnp.arange(1.0, 8.0), "b": None}
+    fun = lambda x: jnp.sum(x["a"] ** 3)  # noqa: E731
+    assert_trees_close(curvature.hessian(fun, chunk_size=2)(x), jax.hessian(fun)(x))
+    assert_trees_close(curvature.jacobian(fun, mode="rev", chunk_size=2)(x), jax.grad(fun)(x))
+    data = {"w": jnp.asarray(3.0), "n": None}
+    got = curvature.vmap(lambda a, b: (a * b["w"], None), (0, None), chunk_size=2)(jnp.arange(5.0), data)
+    assert_trees_close(got, (3 * jnp.arange(5.0), None))
+
+
+def test_zero_sizes_are_as_in_jax():
+    empty, full = jnp.zeros((0,)), jnp.ones(3)
+    assert curvature.jacobian(lambda x: jnp.outer(full, x))(empty).shape == (3, 0, 0)
+    assert curvature.jacobian(lambda x: x[:0])(full).shape == (0, 3)
+    assert curvature.vmap(jnp.sin)(empty).shape == (0,)
+    assert curvature.vmap(lambda x: jnp.zeros((0,)) * x, chunk_size=2)(jnp.arange(5.0)).shape == (5, 0)
+
+
+def test_argnums_may_be_numpy_integers():
+    assert_close(curvature.hessian(lambda x: jnp.sum(x**3), np.int64(0))(jnp.ones(2)), 6 * jnp.eye(2))

@@ -1,0 +1,93 @@
+"""The same calls on a mesh of eight virtual devices, inside shard_map with its default checks and on sharded data.
+
+Run by ``test_many_devices.py`` in a process of its own: so many devices slow every other test down.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import curvature
+from tests.oracles import assert_close
+
+P = PartitionSpec
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+@pytest.fixture
+def inputs():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)))
+
+
+def loss(x, inputs):
+    return jnp.sum(jnp.sin(inputs @ x) ** 2) + jnp.sum(x**2)
+
+
+X = np.array([0.3, -0.2, 0.5])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_each_device_forms_the_hessian_of_its_own_shard(mesh, inputs, chunk_size):
+    def of_shard(inputs):
+        x = jax.lax.pcast(jnp.asarray(X), "data", to="varying")
+        return curvature.hessian(loss, chunk_size=chunk_size)(x, inputs)[None]
+
+    got = jax.jit(jax.shard_map(of_shard, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(inputs)
+    want = jax.vmap(jax.hessian(loss), (None, 0))(X, inputs.reshape(8, 2, 3))
+    assert_close(got, want)
+
+
+def test_by_a_replicated_point_the_hessian_is_jaxs(mesh, inputs):
+    """JAX sums a derivative by what all devices share; so do we."""
+
+    def both(inputs):
+        return curvature.hessian(loss, chunk_size=2)(X, inputs), jax.hessian(loss)(X, inputs)
+
+    got, want = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=P("data"), out_specs=P()))(inputs)
+    assert_close(got, want)
+
+
+def test_each_device_solves_with_its_own_operator(mesh, inputs):
+    def of_shard(inputs):
+        x, info = curvature.cg(lambda v: inputs.T @ (inputs @ v) + v, inputs[0], rtol=1e-10)
+        return x[None], info.status[None]
+
+    specs = {"mesh": mesh, "in_specs": P("data"), "out_specs": P("data")}
+    x, status = jax.jit(jax.shard_map(of_shard, **specs))(inputs)
+    shards = inputs.reshape(8, 2, 3)
+    want = jax.vmap(lambda a: jnp.linalg.solve(a.T @ a + jnp.eye(3), a[0]))(shards)
+    assert jnp.all(status == curvature.Status.CONVERGED)
+    assert_close(x, want, roundings=1e6)
+
+
+def test_a_summed_loss_is_minimized_on_all_devices_together(mesh, inputs):
+    def whole(inputs):
+        def summed(x, inputs):
+            return jax.lax.psum(jnp.sum(jnp.sin(inputs @ x) ** 2), "data") + jnp.sum((x - 1) ** 2)
+
+        return curvature.minimize(summed, X, (inputs,), method="trust-region").x
+
+    got = jax.jit(jax.shard_map(whole, mesh=mesh, in_specs=P("data"), out_specs=P()))(inputs)
+    one = curvature.minimize(lambda x, a: jnp.sum(jnp.sin(a @ x) ** 2) + jnp.sum((x - 1) ** 2), X, (inputs,))
+    assert_close(got, one.x, roundings=1e8)
+
+
+def test_sharded_data_gives_what_one_device_gives(mesh, inputs):
+    sharded = jax.device_put(inputs, NamedSharding(mesh, P("data")))
+    v = jnp.ones(3)
+    product = jax.jit(lambda x, v, a: curvature.hvp(loss, x, v, a))
+    assert_close(product(X, v, sharded), product(X, v, inputs))
+    assert_close(jax.jit(curvature.hessian(loss))(X, sharded), jax.hessian(loss)(X, inputs))
+    assert_close(curvature.minimize(loss, X, (sharded,)).x, curvature.minimize(loss, X, (inputs,)).x, roundings=1e8)
+
+
+def test_pmap_composes(inputs):
+    got = jax.pmap(lambda a: curvature.hvp(loss, jnp.asarray(X), jnp.ones(3), a))(inputs.reshape(8, 2, 3))
+    want = jax.vmap(lambda a: jax.hessian(loss)(X, a) @ jnp.ones(3))(inputs.reshape(8, 2, 3))
+    assert_close(got, want)
