@@ -165,20 +165,22 @@ def _resolve(method: Method, x0: Tree, has_hessian: bool) -> optax.GradientTrans
     return transformation
 
 
+# A cache and nothing else: it is never read but for the very function that put its program there.
 _PROGRAMS: weakref.WeakKeyDictionary[Objective, Callable[..., MinimizeResult]] = weakref.WeakKeyDictionary()
 
 
 def _compiled(fun: Objective) -> Callable[..., MinimizeResult]:
     """The compiled loop of an objective, found again as long as the objective lives, and not kept any longer.
 
-    A function that cannot be looked up, such as a callable that holds arrays, is compiled at every call.
+    What cannot be looked up, a bound method (made anew at each mention) or a callable that holds arrays, is compiled at
+    every call.
     """
     static = ("transformation", "hessian", "callback")
     try:
         if fun not in _PROGRAMS:
             _PROGRAMS[fun] = jax.jit(functools.partial(_run_alive, weakref.ref(fun)), static_argnames=static)
         return _PROGRAMS[fun]
-    except (TypeError, KeyError):  # unhashable, not weakly referable, or a bound method, which lives for one call
+    except TypeError:  # not hashable, or not weakly referable
         return jax.jit(functools.partial(_run, fun), static_argnames=static)
 
 

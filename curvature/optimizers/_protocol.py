@@ -40,8 +40,8 @@ class DenseSecondOrder(SecondOrder):
 class Unevaluated(NamedTuple):
     """What ``optax.value_and_grad_from_state`` looks for in a state, with nothing in it.
 
-    The value is infinite, which has optax evaluate both afresh: the next update needs the linearization at its point in
-    any case, and under ``jit`` the two evaluations are one.
+    The value is infinite, which has optax evaluate both afresh: the gradient at the new point comes with the
+    linearization that the next update makes there, so an update has none to leave behind.
     """
 
     value: Float[Array, ""]
