@@ -202,6 +202,9 @@ def _run(
     has_status = isinstance(transformation, SecondOrder)
     update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
 
+    def value_fn(x: Tree) -> Any:
+        return fun(x, *args)
+
     def advance(loop: _Loop) -> _Loop:
         point, extras = _evaluate(fun, args, hessian, loop, has_status)
         if callback is not None:
@@ -209,7 +212,6 @@ def _run(
         loop = _judge(loop, point, limits, has_status)
 
         def update(loop: _Loop) -> _Loop:
-            value_fn = lambda x: fun(x, *args)  # noqa: E731
             updates, state = update_fn(point.grad, loop.state, loop.x, grad=point.grad, value_fn=value_fn, **extras)
             status = state.status if has_status else loop.status
             moved = (status == Status.RUNNING).astype(jnp.int32)

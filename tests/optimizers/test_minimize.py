@@ -139,7 +139,7 @@ def test_a_single_argument_need_not_be_a_tuple():
 )
 def test_any_optax_transformation_is_driven(method, max_steps):
     x0 = {"a": jnp.array([-1.2]), "b": jnp.asarray(1.0)}
-    fun = lambda x: rosenbrock(jnp.stack([x["a"][0], x["b"]]))  # noqa: E731
+    fun = lambda x: rosenbrock(jnp.stack([x["a"][0], x["b"]]))
     with jax.numpy_dtype_promotion("standard"):  # which optax needs
         result = curvature.minimize(fun, x0, method=method, gtol=1e-5, max_steps=max_steps)
     assert result.success
@@ -156,7 +156,7 @@ def test_rules_of_status():
     def status(fun, x0, **options):
         return Status(int(curvature.minimize(fun, jnp.asarray(x0), **options).status))
 
-    quadratic = lambda x: jnp.sum((x - 1) ** 2)  # noqa: E731
+    quadratic = lambda x: jnp.sum((x - 1) ** 2)
     assert status(quadratic, [1.0, 1.0]) == Status.CONVERGED
     assert status(lambda x: 0 * jnp.sum(x) + 3, [1.0, 2.0]) == Status.CONVERGED
     assert status(quadratic, [3.0], max_steps=0) == Status.MAX_STEPS
@@ -191,7 +191,7 @@ def test_a_wandering_method_returns_the_lowest_point_seen():
 @methods
 def test_nan_at_a_trial_point_means_shrink(method):
     """A barrier: the full first step leaves the domain, where the objective is NaN."""
-    fun = lambda x: jnp.sum(x - jnp.log(x)) if method != "newton" else jnp.sum(x - 0.1 * jnp.log(x))  # noqa: E731
+    fun = lambda x: jnp.sum(x - jnp.log(x)) if method != "newton" else jnp.sum(x - 0.1 * jnp.log(x))
     result = curvature.minimize(fun, jnp.array([5.0, 3.0]), method=method)
     assert result.success
 
@@ -208,7 +208,7 @@ def test_a_nan_hessian_is_reported(method):
 
 @methods
 def test_saddles_are_left(method):
-    fun = lambda x: x[0] ** 2 - x[1] ** 2 + x[1] ** 4  # noqa: E731
+    fun = lambda x: x[0] ** 2 - x[1] ** 2 + x[1] ** 4
     result = curvature.minimize(fun, jnp.array([1.0, 1e-6]), method=method)
     assert result.success
     assert_close(result.value, -0.25, roundings=1e4)
@@ -216,7 +216,7 @@ def test_saddles_are_left(method):
 
 @pytest.mark.parametrize("x0", [2.0, jnp.asarray(2.0), jnp.array([2.0]), np.array([[2.0]]), {"s": 2.0}])
 def test_scalars_and_size_one(x0):
-    fun = lambda x: jnp.sum((jax.tree.leaves(x)[0] - 3) ** 2)  # noqa: E731
+    fun = lambda x: jnp.sum((jax.tree.leaves(x)[0] - 3) ** 2)
     result = curvature.minimize(fun, x0)
     assert result.success
     assert_close(jax.tree.leaves(result.x)[0].reshape(()), 3.0)
@@ -279,7 +279,7 @@ def test_digits_agree_with_scikit_learn():
 
 @pytest.mark.parametrize("last", [optax.scale(0.5), optax.clip_by_global_norm(0.5)], ids=["scale", "clip"])
 def test_what_a_line_search_stored_counts_only_where_it_comes_last(last):
-    fun = lambda x: jnp.sum((x - 3) ** 2)  # noqa: E731
+    fun = lambda x: jnp.sum((x - 3) ** 2)
     with jax.numpy_dtype_promotion("standard"):  # which optax needs
         method = optax.chain(optax.lbfgs(), last)
         result = curvature.minimize(fun, jnp.array([-1.2, 1.0]), method=method, gtol=1e-6, max_steps=10)
@@ -291,7 +291,7 @@ def test_what_a_line_search_stored_counts_only_where_it_comes_last(last):
 @methods
 def test_the_objective_may_differ_from_its_point_in_precision(method):
     data = jnp.arange(1.0, 4.0)
-    mixed = lambda x, d: jnp.sum((x.astype(d.dtype) - d) ** 2)  # noqa: E731
+    mixed = lambda x, d: jnp.sum((x.astype(d.dtype) - d) ** 2)
     for x0, target in (
         (jnp.zeros(3, jnp.float32), data),
         (jnp.zeros(3), data.astype(jnp.float32)),

@@ -54,7 +54,7 @@ def test_data_reaches_value_fn_by_name_and_strangers_do_not(solver):
 def test_states_are_plain_and_keep_their_shapes(solver):
     params = {"w": jnp.ones(3), "b": jnp.asarray(1.0)}
     state = solver.init(params)
-    value_fn = lambda p: jnp.sum(p["w"] ** 4) + p["b"] ** 2  # noqa: E731
+    value_fn = lambda p: jnp.sum(p["w"] ** 4) + p["b"] ** 2
     value, grad = jax.value_and_grad(value_fn)(params)
     _, after = solver.update(grad, state, params, value=value, grad=grad, value_fn=value_fn)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
@@ -71,7 +71,7 @@ def test_a_step_that_cannot_be_found_is_zero_and_says_why():
     params = jnp.array([1.0, 1.0])
     solver = curvature.trust_region("exact")
     value, grad = jax.value_and_grad(rosenbrock)(params + 0.1)
-    wrong = lambda x: -1e3 * jnp.sum(x) + jnp.nan  # noqa: E731
+    wrong = lambda x: -1e3 * jnp.sum(x) + jnp.nan
     step, state = solver.update(grad, solver.init(params), params, value=value, grad=grad, value_fn=wrong)
     assert_close(step, jnp.zeros(2))
     assert state.status != Status.RUNNING
@@ -80,7 +80,7 @@ def test_a_step_that_cannot_be_found_is_zero_and_says_why():
 def test_the_radius_grows_where_the_model_is_good_and_bounds_the_step():
     solver = curvature.trust_region("cg", initial_radius=0.5)
     params = jnp.array([10.0, 0.0])
-    quadratic = lambda x: jnp.sum(x**2) / 2  # noqa: E731
+    quadratic = lambda x: jnp.sum(x**2) / 2
     value, grad = jax.value_and_grad(quadratic)(params)
     step, state = solver.update(grad, solver.init(params), params, value=value, grad=grad, value_fn=quadratic)
     assert_close(jnp.linalg.norm(step), 0.5)
@@ -91,7 +91,7 @@ def test_the_radius_grows_where_the_model_is_good_and_bounds_the_step():
 @pytest.mark.parametrize("name", ["newton", "exact"])
 def test_one_newton_step_solves_a_quadratic(name):
     matrix = jnp.array([[4.0, 1.0], [1.0, 3.0]])
-    quadratic = lambda x: x @ matrix @ x / 2 - jnp.sum(x)  # noqa: E731
+    quadratic = lambda x: x @ matrix @ x / 2 - jnp.sum(x)
     params = jnp.array([0.1, 0.2])
     solver = curvature.newton() if name == "newton" else curvature.trust_region("exact", initial_radius=100.0)
     value, grad = jax.value_and_grad(quadratic)(params)
@@ -102,7 +102,7 @@ def test_one_newton_step_solves_a_quadratic(name):
 @pytest.mark.parametrize("subproblem", ["cg", "exact"])
 @pytest.mark.parametrize("bad", [0.0, jnp.nan])
 def test_one_bad_gradient_does_not_poison_the_state(subproblem, bad):
-    quadratic = lambda x: jnp.sum((x - 1) ** 2)  # noqa: E731
+    quadratic = lambda x: jnp.sum((x - 1) ** 2)
     solver = curvature.trust_region(subproblem)
     params = jnp.zeros(2)
     state = solver.init(params)

@@ -129,7 +129,7 @@ def test_transforms_compose_with_jit_vmap_and_grad():
 @pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
 def test_hessian_differentiates_again_by_either_mode(outer):
     x = jnp.array([0.3, -0.2, 0.7])
-    fun = lambda x: jnp.sum(jnp.sin(x)) * x[0]  # noqa: E731
+    fun = lambda x: jnp.sum(jnp.sin(x)) * x[0]
     assert_close(jax.jit(outer(curvature.hessian(fun, chunk_size=2)))(x), jax.jit(outer(jax.hessian(fun)))(x))
 
 

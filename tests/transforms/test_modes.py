@@ -67,7 +67,7 @@ def test_a_loop_of_unknown_length_takes_forward_over_forward(wrap):
 
 
 def test_no_composition_is_a_clear_error():
-    fun = lambda x: jnp.sum(reverse_only(forward_only(x)))  # noqa: E731
+    fun = lambda x: jnp.sum(reverse_only(forward_only(x)))
     for call in (lambda: curvature.hvp(fun, X, X), lambda: curvature.hessian(fun)(X)):
         with pytest.raises(TypeError, match=r"no composition .* blocked by while at .*; .* blocked by custom_vjp_call"):
             call()
@@ -82,11 +82,11 @@ def test_a_callback_has_no_derivative_and_says_so():
 
 
 def test_a_custom_jvp_is_judged_by_its_rule():
-    root = lambda a: jnp.sum(jnp.stack([implicit_root(a[0]), implicit_root(a[1])]))  # noqa: E731
+    root = lambda a: jnp.sum(jnp.stack([implicit_root(a[0]), implicit_root(a[1])]))
     want = jax.hessian(lambda a: jnp.sum(jnp.sqrt(a)))(X)
     assert_close(curvature.hessian(root)(X), want, roundings=1e4)
     assert_close(curvature.hvp(root, X, X, mode="fwd_over_rev"), want @ X, roundings=1e4)
-    looping = lambda x: jnp.sum(looping_rule(x))  # noqa: E731 - the body has no loop, the rule has
+    looping = lambda x: jnp.sum(looping_rule(x))
     assert_close(curvature.hessian(looping)(X), 2 * jnp.eye(2))
     with pytest.raises(TypeError, match="because of while"):
         curvature.hvp(looping, X, X, mode="fwd_over_rev")
@@ -132,7 +132,7 @@ def test_a_carry_becomes_active_in_a_later_iteration():
         (_, b), _ = jax.lax.scan(body, (x[1], jnp.asarray(1.0)), None, length=3)
         return b
 
-    plain = lambda x: fun_with_sine(x)  # noqa: E731
+    plain = lambda x: fun_with_sine(x)
     assert_close(curvature.hessian(fun)(X), jax.hessian(plain)(X))
 
 
@@ -144,7 +144,7 @@ def fun_with_sine(x):
 
 
 def test_per_example_derivatives_of_a_forward_only_loss():
-    loss = lambda w, x: jnp.sum(forward_only(w) * x)  # noqa: E731
+    loss = lambda w, x: jnp.sum(forward_only(w) * x)
     w, batch = jnp.array([1.0, 2.0]), jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     assert_close(curvature.per_example_grad(loss)(w, batch), 3 * w[None] ** 2 * batch)
     hessians = curvature.per_example_hessian(loss)(w, batch)
