@@ -265,8 +265,8 @@ def is_none(leaf: Any) -> bool:
     return leaf is None
 
 
-def check_batch(function: str, batch: Any) -> int:
-    """The number of examples: the leading axis that every leaf of the batch shares."""
+def check_batch(function: str, batch: Any) -> None:
+    """Refuse a batch whose leaves do not share a leading axis of examples, or have none."""
     leaves = [("batch" + keystr(path), leaf) for path, leaf in tree_flatten_with_path(batch)[0]]
     if not leaves:
         raise ValueError(f"{function}: no batch was given, expected arrays with a leading example axis after params.")
@@ -288,7 +288,6 @@ def check_batch(function: str, batch: Any) -> int:
             )
     if size == 0:
         raise ValueError(f"{function}: {first_name} has shape {jnp.shape(first)}, expected at least one example.")
-    return size
 
 
 def illegal_mode(function: str, mode: str, blocker: str, legal: list[str]) -> TypeError:

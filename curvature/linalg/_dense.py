@@ -135,8 +135,13 @@ def _norm_of_step(share: Vector, gaps: Vector, t: Scalar) -> Scalar:
 
 def norm(vector: Vector) -> Scalar:
     """The Euclidean norm, safe from overflow and underflow of the squares."""
-    exponent = jnp.frexp(jnp.max(jnp.abs(vector)))[1]
+    exponent = exponent_of(vector)
     return jnp.ldexp(jnp.linalg.norm(jnp.ldexp(vector, -exponent)), exponent)
+
+
+def exponent_of(vector: Vector) -> Int[Array, ""]:
+    """The power of two that bounds the entries; scaling by it is exact."""
+    return jnp.frexp(jnp.max(jnp.abs(vector)))[1]
 
 
 def _divide(a: Vector, b: Vector) -> Vector:

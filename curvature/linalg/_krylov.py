@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import CGInfo, Status, Tree, ravel
-from curvature.linalg._dense import norm
+from curvature.linalg._dense import exponent_of, norm
 
 Vector = Float[Array, " n"]
 Scalar = Float[Array, ""]
@@ -73,10 +73,10 @@ def cg(
 
     flat, unravel = ravel(b)
     limit = jnp.asarray(10 * flat.size if max_steps is None else max_steps, jnp.int32)
-    exponent = _exponent(flat)
+    exponent = exponent_of(flat)
     unit = jnp.ldexp(flat, -exponent)  # entries at most 1: no square leaves the range of single precision
     on_vectors = _on_vectors(preconditioner, unravel)
-    exponent_of_inverse = _exponent(on_vectors(unit))
+    exponent_of_inverse = exponent_of(on_vectors(unit))
 
     def precondition(r: Vector) -> Vector:
         return jnp.ldexp(on_vectors(r), -exponent_of_inverse)
@@ -88,11 +88,6 @@ def cg(
         residual_norm=jnp.ldexp(info.residual_norm, exponent),
         direction=unravel(info.direction),
     )
-
-
-def _exponent(vector: Vector) -> Int[Array, ""]:
-    """The power of two that bounds the entries; scaling by it is exact."""
-    return jnp.frexp(jnp.max(jnp.abs(vector)))[1]
 
 
 def _after_scaling(x: Vector, solution: Vector, status: Int[Array, ""]) -> Int[Array, ""]:

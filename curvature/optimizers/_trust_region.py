@@ -123,7 +123,7 @@ def trust_region(
         _checks.check_positive("trust_region", "initial_radius", initial_radius)
     if max_inner_steps is not None:
         _checks.check_count("trust_region", "max_inner_steps", max_inner_steps, least=1)
-    if isinstance(initial_radius, jax.Array):
+    if isinstance(initial_radius, jax.Array) or isinstance(max_inner_steps, jax.Array):  # they cannot be looked up
         return _build(subproblem, initial_radius, max_inner_steps)
     return _build_once(subproblem, initial_radius, max_inner_steps)
 

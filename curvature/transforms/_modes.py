@@ -106,7 +106,6 @@ def directional_derivative(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: T
 
 def choose_composition(function: str, program: Program, mode: HessianMode) -> str:
     """The composition to use: ``mode`` itself if it is legal, or the cheapest legal one for "auto"."""
-    _checks.check_choice(function, "mode", mode, HessianMode)
     if mode != "auto":
         blocker = program.composition_blocker(mode)
         if blocker is None:
@@ -123,7 +122,6 @@ def choose_composition(function: str, program: Program, mode: HessianMode) -> st
 
 def choose_jacobian(function: str, program: Program, mode: JacobianMode) -> str:
     """The mode to use: ``mode`` itself if it is legal; for "auto" forward for tall Jacobians, reverse for wide."""
-    _checks.check_choice(function, "mode", mode, JacobianMode)
     inputs, outputs = num_entries(program.x), num_entries(program.out)
     order = ("fwd", "rev") if inputs <= outputs else ("rev", "fwd")
     blockers = {name: program.blocker(name) for name in order}
