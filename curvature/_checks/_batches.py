@@ -1,0 +1,78 @@
+"""Errors about the axes of lanes and examples."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from curvature._checks._words import describe, is_array_like
+
+UNMAPPED = object()  # stands for the axis None, which cannot be a leaf
+
+
+def check_lanes(function: str, in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The number of lanes: the size that the mapped axes share. Keyword arguments map over axis 0."""
+    operands = (args, kwargs)
+    axes = jax.tree.leaves(check_prefix(function, "in_axes", (in_axes, 0), operands))
+    sizes = {}
+    for (path, leaf), axis in zip(tree_flatten_with_path(operands)[0], axes, strict=True):
+        if axis is UNMAPPED:
+            continue
+        name = ("args" if path[0].idx == 0 else "kwargs") + keystr(path[1:])
+        rank = jnp.ndim(leaf) if is_array_like(leaf) else 0
+        if not -rank <= axis < rank:
+            raise ValueError(f"{function}: {name} has rank {rank}, which has no axis {axis} to map; use in_axes=None.")
+        sizes[name] = jnp.shape(leaf)[axis]
+    if not sizes:
+        raise ValueError(f"{function}: no argument has an axis to map, expected at least one that in_axes names.")
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        raise ValueError(f"{function}: the mapped axes differ in size: {listed}.")
+    return next(iter(sizes.values()))
+
+
+def check_prefix(function: str, name: str, axes: Any, tree: Any) -> Any:
+    """The axis of every leaf of ``tree``, of which ``axes`` must be a prefix; ``UNMAPPED`` where it says None."""
+    for axis in jax.tree.leaves(axes):
+        if not isinstance(axis, int | np.integer) or isinstance(axis, bool):
+            raise TypeError(f"{function}: {name} holds {describe(axis)}, expected integers and None.")
+
+    def spread(axis: Any, part: Any) -> Any:
+        return jax.tree.map(lambda _: UNMAPPED if axis is None else axis, part)
+
+    try:
+        return jax.tree.map(spread, axes, tree, is_leaf=is_none)
+    except ValueError as error:
+        raise ValueError(f"{function}: {name} is not a prefix of the tree it is for: {error}") from None
+
+
+def is_none(leaf: Any) -> bool:
+    """Whether a leaf is None, which JAX otherwise takes for an empty tree."""
+    return leaf is None
+
+
+def check_batch(function: str, batch: Any) -> None:
+    """Refuse a batch whose leaves do not share a leading axis of examples, or have none."""
+    leaves = [("batch" + keystr(path), leaf) for path, leaf in tree_flatten_with_path(batch)[0]]
+    if not leaves:
+        raise ValueError(f"{function}: no batch was given, expected arrays with a leading example axis after params.")
+    for name, leaf in leaves:
+        if not is_array_like(leaf):
+            raise TypeError(f"{function}: {name} is {describe(leaf)}, expected an array with a leading example axis.")
+        if jnp.ndim(leaf) == 0:
+            raise ValueError(
+                f"{function}: {name} is a scalar, expected a leading example axis; "
+                "close the loss over what all examples share."
+            )
+    first_name, first = leaves[0]
+    size = jnp.shape(first)[0]
+    for name, leaf in leaves[1:]:
+        if jnp.shape(leaf)[0] != size:
+            raise ValueError(
+                f"{function}: {name} has {jnp.shape(leaf)[0]} examples along its leading axis, "
+                f"expected {size} to match {first_name}."
+            )
+    if size == 0:
+        raise ValueError(f"{function}: {first_name} has shape {jnp.shape(first)}, expected at least one example.")

@@ -1,0 +1,64 @@
+"""Errors about the user's functions: what they return, and the modes that they allow."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from curvature._checks._words import describe
+
+
+def check_callable(function: str, name: str, value: Any) -> None:
+    """Refuse anything that cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{function}: {name} is {describe(value)}, expected a function.")
+
+
+def check_scalar_output(function: str, name: str, out: Any) -> None:
+    """Refuse an objective that returns anything but one real floating scalar."""
+    remedy = "reduce it, for instance with jnp.sum; for vector-valued functions there is curvature.jacobian"
+    if isinstance(out, tuple) and len(out) == 2:
+        remedy = "a function that also returns auxiliary data needs has_aux=True, where it is accepted"
+    leaves = jax.tree.leaves(out)
+    if not jax.tree_util.treedef_is_leaf(jax.tree.structure(out)) or len(leaves) != 1:
+        raise TypeError(
+            f"{function}: {name} returns a tree of {len(leaves)} arrays, expected one floating scalar; {remedy}."
+        )
+    if leaves[0].shape != ():
+        raise TypeError(f"{function}: {name} returns shape {leaves[0].shape}, expected a scalar, shape (); {remedy}.")
+    check_floating_output(function, name, out)
+
+
+def check_floating_output(function: str, name: str, out: Any) -> None:
+    """Refuse a function whose outputs have no derivative: integers, booleans, complex numbers, nothing at all."""
+    if not jax.tree.leaves(out):
+        raise TypeError(f"{function}: {name} returns no array ({out!r}), expected floating arrays; does it return?")
+    for path, leaf in tree_flatten_with_path(out)[0]:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{function}: the output {name}(x){keystr(path)} has dtype {leaf.dtype}, "
+                "expected a real floating dtype."
+            )
+
+
+def check_aux_output(function: str, name: str, out: Any) -> None:
+    """Refuse an output that is not the pair (value, aux) although ``has_aux=True`` was said."""
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(f"{function}: has_aux=True, but {name} returns {describe(out)}, expected a pair (value, aux).")
+
+
+def illegal_mode(function: str, mode: str, blocker: str, legal: list[str]) -> TypeError:
+    """The error for a mode that the function does not allow."""
+    remedy = f"use mode={legal[0]!r} or mode='auto'" if legal else "no other mode is legal either"
+    return TypeError(f"{function}: mode={mode!r} is not legal for f because of {blocker}; {remedy}.")
+
+
+def no_legal_mode(function: str, blockers: dict[str, str]) -> TypeError:
+    """The error for a function that no mode can differentiate."""
+    reasons = "; ".join(f"{mode} is blocked by {blocker}" for mode, blocker in blockers.items())
+    return TypeError(
+        f"{function}: no composition of forward and reverse mode can differentiate f: {reasons}. "
+        "custom_vjp_call has no forward derivative (custom_jvp has both), while has no reverse derivative "
+        "(scan, or fori_loop with constant bounds, has both)."
+    )
