@@ -20,11 +20,17 @@ Tree = PyTree[Any]
 HessianMode = Literal["auto", "fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd"]
 """How two derivatives are composed: ``"a_over_b"`` differentiates, by mode ``a``, the gradient made by mode ``b``."""
 
+SparseHessianMode = Literal["auto", "fwd_over_rev", "rev_over_rev", "rev_over_fwd"]
+"""The compositions that products of the colors of a sparse Hessian can take, cheapest first."""
+
 JacobianMode = Literal["auto", "fwd", "rev"]
 """Forward mode costs one JVP for each input, reverse mode one VJP for each output."""
 
 ChunkSize = int | Literal["auto"] | None
 """How many lanes run at once: a number, all of them (``None``), or as many as the cache holds (``"auto"``)."""
+
+HessianBlocks = tuple[str, str] | Literal["diagonal"] | None
+"""Which part of a Hessian: the block of two sub-trees named by path, the block of each leaf with itself, or all."""
 
 
 class Status(enum.IntEnum):

@@ -91,3 +91,53 @@ def test_pmap_composes(inputs):
     got = jax.pmap(lambda a: curvature.hvp(loss, jnp.asarray(X), jnp.ones(3), a))(inputs.reshape(8, 2, 3))
     want = jax.vmap(lambda a: jax.hessian(loss)(X, a) @ jnp.ones(3))(inputs.reshape(8, 2, 3))
     assert_close(got, want)
+
+
+@pytest.mark.parametrize("act", [jnp.tanh, jax.nn.relu])
+def test_each_device_takes_the_laplacian_at_its_own_points(mesh, inputs, act):
+    def network(x, w):
+        return jax.lax.scan(lambda c, _: (act(w @ c), jnp.sum(c)), x, length=2)[1][1] ** 2
+
+    laplacian = jax.vmap(curvature.laplacian(network), (0, None))
+    w = jnp.asarray(np.random.default_rng(1).normal(size=(3, 3)))
+    got = jax.jit(jax.shard_map(laplacian, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")))(inputs, w)
+    assert_close(got, jax.vmap(lambda x: jnp.trace(jax.hessian(network)(x, w)))(inputs))
+    sharded = jax.device_put(inputs, NamedSharding(mesh, P("data")))
+    assert_close(jax.jit(laplacian)(sharded, w), got)
+
+
+def test_by_a_replicated_point_the_laplacian_is_that_of_the_sum(mesh, inputs):
+    def summed(x, inputs):
+        return jax.lax.psum(jnp.sum(jnp.sin(inputs @ x) ** 2), "data") + jnp.sum(x**4)
+
+    def on_shard(inputs):
+        return curvature.laplacian(summed)(X, inputs)
+
+    got = jax.jit(jax.shard_map(on_shard, mesh=mesh, in_specs=P("data"), out_specs=P()))(inputs)
+    want = jnp.trace(jax.hessian(lambda x: jnp.sum(jnp.sin(inputs @ x) ** 2) + jnp.sum(x**4))(jnp.asarray(X)))
+    assert_close(got, want)
+
+
+def test_each_device_forms_the_diagonal_and_a_block_of_its_own_shard(mesh, inputs):
+    def tree_loss(x, inputs):
+        return loss(jnp.concatenate([x["a"], x["b"]]), inputs)
+
+    def of_shard(inputs):
+        x = jax.lax.pcast({"a": jnp.asarray(X[:1]), "b": jnp.asarray(X[1:])}, "data", to="varying")
+        diagonal = curvature.hessian_diagonal(tree_loss, x, inputs, chunk_size=1)
+        block = curvature.hessian(tree_loss, blocks=("b", "a"), chunk_size=1)(x, inputs)
+        blocks = curvature.hessian(tree_loss, blocks="diagonal", chunk_size=1)(x, inputs)
+        return jax.tree.map(lambda leaf: leaf[None], (diagonal, block, blocks))
+
+    got = jax.jit(jax.shard_map(of_shard, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(inputs)
+    want = jax.vmap(jax.hessian(loss), (None, 0))(X, inputs.reshape(8, 2, 3))
+    diagonal, block, blocks = got
+    assert_close(jnp.concatenate([diagonal["a"], diagonal["b"]], 1), jnp.diagonal(want, axis1=1, axis2=2))
+    assert_close(block, want[:, 1:, :1])
+    assert_close(blocks["b"], want[:, 1:, 1:])
+
+
+def test_the_diagonal_on_sharded_data_is_that_of_one_device(mesh, inputs):
+    sharded = jax.device_put(inputs, NamedSharding(mesh, P("data")))
+    diagonal = jax.jit(lambda x, a: curvature.hessian_diagonal(loss, x, a, chunk_size=2))
+    assert_close(diagonal(X, sharded), jnp.diag(jax.hessian(loss)(X, inputs)))

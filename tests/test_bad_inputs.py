@@ -391,6 +391,66 @@ CASES = {
         TypeError,
         r"vmap: in_axes holds 'x' of type str, expected integers and None",
     ),
+    # laplacian and derivatives along a direction
+    "laplacian-not-a-function": (lambda: curvature.laplacian(3), TypeError, r"laplacian: f is 3 of type int"),
+    "laplacian-integer-leaf": (
+        lambda: curvature.laplacian(loss)(with_leaf(w=np.arange(4))),
+        TypeError,
+        r"laplacian: x\['w'\] has dtype int",
+    ),
+    "laplacian-no-entries": (lambda: curvature.laplacian(square)(np.ones(0)), ValueError, r"laplacian: x has no entr"),
+    "laplacian-integer-output": (
+        lambda: curvature.laplacian(jnp.argmax)(np.ones(2)),
+        TypeError,
+        r"laplacian: the output f\(x\) has dtype int",
+    ),
+    "laplacian-factor-structure": (
+        lambda: curvature.laplacian(loss, factor={"w": np.ones((2, 4))})(X),
+        ValueError,
+        r"laplacian: factor does not have the tree structure of x: factor\['b'\] is missing",
+    ),
+    "laplacian-factor-shape": (
+        lambda: curvature.laplacian(loss, factor=X)(X),
+        ValueError,
+        r"laplacian: factor\['b'\] has shape \(\), expected \(K,\) \+ \(\): a leading axis of K directions",
+    ),
+    "laplacian-factor-directions": (
+        lambda: curvature.laplacian(loss, factor={"b": np.ones(2), "w": np.ones((3, 4))})(X),
+        ValueError,
+        r"laplacian: factor\['w'\] has 3 directions along its leading axis, expected 2 to match factor\['b'\]",
+    ),
+    "laplacian-no-directions": (
+        lambda: curvature.laplacian(square, factor=np.ones((0, 4)))(np.ones(4)),
+        ValueError,
+        r"laplacian: factor has shape \(0, 4\), expected at least one direction",
+    ),
+    "laplacian-factor-dtype": (
+        lambda: curvature.laplacian(square, factor=np.ones((2, 4), np.float32))(np.ones(4)),
+        TypeError,
+        r"laplacian: factor has dtype float32, expected float64 to match x; cast it with .astype\('float64'\)",
+    ),
+    "laplacian-no-derivative": (
+        lambda: curvature.laplacian(lambda x: jax.pure_callback(np.sin, jax.ShapeDtypeStruct((4,), np.float64), x))(
+            np.ones(4)
+        ),
+        TypeError,
+        r"laplacian: no composition .* fwd is blocked by pure_callback at .*test_bad_inputs",
+    ),
+    "directional-zero-order": (
+        lambda: curvature.directional_derivatives(square, np.ones(2), np.ones(2), order=0),
+        ValueError,
+        r"directional_derivatives: order=0, expected an integer >= 1",
+    ),
+    "directional-fractional-order": (
+        lambda: curvature.directional_derivatives(square, np.ones(2), np.ones(2), order=1.5),
+        ValueError,
+        r"directional_derivatives: order=1.5, expected an integer >= 1",
+    ),
+    "directional-shape": (
+        lambda: curvature.directional_derivatives(square, np.ones(2), np.ones(3), order=1),
+        ValueError,
+        r"directional_derivatives: v has shape \(3,\), expected \(2,\) to match x",
+    ),
     # an optimizer's update
     "newton-without-value_fn": (
         lambda: update(curvature.newton(), value_fn=None),

@@ -19,6 +19,12 @@ def check_choice(function: str, name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{function}: {name}={value!r} is unknown, expected one of {', '.join(map(repr, words))}.")
 
 
+def check_order(function: str, order: Any) -> None:
+    """Refuse an order of derivatives other than the first and the second."""
+    if isinstance(order, bool) or order not in (1, 2):
+        raise ValueError(f"{function}: order={order!r}, expected 1 or 2.")
+
+
 def check_method(function: str, method: Any, names: tuple[str, ...]) -> None:
     """Refuse a method that is neither one of the names nor, already handled, an optax transformation."""
     if method not in names if isinstance(method, str) else True:
@@ -44,6 +50,15 @@ def check_chunk_size(function: str, chunk_size: ChunkSize) -> None:
     whole = isinstance(chunk_size, int | np.integer) and not isinstance(chunk_size, bool)
     if not whole or chunk_size < 1:
         raise ValueError(f"{function}: chunk_size={chunk_size!r}, expected a positive integer, None or 'auto'.")
+
+
+def check_blocks(function: str, blocks: Any) -> None:
+    """Refuse anything but the parts of a Hessian that can be asked for; whether the paths exist shows later."""
+    is_pair = isinstance(blocks, tuple | list) and len(blocks) == 2 and all(isinstance(path, str) for path in blocks)
+    if not (is_pair or blocks is None or (isinstance(blocks, str) and blocks == "diagonal")):
+        raise ValueError(
+            f"{function}: blocks={blocks!r}, expected a pair of paths (rows, columns), 'diagonal', or None for all."
+        )
 
 
 def check_argnums(function: str, argnums: Any, num_args: int) -> None:
@@ -94,3 +109,11 @@ def require_extra(function: str, name: str, value: T | None) -> T:
             "update(grad, state, params, value=value, grad=grad, value_fn=value_fn), as for optax.lbfgs()."
         )
     return value
+
+
+def check_extra(function: str, module: str, extra: str, imported: Any) -> None:
+    """Refuse to go on without an optional library; ``imported`` is None where it could not be imported."""
+    if imported is None:
+        raise ModuleNotFoundError(
+            f"{function}: needs {module}, which is not installed; pip install 'curvature-jax[{extra}]'.", name=module
+        )

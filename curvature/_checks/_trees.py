@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.experimental.sparse import BCOO
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from curvature._checks._words import describe, is_array_like
 from curvature._types import Tree
 
 _HINT = "pass data that is not differentiated through args"
+_MOST_PATHS = 40  # in one message
 
 
 def check_point(function: str, name: str, tree: Tree) -> Tree:
@@ -81,7 +83,8 @@ def check_same_structure(function: str, name: str, v: Tree, x_name: str, x: Tree
     )
 
 
-def _matching_leaf(function: str, name: str, leaf: Any, x_name: str, x_leaf: jax.Array) -> jax.Array:
+def _matching_leaf(function: str, name: str, leaf: Any, x_name: str, x_leaf: Any) -> jax.Array:
+    """``leaf`` as an array like ``x_leaf``, of which only shape and dtype matter."""
     if not is_array_like(leaf):
         raise TypeError(f"{function}: {name} is {describe(leaf)}, expected an array to match {x_name}.")
     if jnp.shape(leaf) != x_leaf.shape:
@@ -96,6 +99,44 @@ def _matching_leaf(function: str, name: str, leaf: Any, x_name: str, x_leaf: jax
     return jnp.asarray(leaf)
 
 
+def check_factor(function: str, name: str, factor: Tree, x_name: str, x: Tree) -> Tree:
+    """``factor`` as arrays with the structure and dtypes of ``x``, each with one leading axis of directions more."""
+    check_same_structure(function, name, factor, x_name, x)
+    (path, first), *_ = tree_flatten_with_path(factor)[0]
+    first_name, num_directions = name + keystr(path), jnp.shape(first)[0] if jnp.ndim(first) else 1
+    if num_directions == 0:
+        raise ValueError(f"{function}: {first_name} has shape {jnp.shape(first)}, expected at least one direction.")
+    for (path, leaf), x_leaf in zip(tree_flatten_with_path(factor)[0], jax.tree.leaves(x), strict=True):
+        leaf_name = name + keystr(path)
+        shape: Any = jnp.shape(leaf) if is_array_like(leaf) else ()
+        if len(shape) != x_leaf.ndim + 1 or shape[1:] != x_leaf.shape:
+            raise ValueError(
+                f"{function}: {leaf_name} has shape {shape}, expected (K,) + {x_leaf.shape}: a leading axis of "
+                f"K directions before the shape of {x_name}{keystr(path)}."
+            )
+        if shape[0] != num_directions:
+            raise ValueError(
+                f"{function}: {leaf_name} has {shape[0]} directions along its leading axis, "
+                f"expected {num_directions} to match {first_name}."
+            )
+        if jnp.result_type(leaf) != x_leaf.dtype:
+            raise TypeError(
+                f"{function}: {leaf_name} has dtype {jnp.result_type(leaf)}, expected {x_leaf.dtype} to match "
+                f"{x_name}{keystr(path)}; cast it with .astype({str(x_leaf.dtype)!r})."
+            )
+    return jax.tree.map(jnp.asarray, factor)
+
+
+def check_concrete(function: str, operands: dict[str, Any]) -> None:
+    """Refuse tracers, for what has to see values: named trees of arrays."""
+    for name, tree in operands.items():
+        for path, leaf in tree_flatten_with_path(tree)[0]:
+            if isinstance(leaf, Tracer):
+                raise TypeError(
+                    f"{function}: {name}{keystr(path)} is traced, expected a value; call it outside jit, grad and vmap."
+                )
+
+
 def check_data(function: str, args: Any) -> None:
     """Refuse data that cannot be an operand of a compiled program."""
     for path, leaf in tree_flatten_with_path(args)[0]:
@@ -106,7 +147,27 @@ def check_data(function: str, args: Any) -> None:
             )
 
 
-def check_hessian(function: str, blocks: Any, x: Tree) -> list[tuple[Tree, jax.Array]]:
+def check_path(function: str, name: str, path: Any, num_found: int, paths: list[str]) -> None:
+    """Refuse a path that does not name exactly one sub-tree of a tree whose leaves have ``paths``."""
+    if num_found > 1:
+        raise ValueError(
+            f"{function}: {name}={path!r} names {num_found} sub-trees, expected one; rename a key that contains '/'."
+        )
+    if not num_found:
+        more = f" and {len(paths) - _MOST_PATHS} more" if len(paths) > _MOST_PATHS else ""
+        raise ValueError(
+            f"{function}: {name}={path!r} is no path of x, expected one of {paths[:_MOST_PATHS]}{more}, "
+            "a prefix of them up to a '/', or '' for all of x."
+        )
+
+
+def check_path_pair(function: str, name: str, paths: Any) -> None:
+    """Refuse anything but two paths."""
+    if not (isinstance(paths, tuple | list) and len(paths) == 2 and all(isinstance(path, str) for path in paths)):
+        raise ValueError(f"{function}: {name}={paths!r}, expected a pair of paths, such as ('layers/0', '').")
+
+
+def check_hessian(function: str, name: str, blocks: Any, x: Tree) -> list[tuple[Tree, jax.Array]]:
     """The rows of a Hessian given as a tree like ``x`` of trees like ``x``, each beside the leaf of ``x`` it is for."""
     structure = jax.tree.structure(x)
     paths = [keystr(path) for path, _ in tree_flatten_with_path(x)[0]]
@@ -116,13 +177,37 @@ def check_hessian(function: str, blocks: Any, x: Tree) -> list[tuple[Tree, jax.A
         columns = [structure.flatten_up_to(row) for row in rows]
     except ValueError as error:
         raise ValueError(
-            f"{function}: hessian(x) is not a tree like x of trees like x, as curvature.hessian returns: {error}"
+            f"{function}: {name} is not a tree like x of trees like x, as curvature.hessian returns: {error}"
         ) from None
     for row_path, row_leaf, row in zip(paths, leaves, columns, strict=True):
         for path, leaf, block in zip(paths, leaves, row, strict=True):
             expected = row_leaf.shape + leaf.shape
             if jnp.shape(block) != expected:
                 raise ValueError(
-                    f"{function}: hessian(x){row_path}{path} has shape {jnp.shape(block)}, expected {expected}."
+                    f"{function}: {name}{row_path}{path} has shape {jnp.shape(block)}, expected {expected}."
                 )
     return list(zip(rows, leaves, strict=True))
+
+
+def check_pattern(function: str, pattern: Any, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and columns of the entries of a sparsity pattern: JAX's, SciPy's, asdex's, or a dense array."""
+    if isinstance(pattern, Tracer) or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(pattern)):
+        raise TypeError(f"{function}: pattern is traced, expected a known pattern; prepare outside jit.")
+    if not hasattr(pattern, "shape"):
+        raise TypeError(f"{function}: pattern is {describe(pattern)}, expected a sparse matrix or a boolean array.")
+    if tuple(pattern.shape) != shape:
+        raise ValueError(
+            f"{function}: pattern has shape {tuple(pattern.shape)}, expected {shape}: a row for each entry of the "
+            "output (of x for a Hessian), a column for each entry of x."
+        )
+    if isinstance(pattern, BCOO):
+        indices = np.asarray(pattern.indices)
+        rows, columns = indices[(indices < np.asarray(shape)).all(axis=1)].T  # padding lies outside
+        return rows, columns
+    if hasattr(pattern, "tocoo"):
+        pattern = pattern.tocoo()
+        return pattern.row, pattern.col
+    if hasattr(pattern, "rows") and hasattr(pattern, "cols"):
+        return np.asarray(pattern.rows), np.asarray(pattern.cols)
+    rows, columns = np.nonzero(np.asarray(pattern))
+    return rows, columns

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from curvature import _checks
 from curvature._types import Status, Tree, ravel
 from curvature.transforms import linearize_grad
+from curvature.transforms._blocks import matrix_of, side_by_side
 from curvature.transforms._jacobian import map_basis
 
 Vector = Float[Array, " n"]
@@ -117,10 +118,9 @@ def _localize(
 
     def hessian() -> Matrix:
         if hessian_fn is None:
-            matrix = _rows(map_basis(product, params, "auto"), x.size, x.dtype)
+            matrix = side_by_side(map_basis(product, params, "auto"), x.size, x.dtype)
         else:
-            blocks = _checks.check_hessian(name, hessian_fn(params), params)
-            matrix = jnp.concatenate([_rows(row, leaf.size, x.dtype) for row, leaf in blocks])
+            matrix = matrix_of(name, "hessian(x)", hessian_fn(params), params).astype(x.dtype)
         return (matrix + matrix.T) / 2
 
     value = jnp.asarray(value)
@@ -133,12 +133,6 @@ def _localize(
         hessian=hessian,
         value_after=lambda step: jnp.asarray(fun(unravel(x + step)), x.dtype),
     )
-
-
-def _rows(tree: Tree, num_rows: int, dtype: Any) -> Float[Array, "rows n"]:
-    """The leaves, each with ``num_rows`` entries along its leading axes, side by side as one matrix."""
-    leaves = [leaf.reshape(num_rows, -1).astype(dtype) for leaf in jax.tree.leaves(tree)]
-    return jnp.concatenate(leaves, axis=1)
 
 
 def _named_extras(value_fn: Callable[..., Any], extras: dict[str, Any]) -> dict[str, Any]:

@@ -190,15 +190,38 @@ def jacobian_of(
     fun: Callable[[Tree], tuple[Any, Any]], x: Tree, mode: str, chunk_size: ChunkSize
 ) -> tuple[Any, tuple[Any, Any]]:
     """The Jacobian of ``fun``, which returns ``(out, aux)``, and ``(out, aux)`` itself."""
+    product, basis_of, out, aux = _linear_map(fun, x, mode)
+    products = map_basis(product, basis_of, chunk_size)
+    if mode == "fwd":
+        columns = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), products)
+        return jax.tree.map(lambda leaf: _split(leaf, x, -1), columns), (out, aux)
+    rows = jax.tree.map(lambda leaf: _split(leaf, out, 0), products)
+    return jax.tree.transpose(jax.tree.structure(x), jax.tree.structure(out), rows), (out, aux)
+
+
+def _linear_map(
+    fun: Callable[[Tree], tuple[Any, Any]], x: Tree, mode: str
+) -> tuple[Callable[[Tree], Tree], Tree, Any, Any]:
+    """The derivative of ``fun`` as a linear map, a tree like what it takes, and ``fun``'s out and aux."""
     if mode == "fwd":
         out, push, aux = jax.linearize(fun, x, has_aux=True)
-        tangents = map_basis(push, x, chunk_size)
-        columns = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), tangents)
-        return jax.tree.map(lambda leaf: _split(leaf, x, -1), columns), (out, aux)
+        return push, x, out, aux
     out, pull, aux = jax.vjp(fun, x, has_aux=True)
-    cotangents = map_basis(lambda v: pull(v)[0], out, chunk_size)
-    rows = jax.tree.map(lambda leaf: _split(leaf, out, 0), cotangents)
-    return jax.tree.transpose(jax.tree.structure(x), jax.tree.structure(out), rows), (out, aux)
+    return lambda v: pull(v)[0], out, out, aux
+
+
+def auto_chunk_of(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, mode: str) -> int:
+    """How many vectors of the basis ``jacobian_of`` takes at once with ``chunk_size="auto"``; nothing is computed."""
+    sizes = []
+
+    def count(x: Tree) -> None:
+        product, like, _, _ = _linear_map(fun, x, mode)
+        lanes = _modes.num_entries(like)
+        chunks = _modes.num_chunks(lanes, "auto", lambda i: product(_basis_vector(like, i)), lambda: jnp.asarray(0))
+        sizes.append(-(-lanes // chunks))
+
+    jax.eval_shape(count, x)
+    return sizes[0]
 
 
 def gradient_of(program: _modes.Program, x: Tree, mode: str) -> tuple[Any, tuple[Any, Any]]:

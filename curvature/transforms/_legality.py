@@ -60,23 +60,23 @@ def _active_variables(jaxpr: Jaxpr, active_in: Sequence[bool]) -> set[Var]:
     for eqn in jaxpr.eqns:
         mask = _mask(eqn.invars, active)
         if any(mask):
-            flags = _active_outputs(eqn, mask)
+            flags = active_outputs(eqn, mask)
             active.update(v for v, flag in zip(eqn.outvars, flags, strict=True) if flag and _is_floating(v))
     return active
 
 
-def _active_outputs(eqn: JaxprEqn, mask: list[bool]) -> list[bool]:
+def active_outputs(eqn: JaxprEqn, mask: list[bool]) -> list[bool]:
     """Which outputs carry a derivative; True is always a safe answer."""
     name, params = eqn.primitive.name, eqn.params
     if name == "stop_gradient":
         return [False] * len(eqn.outvars)
     if name == "cond":
-        branches = [_outputs_of(_open(branch), mask[1:]) for branch in params["branches"]]
+        branches = [outputs_of(_open(branch), mask[1:]) for branch in params["branches"]]
         return [any(flags) for flags in zip(*branches, strict=True)]
     if name in ("scan", "while"):
-        return _loop_outputs(*_loop(eqn, mask))
+        return loop_outputs(*open_loop(eqn, mask))
     body = _called_jaxpr(eqn)
-    return [True] * len(eqn.outvars) if body is None else _outputs_of(body, mask)
+    return [True] * len(eqn.outvars) if body is None else outputs_of(body, mask)
 
 
 class _Loop(NamedTuple):
@@ -88,7 +88,7 @@ class _Loop(NamedTuple):
     slices: list[bool]
 
 
-def _loop(eqn: JaxprEqn, mask: list[bool]) -> _Loop:
+def open_loop(eqn: JaxprEqn, mask: list[bool]) -> _Loop:
     params = eqn.params
     if eqn.primitive.name == "while":
         mask, consts = mask[params["cond_nconsts"] :], params["body_nconsts"]
@@ -103,17 +103,17 @@ def _count_of_equal_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
     return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))
 
 
-def _loop_outputs(body: Jaxpr, consts: list[bool], carry: list[bool], slices: list[bool]) -> list[bool]:
+def loop_outputs(body: Jaxpr, consts: list[bool], carry: list[bool], slices: list[bool]) -> list[bool]:
     """Iterate the body until the set of active carries no longer grows."""
     while True:
-        outs = _outputs_of(body, consts + carry + slices)
+        outs = outputs_of(body, consts + carry + slices)
         grown = [a or b for a, b in zip(carry, outs, strict=False)]
         if grown == carry:
             return carry + outs[len(carry) :]
         carry = grown
 
 
-def _outputs_of(jaxpr: Jaxpr, active_in: Sequence[bool]) -> list[bool]:
+def outputs_of(jaxpr: Jaxpr, active_in: Sequence[bool]) -> list[bool]:
     return _mask(jaxpr.outvars, _active_variables(jaxpr, active_in))
 
 
@@ -131,7 +131,7 @@ def _judge(eqn: JaxprEqn, mask: list[bool], live_outs: list[bool], mode: str) ->
     if name == "custom_jvp_call" and mode == "rev":
         return _custom_jvp_blocker(eqn, mask), mask
     if name in ("scan", "while"):
-        return _judge_loop(_loop(eqn, mask), live_outs, mode)
+        return _judge_loop(open_loop(eqn, mask), live_outs, mode)
     if name == "cond":
         judged = [_walk_back(_open(branch), mask[1:], live_outs, mode) for branch in params["branches"]]
         blockers, lives = zip(*judged, strict=True)
@@ -144,7 +144,7 @@ def _judge(eqn: JaxprEqn, mask: list[bool], live_outs: list[bool], mode: str) ->
 def _judge_loop(loop: _Loop, live_outs: list[bool], mode: str) -> tuple[Blocker | None, list[bool]]:
     """Iterate backward until the set of live carries no longer grows. Only a scan is ever asked in reverse mode."""
     size = len(loop.carry)
-    active_in = loop.consts + _loop_outputs(*loop)[:size] + loop.slices
+    active_in = loop.consts + loop_outputs(*loop)[:size] + loop.slices
     carry, stacked = live_outs[:size], live_outs[size:]
     while True:
         blocker, live_ins = _walk_back(loop.body, active_in, carry + stacked, mode)

@@ -1,0 +1,231 @@
+"""Whether the derivatives of a function are right: differences, agreement of modes, symmetry, linearity, NaN."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from curvature import _checks
+from curvature._types import HessianMode, Objective, Tree
+from curvature.diagnostics import _judge
+from curvature.diagnostics._line import Line, scales_of
+from curvature.diagnostics._reports import DerivativeCheck, DerivativeReport
+from curvature.transforms import _modes, hvp
+from curvature.transforms._jacobian import gradient_of, with_aux
+
+_COMPOSITIONS = get_args(HessianMode)[1:]
+_MOST_COORDINATES = 32  # up to here every coordinate is a direction of its own
+_MOST_LEAVES = 16  # up to here every leaf is
+_MOST_FORWARD = 256  # up to here modes that take a pass for each entry are compared too
+
+
+def check_derivatives(
+    f: Objective,
+    x: Tree,
+    *args: Any,
+    order: Literal[1, 2] = 2,
+    num_directions: int = 4,
+    key: PRNGKeyArray | None = None,
+) -> DerivativeReport:
+    """Hold the derivatives of ``f`` at ``x`` against differences of its values, and against each other.
+
+    - First derivatives against central differences of ``f``, ``(f(x + h v) - f(x - h v)) / 2h``.
+    - Second derivatives against differences of the gradient and, independent of any error in it, against second
+      differences of ``f``, ``(f(x + h v) - 2 f(x) + f(x - h v)) / h^2``.
+    - All legal modes against each other; ``u'Hv = v'Hu``; ``H(2u - 3v) = 2Hu - 3Hv``; NaN and infinities by leaf.
+
+    Differences are extrapolated (Richardson) from 16 steps and say how far off they may be. They are allowed 20 times
+    that, plus ``eps**(3/8)`` of what is compared (1.4e-6 in double precision); derivatives among themselves differ by
+    at most ``sqrt(eps)``. All is done in float64 whatever the dtype of ``x``, where ``f`` allows it; NaN are looked
+    for in the user's own precision. Steps are relative to the entries of ``x``.
+
+    Args:
+        f: the function, ``f(x, *args)``; of a vector-valued one a random combination of the outputs is checked.
+        x: the point, any tree of floating arrays.
+        *args: data for ``f``, not differentiated.
+        order: 1 for first derivatives alone.
+        num_directions: how many random directions to try, besides every coordinate (up to 32 of them), or else a
+            random direction in each leaf.
+        key: makes the random directions; None for ``jax.random.key(0)``, so that a report can be repeated.
+
+    Returns:
+        A report that prints as a table, for ``assert report.ok, report``. At a kink (``relu`` at 0), where the
+        derivative does not exist, its verdict is "kink", not "wrong", and it is not ok either.
+
+    Raises:
+        TypeError: when ``f`` is not callable, no mode can differentiate it, a leaf of ``x`` or of the output is not of
+            a real floating dtype, or the call is traced.
+        ValueError: for an unknown order, or no direction at all.
+
+    Cost: 32 evaluations and, for the second order, 32 gradients for each direction; about six compilations.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> curvature.check_derivatives(lambda x: jnp.sum(jnp.sin(x)), jnp.array([0.5, 2.0])).ok
+        True
+
+    References: Ridders, Accurate computation of F'(x) and F'(x)F''(x) (1982), doi:10.1016/S0141-1195(82)80057-0.
+    """
+    _checks.check_callable("check_derivatives", "f", f)
+    _checks.check_order("check_derivatives", order)
+    _checks.check_count("check_derivatives", "num_directions", num_directions, 1)
+    x = _checks.check_point("check_derivatives", "x", x)
+    _checks.check_concrete("check_derivatives", {"x": x, "args": args})
+    _checks.check_entries("check_derivatives", "x", x)
+    own = _modes.trace(lambda x: with_aux("check_derivatives", f(x, *args), False), x)
+    _checks.check_floating_output("check_derivatives", "f", own.out)
+    remarks = []
+    if not own.is_scalar:
+        remarks.append("f is vector-valued: what is checked is one random combination of its outputs.")
+    nonfinite = _nonfinite(_scalar(f, args, own), x, order)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
+        key = jax.random.key(0) if key is None else key
+        line = _line(f, args, x, order, remarks)
+        labels, directions = _directions(line, num_directions, key)
+        checks = _compare(line, labels, directions, order)
+    found = [f"{what}: {', '.join(paths)}" for what, paths in nonfinite.items()]
+    verdict = "not finite" if nonfinite else "passed"
+    finite = DerivativeCheck("finite values", verdict, float(len(nonfinite)), 0.0, "; ".join(found))
+    name = getattr(f, "__name__", type(f).__name__)
+    return DerivativeReport(name, (finite, *checks), nonfinite, tuple(remarks))
+
+
+def _scalar(f: Objective, args: tuple[Any, ...], own: _modes.Program) -> Objective:
+    """``f`` of ``x`` alone, as a scalar: the sum of its outputs, each with a fixed random weight."""
+    if own.is_scalar:
+        return lambda x: f(x, *args)
+    rng = np.random.default_rng(0)
+    weights = [np.asarray(rng.uniform(0.5, 1.5, leaf.shape)) for leaf in jax.tree.leaves(own.out)]
+
+    def combined(x: Tree) -> Array:
+        leaves = jax.tree.leaves(f(x, *args))
+        parts = [jnp.sum(leaf * jnp.asarray(w, leaf.dtype)) for leaf, w in zip(leaves, weights, strict=True)]
+        dtype = jnp.result_type(*(part.dtype for part in parts)) if len(parts) > 1 else parts[0].dtype
+        return sum((part.astype(dtype) for part in parts[1:]), start=parts[0].astype(dtype))
+
+    return combined
+
+
+def _line(f: Objective, args: tuple[Any, ...], x: Tree, order: int, remarks: list[str]) -> Line:
+    """The function in double precision if it allows that, in its own if not."""
+
+    def widen(leaf: Any) -> Any:
+        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.asarray(leaf, jnp.float64) if floating else leaf
+
+    wide_x, wide_args = jax.tree.map(widen, x), jax.tree.map(widen, args)
+    try:
+        own = _modes.trace(lambda x: (f(x, *wide_args), None), wide_x)
+        line = Line(_scalar(f, wide_args, own), wide_x, order)
+    except (TypeError, ValueError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        own = _modes.trace(lambda x: (f(x, *args), None), x)
+        line = Line(_scalar(f, args, own), x, order)  # raises again if double precision was not the reason
+        remarks.append(f"f does not take double precision, so differences are rough: {first}")
+        return line
+    if line.eps > np.finfo(np.float64).eps:
+        remarks.append(f"f returns {line.out_dtype} even for float64 arguments, so differences are rough.")
+    return line
+
+
+def _directions(line: Line, num_directions: int, key: Array) -> tuple[list[str], np.ndarray]:
+    """What each direction is called, and the directions as rows, in units of the scales of ``x``."""
+    n = line.size
+    random = np.asarray(jax.random.normal(key, (num_directions + _MOST_LEAVES, n), jnp.float64))
+    labels, rows = [f"random direction {i}" for i in range(num_directions)], list(random[:num_directions])
+    if n <= _MOST_COORDINATES:
+        return [*labels, *map(line.entry_name, range(n))], np.stack([*rows, *np.eye(n)])
+    for (path, start, stop), row in zip(line.leaves[:_MOST_LEAVES], random[num_directions:], strict=False):
+        labels.append(f"a random direction in {path}")
+        rows.append(np.where((np.arange(n) >= start) & (np.arange(n) < stop), row, 0.0))
+    return labels, np.stack(rows)
+
+
+def _compare(line: Line, labels: list[str], directions: np.ndarray, order: int) -> Iterator[DerivativeCheck]:
+    """All checks but that for NaN."""
+    center, gradient = line.center()
+    first, sides, directions = _along_all(line, labels, directions, order)
+    checks = [_judge.worst("first derivatives: differences of f", first)]
+    few = line.size <= _MOST_FORWARD
+    probes = directions[:2] if len(directions) > 1 else np.stack([directions[0], -2 * directions[0]])
+    modes = [m for m in ("rev", "fwd") if line.program.blocker(m) is None and (few or m == line.gradient_mode)]
+    checks.append(_judge.agreement("gradient: modes agree", {m: line.gradient_by(m) for m in modes}, line))
+    if order == 1:
+        return iter(checks)
+    products = np.stack([line.product(direction) for direction in directions])
+    second, curved = [], []
+    for label, direction, product, (plus, minus) in zip(labels, directions, products, sides, strict=True):
+        gradients = line.gradients(direction)
+        second.append(_judge.second_order(line, label, direction, product, gradient, *gradients))
+        curved.append(_judge.curvature(line, label, direction, product, center, plus, minus))
+    of_gradient = _judge.worst("second derivatives: differences of the gradient", second)
+    of_values = _judge.worst("second derivatives: second differences of f", curved)
+    of_gradient = _judge.blame_kink(of_gradient, checks[0], "f")
+    checks.append(of_gradient)
+    checks.append(_judge.blame_kink(_judge.blame_kink(of_values, checks[0], "f"), of_gradient, "the gradient"))
+    legal = [m for m in _COMPOSITIONS if line.program.composition_blocker(m) is None]
+    legal = [m for m in legal if few or m != "fwd_over_fwd" or legal == [m]]
+    checks.append(_judge.agreement("H v: modes agree", {m: line.product_by(m, probes[0]) for m in legal}, line))
+    checks.append(_judge.symmetry(line, labels, directions, products))
+    checks.append(_judge.linearity(line, probes, line.product))
+    return iter(checks)
+
+
+def _along_all(
+    line: Line, labels: list[str], directions: np.ndarray, order: int
+) -> tuple[list[DerivativeCheck], list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    """The first derivative along each direction, the values there, and the directions with those that say more.
+
+    An entry far smaller than the others of its leaf may have no effect of its own size that roundings would not drown:
+    it moves farther, if more is seen then.
+    """
+    center, gradient = line.center()
+    product = line.product if order == 2 else None
+
+    def look(label: str, direction: np.ndarray) -> tuple[float, DerivativeCheck, tuple[np.ndarray, np.ndarray]]:
+        plus, minus = line.values(direction)
+        check = _judge.first_order(line, label, direction, gradient, center, plus, minus)
+        if product is None:
+            return check.tolerance, check, (plus, minus)
+        curved = _judge.curvature(line, label, direction, product(direction), center, plus, minus)
+        return max(check.tolerance, curved.tolerance), check, (plus, minus)
+
+    checks, sides, chosen = [], [], []
+    for label, direction in zip(labels, directions, strict=True):
+        seen = look(label, direction)
+        wider = line.wider(int(np.argmax(direction))) if label.startswith("x") else 1.0
+        if wider > 1 and seen[0] > _judge.ROUGH and (farther := look(label, wider * direction))[0] < seen[0]:
+            seen, direction = farther, wider * direction
+        checks.append(seen[1])
+        sides.append(seen[2])
+        chosen.append(direction)
+    return checks, sides, np.stack(chosen)
+
+
+def _nonfinite(fun: Objective, x: Tree, order: int) -> dict[str, tuple[str, ...]]:
+    """Which leaves have a gradient or a row of the Hessian that is not finite, by mode, in the precision of ``x``."""
+    program = _modes.trace(lambda x: (fun(x), None), x)
+    few = _modes.num_entries(x) <= _MOST_FORWARD
+    jit = jax.jit if program.jaxpr is not None else lambda fun: fun
+    v = jax.tree.map(lambda leaf, scale: scale.astype(leaf.dtype), x, scales_of(x))
+    found = {"f(x)": () if np.isfinite(np.asarray(jit(fun)(x), np.float64)) else ("f itself",)}
+    for mode in ("rev", "fwd"):
+        if program.blocker(mode) is None and (few or mode == "rev"):
+            found[f"gradient by {mode}"] = _bad_leaves(jit(lambda x, mode=mode: gradient_of(program, x, mode)[0])(x))
+    for mode in _COMPOSITIONS if order == 2 else ():
+        if program.composition_blocker(mode) is None and (few or mode != "fwd_over_fwd"):
+            product = jit(lambda x, v, mode=mode: hvp(fun, x, v, mode=mode))
+            with contextlib.suppress(NotImplementedError):  # a rule that JAX does not have: the mode is out of the way
+                found[f"Hessian by {mode}"] = _bad_leaves(product(x, v))
+    return {what: paths for what, paths in found.items() if paths}
+
+
+def _bad_leaves(tree: Tree) -> tuple[str, ...]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return tuple(
+        "x" + jax.tree_util.keystr(path) for path, leaf in leaves if not np.isfinite(np.asarray(leaf, np.float64)).all()
+    )

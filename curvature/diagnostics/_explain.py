@@ -1,0 +1,235 @@
+"""Which way to a derivative is legal, what each costs, and which one ``mode="auto"`` takes."""
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from curvature import _checks
+from curvature._types import HessianMode, JacobianMode, Objective, Tree
+from curvature.diagnostics._reports import Explanation, Way
+from curvature.transforms import _modes, hessian, hvp, jacobian
+from curvature.transforms._jacobian import auto_chunk_of, gradient_of, with_aux
+from curvature.transforms._legality import outputs_of
+
+_COMPOSITIONS = get_args(HessianMode)[1:]
+_DIRECTIONS = get_args(JacobianMode)[1:]
+_MOST_PASSES = 100  # over those of what auto takes: a way that takes more is not run, it could take hours
+_MOST_BYTES = 4 * 2**30  # of temporaries: a way that takes more is not run
+
+Call = Callable[[], Any]
+
+
+def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> Explanation:
+    """Every composition of modes for the derivatives of ``f``: legal or why not, what it costs, which is chosen.
+
+    For a scalar function: the gradient, the Hessian-vector product ``H v`` and the Hessian ``H[i, j] = d^2 f / dx_i
+    dx_j``; for a vector-valued one the Jacobian ``J[o, i] = d f_o / d x_i``.
+
+    Args:
+        f: the function, ``f(x, *args)``, whose outputs are floating arrays.
+        x: the point, any tree of floating arrays.
+        *args: data for ``f``, not differentiated: arrays and numbers.
+        measure: whether to run and time each way too. Ways of over a hundred times the passes of the chosen one are
+            left out.
+
+    Returns:
+        A report that prints as a table, with the figures by attribute: ``report.way("hvp").mode`` is what ``auto``
+        takes, ``report.way("hessian", "rev_over_rev").temporary_bytes`` what another takes. A function without a legal
+        mode has rows that say why.
+
+    Raises:
+        TypeError: when ``f`` is not callable, a leaf of ``x`` or of the output is not of a real floating dtype, data is
+            not an array, or the call is traced.
+
+    Cost: compiles each legal way, up to ten; runs nothing, unless ``measure`` is set. The FLOPs are XLA's, which counts
+        the body of a loop once: compare them only where no chunk or loop is in the way.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> report = curvature.explain(lambda x: jnp.sum(x**3), jnp.arange(3.0))
+        >>> report.way("hvp").mode, report.way("hessian", "rev_over_rev").legal
+        ('fwd_over_rev', True)
+
+    References: Griewank and Walther, Evaluating Derivatives, 2nd ed. (2008), chapter 4, doi:10.1137/1.9780898717761.
+    """
+    _checks.check_callable("explain", "f", f)
+    x = _checks.check_point("explain", "x", x)
+    _checks.check_data("explain", args)
+    _checks.check_concrete("explain", {"x": x, "args": args})
+    program = _modes.trace(lambda x: with_aux("explain", f(x, *args), False), x)
+    _checks.check_floating_output("explain", "f", program.out)
+    ways = tuple(itertools.chain(*(_ways(kind, program, f, x, args, measure) for kind in _kinds(program))))
+    unused, flat = _leaves_without(program)
+    return Explanation(
+        name=getattr(f, "__name__", type(f).__name__),
+        ways=ways,
+        num_inputs=_modes.num_entries(x),
+        num_outputs=_modes.num_entries(program.out),
+        chunk=_chunk(program, ways),
+        unused=unused,
+        without_curvature=flat,
+        structure=None,
+        remarks=_remarks(program, ways, measure),
+    )
+
+
+Kind = Literal["gradient", "hvp", "hessian", "jacobian"]
+
+
+def _kinds(program: _modes.Program) -> tuple[Kind, ...]:
+    return ("gradient", "hvp", "hessian") if program.is_scalar else ("jacobian",)
+
+
+def _ways(kind: Kind, program: _modes.Program, f: Objective, x: Tree, args: tuple[Any, ...], measure: bool) -> list[Way]:
+    """The rows of one derivative."""
+    modes = _COMPOSITIONS if kind in ("hvp", "hessian") else _DIRECTIONS
+    chosen = _choice(kind, program)
+    passes = {mode: _passes(kind, mode, program) for mode in modes}
+    ways = []
+    for mode in modes:
+        blocker = program.composition_blocker(mode) if kind in ("hvp", "hessian") else program.blocker(mode)
+        if blocker is not None:
+            ways.append(Way(kind, mode, False, str(blocker)))
+            continue
+        run = measure and passes[mode] <= _MOST_PASSES * passes[chosen or mode]
+        function, operands = _way_function(kind, mode, f, x, args)
+        ways.append(_cost(kind, mode, mode == chosen, function, operands, run, program.jaxpr is not None))
+    return ways
+
+
+def _choice(kind: Kind, program: _modes.Program) -> str | None:
+    """What ``auto`` takes, by the very code that takes it; None if nothing is legal."""
+    try:
+        if kind in ("hvp", "hessian"):
+            return _modes.choose_composition("explain", program, "auto")
+        return _modes.choose_jacobian("explain", program, "auto")
+    except TypeError:  # the rows say why
+        return None
+
+
+def _passes(kind: Kind, mode: str, program: _modes.Program) -> int:
+    """How many passes through ``f`` a way takes, up to a small factor."""
+    inputs, outputs = _modes.num_entries(program.x), _modes.num_entries(program.out)
+    if kind in ("gradient", "jacobian"):
+        return inputs if mode == "fwd" else outputs
+    of_product = inputs if mode == "fwd_over_fwd" else 1
+    if kind == "hvp":
+        return of_product
+    return inputs * (inputs if mode.endswith("fwd") else 1)
+
+
+def _way_function(
+    kind: Kind, mode: Any, f: Objective, x: Tree, args: tuple[Any, ...]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    if kind == "hvp":
+        return functools.partial(hvp, f, mode=mode), (x, jax.tree.map(jnp.ones_like, x), *args)
+    if kind == "hessian":
+        return hessian(f, mode=mode), (x, *args)
+    if kind == "jacobian":
+        return jacobian(f, mode=mode), (x, *args)
+
+    def gradient(x: Tree, *args: Any) -> Any:
+        program = _modes.trace(lambda x: with_aux("explain", f(x, *args), False), x)
+        return gradient_of(program, x, mode)[0]
+
+    return gradient, (x, *args)
+
+
+def _cost(
+    kind: Kind, mode: str, chosen: bool, function: Callable[..., Any], operands: Any, run: bool, traceable: bool
+) -> Way:
+    """The row of a legal way: what compiling it tells, and its time."""
+    if not traceable:
+        seconds = _median_seconds(lambda: function(*operands)) if run else None
+        return Way(kind, mode, chosen, seconds=seconds, remark="runs without jit only")
+
+    def fresh(*operands: Any) -> Any:  # a function that jit has never seen, so that no cache answers for the compiler
+        return function(*operands)
+
+    start = time.perf_counter()
+    compiled = jax.jit(fresh).lower(*operands).compile()
+    compile_seconds = time.perf_counter() - start
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    temporary = getattr(memory, "temp_size_in_bytes", None)
+    run = run and (temporary or 0) <= _MOST_BYTES
+    return Way(
+        kind,
+        mode,
+        chosen,
+        flops=costs.get("flops") if isinstance(costs, dict) else None,
+        temporary_bytes=temporary,
+        compile_seconds=compile_seconds,
+        seconds=_median_seconds(lambda: compiled(*operands)) if run else None,
+    )
+
+
+def _median_seconds(call: Call, budget: float = 0.2, most: int = 51) -> float:
+    """The median of as many calls as fit into ``budget`` seconds, after one to warm up; at least three."""
+    jax.block_until_ready(call())
+    seconds: list[float] = []
+    while len(seconds) < 3 or (sum(seconds) < budget and len(seconds) < most):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _chunk(program: _modes.Program, ways: tuple[Way, ...]) -> int | None:
+    """How many columns or rows of the last kind of derivative run at once, by the chosen way."""
+    way = next((way for way in reversed(ways) if way.chosen), None)
+    if way is None or way.derivative not in ("hessian", "jacobian") or program.jaxpr is None:
+        return None
+    if way.derivative == "jacobian":
+        return auto_chunk_of(program.fun, program.x, way.mode)
+    outer, _, inner = way.mode.partition("_over_")
+    return auto_chunk_of(lambda x: gradient_of(program, x, inner), program.x, outer)
+
+
+def _leaves_without(program: _modes.Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The paths of the leaves that the function, and that its first derivative, cannot depend on."""
+    if program.jaxpr is None:
+        return (), ()
+    unused = _inert_leaves(program)
+    if not program.is_scalar:
+        return unused, ()
+    inner = next((mode for mode in ("rev", "fwd") if program.blocker(mode) is None), None)
+    if inner is None:
+        return unused, ()
+    return unused, _inert_leaves(program.reverse if inner == "rev" else program.forward)
+
+
+def _inert_leaves(program: _modes.Program) -> tuple[str, ...]:
+    """The paths of the leaves of ``x`` that no output of the program carries a derivative by."""
+    assert program.jaxpr is not None
+    jaxpr = program.jaxpr.jaxpr
+    outputs = len(jax.tree.leaves(program.out))
+    inert = []
+    for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(program.x)[0]):
+        if not any(outputs_of(jaxpr, [i == j for j in range(len(jaxpr.invars))])[:outputs]):
+            inert.append("x" + jax.tree_util.keystr(path))
+    return tuple(inert)
+
+
+def _remarks(program: _modes.Program, ways: tuple[Way, ...], measure: bool) -> tuple[str, ...]:
+    remarks = []
+    if program.jaxpr is None:
+        remarks.append(
+            "f branches on values, so it cannot be traced: nothing was compiled, and whether a mode is legal shows only "
+            "when it runs. Use jnp.where or jax.lax.cond instead of if."
+        )
+    elif not any(way.chosen for way in ways):
+        remarks.append(
+            "No mode can differentiate f. custom_vjp_call has no forward derivative (custom_jvp has both), while has "
+            "no reverse derivative (scan, or fori_loop with constant bounds, has both)."
+        )
+    if any(way.compile_seconds is not None for way in ways):
+        remarks.append("FLOP is XLA's count, which takes the body of a loop, and so of a chunk, once.")
+    if measure and any(way.legal and way.seconds is None for way in ways):
+        remarks.append("Not run: what would take over a hundred times the passes of the chosen way, or over 4 GiB.")
+    return tuple(remarks)

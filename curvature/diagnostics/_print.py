@@ -1,0 +1,108 @@
+"""Reports that print themselves: a rich table in a terminal that has rich, aligned plain text everywhere else."""
+
+import io
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+try:  # an optional extra; a report must print without it
+    import rich.box
+    import rich.console
+    import rich.table
+    import rich.text
+except ImportError:
+    rich = None
+
+_WIDTH = 100  # of plain text
+
+
+class Sheet(NamedTuple):
+    """What a report prints: a table, whose first ``words`` columns are text and the others numbers, and remarks.
+
+    A row shorter than the columns ends in a sentence that takes the rest of the line.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    words: int
+    rows: tuple[tuple[str, ...], ...]
+    remarks: tuple[str, ...]
+
+
+class Printable:
+    """A report that prints as its ``sheet()``."""
+
+    def sheet(self) -> Sheet:
+        """What to print."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """A rich table if this goes to a terminal and rich is installed, plain text otherwise."""
+        if rich is None or not sys.stdout.isatty():
+            return plain_text(self.sheet())
+        screen = rich.console.Console(file=io.StringIO(), width=rich.console.Console().width)
+        screen.print(self)
+        return screen.file.getvalue().rstrip("\n")
+
+    def __repr__(self) -> str:
+        """The same in a notebook or at a prompt, where the report is all there is to see."""
+        return str(self)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """What ``rich.print`` shows."""
+        return _rich_parts(self.sheet())
+
+
+def plain_text(sheet: Sheet) -> str:
+    """The sheet as aligned text."""
+    full = [row for row in sheet.rows if len(row) == len(sheet.columns)]
+    short = [row[:-1] for row in sheet.rows if len(row) < len(sheet.columns)]
+    widths = [
+        max(len(row[i]) for row in [sheet.columns, *full, *short] if i < len(row)) for i in range(len(sheet.columns))
+    ]
+    lines = [sheet.title, "", _line(sheet.columns, widths, sheet.words)]
+    lines.append("-" * max(len(lines[-1]), 8))
+    for row in sheet.rows:
+        if len(row) == len(sheet.columns):
+            lines.append(_line(row, widths, sheet.words))
+            continue
+        start = _line(row[:-1], widths, sheet.words)
+        indent = sum(widths[: len(row) - 1]) + 2 * (len(row) - 1)
+        wrapped = textwrap.wrap(row[-1], max(_WIDTH - indent, 40), break_on_hyphens=False, break_long_words=False)
+        lines.append(f"{start:<{indent}}{wrapped[0] if wrapped else ''}")
+        lines += [" " * indent + more for more in wrapped[1:]]
+    lines.append("")
+    for remark in sheet.remarks:
+        lines += textwrap.wrap(
+            remark, _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+        )
+    return "\n".join(line.rstrip() for line in lines).rstrip()
+
+
+def _line(cells: tuple[str, ...], widths: list[int], words: int) -> str:
+    aligned = [
+        f"{cell:<{width}}" if i < words else f"{cell:>{width}}"
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=False))
+    ]
+    return "  ".join(aligned)
+
+
+def _rich_parts(sheet: Sheet) -> Iterator[Any]:
+    title = rich.text.Text(sheet.title, style="bold")
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(sheet.columns):
+        table.add_column(rich.text.Text(name), justify="left" if i < sheet.words else "right", no_wrap=i < sheet.words)
+    sentences = []
+    for row in sheet.rows:
+        cells = row
+        if len(row) < len(sheet.columns):  # a sentence would widen its column: it goes below, the cell says where
+            sentences.append(f"{' '.join(row[:-1])}: {row[-1]}")
+            cells = (*row[:-1], f"[{len(sentences)}]")
+        style = "green" if any("<-" in cell for cell in row) else "dim" if cells is not row else None
+        table.add_row(*map(rich.text.Text, cells), style=style)
+    yield table
+    for number, sentence in enumerate(sentences, 1):
+        yield rich.text.Text(f"[{number}] {sentence}", style="dim")
+    for remark in sheet.remarks:
+        yield rich.text.Text(remark)

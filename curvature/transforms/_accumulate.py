@@ -1,0 +1,52 @@
+"""Sums over a batch in bounded memory: one chunk of examples after the other, added up as they come."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from curvature._types import Tree
+
+
+def sum_over_chunks(fun: Callable[[Any, Float[Array, " size"]], Tree], batch: Any, chunks: int, dtype: Any) -> Tree:
+    """The sum of ``fun(part, weights)`` over equal parts of the batch, in one compiled loop.
+
+    Where the examples do not divide evenly, the last part starts early; its weights are zero for the examples that the
+    part before it has counted, and one otherwise.
+    """
+    lanes = jax.tree.leaves(batch)[0].shape[0]
+    size = -(-lanes // chunks)
+    if size == lanes:
+        return fun(batch, jnp.ones(lanes, dtype))
+
+    def part(start: Any) -> Tree:
+        first = jnp.minimum(start, lanes - size)
+        examples = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), batch)
+        return fun(examples, (first + jnp.arange(size) >= start).astype(dtype))
+
+    def add(total: Tree, start: Any) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, total, part(start)), None
+
+    starts = jnp.arange(-(-lanes // size)) * size
+    nothing = jax.tree.map(lambda like: zeros(like.shape, like), jax.eval_shape(part, starts[0]))
+    return jax.lax.scan(add, nothing, starts)[0]
+
+
+def zeros(shape: tuple[int, ...], like: Any) -> Array:
+    """Zeros of the dtype of ``like``, which vary over the devices of a mesh over which ``like`` does."""
+    zero = jnp.zeros(shape, like.dtype)
+    varying = tuple(getattr(like, "vma", None) or ())
+    return jax.lax.pcast(zero, varying, to="varying") if varying else zero
+
+
+def vary_like(tree: Tree, batch: Any) -> Tree:
+    """``tree`` made to vary over the devices of a mesh over which the batch does, so that no derivative by it sums."""
+    axes = set().union(*(getattr(jax.typeof(leaf), "vma", None) or () for leaf in jax.tree.leaves(batch)))
+
+    def varying(leaf: Array) -> Array:
+        missing = tuple(axes - set(getattr(jax.typeof(leaf), "vma", None) or ()))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(varying, tree)

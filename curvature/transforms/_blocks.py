@@ -1,0 +1,159 @@
+"""Sub-trees named by path, and the matrix of a Hessian that is given as a tree of trees."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr, tree_flatten_with_path
+from jaxtyping import Array, Float
+
+from curvature import _checks
+from curvature._types import Tree
+
+Structure = Any  # a PyTreeDef, which type checkers do not take for a type
+
+
+@dataclass(frozen=True)
+class Subtree:
+    """A node of a tree: the positions of its leaves among those of the whole, and its own structure."""
+
+    leaves: slice
+    structure: Structure
+
+    def take(self, tree: Tree) -> Tree:
+        """This part of ``tree``."""
+        return self.structure.unflatten(jax.tree.leaves(tree)[self.leaves])
+
+    def put(self, tree: Tree, part: Tree) -> Tree:
+        """``tree`` with ``part`` in the place of this part of it."""
+        leaves, structure = jax.tree.flatten(tree)
+        leaves[self.leaves] = jax.tree.leaves(part)
+        return structure.unflatten(leaves)
+
+
+def leaf_paths(tree: Tree) -> list[str]:
+    """The path of each leaf, such as "layers/0/w"; that of a tree which is itself a leaf is empty."""
+    return [_spell(keys) for keys, _ in tree_flatten_with_path(tree)[0]]
+
+
+def leaf_subtrees(tree: Tree) -> list[Subtree]:
+    """Each leaf as a sub-tree of its own."""
+    leaf = jax.tree.structure(0)
+    return [Subtree(slice(i, i + 1), leaf) for i in range(len(jax.tree.leaves(tree)))]
+
+
+def select(function: str, name: str, tree: Tree, path: str) -> Subtree:
+    """The sub-tree at ``path``, which may be a leaf; the empty path is the whole tree. ``name`` is the option's."""
+    nodes = list(_nodes(jax.tree.structure(tree), [keys for keys, _ in tree_flatten_with_path(tree)[0]]))
+    found = [node for spelled, node in nodes if spelled == path]
+    _checks.check_path(function, name, path, len(found), leaf_paths(tree))
+    return found[0]
+
+
+def _nodes(node: Structure, keys: Sequence[Any], start: int = 0, depth: int = 0) -> Iterator[tuple[str, Subtree]]:
+    """Every node that holds leaves, the root first, with its path; ``keys`` has those of each leaf of the whole."""
+    if not node.num_leaves:
+        return
+    yield _spell(keys[start][:depth]), Subtree(slice(start, start + node.num_leaves), node)
+    for child in node.children():
+        yield from _nodes(child, keys, start, depth + 1)
+        start += child.num_leaves
+
+
+def _spell(keys: Any) -> str:
+    return keystr(keys, simple=True, separator="/")
+
+
+# ---- the matrix of a tree of trees ---------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MatrixView:
+    """A Hessian as one matrix, with the names of its rows and columns: what ``matrix_view`` returns.
+
+    ``view[row_path, column_path]`` is the block of two leaves or sub-trees, as a matrix. Under ``vmap`` the matrix has
+    leading axes of lanes.
+
+    Attributes:
+        matrix: the entries, in the order of ``jax.flatten_util.ravel_pytree(x)``.
+        structure: the tree structure of ``x``.
+        sizes: the number of entries of each leaf of ``x``.
+    """
+
+    matrix: Float[Array, "*lanes n n"]
+    structure: Structure = field(metadata={"static": True})
+    sizes: tuple[int, ...] = field(metadata={"static": True})
+
+    @property
+    def index(self) -> dict[str, slice]:
+        """The rows (and columns) of each leaf of ``x``, by path."""
+        starts = [0, *itertools.accumulate(self.sizes)]
+        spans = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
+        return dict(zip(leaf_paths(self.structure.unflatten(self.sizes)), spans, strict=True))
+
+    def __getitem__(self, paths: tuple[str, str]) -> Float[Array, "*lanes rows columns"]:
+        """The block of two sub-trees, named by their paths, as a matrix."""
+        _checks.check_path_pair("MatrixView", "paths", paths)
+        rows, columns = (self._span(path) for path in paths)
+        return self.matrix[..., rows, columns]
+
+    def _span(self, path: str) -> slice:
+        leaves = select("MatrixView", "path", self.structure.unflatten(self.sizes), path).leaves
+        return slice(sum(self.sizes[: leaves.start]), sum(self.sizes[: leaves.stop]))
+
+
+def matrix_view(blocks: Tree, x: Tree) -> MatrixView:
+    """The Hessian ``blocks`` as one n x n matrix whose rows and columns are found by the path of a leaf.
+
+    ``matrix[i, j]`` is the entry of ``ravel_pytree(x)[0][i]`` and ``ravel_pytree(x)[0][j]``.
+
+    Args:
+        blocks: a tree like ``x`` of trees like ``x``, as ``hessian(f)(x)`` returns for a scalar function of ``x``.
+        x: the point, or any tree of its structure and shapes.
+
+    Returns:
+        A ``MatrixView``: ``.matrix`` of shape (n, n), ``.index`` from the path of a leaf to its slice of rows, and
+        ``view["layers/0", "layers/1/w"]`` for the block of two leaves or sub-trees. Paths are spelled as
+        ``jax.tree_util.keystr(path, simple=True, separator="/")`` does; the empty one is everything. Blocks of
+        different dtypes are promoted to the one that holds them all.
+
+    Raises:
+        ValueError: when ``blocks`` is not a tree like ``x`` of trees like ``x``; from the view for an unknown path.
+
+    Cost: one copy of the n x n entries.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> x = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
+        >>> view = curvature.matrix_view(curvature.hessian(lambda x: x["b"] * jnp.sum(x["a"] ** 2))(x), x)
+        >>> view.matrix
+        Array([[6., 0., 2.],
+               [0., 6., 4.],
+               [2., 4., 0.]], dtype=float32)
+        >>> view.index
+        {'a': slice(0, 2, None), 'b': slice(2, 3, None)}
+        >>> view["a", "b"]
+        Array([[2.],
+               [4.]], dtype=float32)
+    """
+    x = _checks.check_point("matrix_view", "x", x)
+    sizes = tuple(leaf.size for leaf in jax.tree.leaves(x))
+    return MatrixView(matrix_of("matrix_view", "blocks", blocks, x), jax.tree.structure(x), sizes)
+
+
+def matrix_of(function: str, name: str, blocks: Tree, x: Tree) -> Float[Array, "n n"]:
+    """A tree like ``x`` of trees like ``x`` as one matrix."""
+    rows = _checks.check_hessian(function, name, blocks, x)
+    with jax.numpy_dtype_promotion("standard"):  # blocks may differ in dtype even where users are strict
+        dtype = jnp.result_type(*jax.tree.leaves(blocks))
+    return jnp.concatenate([side_by_side(row, leaf.size, dtype) for row, leaf in rows])
+
+
+def side_by_side(tree: Tree, num_rows: int, dtype: Any) -> Float[Array, "rows n"]:
+    """The leaves, each with ``num_rows`` entries along its leading axes, as one matrix."""
+    leaves = [jnp.asarray(leaf, dtype).reshape(num_rows, -1) for leaf in jax.tree.leaves(tree)]
+    return jnp.concatenate(leaves, axis=1)

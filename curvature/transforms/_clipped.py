@@ -1,0 +1,164 @@
+"""Norms of per-example gradients, and sums of clipped ones, without one gradient for each example."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from curvature import _checks
+from curvature._types import ChunkSize, Objective, Tree
+from curvature.transforms import _modes
+from curvature.transforms._accumulate import sum_over_chunks
+from curvature.transforms._blocks import leaf_paths
+from curvature.transforms._grad_norm import accumulator, routes_of, squared_norm
+from curvature.transforms._jacobian import gradient_of, vmap
+from curvature.transforms._tapped import Tapped, TapReport, open_batch
+from curvature.transforms._taps import Taps, trace_taps
+
+
+def per_example_grad_norm(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Tapped:
+    """The norm of each example's gradient: ``norm(d loss(params, *example_b) / d params)`` over all leaves together.
+
+    Where a weight enters as ``z = a W``, the gradient is ``sum_s a_s d_s'`` over positions s (tokens, pixels, steps of
+    a scan) with ``d`` the cotangent of ``z``. Its norm is that of ``a`` times that of ``d`` for one position, and the
+    root of ``sum_st (a_s' a_t) (d_s' d_t)`` for few; only where that costs more is the gradient of the leaf formed, one
+    chunk of examples at a time. Matrix products in any order of axes, convolutions, biases, scales and lookups are
+    known, through ``jit``, ``scan`` and ``remat``, in flax, equinox and your own code alike; a leaf that enters in
+    another way is differentiated there. The result is exact in every case.
+    ``per_example_grad_norm(loss).report(params, *batch)`` says what becomes of each leaf.
+
+    Args:
+        loss: ``loss(params, *example) -> scalar``, for one example.
+        chunk_size: how many examples run at once; see ``vmap``.
+
+    Returns:
+        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns
+        the norms, of shape (B,). They are per example: divided by B nowhere.
+
+    Raises:
+        TypeError: when the loss is not scalar, or a leaf of ``params`` is not of a real floating dtype.
+        ValueError: when no batch is given, or its leaves differ in their leading axis.
+
+    Cost: for one vector an example less than one gradient of the mean, as no gradient of a weight is formed; memory for
+        the inputs and cotangents of one chunk.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> loss = lambda w, x, y: 0.5 * (w @ x - y) ** 2
+        >>> curvature.per_example_grad_norm(loss)(jnp.ones(2), jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.zeros(2))
+        Array([35.,  1.], dtype=float32)
+
+    References: Goodfellow, Efficient per-example gradient computations (arXiv:1510.01799), for one position; Li et al.,
+        Large language models can be strong differentially private learners (arXiv:2110.05679, section 4), for several.
+    """
+    name = "per_example_grad_norm"
+    _checks.check_callable(name, "loss", loss)
+    _checks.check_chunk_size(name, chunk_size)
+    return Tapped(lambda params, *batch: _norms(name, loss, params, batch, chunk_size), teller(name, loss))
+
+
+def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "auto") -> Tapped:
+    """The mean of clipped per-example gradients: ``(1/B) sum_b g_b min(1, max_norm / norm(g_b))``, and the norms.
+
+    What differentially private training needs before it adds noise of scale ``max_norm / B``: changing one example
+    moves the result by at most ``2 max_norm / B``. No gradient of an example is formed for it: the norms come from
+    ``per_example_grad_norm``, the mean is one gradient of a weighted loss.
+
+    Args:
+        loss: ``loss(params, *example) -> scalar``, for one example.
+        max_norm: the largest norm that an example's gradient keeps, a positive number.
+        chunk_size: how many examples run at once; see ``vmap``.
+
+    Returns:
+        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns
+        ``(grad, norms)``: a tree like ``params``, and the norms before clipping, of shape (B,).
+
+    Raises:
+        TypeError, ValueError: as ``per_example_grad_norm``; and for a ``max_norm`` that is not positive.
+
+    Cost: about two gradients of the mean; memory as one gradient of a chunk.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> loss = lambda w, x: w @ x
+        >>> grad, norms = curvature.clipped_grad(loss, 1.0)(jnp.ones(2), jnp.array([[3.0, 4.0], [0.0, 0.5]]))
+        >>> grad, norms
+        (Array([0.3 , 0.65], dtype=float32), Array([5. , 0.5], dtype=float32))
+
+    References: Abadi et al., Deep learning with differential privacy (arXiv:1607.00133, algorithm 1); the two passes
+        are those of Lee and Kifer (arXiv:2009.03106).
+    """
+    name = "clipped_grad"
+    _checks.check_callable(name, "loss", loss)
+    _checks.check_positive(name, "max_norm", max_norm)
+    _checks.check_chunk_size(name, chunk_size)
+
+    def clipped(params: Tree, *batch: Any) -> tuple[Tree, Float[Array, " batch"]]:
+        norms = _norms(name, loss, params, batch, chunk_size)
+        params, batch, _ = open_batch(name, params, batch)
+        weights = jnp.where(norms > max_norm, max_norm / norms, 1) / len(norms)  # a NaN norm passes its NaN on
+
+        def gradient(part: Any, counted: Array) -> Tree:
+            examples, weights = part
+
+            def weighted(params: Tree) -> tuple[Array, None]:
+                losses = jax.vmap(loss, (None,) + (0,) * len(examples))(params, *examples)
+                return jnp.vdot((weights * counted).astype(losses.dtype), losses), None
+
+            program = _modes.trace(weighted, params)
+            return gradient_of(program, params, _modes.choose_jacobian(name, program, "auto"))[0]
+
+        chunks = -(-len(norms) // chunk_size) if isinstance(chunk_size, int) else 1
+        return sum_over_chunks(gradient, (batch, weights), chunks, weights.dtype), norms
+
+    return Tapped(clipped, teller(name, loss))
+
+
+def trace_loss(name: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
+    program = _modes.trace(lambda params: (loss(params, *example), None), params)
+    _checks.check_scalar_output(name, "loss", program.out)
+    return trace_taps(program, loss, params, example)
+
+
+def teller(name: str, loss: Objective) -> Callable[..., TapReport]:
+    def tell(params: Tree, *batch: Any) -> TapReport:
+        params, batch, example = open_batch(name, params, batch)
+        taps, paths = trace_loss(name, loss, params, example), leaf_paths(params)
+        if taps is None:
+            return TapReport(name, dict.fromkeys(paths, "gradient formed: the loss has no taps"))
+        return TapReport(name, {path: route.told for path, route in zip(paths, routes_of(taps), strict=True)})
+
+    return tell
+
+
+def _norms(
+    name: str, loss: Objective, params: Tree, batch: tuple[Any, ...], chunk_size: ChunkSize
+) -> Float[Array, " batch"]:
+    """The norms of all gradients."""
+    params, batch, example = open_batch(name, params, batch)
+    taps, leaves = trace_loss(name, loss, params, example), jax.tree.leaves(params)
+    square = _square_of_formed(name, loss, params) if taps is None else squared_norm(taps, leaves)
+    structure = jax.tree.structure(batch)
+
+    def norm(*examples: Any) -> Array:
+        return jnp.sqrt(square(examples if taps is not None else structure.unflatten(examples)))
+
+    return vmap(norm, chunk_size=chunk_size)(*jax.tree.leaves(batch))
+
+
+def _square_of_formed(name: str, loss: Objective, params: Tree) -> Callable[[tuple[Any, ...]], Array]:
+    dtype = accumulator(jax.tree.leaves(params))
+
+    def of_example(example: tuple[Any, ...]) -> Array:
+        gradient = formed_gradient(name, loss, params, example)
+        return jnp.sum(jnp.stack([jnp.sum(leaf.astype(dtype) ** 2) for leaf in jax.tree.leaves(gradient)]))
+
+    return of_example
+
+
+def formed_gradient(name: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Tree:
+    """The gradient of one example by whichever mode is legal."""
+    program = _modes.trace(lambda params: (loss(params, *example), None), params)
+    return gradient_of(program, params, _modes.choose_jacobian(name, program, "auto"))[0]

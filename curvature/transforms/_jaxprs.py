@@ -1,0 +1,123 @@
+"""Jaxprs as programs to be read: inlined calls, one equation as a function, the parts of a scan."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+
+def open_jaxpr(jaxpr: Any) -> Jaxpr:
+    """The jaxpr of an equation's parameter, which is closed in some versions of JAX and open in others."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
+    """The body of a call-like equation, whose inputs are the body's inputs one for one: jit, remat, and the like."""
+    if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):  # differentiated by their rules, not their bodies
+        return None
+    for body in jex.core.jaxprs_in_params(eqn.params):
+        if len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars):
+            return body
+    return None
+
+
+def is_floating(v: Any) -> bool:
+    """Whether a variable can carry a derivative."""
+    return jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)
+
+
+def equation_function(jaxpr: Jaxpr, eqn: JaxprEqn) -> tuple[Callable[..., list[Any]], list[Var]]:
+    """One equation of ``jaxpr`` as a function of its distinct variables, custom rules and all, and those variables."""
+    closed = lone_equation(jaxpr, eqn)
+    return jex.core.jaxpr_as_fun(closed), closed.jaxpr.invars
+
+
+def lone_equation(jaxpr: Jaxpr, eqn: JaxprEqn) -> ClosedJaxpr:
+    """The jaxpr that holds one equation of ``jaxpr`` and takes its distinct variables."""
+    variables = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, Var)))
+    alone = jaxpr.replace(
+        constvars=[],
+        invars=variables,
+        outvars=list(eqn.outvars),
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    return ClosedJaxpr(alone, [])
+
+
+class Environment(dict[Var, Any]):
+    """The values of variables, while a jaxpr is evaluated equation by equation."""
+
+    def read(self, variables: Sequence[Any]) -> list[Any]:
+        """The values of variables and literals."""
+        return [v.val if isinstance(v, Literal) else self[v] for v in variables]
+
+    def write(self, variables: Sequence[Var], values: Sequence[Any]) -> None:
+        """Set the values of variables."""
+        self.update(zip(variables, values, strict=True))
+
+    def evaluate(self, jaxpr: Jaxpr, eqn: JaxprEqn) -> None:
+        """Set what one equation of ``jaxpr`` computes."""
+        fun, variables = equation_function(jaxpr, eqn)
+        self.write(eqn.outvars, fun(*self.read(variables)))
+
+
+def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """The same program without calls: the equations of jit and remat stand where they were called from.
+
+    What has a rule of its own stays one equation: loops, branches, custom derivatives.
+    """
+    return jax.make_jaxpr(lambda *args: _evaluate_inline(closed.jaxpr, closed.consts, args))(*_avals(closed.jaxpr))
+
+
+def _evaluate_inline(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    env = Environment()
+    env.write(jaxpr.constvars, consts)
+    env.write(jaxpr.invars, args)
+    for eqn in jaxpr.eqns:
+        body = None if eqn.primitive.name in ("scan", "while", "cond") else called_jaxpr(eqn)
+        if body is None or body.constvars:
+            env.evaluate(jaxpr, eqn)
+        else:
+            env.write(eqn.outvars, _evaluate_inline(body, [], env.read(eqn.invars)))
+    return env.read(jaxpr.outvars)
+
+
+def _avals(jaxpr: Jaxpr) -> list[Any]:
+    return [v.aval for v in jaxpr.invars]
+
+
+class Scan(NamedTuple):
+    """A scan equation taken apart.
+
+    Attributes:
+        body: its body, inlined, as a function of constants, carries and slices.
+        num_consts: how many of the inputs are constants.
+        num_carry: how many of the inputs after them, and of the outputs, are carries.
+        length: the number of steps.
+        reverse: whether it runs from the last slice to the first.
+    """
+
+    body: ClosedJaxpr
+    num_consts: int
+    num_carry: int
+    length: int
+    reverse: bool
+
+
+def open_scan(eqn: JaxprEqn) -> Scan:
+    """The parts of a scan; read from ranks, for what is scanned or stacked has one axis more outside than inside."""
+    body = eqn.params["jaxpr"]
+    closed = body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, [])
+    num_carry = count_of_equal_rank(eqn.outvars, closed.jaxpr.outvars)
+    num_consts = count_of_equal_rank(eqn.invars, closed.jaxpr.invars) - num_carry
+    return Scan(inline(closed), num_consts, num_carry, eqn.params["length"], eqn.params["reverse"])
+
+
+def count_of_equal_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    """How many variables of an equation have the rank of their counterparts in its body."""
+    return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))

@@ -1,0 +1,189 @@
+"""Laplacians by collapsed Taylor mode, and derivatives of any order along one direction."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvature import _checks
+from curvature._types import Objective, Tree
+from curvature.transforms import _modes
+from curvature.transforms._pushforward import choose_forward, derivative_along
+from curvature.transforms._taylor import BY_REVERSE, Jet, Step, push_jets
+
+_EAGER = Step("a branch on a value", "jvp of jvp of the whole function, for each direction", "f")
+
+
+def laplacian(f: Objective, *, factor: Tree | None = None, with_value: bool = False) -> "Laplacian":
+    """The Laplacian ``sum_i d^2 f / dx_i^2`` of each output of ``f``, in one pass of collapsed Taylor mode.
+
+    With ``factor=S``, whose leaves have a leading axis of K directions ``s_k``, it is the weighted sum
+    ``sum_ij D_ij d^2 f / dx_i dx_j = sum_k s_k' H s_k`` with ``D = sum_k s_k s_k'``. Entries of ``x`` that have
+    nothing to do with each other, such as a batch of points inside ``f``, share directions this way: with
+    ``s_k[b] = e_k`` for every point b, the outputs of each point get its own Laplacian.
+
+    Values, the K first derivatives and the sum of the second ones pass through ``f`` together, equation by equation:
+    through calls, branches, loops and custom derivative rules. Functions of one variable, entry by entry, are composed
+    before they meet the K directions. A ``custom_vjp`` has no forward derivative; it alone is differentiated by reverse
+    mode, once for each direction. ``laplacian(f).explain(x, *args)`` says how each equation was differentiated, and in
+    ``.fallbacks`` which of them took a product of their own for each direction, and on which line they stand.
+
+    Args:
+        f: ``f(x, *args)``, which returns any tree of floating arrays.
+        factor: a tree like ``x`` whose leaves have shape ``(K,) + leaf.shape``; None stands for the identity.
+        with_value: whether to return ``(value, laplacian)``, which costs nothing more.
+
+    Returns:
+        A function of ``(x, *args)``, where ``x`` is any tree of floating arrays, that returns a tree like the output
+        of ``f``. Map it over points with ``jax.vmap(laplacian(f), in_axes=(0, None))``.
+
+    Raises:
+        TypeError: when ``f`` is not callable or an output is not floating, when a leaf of ``x`` is not of a real
+            floating dtype, when ``factor`` differs from ``x`` in dtype, or when an equation has no derivative at all.
+        ValueError: when ``x`` has no entries, or ``factor`` does not match it.
+
+    Cost: 2 + K evaluations of ``f``, where K is the number of entries of ``x`` unless a factor is given: about half of
+        the trace of a Hessian. Memory: K first derivatives of each intermediate; no second one is ever stored.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> curvature.laplacian(lambda x: x[0] ** 2 * x[1] + x[1] ** 3)(jnp.array([2.0, 5.0]))  # 2 y + 6 y
+        Array(40., dtype=float32)
+
+    References: Li et al., A computational framework for neural network-based variational Monte Carlo with Forward
+        Laplacian, Nature Machine Intelligence (2024), arXiv:2307.08214; Dangel et al., Collapsing Taylor mode automatic
+        differentiation (2025), arXiv:2505.13644.
+    """
+    _checks.check_callable("laplacian", "f", f)
+    return Laplacian(f, factor, with_value)
+
+
+@dataclass(frozen=True)
+class LaplacianReport:
+    """How ``laplacian`` differentiated a function.
+
+    Attributes:
+        steps: for each equation that the input reaches: the primitive, the rule, and the user's line.
+    """
+
+    steps: tuple[Step, ...]
+
+    @property
+    def fallbacks(self) -> tuple[Step, ...]:
+        """The equations that took a product of their own for each direction."""
+        return tuple(step for step in self.steps if step.rule in (BY_REVERSE, _EAGER.rule))
+
+    def __str__(self) -> str:
+        """One line for each kind of step, the commonest first."""
+        counts = Counter((step.primitive, step.rule) for step in self.steps).most_common()
+        lines = [f"{count:4}  {primitive:<24}  {rule}" for (primitive, rule), count in counts]
+        return "\n".join(lines + [f"fallback: {step.primitive} at {step.where}" for step in self.fallbacks])
+
+
+@dataclass(frozen=True, eq=False)
+class Laplacian:
+    """What ``laplacian`` returns: a function of ``(x, *args)`` that can explain itself."""
+
+    f: Objective
+    factor: Tree | None
+    with_value: bool
+
+    def __call__(self, x: Tree, *args: Any) -> Any:
+        """The Laplacian at ``x``, or ``(value, laplacian)``."""
+        program, directions = self._prepare(x, args)
+        value, result = _evaluate(program, directions, [])
+        return (value, result) if self.with_value else result
+
+    def explain(self, x: Tree, *args: Any) -> LaplacianReport:
+        """How each equation of ``f`` is differentiated; nothing is computed."""
+        program, directions = self._prepare(x, args)
+        if program.jaxpr is None:
+            return LaplacianReport((_EAGER,))
+        steps: list[Step] = []
+        jax.eval_shape(lambda: _evaluate(program, directions, steps))
+        return LaplacianReport(tuple(dict.fromkeys(steps)))
+
+    def _prepare(self, x: Tree, args: tuple[Any, ...]) -> tuple[_modes.Program, Tree]:
+        """``f`` traced at ``x``, and the directions."""
+        x = _checks.check_point("laplacian", "x", x)
+        _checks.check_entries("laplacian", "x", x)
+        factor = None if self.factor is None else _checks.check_factor("laplacian", "factor", self.factor, "x", x)
+        program = _modes.trace(lambda x: (self.f(x, *args), None), x)
+        _checks.check_floating_output("laplacian", "f", program.out)
+        return program, _identity(x) if factor is None else factor
+
+
+def _evaluate(program: _modes.Program, directions: Tree, steps: list[Step]) -> tuple[Any, Any]:
+    """The value and the sum of second derivatives."""
+    x = program.x
+    if program.jaxpr is None:
+        each = jax.vmap(lambda v: _second_derivative(program.fun, x, v))(directions)
+        return program.fun(x)[0], jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), each)
+    jets = [Jet(*pair) for pair in zip(jax.tree.leaves(x), jax.tree.leaves(directions), strict=True)]
+    outs = push_jets(program.jaxpr.jaxpr, program.jaxpr.consts, jets, steps)
+    structure = jax.tree.structure(program.out)
+    laps = [jnp.zeros_like(out.value) if out.lap is None else out.lap for out in outs]
+    return structure.unflatten([out.value for out in outs]), structure.unflatten(laps)
+
+
+def _second_derivative(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: Tree) -> Any:
+    return _modes.directional_derivative(lambda x: _modes.directional_derivative(fun, x, v), x, v)[0]
+
+
+def _identity(x: Tree) -> Tree:
+    """The standard basis of trees like ``x``, along a leading axis of each leaf."""
+    leaves, structure = jax.tree.flatten(x)
+    total, start, rows = _modes.num_entries(x), 0, []
+    for leaf in leaves:
+        block = jnp.eye(total, leaf.size, -start, dtype=leaf.dtype)
+        rows.append(block.reshape(total, *leaf.shape) + jnp.zeros_like(leaf)[None])  # vary over devices as x does
+        start += leaf.size
+    return structure.unflatten(rows)
+
+
+def directional_derivatives(f: Objective, x: Tree, v: Tree, *args: Any, order: int) -> tuple[Any, ...]:
+    """The derivatives ``d^k/dt^k f(x + t v)`` at t = 0, for k = 1 to ``order``.
+
+    Args:
+        f: ``f(x, *args)``, which returns any tree of floating arrays.
+        x: the point, any tree of floating arrays.
+        v: the direction, with the structure, shapes and dtypes of ``x``.
+        *args: data for ``f``, not differentiated.
+        order: the highest order, a positive integer.
+
+    Returns:
+        A tuple of ``order`` trees like the output of ``f``; the last one is of that order.
+
+    Raises:
+        TypeError: when ``f`` is not callable or an output is not floating, when a leaf of ``x`` is not of a real
+            floating dtype, or when no mode can differentiate ``f``.
+        ValueError: when ``v`` does not match ``x``, or ``order`` is not a positive integer.
+
+    Cost: one nest of ``order`` JVPs, which holds up to 2^order times the operations of ``f``; meant for small orders.
+        A derivative that has no forward mode, as of a ``custom_vjp``, takes two reverse passes instead.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> f = lambda x: x[0] ** 3 + x[1]
+        >>> curvature.directional_derivatives(f, jnp.array([2.0, 0.0]), jnp.array([1.0, 1.0]), order=3)
+        (Array(13., dtype=float32), Array(12., dtype=float32), Array(6., dtype=float32))
+    """
+    _checks.check_callable("directional_derivatives", "f", f)
+    _checks.check_count("directional_derivatives", "order", order, 1)
+    x = _checks.check_point("directional_derivatives", "x", x)
+    v = _checks.check_direction("directional_derivatives", "v", v, "x", x)
+    program = _modes.trace(lambda x: (f(x, *args), ()), x)
+    _checks.check_floating_output("directional_derivatives", "f", program.out)
+    for _ in range(order):
+        mode = choose_forward("directional_derivatives", program.blocker)
+        program = _modes.trace(functools.partial(derivative_along, mode, program.fun, v=v), x)
+    last, lower = program.fun(x)
+    derivatives = [last]
+    for _ in range(order - 1):  # the aux of each is the one below and its aux
+        last, lower = lower
+        derivatives.append(last)
+    return tuple(reversed(derivatives))

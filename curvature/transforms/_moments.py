@@ -1,0 +1,150 @@
+"""Moments over a batch of the entries of per-example gradients."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from curvature import _checks
+from curvature._types import ChunkSize, Objective, Tree
+from curvature.transforms._accumulate import sum_over_chunks
+from curvature.transforms._clipped import formed_gradient, teller, trace_loss
+from curvature.transforms._grad_norm import accumulator, dense, formed_gradients, routes_of
+from curvature.transforms._tapped import Tapped, open_batch
+from curvature.transforms._taps import Site, Taps, factors, from_canonical
+
+_FORMED_BYTES = 32 * 2**20  # what the gradients formed at once may take: ours
+_Sums = tuple[list[Array], list[Array]]
+
+
+class GradMoments(NamedTuple):
+    """The moments over a batch of each entry of the gradient; see ``per_example_grad_moments``.
+
+    Attributes:
+        mean: the gradient of the mean loss.
+        second_moment: the mean of the squares.
+        variance: ``second_moment - mean**2``.
+    """
+
+    mean: Tree
+    second_moment: Tree
+    variance: Tree
+
+
+def per_example_grad_moments(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Tapped:
+    """Mean, second moment and variance over the batch of each entry of the per-example gradients ``g_b``.
+
+    ``mean = (1/B) sum_b g_b``, ``second_moment = (1/B) sum_b g_b**2``, ``variance = second_moment - mean**2``: the
+    diagonal of the empirical Fisher matrix, and the noise of a stochastic gradient.
+
+    Args:
+        loss: ``loss(params, *example) -> scalar``, for one example.
+        chunk_size: how many examples at once; "auto" keeps the gradients formed at once within 32 MiB.
+
+    Returns:
+        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns
+        ``GradMoments``, three trees like ``params``. The variance is that of the batch as it is, divided by B; it
+        cannot be less than zero, and is exact to rounding of the second moment.
+
+    Raises:
+        TypeError, ValueError: as ``per_example_grad_norm``.
+
+    Cost: for weights that see one vector an example one gradient of the mean and one more product of matrices,
+        ``sum_b a_b**2 (d_b**2)'``; the gradients of other leaves are formed, one chunk of examples at a time.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> curvature.per_example_grad_moments(lambda w, x: w @ x)(jnp.ones(2), jnp.array([[3.0, 4.0], [1.0, 4.0]]))
+        GradMoments(mean=Array([2., 4.], dtype=float32), second_moment=Array([ 5., 16.], dtype=float32),
+            variance=Array([1., 0.], dtype=float32))
+
+    References: Dangel et al., BackPACK (arXiv:1912.10985, appendix A.1).
+    """
+    name = "per_example_grad_moments"
+    _checks.check_callable(name, "loss", loss)
+    _checks.check_chunk_size(name, chunk_size)
+
+    def moments(params: Tree, *batch: Any) -> GradMoments:
+        params, batch, example = open_batch(name, params, batch)
+        leaves, structure = jax.tree.flatten(params)
+        examples = jax.tree.leaves(batch)
+        taps = trace_loss(name, loss, params, example)
+        if taps is None:
+
+            def of_part(examples: Sequence[Array], weights: Array) -> _Sums:
+                part = jax.tree.structure(batch).unflatten(examples)
+                gradients = jax.vmap(lambda *example: formed_gradient(name, loss, params, example))(*part)
+                return _sums_of_formed(jax.tree.leaves(gradients), weights)
+
+        else:
+            of_part = _sums_by_taps(taps, leaves)
+        single = {} if taps is None else _single_uses(taps)
+        formed_bytes = 4 * sum(leaf.size for k, leaf in enumerate(leaves) if k not in single)
+        size = max(8, _FORMED_BYTES // max(formed_bytes, 1)) if chunk_size == "auto" else chunk_size or len(examples[0])
+        chunks = -(-len(examples[0]) // size)
+        first, second = sum_over_chunks(of_part, examples, chunks, accumulator(leaves))
+        count = len(examples[0])
+        mean = [total / count for total in first]
+        square = [total / count for total in second]
+        variance = [jnp.maximum(s - m**2, 0) for s, m in zip(square, mean, strict=True)]
+        cast = [
+            structure.unflatten([a.astype(leaf.dtype) for a, leaf in zip(arrays, leaves, strict=True)])
+            for arrays in (mean, square, variance)
+        ]
+        return GradMoments(*cast)
+
+    return Tapped(moments, teller(name, loss))
+
+
+def _sums_of_formed(gradients: Sequence[Array], weights: Array) -> _Sums:
+    """The weighted sums of gradients, given for each example, and of their squares."""
+    gradients = [gradient.astype(weights.dtype) for gradient in gradients]
+    return tuple([jnp.tensordot(weights, gradient**power, 1) for gradient in gradients] for power in (1, 2))
+
+
+def _single_uses(taps: Taps) -> dict[int, int]:
+    """The leaves that meet the data once, at one position, each with the number of that site."""
+    routes = enumerate(routes_of(taps))
+    return {
+        leaf: route.uses[0]
+        for leaf, route in routes
+        if len(route.uses) == 1 and not route.scalars and taps.sites[route.uses[0]].sizes[1] == 1
+    }
+
+
+def _sums_by_taps(taps: Taps, leaves: Sequence[Array]) -> Callable[[Sequence[Array], Array], _Sums]:
+    """From some examples to the weighted sums of their gradients and of the squares, formed only where it must be."""
+    single = _single_uses(taps)
+    others = [leaf for leaf in range(len(leaves)) if leaf not in single]
+
+    def of_part(examples: Sequence[Array], weights: Array) -> _Sums:
+        values = taps.parameter_values(leaves)
+        gradients = formed_gradients(taps, values, leaves, others)
+
+        def of_example(*example: Any) -> Any:
+            captured, d = taps.cotangents(values, example)
+            uses = {leaf: factors(taps.sites[n], captured[n], d[n][0]) for leaf, n in single.items()}
+            pairs = {leaf: (dense(use)[:, 0], use.d[:, 0]) for leaf, use in uses.items()}
+            return gradients(list(zip(taps.sites, captured, d, strict=True))), pairs
+
+        formed, pairs = jax.vmap(of_example)(*examples)
+        sums = dict(zip(others, zip(*_sums_of_formed(formed, weights), strict=True), strict=True))
+        for leaf, n in single.items():
+            found = _sums_of_outer(*pairs[leaf], weights, taps.sites[n])
+            sums[leaf] = tuple(array.reshape(leaves[leaf].shape) for array in found)
+        first, second = zip(*(sums[leaf] for leaf in range(len(leaves))), strict=True)
+        return list(first), list(second)
+
+    return of_part
+
+
+def _sums_of_outer(a: Array, d: Array, weights: Array, site: Site) -> tuple[Array, Array]:
+    """The weighted sums of ``a_b d_b'`` and of its squares, with the axes of the root."""
+    a, d = a.astype(weights.dtype), d.astype(weights.dtype)
+    order = (*site.group, *site.form.rows, *site.form.columns)
+    weighted = d * weights[:, None, None]
+    sums = jnp.einsum("bgi,bgo->gio", a, weighted), jnp.einsum("bgi,bgo->gio", a**2, weighted * d)
+    first, second = (from_canonical(array, order, site.origins[0].root) for array in sums)
+    return first, second

@@ -1,0 +1,141 @@
+"""The derivative of a jaxpr along a direction, as a jaxpr again, and whether it is taken entry by entry."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+
+from curvature import _checks
+from curvature._types import Tree
+from curvature.transforms._jaxprs import called_jaxpr, is_floating, lone_equation, open_jaxpr
+from curvature.transforms._legality import Blocker, find_blocker
+from curvature.transforms._modes import directional_derivative
+
+LINEAR_BY_ENTRY = frozenset({"add", "sub", "neg", "add_any", "copy", "convert_element_type", "select_n"})
+"""Equations whose derivative is another one of the kind, which costs less than a product with slopes of one."""
+
+_BY_ENTRY = LINEAR_BY_ENTRY | {
+    "abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp", "cos", "cosh",
+    "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow",
+    "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "not", "or", "pow",
+    "rem", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+}  # fmt: skip
+
+
+class Pushforward(NamedTuple):
+    """The first derivative of a jaxpr's floating outputs along a direction.
+
+    Attributes:
+        jaxpr: the program ``(*arguments, *directions of those that move) -> derivatives``.
+        mode: how it was made: "fwd", or "rev" where there is no forward derivative.
+    """
+
+    jaxpr: ClosedJaxpr
+    mode: str
+
+    def along(self, values: Sequence[Any], directions: Sequence[Any]) -> list[Any]:
+        """The derivatives at ``values``."""
+        return jex.core.jaxpr_as_fun(self.jaxpr)(*values, *directions)
+
+
+def pushforward(function: str, closed: ClosedJaxpr, moving: Sequence[bool]) -> Pushforward:
+    """Differentiate by the arguments that are ``moving``: forward, or else by reverse mode applied twice."""
+    live = [True] * len(closed.jaxpr.outvars)
+    mode = choose_forward(function, lambda mode: find_blocker(closed.jaxpr, moving, live, mode))
+    fun = jex.core.jaxpr_as_fun(closed)
+    floating = [is_floating(v) for v in closed.jaxpr.outvars]
+
+    def derivatives(*args: Any) -> list[Any]:
+        values, directions = list(args[: len(moving)]), args[len(moving) :]
+
+        def smooth(moved: Sequence[Any]) -> tuple[list[Any], None]:
+            rest = iter(moved)
+            outs = fun(*[next(rest) if moves else value for moves, value in zip(moving, values, strict=True)])
+            return [out for out, is_smooth in zip(outs, floating, strict=True) if is_smooth], None
+
+        point = tuple(value for moves, value in zip(moving, values, strict=True) if moves)
+        return derivative_along(mode, smooth, point, directions)[0]
+
+    avals = [v.aval for v in closed.jaxpr.invars]
+    made = jax.make_jaxpr(derivatives)(*avals, *[aval for aval, moves in zip(avals, moving, strict=True) if moves])
+    return Pushforward(_without_dead_code(made), mode)
+
+
+def _without_dead_code(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """Drop what only the values need, which a JVP computes beside the derivatives."""
+    live, kept = {v for v in closed.jaxpr.outvars if isinstance(v, Var)}, []
+    for eqn in reversed(closed.jaxpr.eqns):
+        if eqn.effects or not live.isdisjoint(eqn.outvars):
+            kept.append(eqn)
+            live.update(v for v in eqn.invars if isinstance(v, Var))
+    return closed.replace(jaxpr=closed.jaxpr.replace(eqns=kept[::-1]))
+
+
+def choose_forward(function: str, blocker: Callable[[str], Blocker | None]) -> str:
+    """The mode of a derivative along a direction: forward wherever nothing forbids it."""
+    blockers = {}
+    for mode in ("fwd", "rev"):
+        found = blocker(mode)
+        if found is None:
+            return mode
+        blockers[mode] = str(found)
+    raise _checks.no_legal_mode(function, blockers)
+
+
+def derivative_along(mode: str, fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: Tree) -> tuple[Any, Any]:
+    """``d/dt fun(x + t v)`` at 0 in either mode, with ``(out, aux)`` beside it.
+
+    In reverse mode: the pull-back ``w -> J'w`` is linear, and its own pull-back is ``v -> J v``.
+    """
+    if mode == "fwd":
+        return directional_derivative(fun, x, v)
+    out, pull, aux = jax.vjp(fun, x, has_aux=True)
+    return jax.vjp(pull, jax.tree.map(jnp.zeros_like, out))[1]((v,))[0], (out, aux)
+
+
+def is_elementwise(closed: ClosedJaxpr, active: Sequence[int]) -> bool:
+    """Whether the only output has, entry by entry, the derivative of a real function of the active arguments."""
+    jaxpr = closed.jaxpr
+    out: Any = jaxpr.outvars[0].aval
+    if len(jaxpr.outvars) > 1 or not jnp.issubdtype(out.dtype, jnp.floating):
+        return False
+    arguments: list[Any] = [jaxpr.invars[i].aval for i in active]
+    alike = all(aval.shape == out.shape and aval.dtype == out.dtype for aval in arguments)
+    return alike and _only_by_entry(jaxpr, out.shape, frozenset())
+
+
+def _only_by_entry(jaxpr: Jaxpr, shape: tuple[int, ...], assumed: frozenset[str]) -> bool:
+    return all(_by_entry(jaxpr, eqn, shape, assumed) for eqn in jaxpr.eqns)
+
+
+def _by_entry(jaxpr: Jaxpr, eqn: JaxprEqn, shape: tuple[int, ...], assumed: frozenset[str]) -> bool:
+    """Whether every array has the shape of the output, or is a scalar, on which the derivative does not depend."""
+    name = eqn.primitive.name
+    shapes = {_shape(v) for v in eqn.invars}
+    if name == "broadcast_in_dim":
+        return shapes == {()}
+    if not shapes | {_shape(v) for v in eqn.outvars} <= {shape, ()}:
+        return False
+    if name == "custom_jvp_call":
+        body = open_jaxpr(eqn.params["call_jaxpr"])
+        return _only_by_entry(body, shape, assumed) and _rule_is_by_entry(lone_equation(jaxpr, eqn), shape, assumed)
+    body = called_jaxpr(eqn) if name in ("jit", "pjit") else None
+    return name in _BY_ENTRY if body is None else _only_by_entry(body, shape, assumed)
+
+
+def _rule_is_by_entry(closed: ClosedJaxpr, shape: tuple[int, ...], assumed: frozenset[str]) -> bool:
+    """Judge the rule of a ``custom_jvp``; where it calls the function itself, that is assumed to be as it should."""
+    text = str(closed)
+    moving = [is_floating(v) and _shape(v) == shape for v in closed.jaxpr.invars]
+    if text in assumed or not any(moving):
+        return True
+    if find_blocker(closed.jaxpr, moving, [True] * len(closed.jaxpr.outvars), "fwd") is not None:
+        return False
+    return _only_by_entry(pushforward("laplacian", closed, moving).jaxpr.jaxpr, shape, assumed | {text})
+
+
+def _shape(v: Any) -> tuple[int, ...]:
+    return v.aval.shape

@@ -1,0 +1,188 @@
+"""Sparse Hessians and Jacobians through asdex, which finds and colors the pattern (extra ``sparse``)."""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax
+import numpy as np
+from jax.experimental.sparse import BCOO
+from jaxtyping import Array
+
+from curvature import _checks
+from curvature._types import JacobianMode, Objective, SparseHessianMode, Tree, ravel
+from curvature.transforms import _modes
+from curvature.transforms._hessian import trace_objective
+from curvature.transforms._legality import Blocker
+
+try:
+    import asdex
+except ModuleNotFoundError:
+    asdex: Any = None
+
+
+def sparse_hessian(
+    f: Objective, x: Tree, *args: Any, pattern: Any = None, mode: SparseHessianMode = "auto"
+) -> Callable[..., BCOO]:
+    """Prepare the sparse Hessian ``H[i, j] = d^2 f / dx_i dx_j`` of a function whose pattern of zeros is fixed.
+
+    The pattern is found and colored here, once; columns of one color share one Hessian product at every evaluation.
+
+    Args:
+        f: the objective, ``f(x, *args) -> scalar``. Arrays that decide which entries of ``x`` meet, such as the edges
+            of a mesh, should be closed over: the pattern must hold for all values of ``args``, so that an index among
+            them makes it dense.
+        x: a point, any tree of floating arrays; only its structure, shapes and dtypes matter.
+        *args: data for ``f``, not differentiated; only shapes and dtypes matter.
+        pattern: where entries may differ from zero at any point, for all n = ``ravel_pytree(x)[0].size`` rows and
+            columns: a BCOO or SciPy sparse matrix (a stored zero counts), an ``asdex.SparsityPattern``, or a dense
+            array, whose nonzeros count. Either triangle will do. None finds it from the program of ``f``, without
+            derivatives, and with more entries than needed rather than fewer.
+        mode: the composition of modes; ``"auto"`` takes the first legal of forward over reverse, reverse over reverse,
+            reverse over forward.
+
+    Returns:
+        A function ``(x, *args) -> BCOO`` of shape (n, n), in the order of ``ravel_pytree(x)``, with both triangles. It
+        is compiled at its first call, and takes new values of ``x`` and ``args``, also under ``jit``. A pattern that misses an entry gives wrong
+        numbers without an error: compare ``H @ v`` with ``hvp(f, x, v)`` for a random ``v`` to check one that you give.
+
+    Raises:
+        ModuleNotFoundError: when asdex is not installed.
+        TypeError, ValueError: as ``hvp``; for a pattern of another shape or kind; and, when the function is called, for
+            a point that does not match ``x``.
+
+    Cost: to prepare, one trace of the gradient, and time and memory in proportion to the entries of the pattern; for
+        each evaluation one linearization of the gradient and one product of about 1.5 gradients for each color. asdex
+        warns when there are as many colors as columns.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> chain = curvature.sparse_hessian(lambda x: jnp.sum((x[1:] - x[:-1]) ** 4), jnp.zeros(4))
+        >>> chain(jnp.array([0.0, 1.0, 1.0, 2.0])).todense()
+        Array([[ 12., -12.,   0.,   0.],
+               [-12.,  12.,   0.,   0.],
+               [  0.,   0.,  12., -12.],
+               [  0.,   0., -12.,  12.]], dtype=float32)
+
+    References: Coleman and More, Estimation of sparse Hessian matrices and graph coloring problems (1984),
+        doi:10.1007/BF02612334; Gebremedhin, Manne and Pothen (2005), section 4, doi:10.1137/S0036144504444711.
+    """
+    _checks.check_extra("sparse_hessian", "asdex", "sparse", asdex)
+    _checks.check_callable("sparse_hessian", "f", f)
+    _checks.check_choice("sparse_hessian", "mode", mode, SparseHessianMode)
+    x = _checks.check_point("sparse_hessian", "x", x)
+    program = trace_objective("sparse_hessian", "f", f, x, args)
+    order = get_args(SparseHessianMode)[1:]
+    chosen = _legal_modes("sparse_hessian", mode, {name: program.composition_blocker(name) for name in order})[0]
+    vector, unravel = ravel(x)
+    shape = (vector.size, vector.size)
+
+    def fun(vector: Array, *args: Any) -> Array:
+        return f(unravel(vector), *args)
+
+    if pattern is None:
+        pattern = asdex.hessian_sparsity(fun, vector, *args)
+    rows, columns = _checks.check_pattern("sparse_hessian", pattern, shape)
+    sparsity = _sparsity(np.concatenate([rows, columns]), np.concatenate([columns, rows]), shape, vector)
+    coloring = asdex.hessian_coloring_from_sparsity(sparsity, mode=chosen)
+    return _prepared("sparse_hessian", asdex.hessian_from_coloring, coloring, fun, x)
+
+
+def sparse_jacobian(
+    f: Callable[..., Any], x: Tree, *args: Any, pattern: Any = None, mode: JacobianMode = "auto"
+) -> Callable[..., BCOO]:
+    """Prepare the sparse Jacobian ``J[o, i] = d f_o / d x_i`` of a function whose pattern of zeros is fixed.
+
+    The pattern is found and colored here, once; columns (or rows) of one color share one JVP (or VJP) at every
+    evaluation.
+
+    Args:
+        f: a function ``f(x, *args)`` whose outputs are floating arrays. Arrays that decide which entries of ``x`` an
+            output depends on should be closed over; see ``sparse_hessian``.
+        x: a point, any tree of floating arrays; only its structure, shapes and dtypes matter.
+        *args: data for ``f``, not differentiated; only shapes and dtypes matter.
+        pattern: where entries may differ from zero at any point, as for ``sparse_hessian``: a row for each of the m
+            entries of the output, a column for each of the n entries of ``x``. None finds it from the program of ``f``.
+        mode: ``"fwd"`` colors columns, ``"rev"`` rows; ``"auto"`` takes what needs fewer colors, where both are legal.
+
+    Returns:
+        A function ``(x, *args) -> BCOO`` of shape (m, n), rows and columns in the order of ``ravel_pytree``. It is
+        compiled at its first call, and takes new values of ``x`` and ``args``, also under ``jit``. A pattern that misses an entry gives wrong numbers
+        without an error: compare ``J @ v`` with ``jax.jvp`` for a random ``v`` to check one that you give.
+
+    Raises:
+        ModuleNotFoundError: when asdex is not installed.
+        TypeError, ValueError: as ``jacobian``; for a pattern of another shape or kind; and, when the function is
+            called, for a point that does not match ``x``.
+
+    Cost: to prepare, one trace of ``f``, and time and memory in proportion to the entries of the pattern; for each
+        evaluation one linearization of ``f`` and one JVP or VJP for each color. asdex warns when there are as many
+        colors as columns (or rows).
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> slopes = curvature.sparse_jacobian(lambda x: x[1:] ** 2 - x[:-1], jnp.zeros(3))
+        >>> slopes(jnp.array([1.0, 2.0, 3.0])).todense()
+        Array([[-1.,  4.,  0.],
+               [ 0., -1.,  6.]], dtype=float32)
+
+    References: Curtis, Powell and Reid, On the estimation of sparse Jacobian matrices (1974),
+        doi:10.1093/imamat/13.1.117; Gebremedhin, Manne and Pothen (2005), section 3, doi:10.1137/S0036144504444711.
+    """
+    _checks.check_extra("sparse_jacobian", "asdex", "sparse", asdex)
+    _checks.check_callable("sparse_jacobian", "f", f)
+    _checks.check_choice("sparse_jacobian", "mode", mode, JacobianMode)
+    x = _checks.check_point("sparse_jacobian", "x", x)
+    program = _modes.trace(lambda x: (f(x, *args), None), x)
+    _checks.check_floating_output("sparse_jacobian", "f", program.out)
+    order = get_args(JacobianMode)[1:]
+    legal = _legal_modes("sparse_jacobian", mode, {name: program.blocker(name) for name in order})
+    vector, unravel = ravel(x)
+
+    def fun(vector: Array, *args: Any) -> Array:
+        return ravel(f(unravel(vector), *args))[0]
+
+    if pattern is None:
+        pattern = asdex.jacobian_sparsity(fun, vector, *args)
+    shape = (_modes.num_entries(program.out), vector.size)
+    sparsity = _sparsity(*_checks.check_pattern("sparse_jacobian", pattern, shape), shape, vector)
+    coloring = asdex.jacobian_coloring_from_sparsity(sparsity, mode=legal[0] if len(legal) == 1 else None)
+    return _prepared("sparse_jacobian", asdex.jacobian_from_coloring, coloring, fun, x)
+
+
+def _legal_modes(function: str, mode: str, blockers: dict[str, Blocker | None]) -> list[str]:
+    """``mode`` itself, or for "auto" all that are legal."""
+    legal = [name for name, blocker in blockers.items() if blocker is None]
+    if not legal:
+        raise _checks.no_legal_mode(function, {name: str(blocker) for name, blocker in blockers.items()})
+    if mode == "auto":
+        return legal
+    if mode not in legal:
+        raise _checks.illegal_mode(function, mode, str(blockers[mode]), legal)
+    return [mode]
+
+
+def _sparsity(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int], vector: Array) -> Any:
+    """The pattern for asdex: each entry once, row after row, for a function of one vector."""
+    entries = np.unique(rows.astype(np.int64) * shape[1] + columns)
+    avals = (jax.ShapeDtypeStruct(vector.shape, vector.dtype),)
+    return asdex.SparsityPattern.from_coo(entries // shape[1], entries % shape[1], shape, input_avals=avals)
+
+
+def _prepared(
+    function: str, transform: Callable[..., Any], coloring: Any, fun: Callable[..., Array], like: Tree
+) -> Callable[..., BCOO]:
+    """The compiled function of the point and the data, which may be of any dtype since ``fun`` closes over them."""
+    like = jax.tree.map(jax.typeof, like)
+    pattern = coloring.sparsity.to_bcoo()
+
+    @jax.jit
+    def entries(vector: Array, *args: Any) -> Array:
+        return transform(lambda vector: fun(vector, *args), coloring)(vector).data
+
+    def evaluate(x: Tree, *args: Any) -> BCOO:
+        x = _checks.check_direction(function, "x", x, "the prepared x", like)
+        _checks.check_data(function, args)
+        found = entries(ravel(x)[0], *args), pattern.indices  # indices stay outside, where nothing copies them
+        return BCOO(found, shape=pattern.shape, indices_sorted=True, unique_indices=True)
+
+    return evaluate

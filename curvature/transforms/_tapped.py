@@ -1,0 +1,55 @@
+"""What the functions built on taps share: their batch opened, and a report of what becomes of each leaf."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvature import _checks
+from curvature._types import Tree
+from curvature.transforms._accumulate import vary_like
+
+
+@dataclass(frozen=True)
+class TapReport:
+    """How a function built on taps treats each leaf of the parameters.
+
+    Attributes:
+        function: the function.
+        routes: from the path of a leaf to a sentence.
+    """
+
+    function: str
+    routes: dict[str, str]
+
+    def __str__(self) -> str:
+        """A line for each leaf."""
+        width = max(map(len, self.routes))
+        return "\n".join(f"{path:{width}}  {route}" for path, route in self.routes.items())
+
+
+@dataclass(frozen=True)
+class Tapped:
+    """A function of ``(params, *batch)`` that can tell how it treats each leaf of the parameters.
+
+    Attributes:
+        function: the function itself.
+        report: from the same arguments to a ``TapReport``; nothing is computed.
+    """
+
+    function: Callable[..., Any]
+    report: Callable[..., TapReport]
+
+    def __call__(self, params: Tree, *batch: Any) -> Any:
+        """The function's value."""
+        return self.function(params, *batch)
+
+
+def open_batch(function: str, params: Tree, batch: tuple[Any, ...]) -> tuple[Tree, tuple[Any, ...], tuple[Any, ...]]:
+    """Parameters and batch, checked, and the first example."""
+    params = _checks.check_point(function, "params", params)
+    _checks.check_batch(function, batch)
+    batch = jax.tree.map(jnp.asarray, batch)
+    return vary_like(params, batch), batch, jax.tree.map(lambda leaf: leaf[0], batch)

@@ -1,0 +1,432 @@
+"""Where the parameters of a loss meet its data: the taps from which per-example derivatives are assembled.
+
+The loss of one example is traced once. What its jaxpr computes from the parameters alone is the same for all examples
+and is computed once. Each other equation that a parameter enters is a site: shifting its output by ``eps`` and
+differentiating by ``eps`` at zero gives the cotangent ``d`` there, and from ``d`` and the equation's other inputs
+follows the gradient of the parameter (see ``_affine.py``), which need not be formed.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+from jaxtyping import Array, Float
+
+from curvature._types import Objective, Tree
+from curvature.transforms import _modes
+from curvature.transforms._accumulate import zeros
+from curvature.transforms._affine import Axes, Form, Lookup, canonical_form
+from curvature.transforms._jaxprs import Environment, Scan, equation_function, inline, is_floating, open_scan
+
+
+class Origin(NamedTuple):
+    """Where a variable computed from the parameters alone comes from.
+
+    Attributes:
+        root: a leaf, or what the parameters were last computed to be other than by moving axes.
+        axes: for each axis of the variable, the axis of the root that it is; None where it only repeats.
+        loops: for each scan around it, the axis of the root that the scan slices; None for a constant of that scan.
+    """
+
+    root: Var | None
+    axes: tuple[int | None, ...]
+    loops: tuple[int | None, ...] = ()
+
+
+class Site(NamedTuple):
+    """An equation that parameters enter together with data.
+
+    Attributes:
+        eqn: the equation.
+        operands: which of its inputs are parameters.
+        origins: where each of them comes from.
+        form: the canonical form, if it is affine in its one parameter in a way known here.
+        lengths: the lengths of the scans around it.
+    """
+
+    eqn: JaxprEqn
+    operands: tuple[int, ...]
+    origins: tuple[Origin, ...]
+    form: Form | None
+    lengths: tuple[int, ...]
+
+    @property
+    def outputs(self) -> list[Var]:
+        """The outputs that can carry a derivative."""
+        return [v for v in self.eqn.outvars if is_floating(v)]
+
+    @property
+    def group(self) -> Axes:
+        """The axes of the root that the canonical form is batched over: those that scans slice come first."""
+        return (*(axis for axis in self.origins[0].loops if axis is not None), *self.form.group)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """The sizes of g, s, i and o."""
+        shape = self.origins[0].root.aval.shape
+        groups, rows, columns = (
+            math.prod(shape[axis] for axis in axes) for axes in (self.group, self.form.rows, self.form.columns)
+        )
+        outputs = math.prod(self.lengths) * self.outputs[0].aval.size
+        return groups, outputs // max(groups * columns, 1), rows, columns
+
+
+class Factors(NamedTuple):
+    """One use of a root in canonical form: its gradient is ``sum_s a[g, s, i] d[g, s, o]``.
+
+    Attributes:
+        a: the input, of shape (g, s, i), or a ``Lookup`` of shape (g, s).
+        d: the cotangent of the output, of shape (g, s, o).
+        group, rows, columns: the axes of the root that g, i and o stand for.
+    """
+
+    a: Any
+    d: Array
+    group: Axes
+    rows: Axes
+    columns: Axes
+
+
+class _Level(NamedTuple):
+    """One jaxpr taken apart: its sites by the number of their equation, and the scans that have some inside."""
+
+    jaxpr: Jaxpr
+    consts: list[Any]
+    sites: dict[int, Site]
+    scans: dict[int, tuple[Scan, "_Level"]]
+
+    def all_sites(self) -> Iterator[Site]:
+        """Those of this level and of the scans in it, in the order of evaluation."""
+        for k in range(len(self.jaxpr.eqns)):
+            if k in self.scans:
+                yield from self.scans[k][1].all_sites()
+            elif k in self.sites:
+                yield self.sites[k]
+
+
+@dataclass(frozen=True)
+class Taps:
+    """The loss of one example with all its sites.
+
+    Attributes:
+        level: the jaxpr, whose inputs are the leaves of the parameters and then those of the example.
+        on_data: the variables that depend on the data.
+        leaves: the variables of the parameters.
+        roots: the roots that sites use.
+        leaf_of: for a root that is a leaf but for the order and grouping of its axes, the number of that leaf.
+        leaves_of: for each root, the numbers of the leaves that it depends on.
+        program: the loss of this example as a function of the parameters.
+    """
+
+    level: _Level
+    on_data: frozenset[Var]
+    leaves: tuple[Var, ...]
+    roots: tuple[Var, ...]
+    leaf_of: dict[Var, int]
+    leaves_of: dict[Var, frozenset[int]]
+    program: _modes.Program
+
+    @property
+    def sites(self) -> list[Site]:
+        """All sites, in the order of evaluation."""
+        return list(self.level.all_sites())
+
+    def parameter_values(self, leaves: Sequence[Array]) -> Environment:
+        """Everything that is computed from parameters and constants alone."""
+        jaxpr = self.level.jaxpr
+        env = Environment()
+        env.write(jaxpr.constvars, self.level.consts)
+        env.write(self.leaves, leaves)
+        for eqn in jaxpr.eqns:
+            if not any(v in self.on_data for v in eqn.outvars):
+                env.evaluate(jaxpr, eqn)
+        return env
+
+    def root_values(self, leaves: Sequence[Array]) -> list[Array]:
+        """The roots as functions of the leaves."""
+        return self.parameter_values(leaves).read(self.roots)
+
+    def shifts(self) -> list[list[Array]]:
+        """For each output of each site a zero of its shape, by which it is shifted."""
+        return [[_zero_like(v, site.lengths) for v in site.outputs] for site in self.sites]
+
+    def shifted(self, values: Environment, example: Sequence[Any], shifts: Any) -> tuple[Array, list[list[Any]]]:
+        """The loss of one example whose sites are shifted, and what else enters each site."""
+        env = Environment(values)
+        env.write(self.level.jaxpr.invars[len(self.leaves) :], example)
+        captured = _run(self.level, env, iter(shifts))
+        (loss,) = env.read(self.level.jaxpr.outvars)
+        return loss, captured
+
+    def cotangents(self, values: Environment, example: Sequence[Any]) -> tuple[list[list[Any]], list[list[Array]]]:
+        """For each site what else enters it, and the cotangents of its outputs."""
+        d, captured = jax.grad(lambda eps: self.shifted(values, example, eps), has_aux=True)(self.shifts())
+        return captured, d
+
+
+def trace_taps(program: _modes.Program, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
+    """The taps of a loss; None where it has none to offer: no reverse mode, no jaxpr, no dependence on the data.
+
+    ``program`` is the loss of the example as a function of the parameters.
+    """
+    if program.jaxpr is None or program.blocker("rev") is not None:
+        return None
+    leaves = jax.tree.leaves(params)
+
+    def flat(*values: Any) -> Any:
+        point = jax.tree.structure(params).unflatten(values[: len(leaves)])
+        return loss(point, *jax.tree.structure(example).unflatten(values[len(leaves) :]))
+
+    closed = inline(jax.make_jaxpr(flat)(*leaves, *jax.tree.leaves(example)))
+    inputs = closed.jaxpr.invars[: len(leaves)]
+    on_data = _data_variables(closed.jaxpr, set(closed.jaxpr.invars[len(leaves) :]))
+    if not all(v in on_data for v in closed.jaxpr.outvars):
+        return None
+    origins = {v: Origin(v, tuple(range(v.aval.ndim))) for v in inputs}
+    leaf_of = {v: k for k, v in enumerate(inputs)}
+    level = _analyze(closed, on_data, origins, leaf_of)
+    assert level is not None, "only a scan can fail to be taken apart"
+    roots = tuple(dict.fromkeys(origin.root for site in level.all_sites() for origin in site.origins))
+    leaves_of = _leaves_of(closed.jaxpr, inputs, roots)
+    return Taps(level, frozenset(on_data), tuple(inputs), roots, leaf_of, leaves_of, program)
+
+
+# ---- analysis ----------------------------------------------------------------------------------------------------
+
+
+def _data_variables(jaxpr: Jaxpr, given: set[Var]) -> set[Var]:
+    """The variables that depend on the data."""
+    found = set(given)
+    for eqn in jaxpr.eqns:
+        if any(v in found for v in eqn.invars if isinstance(v, Var)):
+            found.update(eqn.outvars)
+    return found
+
+
+def _leaves_of(jaxpr: Jaxpr, leaves: Sequence[Var], roots: Iterable[Var]) -> dict[Var, frozenset[int]]:
+    """Which leaves each root depends on."""
+    known = {v: frozenset([k]) for k, v in enumerate(leaves)}
+    for eqn in jaxpr.eqns:
+        together = frozenset().union(*(known.get(v, ()) for v in eqn.invars if isinstance(v, Var)))
+        known.update(dict.fromkeys(eqn.outvars, together))
+    return {root: known[root] for root in roots}
+
+
+def _analyze(
+    closed: ClosedJaxpr,
+    on_data: set[Var],
+    origins: dict[Var, Origin],
+    leaf_of: dict[Var, int],
+    lengths: tuple[int, ...] = (),
+) -> _Level | None:
+    """Find the sites. Within scans, of these ``lengths``, each must have a form and a root outside; else None."""
+    sites, scans = {}, {}
+    for k, eqn in enumerate(closed.jaxpr.eqns):
+        operands = [n for n, v in enumerate(eqn.invars) if isinstance(v, Var) and v in origins]
+        if not any(v in on_data for v in eqn.outvars):
+            if operands:
+                _propagate(eqn, origins, leaf_of, inside=bool(lengths))
+            continue
+        operands = [n for n in operands if is_floating(eqn.invars[n])]
+        if not operands:
+            continue
+        if eqn.primitive.name == "scan":
+            opened = _analyze_scan(eqn, on_data, origins, leaf_of, lengths)
+            if opened is not None:
+                scans[k] = opened
+                continue
+        found = tuple(origins[eqn.invars[n]] for n in operands)
+        form = canonical_form(eqn, operands[0], found[0].axes) if len(operands) == 1 else None
+        if lengths and (form is None or found[0].root is None):
+            return None
+        sites[k] = Site(eqn, tuple(operands), found, form, lengths)
+    return _Level(closed.jaxpr, closed.consts, sites, scans)
+
+
+def _analyze_scan(
+    eqn: JaxprEqn, on_data: set[Var], origins: dict[Var, Origin], leaf_of: dict[Var, int], lengths: tuple[int, ...]
+) -> tuple[Scan, _Level] | None:
+    """A scan whose body's sites are all known; None if it must be taken for one equation."""
+    scan = open_scan(eqn)
+    first_slice = scan.num_consts + scan.num_carry
+    inner_data, inner_origins = set(), {}
+    for n, (outer, inner) in enumerate(zip(eqn.invars, scan.body.jaxpr.invars, strict=True)):
+        known = origins.get(outer) if isinstance(outer, Var) else None
+        if scan.num_consts <= n < first_slice:
+            if known is not None:  # a carry that starts from a parameter
+                return None
+            inner_data.add(inner)
+        elif known is not None and n < scan.num_consts:
+            inner_origins[inner] = known._replace(loops=(*known.loops, None))
+        elif known is not None:
+            inner_origins[inner] = Origin(known.root, known.axes[1:], (*known.loops, known.axes[0]))
+        elif isinstance(outer, Var) and outer in on_data:
+            inner_data.add(inner)
+    inner_data = _data_variables(scan.body.jaxpr, inner_data)
+    level = _analyze(scan.body, inner_data, inner_origins, leaf_of, (*lengths, scan.length))
+    return None if level is None else (scan, level)
+
+
+def _propagate(eqn: JaxprEqn, origins: dict[Var, Origin], leaf_of: dict[Var, int], inside: bool) -> None:
+    """Where the outputs of an equation of parameters alone come from."""
+    source = origins.get(eqn.invars[0]) if isinstance(eqn.invars[0], Var) else None
+    moved = None if source is None else _moved_axes(eqn, source.axes)
+    if moved is not None:
+        origins[eqn.outvars[0]] = source._replace(axes=moved)
+        return
+    for v in eqn.outvars:
+        origins[v] = Origin(None if inside else v, tuple(range(getattr(v.aval, "ndim", 0))))
+    if eqn.primitive.name == "reshape" and not inside and source.root in leaf_of and None not in source.axes:
+        leaf_of[eqn.outvars[0]] = leaf_of[source.root]
+
+
+def _moved_axes(eqn: JaxprEqn, axes: tuple[int | None, ...]) -> tuple[int | None, ...] | None:
+    """The axes of what an equation makes from one variable by moving or repeating axes alone, else None."""
+    name, params, (out, *others) = eqn.primitive.name, eqn.params, eqn.outvars
+    operand = eqn.invars[0]
+    if others or len(eqn.invars) != 1 or not is_floating(operand) or not is_floating(out):
+        return None
+    if name in ("convert_element_type", "copy", "copy_p"):
+        return axes
+    if name == "transpose":
+        return tuple(axes[k] for k in params["permutation"])
+    if name == "squeeze":
+        return tuple(axis for k, axis in enumerate(axes) if k not in params["dimensions"])
+    if name == "broadcast_in_dim":
+        result: list[int | None] = [None] * out.aval.ndim
+        for axis, k, size in zip(axes, params["broadcast_dimensions"], operand.aval.shape, strict=True):
+            result[k] = axis if size == out.aval.shape[k] else None
+        return tuple(result)
+    if name == "reshape" and params["dimensions"] is None:  # only axes of size one come or go
+        kept = iter([axis for axis, size in zip(axes, operand.aval.shape, strict=True) if size != 1])
+        sizes = [size for size in operand.aval.shape if size != 1]
+        if sizes == [size for size in out.aval.shape if size != 1]:
+            return tuple(None if size == 1 else next(kept) for size in out.aval.shape)
+    return None
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------------
+
+
+def _run(level: _Level, env: Environment, shifts: Iterator[list[Array]]) -> list[list[Any]]:
+    """Evaluate a level with its sites shifted; returns for each site its inputs other than parameters."""
+    captured = []
+    for k, eqn in enumerate(level.jaxpr.eqns):
+        if all(v in env for v in eqn.outvars):
+            continue
+        if k in level.scans:
+            captured += _run_scan(eqn, *level.scans[k], env, shifts)
+            continue
+        env.evaluate(level.jaxpr, eqn)
+        if k in level.sites:
+            site = level.sites[k]
+            shifted = zip(site.outputs, next(shifts), strict=True)
+            env.update({v: env[v] + shift for v, shift in shifted})
+            captured.append(env.read([v for n, v in enumerate(eqn.invars) if n not in site.operands]))
+    return captured
+
+
+def _run_scan(
+    eqn: JaxprEqn, scan: Scan, level: _Level, env: Environment, shifts: Iterator[list[Array]]
+) -> list[list[Any]]:
+    values = env.read(eqn.invars)
+    consts, rest = values[: scan.num_consts], values[scan.num_consts :]
+    sliced = rest[scan.num_carry :], [next(shifts) for _ in level.all_sites()]
+
+    def step(carry: list[Any], slices: Any) -> Any:
+        inner = Environment()
+        inner.write(level.jaxpr.constvars, level.consts)
+        inner.write(level.jaxpr.invars, [*consts, *carry, *slices[0]])
+        captured = _run(level, inner, iter(slices[1]))
+        outs = inner.read(level.jaxpr.outvars)
+        return outs[: scan.num_carry], (outs[scan.num_carry :], captured)
+
+    carry, (stacked, captured) = jax.lax.scan(step, rest[: scan.num_carry], sliced, scan.length, scan.reverse)
+    env.write(eqn.outvars, [*carry, *stacked])
+    return captured
+
+
+def _zero_like(v: Var, lengths: tuple[int, ...]) -> Array:
+    """Zeros of the shape of a variable within scans, which vary over the devices over which it varies."""
+    return zeros((*lengths, *v.aval.shape), v.aval)
+
+
+def factors(site: Site, captured: Sequence[Any], d: Array) -> Factors:
+    """A site with a form, in canonical form: the scans around it are groups or positions of their own."""
+    inputs, outputs, depth = site.form.inputs, site.form.outputs, len(site.lengths)
+    for _ in range(depth):
+        inputs, outputs = jax.vmap(inputs), jax.vmap(outputs)
+    loops = site.origins[0].loops
+    sliced = [k for k in range(depth) if loops[k] is not None]
+    order = [*sliced, depth, *(k for k in range(depth) if loops[k] is None), depth + 1]
+
+    def arrange(array: Array) -> Array:
+        array = jnp.transpose(array, [*order, *range(depth + 2, array.ndim)])
+        cut = len(sliced) + 1
+        groups, positions = math.prod(array.shape[:cut]), math.prod(array.shape[cut : depth + 2])
+        return array.reshape(groups, positions, *array.shape[depth + 2 :])
+
+    a = jax.tree.map(arrange, inputs(*captured))
+    return Factors(a, arrange(outputs(d)), site.group, site.form.rows, site.form.columns)
+
+
+def canonical_gradient(use: Factors) -> Float[Array, "groups rows columns"]:
+    """The gradient in canonical form, formed."""
+    if not isinstance(use.a, Lookup):
+        return jnp.einsum("gsi,gso->gio", use.a, use.d)
+    rows = jnp.where(use.a.rows < 0, use.a.size, use.a.rows)  # out of range, so dropped
+
+    def scatter(rows: Array, d: Array) -> Array:
+        return jnp.zeros((use.a.size, d.shape[1]), d.dtype).at[rows].add(d, mode="drop")
+
+    return jax.vmap(scatter)(rows, use.d)
+
+
+def to_canonical(array: Array, use: Factors) -> Float[Array, "groups rows columns"]:
+    """An array with the axes of the root, in the canonical form of a use."""
+    order = (*use.group, *use.rows, *use.columns)
+    order = (*order, *(k for k in range(array.ndim) if k not in order))
+    sizes = [math.prod(array.shape[axis] for axis in axes) for axes in (use.group, use.rows, use.columns)]
+    return jnp.transpose(array, order).reshape(sizes)
+
+
+def from_canonical(product: Array, order: Axes, root: Var) -> Array:
+    """An array whose axes are those of the root in another ``order``, grouped at will, as the root has them."""
+    shape = root.aval.shape
+    order = (*order, *(k for k in range(len(shape)) if k not in order))  # an axis of size one may have gone
+    back = sorted(range(len(order)), key=lambda k: order[k])
+    return jnp.transpose(product.reshape([shape[k] for k in order]), back).astype(root.aval.dtype)
+
+
+def gradients_of_site(
+    taps: Taps, site: Site, values: Environment, captured: Sequence[Any], d: Sequence[Array]
+) -> list[Array]:
+    """The gradients of the roots of any site, formed: by its form or, if it has none, by reverse mode through it."""
+    if site.form is not None:
+        use = factors(site, captured, d[0])
+        order = (*use.group, *use.rows, *use.columns)
+        return [from_canonical(canonical_gradient(use), order, site.origins[0].root)]
+    fun, variables = equation_function(taps.level.jaxpr, site.eqn)
+    env = Environment()
+    others = [v for n, v in enumerate(site.eqn.invars) if n not in site.operands]
+    env.update({v: value for v, value in zip(others, captured, strict=True) if isinstance(v, Var)})
+    operands = [site.eqn.invars[n] for n in site.operands]
+
+    def outputs(parameters: list[Array]) -> list[Array]:
+        inner = Environment(env)
+        inner.write(operands, parameters)
+        outs = dict(zip(site.eqn.outvars, fun(*inner.read(variables)), strict=True))
+        return [outs[v] for v in site.outputs]
+
+    _, pull = jax.vjp(outputs, values.read(operands))
+    return [_to_root(gradient, origin) for gradient, origin in zip(pull(list(d))[0], site.origins, strict=True)]
+
+
+def _to_root(gradient: Array, origin: Origin) -> Array:
+    """The gradient by a variable, as one by the root whose axes it moved or repeated."""
+    repeated = [k for k, axis in enumerate(origin.axes) if axis is None]
+    return from_canonical(jnp.sum(gradient, repeated), tuple(a for a in origin.axes if a is not None), origin.root)

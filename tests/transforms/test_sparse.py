@@ -1,0 +1,156 @@
+"""Sparse Hessians and Jacobians against dense oracles and closed forms."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse
+from jax.experimental.sparse import BCOO
+from jax.flatten_util import ravel_pytree
+
+import curvature
+from tests.oracles import assert_close, dense_hessian
+from tests.scenarios import SCENARIOS, forward_only, reverse_only
+
+asdex = pytest.importorskip("asdex")
+
+ROSENBROCK = SCENARIOS[1]
+
+
+def rosenbrock(x):
+    return ROSENBROCK.fun(x)
+
+
+def chain(n, dtype=jnp.float64):
+    return jnp.asarray(np.random.default_rng(0).normal(size=n), dtype)
+
+
+def coupled(x, scale, shift):
+    """Neighbors in a chain of three leaves; ``shift`` is an integer array."""
+    flat = jnp.concatenate([x["a"].reshape(-1), x["b"][0][None], x["b"][1]])
+    return scale * jnp.sum((flat[1:] - jnp.sin(flat[:-1])) ** 4) + jnp.sum(flat * shift.astype(flat.dtype))
+
+
+def nested(dtype=jnp.float64):
+    return {"a": chain(6, dtype).reshape(2, 3), "b": (jnp.asarray(0.3, dtype), chain(2, dtype))}
+
+
+@pytest.mark.parametrize("mode", ["auto", "fwd_over_rev", "rev_over_rev", "rev_over_fwd"])
+def test_the_hessian_is_the_closed_form(mode, dtype):
+    x = chain(12, dtype)
+    sparse = curvature.sparse_hessian(rosenbrock, jnp.zeros_like(x), mode=mode)
+    got = jax.jit(sparse)(x)
+    assert got.nse == 3 * 12 - 2
+    assert got.dtype == dtype
+    assert_close(got.todense(), ROSENBROCK.hessian(np.asarray(x, np.float64)), dtype, roundings=200)
+
+
+def test_trees_and_data_take_new_values_without_a_new_trace(dtype):
+    traces = []
+
+    def counted(x, *args):
+        traces.append(1)
+        return coupled(x, *args)
+
+    x = nested(dtype)
+    args = jnp.asarray(2.0, dtype), jnp.arange(9)
+    sparse = jax.jit(curvature.sparse_hessian(counted, x, *args))
+    for factor in (1, 2):
+        point = jax.tree.map(lambda leaf, factor=factor: factor * leaf, x)
+        data = factor * args[0], args[1] + factor
+        assert_close(sparse(point, *data).todense(), dense_hessian(coupled, point, *data), dtype, roundings=200)
+        if factor == 1:
+            traced = len(traces)
+    assert len(traces) == traced
+
+
+PATTERNS = {
+    "dense": lambda mask: mask,
+    "upper": np.triu,
+    "jax": lambda mask: BCOO.fromdense(jnp.asarray(mask, float)),
+    "padded": lambda mask: BCOO.fromdense(jnp.asarray(mask, float), nse=40),
+    "scipy": scipy.sparse.csr_array,
+    "scipy-matrix": scipy.sparse.coo_matrix,
+    "asdex": asdex.SparsityPattern.from_dense,
+}
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_a_pattern_may_be_given_in_any_form(kind):
+    x = chain(8)
+    mask = np.abs(np.subtract.outer(np.arange(8), np.arange(8))) <= 1
+    got = curvature.sparse_hessian(rosenbrock, x, pattern=PATTERNS[kind](mask))(x)
+    assert got.nse == mask.sum()
+    assert_close(got.todense(), ROSENBROCK.hessian(np.asarray(x)), roundings=200)
+
+
+def test_a_product_shows_that_a_pattern_misses_entries():
+    """As the docstring says how to find out."""
+    x, v = chain(8), chain(8)[::-1]
+    for width, agrees in ((1, True), (0, False)):
+        mask = np.abs(np.subtract.outer(np.arange(8), np.arange(8))) <= width
+        product = curvature.sparse_hessian(rosenbrock, x, pattern=mask)(x) @ v
+        assert np.allclose(product, curvature.hvp(rosenbrock, x, v)) == agrees
+
+
+def stencil(x, scale):
+    flat = jnp.concatenate([x["a"].reshape(-1), x["b"][0][None], x["b"][1]])
+    return {"inner": scale * flat[1:-1] ** 2 - flat[:-2], "last": (jnp.sin(flat[-1]),)}
+
+
+@pytest.mark.parametrize("mode", ["auto", "fwd", "rev"])
+def test_the_jacobian_is_that_of_jax(mode, dtype):
+    x, scale = nested(dtype), jnp.asarray(1.5, dtype)
+    vector, unravel = ravel_pytree(x)
+    want = jax.jacobian(lambda vector: ravel_pytree(stencil(unravel(vector), scale))[0])(vector)
+    got = jax.jit(curvature.sparse_jacobian(stencil, x, scale / 2, mode=mode))(x, scale)
+    assert got.shape == (8, 9)
+    assert got.nse == 15
+    assert_close(got.todense(), want, dtype)
+    given = curvature.sparse_jacobian(stencil, x, scale, mode=mode, pattern=want != 0)(x, scale)
+    assert_close(given.todense(), want, dtype)
+
+
+def test_functions_that_some_modes_cannot_differentiate():
+    x = chain(5)
+    mask = np.eye(5, dtype=bool)
+    sparse = curvature.sparse_hessian(lambda x: jnp.sum(reverse_only(x)), x, pattern=mask)
+    assert_close(sparse(x).todense(), np.diag(-np.sin(x)))
+    sparse = curvature.sparse_jacobian(forward_only, x, pattern=mask)
+    assert_close(sparse(x).todense(), np.diag(3 * np.asarray(x) ** 2))
+
+
+def test_results_pass_through_vmap_and_grad():
+    x = chain(6)
+    sparse = curvature.sparse_hessian(rosenbrock, x)
+    points = jnp.stack([x, 2 * x])
+    data = jax.vmap(lambda x: sparse(x).data)(points)
+    assert_close(data, jnp.stack([sparse(point).data for point in points]))
+    third = jax.grad(lambda x: jnp.sum(sparse(x).data ** 2))(x)
+    assert_close(third, jax.grad(lambda x: jnp.sum(jax.hessian(rosenbrock)(x) ** 2))(x), roundings=500)
+
+
+def test_a_function_without_curvature_has_an_empty_hessian():
+    x = chain(4)
+    got = curvature.sparse_hessian(jnp.sum, x)(x)
+    assert got.nse == 0
+    assert_close(got.todense(), np.zeros((4, 4)))
+
+
+def test_the_number_of_products_does_not_grow_with_the_size():
+    def lanes(n):
+        x = chain(n)
+        jaxpr = jax.make_jaxpr(curvature.sparse_hessian(rosenbrock, x))(x).jaxpr
+        shapes = [v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars]
+        return max(shape[0] for shape in shapes if len(shape) == 2 and shape[1] >= n - 1)
+
+    assert lanes(20) == lanes(200) <= 3
+
+
+def test_without_asdex_the_error_says_what_to_install(monkeypatch):
+    for prepare in (curvature.sparse_hessian, curvature.sparse_jacobian):
+        monkeypatch.setitem(inspect.unwrap(prepare).__globals__, "asdex", None)
+        with pytest.raises(ModuleNotFoundError, match=r"needs asdex.*pip install 'curvature-jax\[sparse\]'"):
+            prepare(rosenbrock, chain(3))
