@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import curvature
+from tests.scenarios import forward_only
 
 pytestmark = pytest.mark.filterwarnings("ignore::tests.typecheck.AnnotationWarning")
 
@@ -466,6 +467,99 @@ CASES = {
         lambda: update(curvature.trust_region("exact"), params=None),
         ValueError,
         r"trust_region: update\(\) needs params=",
+    ),
+    # blocks and the matrix view
+    "hessian-unknown-block": (
+        lambda: curvature.hessian(loss, blocks=("w", "c"))(X),
+        ValueError,
+        r"hessian: blocks='c' is no path of x, expected one of \['b', 'w'\], a prefix of them",
+    ),
+    "hessian-ambiguous-block": (
+        lambda: curvature.hessian(lambda x: x["a/b"] * x["a"]["b"], blocks=("a/b", ""))({"a/b": 1.0, "a": {"b": 2.0}}),
+        ValueError,
+        r"hessian: blocks='a/b' names 2 sub-trees, expected one; rename a key that contains '/'",
+    ),
+    "hessian-blocks-kind": (
+        lambda: curvature.hessian(loss, blocks="w"),
+        ValueError,
+        r"hessian: blocks='w', expected a pair of paths \(rows, columns\), 'diagonal', or None for all",
+    ),
+    "matrix-view-blocks": (
+        lambda: curvature.matrix_view({"w": np.ones((4, 4)), "b": np.ones(())}, X),
+        ValueError,
+        r"matrix_view: blocks is not a tree like x of trees like x, as curvature\.hessian returns",
+    ),
+    "matrix-view-shape": (
+        lambda: curvature.matrix_view(np.ones((3, 2)), np.ones(3)),
+        ValueError,
+        r"matrix_view: blocks has shape \(3, 2\), expected \(3, 3\)",
+    ),
+    "matrix-view-path": (
+        lambda: curvature.matrix_view(np.ones((3, 3)), np.ones(3))["w", ""],
+        ValueError,
+        r"MatrixView: path='w' is no path of x, expected one of \[''\]",
+    ),
+    "matrix-view-one-path": (
+        lambda: curvature.matrix_view(np.ones((3, 3)), np.ones(3))["w"],
+        ValueError,
+        r"MatrixView: paths='w', expected a pair of paths",
+    ),
+    # the diagonal
+    "diagonal-vector-function": (
+        lambda: curvature.hessian_diagonal(lambda x: x**2, np.ones(3)),
+        TypeError,
+        r"hessian_diagonal: f returns shape \(3,\), expected a scalar",
+    ),
+    "diagonal-mode": (
+        lambda: curvature.hessian_diagonal(square, np.ones(3), mode="fwd"),
+        ValueError,
+        r"hessian_diagonal: mode='fwd'",
+    ),
+    "diagonal-chunk-size": (
+        lambda: curvature.hessian_diagonal(square, np.ones(3), chunk_size=0),
+        ValueError,
+        r"hessian_diagonal: chunk_size=0",
+    ),
+    # sparse
+    "sparse-mode": (
+        lambda: curvature.sparse_hessian(square, np.ones(3), mode="fwd_over_fwd"),
+        ValueError,
+        r"sparse_hessian: mode='fwd_over_fwd'",
+    ),
+    "sparse-no-mode": (
+        lambda: curvature.sparse_hessian(lambda x: jnp.sum(forward_only(x)), np.ones(3)),
+        TypeError,
+        r"sparse_hessian: no composition .* fwd_over_rev .*while",
+    ),
+    "sparse-illegal-mode": (
+        lambda: curvature.sparse_jacobian(forward_only, np.ones(3), mode="rev"),
+        TypeError,
+        r"sparse_jacobian: mode='rev'.*while",
+    ),
+    "sparse-pattern-shape": (
+        lambda: curvature.sparse_hessian(square, np.ones(3), pattern=np.eye(4)),
+        ValueError,
+        r"sparse_hessian: pattern has shape \(4, 4\), expected \(3, 3\)",
+    ),
+    "sparse-pattern-kind": (
+        lambda: curvature.sparse_jacobian(lambda x: x, np.ones(3), pattern="diagonal"),
+        TypeError,
+        r"sparse_jacobian: pattern is 'diagonal' of type str, expected a sparse matrix or a boolean array",
+    ),
+    "sparse-pattern-traced": (
+        lambda: jax.jit(lambda p: curvature.sparse_hessian(square, np.ones(3), pattern=p)(np.ones(3)).data)(np.eye(3)),
+        TypeError,
+        r"sparse_hessian: pattern is traced, expected a known pattern; prepare outside jit",
+    ),
+    "sparse-other-point": (
+        lambda: curvature.sparse_hessian(square, np.ones(3))(np.ones(4)),
+        ValueError,
+        r"sparse_hessian: x has shape \(4,\), expected \(3,\) to match the prepared x",
+    ),
+    "sparse-data": (
+        lambda: curvature.sparse_hessian(lambda x, p: jnp.sum(x**2), np.ones(3), 2.0)(np.ones(3), "two"),
+        TypeError,
+        r"sparse_hessian: args\[0\] is 'two' of type str, expected an array",
     ),
 }
 

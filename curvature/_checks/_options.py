@@ -111,9 +111,14 @@ def require_extra(function: str, name: str, value: T | None) -> T:
     return value
 
 
-def check_extra(function: str, module: str, extra: str, imported: Any) -> None:
-    """Refuse to go on without an optional library; ``imported`` is None where it could not be imported."""
-    if imported is None:
-        raise ModuleNotFoundError(
-            f"{function}: needs {module}, which is not installed; pip install 'curvature-jax[{extra}]'.", name=module
-        )
+def check_extra(function: str, module: str, extra: str, failure: ImportError | None) -> None:
+    """Refuse to go on without an optional library; ``failure`` is how its import failed, if it did."""
+    if isinstance(failure, ModuleNotFoundError) and failure.name == module:
+        message = f"{function}: needs {module}, which is not installed; pip install 'curvature-jax[{extra}]'."
+        raise ModuleNotFoundError(message, name=module)
+    if failure is not None:
+        raise ImportError(
+            f"{function}: needs {module}, whose import fails: {failure}; install releases of it and of JAX that work "
+            f"together, as pip install -U 'curvature-jax[{extra}]' tries to.",
+            name=module,
+        ) from failure

@@ -1,6 +1,5 @@
 """Whether the derivatives of a function are right: differences, agreement of modes, symmetry, linearity, NaN."""
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -153,7 +152,7 @@ def _compare(line: Line, labels: list[str], directions: np.ndarray, order: int) 
     few = line.size <= _MOST_FORWARD
     probes = directions[:2] if len(directions) > 1 else np.stack([directions[0], -2 * directions[0]])
     modes = [m for m in ("rev", "fwd") if line.program.blocker(m) is None and (few or m == line.gradient_mode)]
-    checks.append(_judge.agreement("gradient: modes agree", {m: line.gradient_by(m) for m in modes}, line))
+    checks.append(_judge.agreement("gradient: modes agree", line.gradients_by(modes), line, float(abs(center))))
     if order == 1:
         return iter(checks)
     products = np.stack([line.product(direction) for direction in directions])
@@ -169,9 +168,10 @@ def _compare(line: Line, labels: list[str], directions: np.ndarray, order: int) 
     checks.append(_judge.blame_kink(_judge.blame_kink(of_values, checks[0], "f"), of_gradient, "the gradient"))
     legal = [m for m in _COMPOSITIONS if line.program.composition_blocker(m) is None]
     legal = [m for m in legal if few or m != "fwd_over_fwd" or legal == [m]]
-    checks.append(_judge.agreement("H v: modes agree", {m: line.product_by(m, probes[0]) for m in legal}, line))
-    checks.append(_judge.symmetry(line, labels, directions, products))
-    checks.append(_judge.linearity(line, probes, line.product))
+    size = float(np.linalg.norm(gradient))
+    checks.append(_judge.agreement("H v: modes agree", line.products_by(legal, probes[0]), line, size))
+    checks.append(_judge.symmetry(line, labels, directions, products, size))
+    checks.append(_judge.linearity(line, probes, size))
     return iter(checks)
 
 
@@ -210,22 +210,21 @@ def _nonfinite(fun: Objective, x: Tree, order: int) -> dict[str, tuple[str, ...]
     """Which leaves have a gradient or a row of the Hessian that is not finite, by mode, in the precision of ``x``."""
     program = _modes.trace(lambda x: (fun(x), None), x)
     few = _modes.num_entries(x) <= _MOST_FORWARD
-    jit = jax.jit if program.jaxpr is not None else lambda fun: fun
+    first = [m for m in ("rev", "fwd") if program.blocker(m) is None and (few or m == "rev")]
+    second = [m for m in _COMPOSITIONS if program.composition_blocker(m) is None and (few or m != "fwd_over_fwd")]
+
+    def derivatives(x: Tree, v: Tree) -> dict[str, Tree]:  # in one program: they share most of it
+        found = {"f": (program.fun(x)[0],)}
+        found |= {f"gradient by {mode}": gradient_of(program, x, mode)[0] for mode in first}
+        return found | {f"Hessian by {mode}": hvp(fun, x, v, mode=mode) for mode in second if order == 2}
+
     v = jax.tree.map(lambda leaf, scale: scale.astype(leaf.dtype), x, scales_of(x))
-    found = {"f(x)": () if np.isfinite(np.asarray(jit(fun)(x), np.float64)) else ("f itself",)}
-    for mode in ("rev", "fwd"):
-        if program.blocker(mode) is None and (few or mode == "rev"):
-            found[f"gradient by {mode}"] = _bad_leaves(jit(lambda x, mode=mode: gradient_of(program, x, mode)[0])(x))
-    for mode in _COMPOSITIONS if order == 2 else ():
-        if program.composition_blocker(mode) is None and (few or mode != "fwd_over_fwd"):
-            product = jit(lambda x, v, mode=mode: hvp(fun, x, v, mode=mode))
-            with contextlib.suppress(NotImplementedError):  # a rule that JAX does not have: the mode is out of the way
-                found[f"Hessian by {mode}"] = _bad_leaves(product(x, v))
-    return {what: paths for what, paths in found.items() if paths}
+    found = (jax.jit(derivatives) if program.jaxpr is not None else derivatives)(x, v)
+    bad = {what: _bad_leaves(tree, "f" if what == "f" else "x") for what, tree in found.items()}
+    return {what: paths for what, paths in bad.items() if paths}
 
 
-def _bad_leaves(tree: Tree) -> tuple[str, ...]:
+def _bad_leaves(tree: Tree, name: str) -> tuple[str, ...]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return tuple(
-        "x" + jax.tree_util.keystr(path) for path, leaf in leaves if not np.isfinite(np.asarray(leaf, np.float64)).all()
-    )
+    bad = [jax.tree_util.keystr(path) for path, leaf in leaves if not np.isfinite(np.asarray(leaf, np.float64)).all()]
+    return tuple(name if name == "f" else name + path for path in bad)

@@ -53,7 +53,7 @@ def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> Explana
     Example:
         >>> import jax.numpy as jnp, curvature
         >>> report = curvature.explain(lambda x: jnp.sum(x**3), jnp.arange(3.0))
-        >>> report.way("hvp").mode, report.way("hessian", "rev_over_rev").legal
+        >>> report.way("hvp").mode, report.way("hessian", "fwd_over_rev").legal
         ('fwd_over_rev', True)
 
     References: Griewank and Walther, Evaluating Derivatives, 2nd ed. (2008), chapter 4, doi:10.1137/1.9780898717761.
@@ -86,7 +86,9 @@ def _kinds(program: _modes.Program) -> tuple[Kind, ...]:
     return ("gradient", "hvp", "hessian") if program.is_scalar else ("jacobian",)
 
 
-def _ways(kind: Kind, program: _modes.Program, f: Objective, x: Tree, args: tuple[Any, ...], measure: bool) -> list[Way]:
+def _ways(
+    kind: Kind, program: _modes.Program, f: Objective, x: Tree, args: tuple[Any, ...], measure: bool
+) -> list[Way]:
     """The rows of one derivative."""
     modes = _COMPOSITIONS if kind in ("hvp", "hessian") else _DIRECTIONS
     chosen = _choice(kind, program)
@@ -107,7 +109,7 @@ def _choice(kind: Kind, program: _modes.Program) -> str | None:
     """What ``auto`` takes, by the very code that takes it; None if nothing is legal."""
     try:
         if kind in ("hvp", "hessian"):
-            return _modes.choose_composition("explain", program, "auto")
+            return _modes.choose_composition("explain", program, "auto", whole=kind == "hessian")
         return _modes.choose_jacobian("explain", program, "auto")
     except TypeError:  # the rows say why
         return None
@@ -220,8 +222,8 @@ def _remarks(program: _modes.Program, ways: tuple[Way, ...], measure: bool) -> t
     remarks = []
     if program.jaxpr is None:
         remarks.append(
-            "f branches on values, so it cannot be traced: nothing was compiled, and whether a mode is legal shows only "
-            "when it runs. Use jnp.where or jax.lax.cond instead of if."
+            "f branches on values, so it cannot be traced: nothing was compiled, and whether a mode is legal shows "
+            "only when it runs. Use jnp.where or jax.lax.cond instead of if."
         )
     elif not any(way.chosen for way in ways):
         remarks.append(

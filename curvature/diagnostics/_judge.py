@@ -11,6 +11,7 @@ from curvature.diagnostics._line import Line
 from curvature.diagnostics._reports import DerivativeCheck, Verdict
 
 _SAFETY = 20  # times the error that the differences estimate of themselves
+_CANCELED = 64  # roundings of f, or of the gradient, that its derivative may be left with
 ROUGH = 1e-2  # a tolerance beyond this share of the scale decides nothing
 _SEVERITY: tuple[Verdict, ...] = ("passed", "inconclusive", "wrong", "kink", "not finite")
 
@@ -26,8 +27,8 @@ def worst(name: str, checks: Sequence[DerivativeCheck]) -> DerivativeCheck:
 
 
 def blame_kink(check: DerivativeCheck, kinked: DerivativeCheck, what: str) -> DerivativeCheck:
-    """``check``, excused if it is wrong where ``kinked`` has found that there is no derivative to be right about."""
-    if check.verdict != "wrong" or kinked.verdict != "kink":
+    """``check``, excused if it fails where ``kinked`` has found that there is no derivative to be right about."""
+    if check.verdict not in ("wrong", "inconclusive") or kinked.verdict != "kink":
         return check
     return replace(check, verdict="kink", sentence=f"{check.sentence[:-1]}: {what} has a kink at x.")
 
@@ -46,7 +47,7 @@ def first_order(
     kink = bool(_differences.has_kink(plus, minus, center, line.eps))
     floor = np.linalg.norm(gradient) * np.linalg.norm(direction)
     told = f"d f / d {label}" if label.startswith("x") else f"the derivative of f along {label}"
-    unit = line.scales[np.argmax(direction)] * np.max(direction) if label.startswith("x") else 1.0
+    unit = _unit(line, label, direction)
     return _judge(line, np.asarray(gradient @ direction), estimate, kink, np.abs(center), floor, lambda _: (told, unit))
 
 
@@ -66,7 +67,7 @@ def second_order(
     def tell(i: int) -> tuple[str, float]:
         entry = line.entry_name(i)
         if label.startswith("x"):
-            return f"d^2 f / d {entry} d {label}", line.scales[i] * line.scales[np.argmax(direction)] * np.max(direction)
+            return f"d^2 f / d {entry} d {label}", line.scales[i] * _unit(line, label, direction)
         return f"the entry {entry} of H v for {label}", line.scales[i]
 
     return _judge(line, product, estimate, kink, np.abs(gradient), np.linalg.norm(product), tell)
@@ -86,8 +87,13 @@ def curvature(
     kink = bool(_differences.has_kink(plus, minus, center, line.eps))
     floor = np.linalg.norm(product) * np.linalg.norm(direction)
     told = f"d^2 f / d {label}^2" if label.startswith("x") else f"v'Hv for {label}"
-    unit = line.scales[np.argmax(direction)] * np.max(direction) ** 2 if label.startswith("x") else 1.0
+    unit = _unit(line, label, direction) ** 2
     return _judge(line, np.asarray(product @ direction), estimate, kink, np.abs(center), floor, lambda _: (told, unit))
+
+
+def _unit(line: Line, label: str, direction: np.ndarray) -> float:
+    """How far a coordinate's direction moves its entry of ``x``; 1 for a random direction."""
+    return float(line.scales[np.argmax(direction)] * np.max(direction)) if label.startswith("x") else 1.0
 
 
 def _judge(
@@ -96,21 +102,19 @@ def _judge(
     estimate: _differences.Estimate,
     kink: bool,
     size: np.ndarray,
-    norm: float,
+    norm: float | np.floating,
     tell: Callable[[int], tuple[str, float]],
 ) -> DerivativeCheck:
     """Hold derivatives against estimates; the worst entry gives the error, the tolerance and the sentence."""
-    derivative, value, error, scale, size = map(
-        np.ravel, np.broadcast_arrays(derivative, *estimate, size)
-    )
+    derivative, value, error, scale, size = map(np.ravel, np.broadcast_arrays(derivative, *estimate, size))
     largest = np.maximum(np.abs(derivative), np.abs(value))
-    allowed = _SAFETY * error + line.eps**0.375 * largest + line.eps**0.6 * norm
+    allowed = _SAFETY * error + line.eps**0.375 * largest + line.eps**0.6 * norm + _CANCELED * line.eps * size
     off = np.abs(derivative - value)
     scale = np.maximum(np.maximum(largest, scale), norm)
     ratio = np.where(np.isfinite(derivative), off / np.where(allowed > 0, allowed, 1.0), np.inf)
     ratio = np.where(np.isnan(ratio), 0.0, ratio)
     i = int(np.argmax(ratio))
-    rough = ~np.isfinite(value) | ((allowed > ROUGH * scale) & (allowed > 1e-6 * size))
+    rough = ~np.isfinite(value) | ((allowed > ROUGH * scale) & (allowed > 1e-6 * np.max(size)))
     what, unit = tell(i)
     sides = f"{what} is {derivative[i] / unit:.10g}, differences give {value[i] / unit:.10g} +- {error[i] / unit:.1e}"
     verdict: Verdict = "passed"
@@ -129,8 +133,8 @@ def _judge(
     return DerivativeCheck("", verdict, float(off[i] / at), float(allowed[i] / at), sentence)
 
 
-def agreement(name: str, results: Mapping[str, np.ndarray], line: Line) -> DerivativeCheck:
-    """One derivative by several modes."""
+def agreement(name: str, results: Mapping[str, np.ndarray], line: Line, size: float) -> DerivativeCheck:
+    """One derivative by several modes; ``size`` is that of what it is the derivative of."""
     tolerance = line.eps**0.5
     if not all(np.isfinite(result).all() for result in results.values()):
         bad = [mode for mode, result in results.items() if not np.isfinite(result).all()]
@@ -138,7 +142,7 @@ def agreement(name: str, results: Mapping[str, np.ndarray], line: Line) -> Deriv
         sentence = f"{', '.join(bad)} gives NaN or infinity" + (f" where {', '.join(good)} does not." if good else ".")
         return DerivativeCheck(name, "not finite", np.inf, tolerance, sentence)
     apart = [
-        (_relative(one - other, max(np.linalg.norm(one), np.linalg.norm(other))), first, second)
+        (_relative(one - other, max(np.linalg.norm(one), np.linalg.norm(other)) + _floor(line, size)), first, second)
         for (first, one), (second, other) in itertools.combinations(results.items(), 2)
     ]
     if not apart:
@@ -148,36 +152,43 @@ def agreement(name: str, results: Mapping[str, np.ndarray], line: Line) -> Deriv
     return DerivativeCheck(name, "wrong" if error > tolerance else "passed", error, tolerance, sentence)
 
 
-def symmetry(line: Line, labels: Sequence[str], directions: np.ndarray, products: np.ndarray) -> DerivativeCheck:
-    """``u'Hv = v'Hu`` for all pairs of directions."""
+def symmetry(
+    line: Line, labels: Sequence[str], directions: np.ndarray, products: np.ndarray, size: float
+) -> DerivativeCheck:
+    """``u'Hv = v'Hu`` for all pairs of directions; ``size`` is that of the gradient."""
     name, tolerance = "H is symmetric", line.eps**0.5
     if not np.isfinite(products).all():
         return DerivativeCheck(name, "not finite", np.inf, tolerance, "H v has NaN or infinity.")
     forms = directions @ products.T
-    reach = np.outer(np.linalg.norm(directions, axis=1), np.linalg.norm(products, axis=1))
+    reach = np.outer(np.linalg.norm(directions, axis=1), np.linalg.norm(products, axis=1) + _floor(line, size))
     reach = np.maximum(reach, reach.T)
     ratio = np.abs(forms - forms.T) / np.where(reach > 0, reach, 1.0)
     i, j = (int(k) for k in np.unravel_index(np.argmax(ratio), ratio.shape))
     error = float(ratio[i, j])
     if error <= tolerance:
         return DerivativeCheck(name, "passed", error, tolerance)
-    units = [line.scales[np.argmax(directions[k])] * np.max(directions[k]) if labels[k].startswith("x") else 1.0 for k in (i, j)]
+    units = [_unit(line, labels[k], directions[k]) for k in (i, j)]
     one, other = forms[i, j] / np.prod(units), forms[j, i] / np.prod(units)
     sentence = f"with u: {labels[i]} and v: {labels[j]}, u'Hv is {one:.10g} and v'Hu is {other:.10g}."
     return DerivativeCheck(name, "wrong", error, tolerance, sentence)
 
 
-def linearity(line: Line, pair: np.ndarray, product: Callable[[np.ndarray], np.ndarray]) -> DerivativeCheck:
-    """``H(2u - 3v) = 2Hu - 3Hv``."""
+def linearity(line: Line, pair: np.ndarray, size: float) -> DerivativeCheck:
+    """``H(2u - 3v) = 2Hu - 3Hv``; ``size`` is that of the gradient."""
     name, tolerance = "H v is linear in v", line.eps**0.5
-    of_u, of_v = 2 * product(pair[0]), 3 * product(pair[1])
-    together = product(2 * pair[0] - 3 * pair[1])
+    of_u, of_v = 2 * line.product(pair[0]), 3 * line.product(pair[1])
+    together = line.product(2 * pair[0] - 3 * pair[1])
     if not np.isfinite(np.concatenate([of_u, of_v, together])).all():
         return DerivativeCheck(name, "not finite", np.inf, tolerance, "H v has NaN or infinity.")
-    error = _relative(together - (of_u - of_v), np.linalg.norm(of_u) + np.linalg.norm(of_v))
+    error = _relative(together - (of_u - of_v), np.linalg.norm(of_u) + np.linalg.norm(of_v) + _floor(line, size))
     sentence = f"H(2u - 3v) differs from 2Hu - 3Hv by {error:.1e} of their norms." if error > tolerance else ""
     return DerivativeCheck(name, "wrong" if error > tolerance else "passed", error, tolerance, sentence)
 
 
-def _relative(difference: np.ndarray, norm: float) -> float:
+def _floor(line: Line, size: float) -> float:
+    """Below this norm a derivative is rounding: ``sqrt(eps)`` times it is some roundings of what it was made from."""
+    return _CANCELED * line.eps**0.5 * size
+
+
+def _relative(difference: np.ndarray, norm: float | np.floating) -> float:
     return float(np.linalg.norm(difference) / norm) if norm > 0 else float(np.linalg.norm(difference))

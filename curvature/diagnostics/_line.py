@@ -1,6 +1,6 @@
 """A function along lines through a point: compiled once for all directions, steps relative to the point's entries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from curvature._types import HessianMode, Objective, Tree, ravel
+from curvature._types import Objective, Tree, ravel
 from curvature.diagnostics._differences import STEPS
 from curvature.transforms import _modes, hvp
 from curvature.transforms._jacobian import gradient_of
@@ -80,7 +80,7 @@ class Line:
     def _gradient(self, z: Array) -> Array:
         return gradient_of(self.program, z, self.gradient_mode)[0]
 
-    def _hvp(self, v: Array, mode: HessianMode) -> Array:
+    def _hvp(self, v: Array, mode: Any) -> Array:
         return hvp(lambda z: self.program.fun(z)[0], self.program.x, v, mode=mode)
 
     def _direction(self, direction: np.ndarray) -> Array:
@@ -105,11 +105,12 @@ class Line:
         """The Hessian at 0 times a direction, by the composition that ``auto`` takes."""
         return np.asarray(self._product(self._direction(direction)), np.float64)
 
-    def product_by(self, mode: HessianMode, direction: np.ndarray) -> np.ndarray:
-        """The same by another composition."""
-        return np.asarray(self._jit(lambda v: self._hvp(v, mode))(self._direction(direction)), np.float64)
+    def products_by(self, modes: Sequence[str], direction: np.ndarray) -> dict[str, np.ndarray]:
+        """The same by several compositions."""
+        products = self._jit(lambda v: {mode: self._hvp(v, mode) for mode in modes})(self._direction(direction))
+        return {mode: np.asarray(product, np.float64) for mode, product in products.items()}
 
-    def gradient_by(self, mode: str) -> np.ndarray:
-        """The gradient at 0 by a mode."""
-        gradient = self._jit(lambda z: gradient_of(self.program, z, mode)[0])(self.program.x)
-        return np.asarray(gradient, np.float64)
+    def gradients_by(self, modes: Sequence[str]) -> dict[str, np.ndarray]:
+        """The gradient at 0 by several modes."""
+        gradients = self._jit(lambda z: {mode: gradient_of(self.program, z, mode)[0] for mode in modes})
+        return {mode: np.asarray(gradient, np.float64) for mode, gradient in gradients(self.program.x).items()}

@@ -12,7 +12,9 @@ try:  # an optional extra; a report must print without it
     import rich.table
     import rich.text
 except ImportError:
-    rich = None
+    _HAS_RICH = False
+else:
+    _HAS_RICH = True
 
 _WIDTH = 100  # of plain text
 
@@ -39,11 +41,11 @@ class Printable:
 
     def __str__(self) -> str:
         """A rich table if this goes to a terminal and rich is installed, plain text otherwise."""
-        if rich is None or not sys.stdout.isatty():
+        if not _HAS_RICH or not sys.stdout.isatty():
             return plain_text(self.sheet())
-        screen = rich.console.Console(file=io.StringIO(), width=rich.console.Console().width)
-        screen.print(self)
-        return screen.file.getvalue().rstrip("\n")
+        page = io.StringIO()
+        rich.console.Console(file=page, width=rich.console.Console().width).print(self)
+        return page.getvalue().rstrip("\n")
 
     def __repr__(self) -> str:
         """The same in a notebook or at a prompt, where the report is all there is to see."""
@@ -74,9 +76,7 @@ def plain_text(sheet: Sheet) -> str:
         lines += [" " * indent + more for more in wrapped[1:]]
     lines.append("")
     for remark in sheet.remarks:
-        lines += textwrap.wrap(
-            remark, _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
-        )
+        lines += textwrap.wrap(remark, _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
     return "\n".join(line.rstrip() for line in lines).rstrip()
 
 

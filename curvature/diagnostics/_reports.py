@@ -53,7 +53,7 @@ class Explanation(Printable):
         unused: the paths of the leaves of ``x`` that ``f`` does not depend on.
         without_curvature: the paths of the leaves that ``f`` is linear in, or piecewise so, all else fixed and not:
             the rows and columns of the Hessian are zero there, whatever the values.
-        structure: what structure ``hessian`` found in ``f`` to form it from, in words; None if it goes column by column.
+        structure: what structure of ``f`` the Hessian is formed from, in words; None if it goes column by column.
         remarks: what else is worth knowing, in sentences.
     """
 

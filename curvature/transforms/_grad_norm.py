@@ -9,16 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvature.transforms._affine import Lookup
+from curvature.transforms._factors import Factors, canonical_gradient, factors, gradients_of_site, to_canonical
 from curvature.transforms._jaxprs import Environment
-from curvature.transforms._taps import (
-    Factors,
-    Site,
-    Taps,
-    canonical_gradient,
-    factors,
-    gradients_of_site,
-    to_canonical,
-)
+from curvature.transforms._taps import Site, Taps
 
 Square = Float[Array, ""]
 
@@ -102,7 +95,8 @@ def squared_norm(taps: Taps, leaves: Sequence[Array]) -> Callable[[Sequence[Any]
 
 def accumulator(leaves: Sequence[Array]) -> Any:
     """The dtype to add squares in: that of the widest leaf, single precision at least."""
-    return functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves), jnp.dtype(jnp.float32))
+    with jax.numpy_dtype_promotion("standard"):  # leaves may differ in dtype even where users are strict
+        return functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves), jnp.dtype(jnp.float32))
 
 
 def _cast(use: Factors, dtype: Any) -> Factors:

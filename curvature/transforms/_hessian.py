@@ -97,7 +97,8 @@ def hessian(
         f: a function of arrays; for a vector-valued one there is a Hessian for each output.
         argnums: the positional argument to differentiate by, or several.
         has_aux: whether ``f`` returns ``(out, aux)``; then the result is ``(hessian, aux)``.
-        mode: the composition of modes; see ``hvp``.
+        mode: the composition of modes; see ``hvp``. On a CPU ``"auto"`` takes reverse over reverse first for all of a
+            scalar function's Hessian, unless there are convolutions: one product alone costs more so, many cost less.
         chunk_size: how many columns are computed at once; see ``vmap``.
         blocks: ``(rows, columns)`` for the block of two leaves or sub-trees of ``x`` alone, named by their paths as
             ``jax.tree_util.keystr(path, simple=True, separator="/")`` spells them, such as ``("layers/0/w", "head")``;
@@ -146,11 +147,10 @@ def hessian_of(
 ) -> tuple[Tree, Any]:
     """The Hessian of a traced function at its point, or those blocks of it, and the function's aux."""
     x = program.x
+    composition = _modes.choose_composition(function, program, mode, whole=not isinstance(blocks, tuple | list))
     if blocks != "diagonal":
         rows, columns = (select(function, "blocks", x, path) for path in blocks or ("", ""))
-        composition = _modes.choose_composition(function, program, mode)
         return _block(program, composition, rows, columns, chunk_size)
-    composition = _modes.choose_composition(function, program, mode)
     results, auxes = zip(
         *(_block(program, composition, leaf, leaf, chunk_size) for leaf in leaf_subtrees(x)), strict=True
     )

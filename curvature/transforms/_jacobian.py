@@ -22,8 +22,9 @@ def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, chunk_si
         f: the function of one lane.
         in_axes: as in ``jax.vmap``: an integer, None, or a tree of them that is a prefix of the arguments.
         out_axes: as in ``jax.vmap``.
-        chunk_size: lanes at once. ``None`` is ``jax.vmap`` itself; ``"auto"`` takes as many as keep what one operation
-            writes within the cache (CPU) or all intermediates within an eighth of the free memory (GPU, TPU).
+        chunk_size: lanes at once. ``None`` is ``jax.vmap`` itself; ``"auto"`` takes as many as keep what all
+            operations write within 36 MiB (CPU; in one where five such chunks would do, or convolutions within 1 GiB)
+            or an eighth of the free memory (GPU, TPU).
 
     Returns:
         The function of all lanes. Keyword arguments are mapped over their leading axis.

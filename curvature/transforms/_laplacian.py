@@ -29,8 +29,8 @@ def laplacian(f: Objective, *, factor: Tree | None = None, with_value: bool = Fa
     Values, the K first derivatives and the sum of the second ones pass through ``f`` together, equation by equation:
     through calls, branches, loops and custom derivative rules. Functions of one variable, entry by entry, are composed
     before they meet the K directions. A ``custom_vjp`` has no forward derivative; it alone is differentiated by reverse
-    mode, once for each direction. ``laplacian(f).explain(x, *args)`` says how each equation was differentiated, and in
-    ``.fallbacks`` which of them took a product of their own for each direction, and on which line they stand.
+    mode, once for each direction. ``laplacian(f).explain(x, *args)`` tells how each equation was differentiated, and in
+    ``.fallbacks`` those that collapsed Taylor mode has no rule for, with the line on which they stand.
 
     Args:
         f: ``f(x, *args)``, which returns any tree of floating arrays.
@@ -67,15 +67,17 @@ class LaplacianReport:
     """How ``laplacian`` differentiated a function.
 
     Attributes:
-        steps: for each equation that the input reaches: the primitive, the rule, and the user's line.
+        steps: for each equation that the input reaches: ``primitive``; ``rule``, one of "entry by entry", "linear",
+            "bilinear", "each direction" (a JVP of a JVP of that equation alone), "each direction, by reverse mode";
+            and ``where``, the user's line.
     """
 
     steps: tuple[Step, ...]
 
     @property
     def fallbacks(self) -> tuple[Step, ...]:
-        """The equations that took a product of their own for each direction."""
-        return tuple(step for step in self.steps if step.rule in (BY_REVERSE, _EAGER.rule))
+        """What has no rule in collapsed Taylor mode: no forward derivative, or no jaxpr to read."""
+        return tuple(dict.fromkeys(step for step in self.steps if step.rule in (BY_REVERSE, _EAGER.rule)))
 
     def __str__(self) -> str:
         """One line for each kind of step, the commonest first."""
@@ -105,7 +107,7 @@ class Laplacian:
             return LaplacianReport((_EAGER,))
         steps: list[Step] = []
         jax.eval_shape(lambda: _evaluate(program, directions, steps))
-        return LaplacianReport(tuple(dict.fromkeys(steps)))
+        return LaplacianReport(tuple(steps))
 
     def _prepare(self, x: Tree, args: tuple[Any, ...]) -> tuple[_modes.Program, Tree]:
         """``f`` traced at ``x``, and the directions."""

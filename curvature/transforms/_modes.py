@@ -1,7 +1,7 @@
 """A function traced once: which composition of modes to differentiate it by, and how many lanes to run at once."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
@@ -104,8 +104,11 @@ def directional_derivative(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: T
     return derivative, (out, aux)
 
 
-def choose_composition(function: str, program: Program, mode: HessianMode) -> str:
-    """The composition to use: ``mode`` itself if it is legal, or the cheapest legal one for "auto"."""
+def choose_composition(function: str, program: Program, mode: HessianMode, *, whole: bool = False) -> str:
+    """The composition to use: ``mode`` itself if it is legal, or the cheapest legal one for "auto".
+
+    ``whole`` says that it is for a matrix and not for products: see ``_order_of_matrix``.
+    """
     if mode != "auto":
         blocker = program.composition_blocker(mode)
         if blocker is None:
@@ -113,11 +116,25 @@ def choose_composition(function: str, program: Program, mode: HessianMode) -> st
         legal = [other for other in _ORDER if program.composition_blocker(other) is None]
         raise _checks.illegal_mode(function, mode, str(blocker), legal)
     blockers = {}
-    for candidate in _ORDER:
+    for candidate in _order_of_matrix(program) if whole else _ORDER:
         blockers[candidate] = program.composition_blocker(candidate)
         if blockers[candidate] is None:
             return candidate
     raise _checks.no_legal_mode(function, {name: str(blocker) for name, blocker in blockers.items()})
+
+
+def _order_of_matrix(program: Program) -> Sequence[str]:
+    """The compositions for a symmetric matrix, cheapest first.
+
+    Pushing many tangents forward moves their axis to the front of every operation that mixes them with a constant, and
+    back for the next product of matrices; pulling cotangents back does so less. XLA writes each move out on a CPU, and
+    a network's Hessian takes up to twice as long pushed as pulled. Convolutions move their axes anyway.
+    """
+    if program.jaxpr is None or not program.is_scalar or jax.default_backend() != "cpu":
+        return _ORDER
+    if _has_convolution(program.jaxpr.jaxpr):
+        return _ORDER
+    return ("rev_over_rev", *(mode for mode in _ORDER if mode != "rev_over_rev"))
 
 
 def choose_jacobian(function: str, program: Program, mode: JacobianMode) -> str:
@@ -142,8 +159,15 @@ def num_entries(tree: Tree) -> int:
 
 # ---- how many lanes at once --------------------------------------------------------------------------------------
 
-_CACHE_BYTES = 2 * 2**20
-"""What one operation may write for all lanes of a chunk together on a CPU: ours, measured by benchmarks/hessian.py."""
+_CHUNK_BYTES = 36 * 2**20
+"""What the operations of a chunk may write together on a CPU, most of which fuse: ours, by benchmarks/hessian.py."""
+
+_FEW_CHUNKS = 5
+"""So few are done all at once: what a loop costs in lost overlap is more than the cache gives. Ours, as above."""
+
+_CONVOLUTION_BYTES = 2**30
+"""What they may write if there are convolutions. XLA brings convolutions into the form its fast code takes, but not
+within the body of a loop; there they take twice as long, in chunks of any size. Ours, by benchmarks/modes.py."""
 
 _LEAST_CHUNK = 8  # below this the matrix products of a chunk are too thin to be fast
 _MEMORY_SHARE = 8  # on an accelerator a chunk may take one part in eight of the memory
@@ -153,30 +177,40 @@ def num_chunks(lanes: int, chunk_size: ChunkSize, call: Callable[[Any], Any], on
     """Into how many equal chunks to cut ``lanes`` lanes, where one lane is ``call(one_lane())``."""
     if chunk_size is None or lanes <= 1:
         return 1
-    if chunk_size == "auto":
-        if lanes <= _LEAST_CHUNK:
-            return 1
-        chunk_size = _auto_chunk(_equation_bytes(jax.make_jaxpr(call)(one_lane()).jaxpr))
-    return math.ceil(lanes / chunk_size)
+    if chunk_size != "auto":
+        return math.ceil(lanes / chunk_size)
+    if lanes <= _LEAST_CHUNK:
+        return 1
+    return _auto_chunks(lanes, jax.make_jaxpr(call)(one_lane()).jaxpr)
 
 
-def _auto_chunk(sizes: list[int]) -> int:
+def _auto_chunks(lanes: int, jaxpr: Jaxpr) -> int:
+    bytes_of_lane = _bytes_written(jaxpr)
     if jax.default_backend() == "cpu":
-        return max(_LEAST_CHUNK, _CACHE_BYTES // max(sizes))
+        if _has_convolution(jaxpr) and lanes * bytes_of_lane <= _CONVOLUTION_BYTES:
+            return 1
+        chunks = math.ceil(lanes / max(_LEAST_CHUNK, _CHUNK_BYTES // bytes_of_lane))
+        return 1 if lanes * bytes_of_lane <= _FEW_CHUNKS * _CHUNK_BYTES else chunks
     memory = jax.local_devices()[0].memory_stats() or {}
     free = memory.get("bytes_limit", 8 * 2**30) - memory.get("bytes_in_use", 0)
-    return max(_LEAST_CHUNK, free // _MEMORY_SHARE // sum(sizes))
+    return math.ceil(lanes / max(_LEAST_CHUNK, free // _MEMORY_SHARE // bytes_of_lane))
 
 
-def _equation_bytes(jaxpr: Jaxpr) -> list[int]:
-    """The bytes that each equation writes for one lane; what no lane's input reaches is shared and costs nothing."""
+def _bytes_written(jaxpr: Jaxpr) -> int:
+    """What the equations write for one lane; what no lane's input reaches is shared and costs nothing."""
     of_lane = set(jaxpr.invars)
-    sizes = [1]
+    written = 1
     for eqn in jaxpr.eqns:
         if any(v in of_lane for v in eqn.invars if isinstance(v, Var)):
             of_lane.update(eqn.outvars)
             outs: list[Any] = [v.aval for v in eqn.outvars]
-            sizes.append(sum(aval.size * aval.dtype.itemsize for aval in outs if hasattr(aval, "size")))
-            for body in jex.core.jaxprs_in_params(eqn.params):
-                sizes += _equation_bytes(body)
-    return sizes
+            written += sum(aval.size * aval.dtype.itemsize for aval in outs if hasattr(aval, "size"))
+            written += sum(_bytes_written(body) for body in jex.core.jaxprs_in_params(eqn.params))
+    return written
+
+
+def _has_convolution(jaxpr: Jaxpr) -> bool:
+    return any(
+        eqn.primitive.name == "conv_general_dilated" or any(map(_has_convolution, jex.core.jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )

@@ -11,9 +11,10 @@ from curvature import _checks
 from curvature._types import ChunkSize, Objective, Tree
 from curvature.transforms._accumulate import sum_over_chunks
 from curvature.transforms._clipped import formed_gradient, teller, trace_loss
+from curvature.transforms._factors import factors, from_canonical
 from curvature.transforms._grad_norm import accumulator, dense, formed_gradients, routes_of
 from curvature.transforms._tapped import Tapped, open_batch
-from curvature.transforms._taps import Site, Taps, factors, from_canonical
+from curvature.transforms._taps import Site, Taps
 
 _FORMED_BYTES = 32 * 2**20  # what the gradients formed at once may take: ours
 _Sums = tuple[list[Array], list[Array]]

@@ -193,11 +193,7 @@ def tapped_blocks(
     here = _state(points, values, examples, weights, at)
     blocks: Blocks = {}
     for k, column in enumerate(points.points):
-        later = [
-            m
-            for m, row in enumerate(points.points[k:], k)
-            if any(wanted(one.root, other.root) for one in row.uses for other in column.uses)
-        ]
+        later = [m for m, row in enumerate(points.points[k:], k) if _any_wanted(row, column, wanted)]
         if not later:
             continue
 
@@ -216,6 +212,12 @@ def tapped_blocks(
                 found = _rows(points.points[m], m, here, along, left, same=m == k and scale is None)
                 _add(blocks, found, points.points[m].uses, [column.uses[n] for n in uses], m != k, wanted)
     return blocks
+
+
+def _any_wanted(row: Point, column: Point, wanted: Wanted) -> bool:
+    """Whether a block of two points is, or the one on the other side of the diagonal."""
+    pairs = [(one.root, other.root) for one in row.uses for other in column.uses]
+    return any(wanted(one, other) or wanted(other, one) for one, other in pairs)
 
 
 def _state(
@@ -248,8 +250,7 @@ def _state(
 
 def _input(use: Use, env: Environment) -> Float[Array, " entries"]:
     """The input of one use: the rows of a matrix, the groups of a scale."""
-    others = env.read([v for n, v in enumerate(use.site.eqn.invars) if n not in use.site.operands])
-    a = use.site.form.inputs(*others)
+    a = use.site.inputs(env)
     return (a.one_hot(use.site.outputs[0].aval.dtype) if isinstance(a, Lookup) else a).reshape(-1)
 
 
@@ -313,7 +314,7 @@ def _contract(c: Array, left: Array, moved: Array, symmetric: bool = False) -> F
     lanes = moved[:, upper[0], upper[1]].T
     rows, lefts = c.T, left.T
     size = max(1, _FORMED_BYTES // (lefts.size * lefts.dtype.itemsize))
-    products = vmap(lambda lane: (lefts * lane) @ rows.T, chunk_size=size)(lanes)
+    products = vmap(lambda lane: (lefts * lane[None]) @ rows.T, chunk_size=size)(lanes)
     if symmetric:
         number = np.zeros((q, j), int)
         number[upper] = number.T[upper] = np.arange(len(upper[0]))

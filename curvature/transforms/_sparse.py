@@ -14,10 +14,12 @@ from curvature.transforms import _modes
 from curvature.transforms._hessian import trace_objective
 from curvature.transforms._legality import Blocker
 
+_asdex_error: ImportError | None = None
 try:
     import asdex
-except ModuleNotFoundError:
+except ImportError as error:  # not installed, or made for another JAX
     asdex: Any = None
+    _asdex_error = error
 
 
 def sparse_hessian(
@@ -42,11 +44,12 @@ def sparse_hessian(
 
     Returns:
         A function ``(x, *args) -> BCOO`` of shape (n, n), in the order of ``ravel_pytree(x)``, with both triangles. It
-        is compiled at its first call, and takes new values of ``x`` and ``args``, also under ``jit``. A pattern that misses an entry gives wrong
-        numbers without an error: compare ``H @ v`` with ``hvp(f, x, v)`` for a random ``v`` to check one that you give.
+        is compiled at its first call, and takes new values of ``x`` and ``args``, also under ``jit``. A pattern that
+        misses an entry gives wrong numbers without an error: compare ``H @ v`` with ``hvp(f, x, v)`` for a random ``v``
+        to check one that you give.
 
     Raises:
-        ModuleNotFoundError: when asdex is not installed.
+        ImportError: when asdex is not installed, or does not work with the JAX at hand.
         TypeError, ValueError: as ``hvp``; for a pattern of another shape or kind; and, when the function is called, for
             a point that does not match ``x``.
 
@@ -66,7 +69,7 @@ def sparse_hessian(
     References: Coleman and More, Estimation of sparse Hessian matrices and graph coloring problems (1984),
         doi:10.1007/BF02612334; Gebremedhin, Manne and Pothen (2005), section 4, doi:10.1137/S0036144504444711.
     """
-    _checks.check_extra("sparse_hessian", "asdex", "sparse", asdex)
+    _checks.check_extra("sparse_hessian", "asdex", "sparse", _asdex_error)
     _checks.check_callable("sparse_hessian", "f", f)
     _checks.check_choice("sparse_hessian", "mode", mode, SparseHessianMode)
     x = _checks.check_point("sparse_hessian", "x", x)
@@ -106,11 +109,12 @@ def sparse_jacobian(
 
     Returns:
         A function ``(x, *args) -> BCOO`` of shape (m, n), rows and columns in the order of ``ravel_pytree``. It is
-        compiled at its first call, and takes new values of ``x`` and ``args``, also under ``jit``. A pattern that misses an entry gives wrong numbers
-        without an error: compare ``J @ v`` with ``jax.jvp`` for a random ``v`` to check one that you give.
+        compiled at its first call, and takes new values of ``x`` and ``args``, also under ``jit``. A pattern that
+        misses an entry gives wrong numbers without an error: compare ``J @ v`` with ``jax.jvp`` for a random ``v`` to
+        check one that you give.
 
     Raises:
-        ModuleNotFoundError: when asdex is not installed.
+        ImportError: when asdex is not installed, or does not work with the JAX at hand.
         TypeError, ValueError: as ``jacobian``; for a pattern of another shape or kind; and, when the function is
             called, for a point that does not match ``x``.
 
@@ -128,7 +132,7 @@ def sparse_jacobian(
     References: Curtis, Powell and Reid, On the estimation of sparse Jacobian matrices (1974),
         doi:10.1093/imamat/13.1.117; Gebremedhin, Manne and Pothen (2005), section 3, doi:10.1137/S0036144504444711.
     """
-    _checks.check_extra("sparse_jacobian", "asdex", "sparse", asdex)
+    _checks.check_extra("sparse_jacobian", "asdex", "sparse", _asdex_error)
     _checks.check_callable("sparse_jacobian", "f", f)
     _checks.check_choice("sparse_jacobian", "mode", mode, JacobianMode)
     x = _checks.check_point("sparse_jacobian", "x", x)
@@ -176,13 +180,13 @@ def _prepared(
     pattern = coloring.sparsity.to_bcoo()
 
     @jax.jit
-    def entries(vector: Array, *args: Any) -> Array:
-        return transform(lambda vector: fun(vector, *args), coloring)(vector).data
+    def entries(x: Tree, *args: Any) -> Array:
+        return transform(lambda vector: fun(vector, *args), coloring)(ravel(x)[0]).data
 
     def evaluate(x: Tree, *args: Any) -> BCOO:
         x = _checks.check_direction(function, "x", x, "the prepared x", like)
         _checks.check_data(function, args)
-        found = entries(ravel(x)[0], *args), pattern.indices  # indices stay outside, where nothing copies them
+        found = entries(x, *args), pattern.indices  # indices stay outside, where nothing copies them
         return BCOO(found, shape=pattern.shape, indices_sorted=True, unique_indices=True)
 
     return evaluate

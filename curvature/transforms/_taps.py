@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from curvature._types import Objective, Tree
 from curvature.transforms import _modes
 from curvature.transforms._accumulate import zeros
-from curvature.transforms._affine import Axes, Form, Lookup, canonical_form
-from curvature.transforms._jaxprs import Environment, Scan, equation_function, inline, is_floating, open_scan
+from curvature.transforms._affine import Axes, Form, canonical_form
+from curvature.transforms._jaxprs import Environment, Scan, inline, is_floating, open_scan
 
 
 class Origin(NamedTuple):
@@ -59,6 +58,11 @@ class Site(NamedTuple):
         """The outputs that can carry a derivative."""
         return [v for v in self.eqn.outvars if is_floating(v)]
 
+    def inputs(self, env: Environment) -> Any:
+        """What enters beside parameters: the canonical input ``a``, or a list of all other inputs if it has no form."""
+        others = env.read([v for n, v in enumerate(self.eqn.invars) if n not in self.operands])
+        return others if self.form is None else self.form.inputs(*others)
+
     @property
     def group(self) -> Axes:
         """The axes of the root that the canonical form is batched over: those that scans slice come first."""
@@ -73,22 +77,6 @@ class Site(NamedTuple):
         )
         outputs = math.prod(self.lengths) * self.outputs[0].aval.size
         return groups, outputs // max(groups * columns, 1), rows, columns
-
-
-class Factors(NamedTuple):
-    """One use of a root in canonical form: its gradient is ``sum_s a[g, s, i] d[g, s, o]``.
-
-    Attributes:
-        a: the input, of shape (g, s, i), or a ``Lookup`` of shape (g, s).
-        d: the cotangent of the output, of shape (g, s, o).
-        group, rows, columns: the axes of the root that g, i and o stand for.
-    """
-
-    a: Any
-    d: Array
-    group: Axes
-    rows: Axes
-    columns: Axes
 
 
 class _Level(NamedTuple):
@@ -154,16 +142,16 @@ class Taps:
         """For each output of each site a zero of its shape, by which it is shifted."""
         return [[_zero_like(v, site.lengths) for v in site.outputs] for site in self.sites]
 
-    def shifted(self, values: Environment, example: Sequence[Any], shifts: Any) -> tuple[Array, list[list[Any]]]:
-        """The loss of one example whose sites are shifted, and what else enters each site."""
+    def shifted(self, values: Environment, example: Sequence[Any], shifts: Any) -> tuple[Array, list[Any]]:
+        """The loss of one example whose sites are shifted, and the inputs of each site."""
         env = Environment(values)
         env.write(self.level.jaxpr.invars[len(self.leaves) :], example)
         captured = _run(self.level, env, iter(shifts))
         (loss,) = env.read(self.level.jaxpr.outvars)
         return loss, captured
 
-    def cotangents(self, values: Environment, example: Sequence[Any]) -> tuple[list[list[Any]], list[list[Array]]]:
-        """For each site what else enters it, and the cotangents of its outputs."""
+    def cotangents(self, values: Environment, example: Sequence[Any]) -> tuple[list[Any], list[list[Array]]]:
+        """For each site its inputs, and the cotangents of its outputs."""
         d, captured = jax.grad(lambda eps: self.shifted(values, example, eps), has_aux=True)(self.shifts())
         return captured, d
 
@@ -312,8 +300,8 @@ def _moved_axes(eqn: JaxprEqn, axes: tuple[int | None, ...]) -> tuple[int | None
 # ---- evaluation --------------------------------------------------------------------------------------------------
 
 
-def _run(level: _Level, env: Environment, shifts: Iterator[list[Array]]) -> list[list[Any]]:
-    """Evaluate a level with its sites shifted; returns for each site its inputs other than parameters."""
+def _run(level: _Level, env: Environment, shifts: Iterator[list[Array]]) -> list[Any]:
+    """Evaluate a level with its sites shifted; returns the inputs of each site."""
     captured = []
     for k, eqn in enumerate(level.jaxpr.eqns):
         if all(v in env for v in eqn.outvars):
@@ -321,18 +309,22 @@ def _run(level: _Level, env: Environment, shifts: Iterator[list[Array]]) -> list
         if k in level.scans:
             captured += _run_scan(eqn, *level.scans[k], env, shifts)
             continue
-        env.evaluate(level.jaxpr, eqn)
-        if k in level.sites:
-            site = level.sites[k]
-            shifted = zip(site.outputs, next(shifts), strict=True)
-            env.update({v: env[v] + shift for v, shift in shifted})
-            captured.append(env.read([v for n, v in enumerate(eqn.invars) if n not in site.operands]))
+        if k not in level.sites:
+            env.evaluate(level.jaxpr, eqn)
+            continue
+        site = level.sites[k]
+        captured.append(site.inputs(env))
+        if site.form is not None and site.form.apply is not None:
+            (parameter,) = env.read([eqn.invars[n] for n in site.operands])
+            env.write(eqn.outvars, [site.form.apply(captured[-1], parameter)])
+        else:
+            env.evaluate(level.jaxpr, eqn)
+        shifted = zip(site.outputs, next(shifts), strict=True)
+        env.update({v: env[v] + shift for v, shift in shifted})
     return captured
 
 
-def _run_scan(
-    eqn: JaxprEqn, scan: Scan, level: _Level, env: Environment, shifts: Iterator[list[Array]]
-) -> list[list[Any]]:
+def _run_scan(eqn: JaxprEqn, scan: Scan, level: _Level, env: Environment, shifts: Iterator[list[Array]]) -> list[Any]:
     values = env.read(eqn.invars)
     consts, rest = values[: scan.num_consts], values[scan.num_consts :]
     sliced = rest[scan.num_carry :], [next(shifts) for _ in level.all_sites()]
@@ -353,80 +345,3 @@ def _run_scan(
 def _zero_like(v: Var, lengths: tuple[int, ...]) -> Array:
     """Zeros of the shape of a variable within scans, which vary over the devices over which it varies."""
     return zeros((*lengths, *v.aval.shape), v.aval)
-
-
-def factors(site: Site, captured: Sequence[Any], d: Array) -> Factors:
-    """A site with a form, in canonical form: the scans around it are groups or positions of their own."""
-    inputs, outputs, depth = site.form.inputs, site.form.outputs, len(site.lengths)
-    for _ in range(depth):
-        inputs, outputs = jax.vmap(inputs), jax.vmap(outputs)
-    loops = site.origins[0].loops
-    sliced = [k for k in range(depth) if loops[k] is not None]
-    order = [*sliced, depth, *(k for k in range(depth) if loops[k] is None), depth + 1]
-
-    def arrange(array: Array) -> Array:
-        array = jnp.transpose(array, [*order, *range(depth + 2, array.ndim)])
-        cut = len(sliced) + 1
-        groups, positions = math.prod(array.shape[:cut]), math.prod(array.shape[cut : depth + 2])
-        return array.reshape(groups, positions, *array.shape[depth + 2 :])
-
-    a = jax.tree.map(arrange, inputs(*captured))
-    return Factors(a, arrange(outputs(d)), site.group, site.form.rows, site.form.columns)
-
-
-def canonical_gradient(use: Factors) -> Float[Array, "groups rows columns"]:
-    """The gradient in canonical form, formed."""
-    if not isinstance(use.a, Lookup):
-        return jnp.einsum("gsi,gso->gio", use.a, use.d)
-    rows = jnp.where(use.a.rows < 0, use.a.size, use.a.rows)  # out of range, so dropped
-
-    def scatter(rows: Array, d: Array) -> Array:
-        return jnp.zeros((use.a.size, d.shape[1]), d.dtype).at[rows].add(d, mode="drop")
-
-    return jax.vmap(scatter)(rows, use.d)
-
-
-def to_canonical(array: Array, use: Factors) -> Float[Array, "groups rows columns"]:
-    """An array with the axes of the root, in the canonical form of a use."""
-    order = (*use.group, *use.rows, *use.columns)
-    order = (*order, *(k for k in range(array.ndim) if k not in order))
-    sizes = [math.prod(array.shape[axis] for axis in axes) for axes in (use.group, use.rows, use.columns)]
-    return jnp.transpose(array, order).reshape(sizes)
-
-
-def from_canonical(product: Array, order: Axes, root: Var) -> Array:
-    """An array whose axes are those of the root in another ``order``, grouped at will, as the root has them."""
-    shape = root.aval.shape
-    order = (*order, *(k for k in range(len(shape)) if k not in order))  # an axis of size one may have gone
-    back = sorted(range(len(order)), key=lambda k: order[k])
-    return jnp.transpose(product.reshape([shape[k] for k in order]), back).astype(root.aval.dtype)
-
-
-def gradients_of_site(
-    taps: Taps, site: Site, values: Environment, captured: Sequence[Any], d: Sequence[Array]
-) -> list[Array]:
-    """The gradients of the roots of any site, formed: by its form or, if it has none, by reverse mode through it."""
-    if site.form is not None:
-        use = factors(site, captured, d[0])
-        order = (*use.group, *use.rows, *use.columns)
-        return [from_canonical(canonical_gradient(use), order, site.origins[0].root)]
-    fun, variables = equation_function(taps.level.jaxpr, site.eqn)
-    env = Environment()
-    others = [v for n, v in enumerate(site.eqn.invars) if n not in site.operands]
-    env.update({v: value for v, value in zip(others, captured, strict=True) if isinstance(v, Var)})
-    operands = [site.eqn.invars[n] for n in site.operands]
-
-    def outputs(parameters: list[Array]) -> list[Array]:
-        inner = Environment(env)
-        inner.write(operands, parameters)
-        outs = dict(zip(site.eqn.outvars, fun(*inner.read(variables)), strict=True))
-        return [outs[v] for v in site.outputs]
-
-    _, pull = jax.vjp(outputs, values.read(operands))
-    return [_to_root(gradient, origin) for gradient, origin in zip(pull(list(d))[0], site.origins, strict=True)]
-
-
-def _to_root(gradient: Array, origin: Origin) -> Array:
-    """The gradient by a variable, as one by the root whose axes it moved or repeated."""
-    repeated = [k for k, axis in enumerate(origin.axes) if axis is None]
-    return from_canonical(jnp.sum(gradient, repeated), tuple(a for a in origin.axes if a is not None), origin.root)

@@ -1,6 +1,8 @@
 """Sparse Hessians and Jacobians against dense oracles and closed forms."""
 
 import inspect
+import runpy
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,9 @@ from jax.experimental.sparse import BCOO
 from jax.flatten_util import ravel_pytree
 
 import curvature
+from curvature.transforms._sparse import asdex
 from tests.oracles import assert_close, dense_hessian
 from tests.scenarios import SCENARIOS, forward_only, reverse_only
-
-asdex = pytest.importorskip("asdex")
 
 ROSENBROCK = SCENARIOS[1]
 
@@ -73,7 +74,7 @@ PATTERNS = {
     "padded": lambda mask: BCOO.fromdense(jnp.asarray(mask, float), nse=40),
     "scipy": scipy.sparse.csr_array,
     "scipy-matrix": scipy.sparse.coo_matrix,
-    "asdex": asdex.SparsityPattern.from_dense,
+    "another": lambda mask: asdex.SparsityPattern.from_dense(mask),
 }
 
 
@@ -142,15 +143,30 @@ def test_a_function_without_curvature_has_an_empty_hessian():
 def test_the_number_of_products_does_not_grow_with_the_size():
     def lanes(n):
         x = chain(n)
-        jaxpr = jax.make_jaxpr(curvature.sparse_hessian(rosenbrock, x))(x).jaxpr
-        shapes = [v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars]
+        (compiled,) = jax.make_jaxpr(curvature.sparse_hessian(rosenbrock, x))(x).jaxpr.eqns
+        shapes = [v.aval.shape for eqn in compiled.params["jaxpr"].jaxpr.eqns for v in eqn.outvars]
         return max(shape[0] for shape in shapes if len(shape) == 2 and shape[1] >= n - 1)
 
     assert lanes(20) == lanes(200) <= 3
 
 
+def prepare_functions():
+    """The module as a process finds it that imports it now."""
+    module = runpy.run_path(inspect.getsourcefile(inspect.unwrap(curvature.sparse_hessian)))
+    return [module["sparse_hessian"], module["sparse_jacobian"]]
+
+
 def test_without_asdex_the_error_says_what_to_install(monkeypatch):
-    for prepare in (curvature.sparse_hessian, curvature.sparse_jacobian):
-        monkeypatch.setitem(inspect.unwrap(prepare).__globals__, "asdex", None)
-        with pytest.raises(ModuleNotFoundError, match=r"needs asdex.*pip install 'curvature-jax\[sparse\]'"):
+    monkeypatch.setitem(sys.modules, "asdex", None)
+    for prepare in prepare_functions():
+        with pytest.raises(ModuleNotFoundError, match=r"needs asdex.*; pip install 'curvature-jax\[sparse\]'"):
+            prepare(rosenbrock, chain(3))
+
+
+def test_an_asdex_made_for_another_jax_does_not_stop_the_import(monkeypatch, tmp_path):
+    (tmp_path / "asdex.py").write_text("from jax import what_is_gone")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "asdex", raising=False)
+    for prepare in prepare_functions():
+        with pytest.raises(ImportError, match=r"asdex, whose import fails: cannot import name 'what_is_gone'"):
             prepare(rosenbrock, chain(3))
