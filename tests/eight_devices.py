@@ -141,3 +141,32 @@ def test_the_diagonal_on_sharded_data_is_that_of_one_device(mesh, inputs):
     sharded = jax.device_put(inputs, NamedSharding(mesh, P("data")))
     diagonal = jax.jit(lambda x, a: curvature.hessian_diagonal(loss, x, a, chunk_size=2))
     assert_close(diagonal(X, sharded), jnp.diag(jax.hessian(loss)(X, inputs)))
+
+
+def example_loss(w, x):
+    return jnp.tanh(jnp.tanh(x @ w["in"]) @ w["out"]) ** 2
+
+
+W = {"in": np.array([[0.3, -0.2], [0.1, 0.4], [0.5, 0.2]]), "out": np.array([1.0, -0.5])}
+
+
+def test_functions_from_taps_see_the_examples_of_their_device(mesh, inputs):
+    def of_shard(inputs):
+        norms = curvature.per_example_grad_norm(example_loss)(W, inputs)
+        clipped, _ = curvature.clipped_grad(example_loss, 0.1)(W, inputs)
+        hessian = curvature.mean_hessian(example_loss, chunk_size=1)(W, inputs)
+        return norms, jax.tree.map(lambda leaf: leaf[None], (clipped, hessian))
+
+    norms, rest = jax.jit(jax.shard_map(of_shard, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(inputs)
+    assert_close(norms, curvature.per_example_grad_norm(example_loss)(W, inputs))
+    whole = curvature.clipped_grad(example_loss, 0.1)(W, inputs)[0], curvature.mean_hessian(example_loss)(W, inputs)
+    for got, want in zip(jax.tree.leaves(rest), jax.tree.leaves(whole), strict=True):
+        assert_close(jnp.mean(got, axis=0), want, roundings=1e3)
+
+
+def test_functions_from_taps_on_sharded_data(mesh, inputs):
+    sharded = jax.device_put(inputs, NamedSharding(mesh, P("data")))
+    for function in (curvature.per_example_grad_norm(example_loss), curvature.mean_hessian(example_loss)):
+        got, want = jax.jit(function)(W, sharded), function(W, inputs)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert_close(one, other, roundings=1e3)

@@ -561,6 +561,62 @@ CASES = {
         TypeError,
         r"sparse_hessian: args\[0\] is 'two' of type str, expected an array",
     ),
+    # from taps
+    "norm-not-callable": (
+        lambda: curvature.per_example_grad_norm("loss"),
+        TypeError,
+        r"per_example_grad_norm: loss is 'loss' of type str, expected a function",
+    ),
+    "norm-chunk-size": (
+        lambda: curvature.per_example_grad_norm(loss, chunk_size=0),
+        ValueError,
+        r"per_example_grad_norm: chunk_size=0",
+    ),
+    "norm-not-scalar": (
+        lambda: curvature.per_example_grad_norm(lambda w, x: w * x)(np.ones(2), np.ones((3, 2))),
+        TypeError,
+        r"per_example_grad_norm: loss returns shape \(2,\), expected a scalar",
+    ),
+    "norm-integer-params": (
+        lambda: curvature.per_example_grad_norm(square)(np.arange(3), np.ones(2)),
+        TypeError,
+        r"per_example_grad_norm: params has dtype int",
+    ),
+    "clipped-max-norm": (
+        lambda: curvature.clipped_grad(loss, 0.0),
+        ValueError,
+        r"clipped_grad: max_norm=0\.0, expected a number > 0",
+    ),
+    "clipped-no-batch": (
+        lambda: curvature.clipped_grad(square, 1.0)(np.ones(2)),
+        ValueError,
+        r"clipped_grad: no batch was given",
+    ),
+    "moments-ragged-batch": (
+        lambda: curvature.per_example_grad_moments(square)(np.ones(2), np.ones(3), np.ones(4)),
+        ValueError,
+        r"per_example_grad_moments: batch\[1\] has 4 examples .*, expected 3",
+    ),
+    "mean-hessian-not-scalar": (
+        lambda: curvature.mean_hessian(lambda w, x: w * x)(np.ones(2), np.ones((3, 2))),
+        TypeError,
+        r"mean_hessian: loss returns shape \(2,\), expected a scalar",
+    ),
+    "mean-hessian-blocks": (
+        lambda: curvature.mean_hessian(loss, blocks="rows"),
+        ValueError,
+        r"mean_hessian: blocks='rows'",
+    ),
+    "mean-hessian-path": (
+        lambda: curvature.mean_hessian(loss, blocks=("w", "nowhere"))(X, np.ones((2, 1))),
+        ValueError,
+        r"mean_hessian: .*nowhere",
+    ),
+    "mean-hessian-chunk-size": (
+        lambda: curvature.mean_hessian(loss, chunk_size=1.5),
+        ValueError,
+        r"mean_hessian: chunk_size=1\.5",
+    ),
 }
 
 
