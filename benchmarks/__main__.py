@@ -1,9 +1,11 @@
 """``python -m benchmarks`` runs every benchmark."""
 
-from benchmarks import diagonal, hessian, laplacian, sparse
+from benchmarks import diagonal, hessian, laplacian, mean_hessian, per_example, sparse
 
 if __name__ == "__main__":
     hessian.main()
     laplacian.main()
     diagonal.main()
     sparse.main()
+    mean_hessian.main()
+    per_example.main()

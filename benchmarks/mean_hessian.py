@@ -123,7 +123,7 @@ def bench(screen: Console, case: Case) -> dict[str, Row]:
         error = check_agreement(hessians, args)
         matrix = jax.random.normal(jax.random.key(1), (case.examples, size))
         contestants = {name: (way, args) for name, way in hessians.items()} | {PRODUCT: (lambda g: g.T @ g, (matrix,))}
-        rows = compare(contestants, budget=0.5, rounds=2, report=lambda line: status.update(f"{title}: {line}"))
+        rows = compare(contestants, budget=0.4, rounds=2, report=lambda line: status.update(f"{title}: {line}"))
     screen.print(table(title, rows.values(), rows[PRODUCT], f"All agree with jax.hessian to {error:.0e}."))
     screen.print()
     return rows

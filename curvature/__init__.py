@@ -1,6 +1,7 @@
 """Second-order derivatives, curvature and Newton methods for JAX."""
 
 from curvature._types import CGInfo, MinimizeResult, Status
+from curvature.diagnostics import DerivativeCheck, DerivativeReport, Explanation, Way, check_derivatives, explain
 from curvature.linalg import cg
 from curvature.optimizers import MinimizeStep, NewtonState, TrustRegionState, minimize, newton, trust_region
 from curvature.transforms import (
@@ -29,6 +30,9 @@ from curvature.transforms import (
 
 __all__ = [
     "CGInfo",
+    "DerivativeCheck",
+    "DerivativeReport",
+    "Explanation",
     "GradMoments",
     "MatrixView",
     "MinimizeResult",
@@ -38,9 +42,12 @@ __all__ = [
     "TapReport",
     "Tapped",
     "TrustRegionState",
+    "Way",
     "cg",
+    "check_derivatives",
     "clipped_grad",
     "directional_derivatives",
+    "explain",
     "hessian",
     "hessian_diagonal",
     "hvp",

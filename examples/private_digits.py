@@ -103,7 +103,7 @@ def private_grad(params: Params, key: jax.Array, noise_multiplier: jax.Array, *d
 @functools.partial(jax.jit, static_argnames="clip")
 def step(
     params: Params, state: optax.OptState, key: jax.Array, noise_multiplier: jax.Array, data: Data, *, clip: bool
-) -> tuple[Params, optax.OptState]:
+) -> tuple[Any, optax.OptState]:
     """A step of Adam on the private gradient, or on the plain one; Adam sees nothing else of the data."""
     grad = private_grad(params, key, noise_multiplier, *data) if clip else mean_grad(params, *data)
     updates, state = OPTIMIZER.update(grad, state)

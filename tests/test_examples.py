@@ -1,8 +1,10 @@
 """The examples run, and do what they say; each in a process of its own, since they set JAX up for themselves."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 
@@ -25,3 +27,30 @@ def test_pinn(tmp_path):
     assert "mean square residual" in printed
     assert float(printed.split()[-1]) < 0.1  # 0.001 after all steps
     assert picture.stat().st_size > 10_000
+
+
+def test_private_digits():
+    for module in ("sklearn", "rich"):
+        pytest.importorskip(module)
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from examples import private_digits as example
+data, _ = example.load()
+private_grad, key = jax.jit(example.private_grad), jax.random.key(5)
+ways = [private_grad(example.start(), key, jnp.asarray(noise), *data) for noise in (0.0, 4.0)]
+noise = jax.tree.map(lambda quiet, noisy: np.ravel(noisy - quiet), *ways)
+found = example.main(20)
+print(np.std(np.concatenate(jax.tree.leaves(noise))) * len(data.labels) / example.MAX_NORM, example.epsilon(20, 4.0))
+print(*found.values())
+"""
+    *printed, told, accuracies = run(code).splitlines()
+    assert any("Clipping costs" in line for line in printed)
+    multiplier, epsilon = map(float, told.split())
+    assert abs(multiplier - 4) < 0.3  # five standard errors of 2,730 numbers
+    # What 20 steps of this noise leave at epsilon, exactly: Dong, Roth and Su (arXiv:1905.02383), corollary 2.13.
+    mu, cdf = 20**0.5 / 4, NormalDist().cdf
+    delta = cdf(-epsilon / mu + mu / 2) - math.exp(epsilon) * cdf(-epsilon / mu - mu / 2)
+    assert 1e-7 < delta <= 1e-5
+    plain, *others = map(float, accuracies.split())
+    assert plain > 0.85
+    assert min(others) > 0.5

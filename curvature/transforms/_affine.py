@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Float, Int
+
+from curvature.transforms._jaxprs import Equation
 
 Axes = tuple[int, ...]
 
@@ -60,7 +61,7 @@ class Form(NamedTuple):
     apply: Callable[[Array, Array], Array] | None = None
 
 
-def canonical_form(eqn: JaxprEqn, operand: int, axes: Sequence[int | None]) -> Form | None:
+def canonical_form(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
     """The form of an equation in its parameter, or None if it is not one of those known here.
 
     Args:
@@ -74,7 +75,7 @@ def canonical_form(eqn: JaxprEqn, operand: int, axes: Sequence[int | None]) -> F
     return rule(eqn, operand, axes)
 
 
-def _dot_general(eqn: JaxprEqn, operand: int, axes: Sequence[int | None]) -> Form | None:
+def _dot_general(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
     if None in axes:
         return None
     contracted, batched = eqn.params["dimension_numbers"]
@@ -107,7 +108,7 @@ def _dot_general(eqn: JaxprEqn, operand: int, axes: Sequence[int | None]) -> For
     )
 
 
-def _convolution(eqn: JaxprEqn, operand: int, axes: Sequence[int | None]) -> Form | None:
+def _convolution(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
     """A product with the patches of the image, which is also how it is computed where it is tapped.
 
     The patches are needed anyway, and a product runs well inside a loop over chunks, where XLA's convolutions for CPUs
@@ -169,7 +170,7 @@ def _patches(
     return jnp.concatenate([shifted(offsets) for offsets in itertools.product(*map(range, window))], axis=-1)
 
 
-def _gather(eqn: JaxprEqn, operand: int, axes: Sequence[int | None]) -> Form | None:
+def _gather(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
     """A lookup of whole rows: ``table[tokens]``."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     table = eqn.invars[0].aval.shape
@@ -191,7 +192,7 @@ def _gather(eqn: JaxprEqn, operand: int, axes: Sequence[int | None]) -> Form | N
     return _lookup(axes, row, inputs, [*positions, *numbers.offset_dims], len(positions))
 
 
-def _dynamic_slice(eqn: JaxprEqn, operand: int, axes: Sequence[int | None]) -> Form | None:
+def _dynamic_slice(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
     """A lookup of one row: ``table[token]``."""
     table, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
     moved = [k for k, (whole, part) in enumerate(zip(table, sizes, strict=True)) if whole != part]
@@ -220,7 +221,7 @@ def _lookup(axes: Sequence[Any], row: int, inputs: Callable[..., Lookup], order:
     )
 
 
-def _addition(eqn: JaxprEqn, operand: int, axes: Sequence[int | None], sign: int = 1) -> Form:
+def _addition(eqn: Equation, operand: int, axes: Sequence[Any], sign: int = 1) -> Form:
     """A bias: the constant input one."""
     columns, order, positions = _broadcast(eqn, operand, axes)
     dtype, size = eqn.outvars[0].aval.dtype, math.prod(eqn.outvars[0].aval.shape[k] for k in order[:positions])
@@ -233,11 +234,11 @@ def _addition(eqn: JaxprEqn, operand: int, axes: Sequence[int | None], sign: int
     )
 
 
-def _subtraction(eqn: JaxprEqn, operand: int, axes: Sequence[int | None]) -> Form:
+def _subtraction(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form:
     return _addition(eqn, operand, axes, sign=1 if operand == 0 else -1)
 
 
-def _multiplication(eqn: JaxprEqn, operand: int, axes: Sequence[int | None]) -> Form:
+def _multiplication(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form:
     """A scale: every entry of the parameter is a group of its own."""
     group, order, positions = _broadcast(eqn, operand, axes)
     shape = eqn.outvars[0].aval.shape
@@ -249,7 +250,7 @@ def _multiplication(eqn: JaxprEqn, operand: int, axes: Sequence[int | None]) -> 
     return Form(group, (), (), grouped, grouped)
 
 
-def _broadcast(eqn: JaxprEqn, operand: int, axes: Sequence[int | None]) -> tuple[Axes, list[int], int]:
+def _broadcast(eqn: Equation, operand: int, axes: Sequence[Any]) -> tuple[Axes, list[int], int]:
     """For an elementwise equation: the parameter's axes in order, the order of its output's axes, how many repeat."""
     sizes, shape = eqn.invars[operand].aval.shape, eqn.outvars[0].aval.shape
     axes = axes if len(sizes) == len(shape) else [None] * len(shape)  # a scalar goes with everything
@@ -266,7 +267,7 @@ def _three(array: Array, groups: int, positions: int) -> Array:
     return array.reshape(math.prod(shape[:groups]), math.prod(shape[groups:cut]), math.prod(shape[cut:]))
 
 
-_RULES: dict[str, Callable[[JaxprEqn, int, Sequence[int | None]], Form | None]] = {
+_RULES: dict[str, Callable[[Equation, int, Sequence[int | None]], Form | None]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
     "gather": _gather,

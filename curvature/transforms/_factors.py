@@ -10,7 +10,7 @@ from jax.extend.core import Var
 from jaxtyping import Array, Float
 
 from curvature.transforms._affine import Axes, Lookup
-from curvature.transforms._jaxprs import Environment, equation_function
+from curvature.transforms._jaxprs import Environment, Variable, equation_function
 from curvature.transforms._taps import Origin, Site, Taps
 
 
@@ -68,7 +68,7 @@ def to_canonical(array: Array, use: Factors) -> Float[Array, "groups rows column
     return jnp.transpose(array, order).reshape(sizes)
 
 
-def from_canonical(product: Array, order: Axes, root: Var) -> Array:
+def from_canonical(product: Array, order: Axes, root: Variable) -> Array:
     """An array whose axes are those of the root in another ``order``, grouped at will, as the root has them."""
     shape = root.aval.shape
     order = (*order, *(k for k in range(len(shape)) if k not in order))  # an axis of size one may have gone

@@ -182,7 +182,7 @@ def _gram(a: Array | Lookup, dtype: Any) -> Float[Array, "groups positions posit
         return same.astype(dtype)
     if a.shape[1] == 1:
         return jnp.sum(a**2, 2, keepdims=True)
-    return jnp.einsum("gsi,gti->gst", a, a)
+    return jnp.einsum("gsi,gri->gsr", a, a)
 
 
 def _times(a: Array | Lookup, matrix: Array) -> Float[Array, "groups positions columns"]:

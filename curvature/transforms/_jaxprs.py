@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+
+Variable = Any
+"""A ``jax.extend.core.Var``: JAX declares its aval without shape and dtype."""
+
+Equation = Any
+"""A ``jax.extend.core.JaxprEqn`` of such variables."""
 
 
 def open_jaxpr(jaxpr: Any) -> Jaxpr:
@@ -14,7 +20,7 @@ def open_jaxpr(jaxpr: Any) -> Jaxpr:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
+def called_jaxpr(eqn: Equation) -> Jaxpr | None:
     """The body of a call-like equation, whose inputs are the body's inputs one for one: jit, remat, and the like."""
     if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):  # differentiated by their rules, not their bodies
         return None
@@ -29,13 +35,13 @@ def is_floating(v: Any) -> bool:
     return jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)
 
 
-def equation_function(jaxpr: Jaxpr, eqn: JaxprEqn) -> tuple[Callable[..., list[Any]], list[Var]]:
+def equation_function(jaxpr: Jaxpr, eqn: Equation) -> tuple[Callable[..., list[Any]], list[Variable]]:
     """One equation of ``jaxpr`` as a function of its distinct variables, custom rules and all, and those variables."""
     closed = lone_equation(jaxpr, eqn)
     return jex.core.jaxpr_as_fun(closed), closed.jaxpr.invars
 
 
-def lone_equation(jaxpr: Jaxpr, eqn: JaxprEqn) -> ClosedJaxpr:
+def lone_equation(jaxpr: Jaxpr, eqn: Equation) -> ClosedJaxpr:
     """The jaxpr that holds one equation of ``jaxpr`` and takes its distinct variables."""
     variables = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, Var)))
     alone = jaxpr.replace(
@@ -49,18 +55,18 @@ def lone_equation(jaxpr: Jaxpr, eqn: JaxprEqn) -> ClosedJaxpr:
     return ClosedJaxpr(alone, [])
 
 
-class Environment(dict[Var, Any]):
+class Environment(dict[Variable, Any]):
     """The values of variables, while a jaxpr is evaluated equation by equation."""
 
     def read(self, variables: Sequence[Any]) -> list[Any]:
         """The values of variables and literals."""
         return [v.val if isinstance(v, Literal) else self[v] for v in variables]
 
-    def write(self, variables: Sequence[Var], values: Sequence[Any]) -> None:
+    def write(self, variables: Sequence[Variable], values: Sequence[Any]) -> None:
         """Set the values of variables."""
         self.update(zip(variables, values, strict=True))
 
-    def evaluate(self, jaxpr: Jaxpr, eqn: JaxprEqn) -> None:
+    def evaluate(self, jaxpr: Jaxpr, eqn: Equation) -> None:
         """Set what one equation of ``jaxpr`` computes."""
         fun, variables = equation_function(jaxpr, eqn)
         self.write(eqn.outvars, fun(*self.read(variables)))
@@ -109,7 +115,7 @@ class Scan(NamedTuple):
     reverse: bool
 
 
-def open_scan(eqn: JaxprEqn) -> Scan:
+def open_scan(eqn: Equation) -> Scan:
     """The parts of a scan; read from ranks, for what is scanned or stacked has one axis more outside than inside."""
     body = eqn.params["jaxpr"]
     closed = body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, [])

@@ -199,7 +199,8 @@ def _of_derived(
 
     def weighted_roots(leaves: list[Array]) -> tuple[Array, None]:
         values = dict(zip(taps.roots, taps.root_values(leaves), strict=True))
-        return sum(jnp.sum(gradients[root] * values[root]).astype(weights.dtype) for root in derived), None
+        terms = [jnp.sum(gradients[root] * values[root]).astype(weights.dtype) for root in derived]
+        return jnp.sum(jnp.stack(terms)), None
 
     rows, _ = hessian_of("mean_hessian", _modes.trace(weighted_roots, list(leaves)), "auto", "auto")
     return {(i, j): block for i, row in enumerate(rows) for j, block in enumerate(row)}

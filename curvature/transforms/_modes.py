@@ -132,7 +132,8 @@ def _order_of_matrix(program: Program) -> Sequence[str]:
     """
     if program.jaxpr is None or not program.is_scalar or jax.default_backend() != "cpu":
         return _ORDER
-    if _has_convolution(program.jaxpr.jaxpr):
+    one_dtype = len({leaf.dtype for leaf in jax.tree.leaves(program.x)}) == 1  # of mixed ones rows and columns differ
+    if not one_dtype or _has_convolution(program.jaxpr.jaxpr):
         return _ORDER
     return ("rev_over_rev", *(mode for mode in _ORDER if mode != "rev_over_rev"))
 
@@ -211,6 +212,7 @@ def _bytes_written(jaxpr: Jaxpr) -> int:
 
 def _has_convolution(jaxpr: Jaxpr) -> bool:
     return any(
-        eqn.primitive.name == "conv_general_dilated" or any(map(_has_convolution, jex.core.jaxprs_in_params(eqn.params)))
+        eqn.primitive.name == "conv_general_dilated"
+        or any(map(_has_convolution, jex.core.jaxprs_in_params(eqn.params)))
         for eqn in jaxpr.eqns
     )

@@ -72,15 +72,13 @@ def per_example_grad_moments(loss: Objective, *, chunk_size: ChunkSize = "auto")
         leaves, structure = jax.tree.flatten(params)
         examples = jax.tree.leaves(batch)
         taps = trace_loss(name, loss, params, example)
-        if taps is None:
 
-            def of_part(examples: Sequence[Array], weights: Array) -> _Sums:
-                part = jax.tree.structure(batch).unflatten(examples)
-                gradients = jax.vmap(lambda *example: formed_gradient(name, loss, params, example))(*part)
-                return _sums_of_formed(jax.tree.leaves(gradients), weights)
+        def by_gradients(examples: Sequence[Array], weights: Array) -> _Sums:
+            part = jax.tree.structure(batch).unflatten(examples)
+            gradients = jax.vmap(lambda *example: formed_gradient(name, loss, params, example))(*part)
+            return _sums_of_formed(jax.tree.leaves(gradients), weights)
 
-        else:
-            of_part = _sums_by_taps(taps, leaves)
+        of_part = by_gradients if taps is None else _sums_by_taps(taps, leaves)
         single = {} if taps is None else _single_uses(taps)
         formed_bytes = 4 * sum(leaf.size for k, leaf in enumerate(leaves) if k not in single)
         size = max(8, _FORMED_BYTES // max(formed_bytes, 1)) if chunk_size == "auto" else chunk_size or len(examples[0])
@@ -102,7 +100,8 @@ def per_example_grad_moments(loss: Objective, *, chunk_size: ChunkSize = "auto")
 def _sums_of_formed(gradients: Sequence[Array], weights: Array) -> _Sums:
     """The weighted sums of gradients, given for each example, and of their squares."""
     gradients = [gradient.astype(weights.dtype) for gradient in gradients]
-    return tuple([jnp.tensordot(weights, gradient**power, 1) for gradient in gradients] for power in (1, 2))
+    first = [jnp.tensordot(weights, gradient, 1) for gradient in gradients]
+    return first, [jnp.tensordot(weights, gradient**2, 1) for gradient in gradients]
 
 
 def _single_uses(taps: Taps) -> dict[int, int]:
@@ -133,17 +132,17 @@ def _sums_by_taps(taps: Taps, leaves: Sequence[Array]) -> Callable[[Sequence[Arr
         formed, pairs = jax.vmap(of_example)(*examples)
         sums = dict(zip(others, zip(*_sums_of_formed(formed, weights), strict=True), strict=True))
         for leaf, n in single.items():
-            found = _sums_of_outer(*pairs[leaf], weights, taps.sites[n])
-            sums[leaf] = tuple(array.reshape(leaves[leaf].shape) for array in found)
+            found = _sums_of_outer(pairs[leaf], weights, taps.sites[n])
+            sums[leaf] = found[0].reshape(leaves[leaf].shape), found[1].reshape(leaves[leaf].shape)
         first, second = zip(*(sums[leaf] for leaf in range(len(leaves))), strict=True)
         return list(first), list(second)
 
     return of_part
 
 
-def _sums_of_outer(a: Array, d: Array, weights: Array, site: Site) -> tuple[Array, Array]:
+def _sums_of_outer(pair: tuple[Array, Array], weights: Array, site: Site) -> tuple[Array, Array]:
     """The weighted sums of ``a_b d_b'`` and of its squares, with the axes of the root."""
-    a, d = a.astype(weights.dtype), d.astype(weights.dtype)
+    a, d = (array.astype(weights.dtype) for array in pair)
     order = (*site.group, *site.form.rows, *site.form.columns)
     weighted = d * weights[:, None, None]
     sums = jnp.einsum("bgi,bgo->gio", a, weighted), jnp.einsum("bgi,bgo->gio", a**2, weighted * d)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from curvature.transforms._accumulate import vary_like, zeros
 from curvature.transforms._affine import Lookup
 from curvature.transforms._jacobian import vmap
-from curvature.transforms._jaxprs import Environment
+from curvature.transforms._jaxprs import Environment, Equation, Variable
 from curvature.transforms._taps import Site, Taps
 
 _PASSES_ON = {"add", "add_any", "sub", "reshape", "squeeze", "broadcast_in_dim", "copy"}
@@ -41,7 +41,7 @@ class Use(NamedTuple):
     """
 
     site: Site
-    root: Var
+    root: Variable
     scaled: bool
     order: np.ndarray
 
@@ -49,9 +49,9 @@ class Use(NamedTuple):
 class Point(NamedTuple):
     """A variable through which parameters act, how they do, and the variables that it moves."""
 
-    variable: Var
+    variable: Variable
     uses: list[Use]
-    moved: set[Var]
+    moved: set[Variable]
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ class Points:
 
     taps: Taps
     points: list[Point]
-    tapped: list[Var]
-    rest: list[Var]
+    tapped: list[Variable]
+    rest: list[Variable]
 
 
 def find_points(taps: Taps) -> Points:
     """Tap every root that takes no more directions at its points than it has entries."""
     jaxpr = taps.level.jaxpr
-    uses: dict[Var, list[Use]] = {}
-    where: dict[Var, set[Var]] = {root: set() for root in taps.roots}
+    uses: dict[Variable, list[Use]] = {}
+    where: dict[Variable, set[Variable]] = {root: set() for root in taps.roots}
     refused = {origin.root for site in taps.sites if not _is_tappable(site) for origin in site.origins}
     for site in taps.sites:
         if _is_tappable(site):
@@ -85,7 +85,7 @@ def find_points(taps: Taps) -> Points:
             uses.setdefault(point, []).append(_use(site, root))
             where[root].add(point)
 
-    def cost(root: Var, paid: set[Var]) -> int:
+    def cost(root: Variable, paid: set[Variable]) -> int:
         return sum(point.aval.size for point in where[root] - paid)
 
     open_roots = [root for root in taps.roots if root not in refused]
@@ -123,7 +123,7 @@ def _is_tappable(site: Site) -> bool:
     return positions == 1 and (groups == 1 or rows == 1)
 
 
-def _use(site: Site, root: Var) -> Use:
+def _use(site: Site, root: Variable) -> Use:
     groups, _, _, _ = site.sizes
     shape = site.outputs[0].aval.shape
     with jax.ensure_compile_time_eval():
@@ -131,11 +131,11 @@ def _use(site: Site, root: Var) -> Use:
     return Use(site, root, groups > 1, order.reshape(-1))
 
 
-def _point_of(jaxpr: Jaxpr, site: Site) -> Var:
+def _point_of(jaxpr: Jaxpr, site: Site) -> Variable:
     """The output of a site, or what it becomes by additions: shifting one is shifting the other."""
     v = site.outputs[0]
     while True:
-        users = [eqn for eqn in jaxpr.eqns for other in eqn.invars if other is v]
+        users: list[Equation] = [eqn for eqn in jaxpr.eqns for other in eqn.invars if other is v]
         if len(users) != 1 or v in jaxpr.outvars:
             return v
         (eqn,) = users
@@ -146,7 +146,7 @@ def _point_of(jaxpr: Jaxpr, site: Site) -> Var:
         v = out
 
 
-def _moved_by(jaxpr: Jaxpr, variable: Var) -> set[Var]:
+def _moved_by(jaxpr: Jaxpr, variable: Variable) -> set[Variable]:
     """The variables that depend on one."""
     moved = {variable}
     for eqn in jaxpr.eqns:
@@ -159,8 +159,8 @@ def _moved_by(jaxpr: Jaxpr, variable: Var) -> set[Var]:
 
 _FORMED_BYTES = 4 * 2**20  # what is formed at once before a product of matrices: ours, what a cache holds
 
-Blocks = dict[tuple[Var, Var], Array]
-Wanted = Callable[[Var, Var], bool]
+Blocks = dict[tuple[Variable, Variable], Array]
+Wanted = Callable[[Variable, Variable], bool]
 
 
 class _State(NamedTuple):
@@ -339,7 +339,7 @@ def _add(
                 _add_block(blocks, turned, column.root, row.root, wanted)
 
 
-def _add_block(blocks: Blocks, block: Array, row: Var, column: Var, wanted: Wanted) -> None:
+def _add_block(blocks: Blocks, block: Array, row: Variable, column: Variable, wanted: Wanted) -> None:
     if wanted(row, column):
         blocks[row, column] = blocks[row, column] + block if (row, column) in blocks else block
 

@@ -12,26 +12,27 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from jaxtyping import Array
 
 from curvature._types import Objective, Tree
 from curvature.transforms import _modes
 from curvature.transforms._accumulate import zeros
-from curvature.transforms._affine import Axes, Form, canonical_form
-from curvature.transforms._jaxprs import Environment, Scan, inline, is_floating, open_scan
+from curvature.transforms._affine import Axes, canonical_form
+from curvature.transforms._jaxprs import Environment, Equation, Scan, Variable, inline, is_floating, open_scan
 
 
 class Origin(NamedTuple):
     """Where a variable computed from the parameters alone comes from.
 
     Attributes:
-        root: a leaf, or what the parameters were last computed to be other than by moving axes.
+        root: a leaf, or what the parameters were last computed to be other than by moving axes; None for what a scan
+            computes from them inside.
         axes: for each axis of the variable, the axis of the root that it is; None where it only repeats.
         loops: for each scan around it, the axis of the root that the scan slices; None for a constant of that scan.
     """
 
-    root: Var | None
+    root: Variable
     axes: tuple[int | None, ...]
     loops: tuple[int | None, ...] = ()
 
@@ -43,18 +44,18 @@ class Site(NamedTuple):
         eqn: the equation.
         operands: which of its inputs are parameters.
         origins: where each of them comes from.
-        form: the canonical form, if it is affine in its one parameter in a way known here.
+        form: the ``Form``, if it is affine in its one parameter in a way known here, else None.
         lengths: the lengths of the scans around it.
     """
 
-    eqn: JaxprEqn
+    eqn: Equation
     operands: tuple[int, ...]
     origins: tuple[Origin, ...]
-    form: Form | None
+    form: Any
     lengths: tuple[int, ...]
 
     @property
-    def outputs(self) -> list[Var]:
+    def outputs(self) -> list[Variable]:
         """The outputs that can carry a derivative."""
         return [v for v in self.eqn.outvars if is_floating(v)]
 
@@ -111,11 +112,11 @@ class Taps:
     """
 
     level: _Level
-    on_data: frozenset[Var]
-    leaves: tuple[Var, ...]
-    roots: tuple[Var, ...]
-    leaf_of: dict[Var, int]
-    leaves_of: dict[Var, frozenset[int]]
+    on_data: frozenset[Variable]
+    leaves: tuple[Variable, ...]
+    roots: tuple[Variable, ...]
+    leaf_of: dict[Variable, int]
+    leaves_of: dict[Variable, frozenset[int]]
     program: _modes.Program
 
     @property
@@ -186,7 +187,7 @@ def trace_taps(program: _modes.Program, loss: Objective, params: Tree, example: 
 # ---- analysis ----------------------------------------------------------------------------------------------------
 
 
-def _data_variables(jaxpr: Jaxpr, given: set[Var]) -> set[Var]:
+def _data_variables(jaxpr: Jaxpr, given: set[Variable]) -> set[Variable]:
     """The variables that depend on the data."""
     found = set(given)
     for eqn in jaxpr.eqns:
@@ -195,7 +196,7 @@ def _data_variables(jaxpr: Jaxpr, given: set[Var]) -> set[Var]:
     return found
 
 
-def _leaves_of(jaxpr: Jaxpr, leaves: Sequence[Var], roots: Iterable[Var]) -> dict[Var, frozenset[int]]:
+def _leaves_of(jaxpr: Jaxpr, leaves: Sequence[Variable], roots: Iterable[Variable]) -> dict[Variable, frozenset[int]]:
     """Which leaves each root depends on."""
     known = {v: frozenset([k]) for k, v in enumerate(leaves)}
     for eqn in jaxpr.eqns:
@@ -206,9 +207,9 @@ def _leaves_of(jaxpr: Jaxpr, leaves: Sequence[Var], roots: Iterable[Var]) -> dic
 
 def _analyze(
     closed: ClosedJaxpr,
-    on_data: set[Var],
-    origins: dict[Var, Origin],
-    leaf_of: dict[Var, int],
+    on_data: set[Variable],
+    origins: dict[Variable, Origin],
+    leaf_of: dict[Variable, int],
     lengths: tuple[int, ...] = (),
 ) -> _Level | None:
     """Find the sites. Within scans, of these ``lengths``, each must have a form and a root outside; else None."""
@@ -236,7 +237,11 @@ def _analyze(
 
 
 def _analyze_scan(
-    eqn: JaxprEqn, on_data: set[Var], origins: dict[Var, Origin], leaf_of: dict[Var, int], lengths: tuple[int, ...]
+    eqn: Equation,
+    on_data: set[Variable],
+    origins: dict[Variable, Origin],
+    leaf_of: dict[Variable, int],
+    lengths: tuple[int, ...],
 ) -> tuple[Scan, _Level] | None:
     """A scan whose body's sites are all known; None if it must be taken for one equation."""
     scan = open_scan(eqn)
@@ -259,20 +264,21 @@ def _analyze_scan(
     return None if level is None else (scan, level)
 
 
-def _propagate(eqn: JaxprEqn, origins: dict[Var, Origin], leaf_of: dict[Var, int], inside: bool) -> None:
+def _propagate(eqn: Equation, origins: dict[Variable, Origin], leaf_of: dict[Variable, int], inside: bool) -> None:
     """Where the outputs of an equation of parameters alone come from."""
     source = origins.get(eqn.invars[0]) if isinstance(eqn.invars[0], Var) else None
     moved = None if source is None else _moved_axes(eqn, source.axes)
-    if moved is not None:
+    if source is not None and moved is not None:
         origins[eqn.outvars[0]] = source._replace(axes=moved)
         return
     for v in eqn.outvars:
         origins[v] = Origin(None if inside else v, tuple(range(getattr(v.aval, "ndim", 0))))
-    if eqn.primitive.name == "reshape" and not inside and source.root in leaf_of and None not in source.axes:
+    regrouped = eqn.primitive.name == "reshape" and not inside
+    if regrouped and source is not None and source.root in leaf_of and None not in source.axes:
         leaf_of[eqn.outvars[0]] = leaf_of[source.root]
 
 
-def _moved_axes(eqn: JaxprEqn, axes: tuple[int | None, ...]) -> tuple[int | None, ...] | None:
+def _moved_axes(eqn: Equation, axes: tuple[int | None, ...]) -> tuple[int | None, ...] | None:
     """The axes of what an equation makes from one variable by moving or repeating axes alone, else None."""
     name, params, (out, *others) = eqn.primitive.name, eqn.params, eqn.outvars
     operand = eqn.invars[0]
@@ -324,7 +330,7 @@ def _run(level: _Level, env: Environment, shifts: Iterator[list[Array]]) -> list
     return captured
 
 
-def _run_scan(eqn: JaxprEqn, scan: Scan, level: _Level, env: Environment, shifts: Iterator[list[Array]]) -> list[Any]:
+def _run_scan(eqn: Equation, scan: Scan, level: _Level, env: Environment, shifts: Iterator[list[Array]]) -> list[Any]:
     values = env.read(eqn.invars)
     consts, rest = values[: scan.num_consts], values[scan.num_consts :]
     sliced = rest[scan.num_carry :], [next(shifts) for _ in level.all_sites()]
@@ -342,6 +348,6 @@ def _run_scan(eqn: JaxprEqn, scan: Scan, level: _Level, env: Environment, shifts
     return captured
 
 
-def _zero_like(v: Var, lengths: tuple[int, ...]) -> Array:
+def _zero_like(v: Variable, lengths: tuple[int, ...]) -> Array:
     """Zeros of the shape of a variable within scans, which vary over the devices over which it varies."""
     return zeros((*lengths, *v.aval.shape), v.aval)

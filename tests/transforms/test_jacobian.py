@@ -92,7 +92,7 @@ def test_vmap_memory_is_bounded_by_the_chunk():
     def lane(x):
         return jnp.sum(jnp.sin(jnp.outer(x, x) + x[None, :]) @ x)
 
-    xs = jnp.ones((256, 200))
+    xs = jnp.ones((512, 200))
 
     def temporary_bytes(chunk_size):
         mapped = jax.jit(curvature.vmap(lane, chunk_size=chunk_size))
