@@ -163,7 +163,7 @@ PROBLEMS = {
 
 
 def by_hand(fun: Callable[..., Any], x: Any, data: tuple[Any, ...]) -> dict[str, dict[str, Contestant]]:
-    """derivative -> mode -> the composition of JAX's own transformations."""
+    """Derivative -> mode -> the composition of JAX's own transformations."""
     n = sum(leaf.size for leaf in jax.tree.leaves(x))
     v = jax.tree.map(jnp.ones_like, x)
 
@@ -196,7 +196,7 @@ def by_hand(fun: Callable[..., Any], x: Any, data: tuple[Any, ...]) -> dict[str,
 
 
 def by_choice(fun: Callable[..., Any], x: Any, data: tuple[Any, ...]) -> dict[str, Contestant]:
-    """derivative -> what ``curvature`` takes by itself."""
+    """Derivative -> what ``curvature`` takes by itself."""
     v = jax.tree.map(jnp.ones_like, x)
     return {
         "gradient": (curvature.jacobian(fun), (x, *data)),
@@ -221,7 +221,9 @@ def verdict(name: str, rows: dict[str, Row]) -> str:
 def main() -> None:
     """Run it all."""
     screen = console()
-    screen.print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; float32; medians, claims by lower quartiles.\n")
+    screen.print(
+        f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; float32; medians, claims by lower quartiles.\n"
+    )
     claims = []
     for name, make in PROBLEMS.items():
         fun, x, data = make()

@@ -57,12 +57,13 @@ def _extrapolate(
     error = np.where(np.isfinite(error), error, np.inf)
     best = np.argmin(error, axis=0)[None]
     change = np.maximum(np.abs(plus - center), np.abs(minus - center)) / steps**order
-    scale = np.fmax.reduce(np.where(np.isfinite(change), change, 0.0)[:4])
-    return Estimate(np.take_along_axis(value, best, 0)[0], np.take_along_axis(error, best, 0)[0], scale)
+    scale = np.asarray(np.fmax.reduce(np.where(np.isfinite(change), change, 0.0)[:4]))
+    value, error = (np.asarray(np.take_along_axis(array, best, 0)[0]) for array in (value, error))
+    return Estimate(value, error, scale)
 
 
-def has_kink(plus: np.ndarray, minus: np.ndarray, center: np.ndarray, eps: float) -> np.ndarray:
-    """Whether the one-sided derivatives differ: ``phi(h) - 2 phi(0) + phi(-h)`` shrinks as h and not as h^2."""
+def has_kink(plus: np.ndarray, minus: np.ndarray, center: np.ndarray, eps: float) -> bool:
+    """Whether one-sided derivatives differ in any entry: ``phi(h) - 2 phi(0) + phi(-h)`` shrinks as h, not as h^2."""
     steps = _column(STEPS, center)
     bend = (plus - 2 * center + minus) / steps
     slope = np.maximum(np.abs(plus - center), np.abs(minus - center)) / steps
@@ -73,4 +74,4 @@ def has_kink(plus: np.ndarray, minus: np.ndarray, center: np.ndarray, eps: float
     runs = sharp[2:] & sharp[1:-1] & sharp[:-2]
     last = known[4:]  # the smallest steps at which the bend is above the roundings must show it too
     final = np.flip(np.flip(last, 0).cumsum(0) == 1, 0) & last
-    return np.any(runs & final, axis=0)
+    return bool(np.any(runs & final))

@@ -44,11 +44,19 @@ def first_order(
 ) -> DerivativeCheck:
     """``g'd`` against differences of f along ``d``."""
     estimate = _differences.first_derivative(plus, minus, center, line.eps)
-    kink = bool(_differences.has_kink(plus, minus, center, line.eps))
+    kink = _differences.has_kink(plus, minus, center, line.eps)
     floor = np.linalg.norm(gradient) * np.linalg.norm(direction)
     told = f"d f / d {label}" if label.startswith("x") else f"the derivative of f along {label}"
     unit = _unit(line, label, direction)
-    return _judge(line, np.asarray(gradient @ direction), estimate, kink, np.abs(center), floor, lambda _: (told, unit))
+    return _judge(
+        line,
+        np.asarray(gradient @ direction),
+        estimate,
+        kink,
+        np.asarray(np.abs(center)),
+        floor,
+        lambda _: (told, unit),
+    )
 
 
 def second_order(
@@ -62,7 +70,7 @@ def second_order(
 ) -> DerivativeCheck:
     """``H d`` against differences of the gradient along ``d``, entry by entry."""
     estimate = _differences.first_derivative(plus, minus, gradient, line.eps)
-    kink = bool(np.any(_differences.has_kink(plus, minus, gradient, line.eps)))
+    kink = _differences.has_kink(plus, minus, gradient, line.eps)
 
     def tell(i: int) -> tuple[str, float]:
         entry = line.entry_name(i)
@@ -84,11 +92,13 @@ def curvature(
 ) -> DerivativeCheck:
     """``d'Hd`` against second differences of f along ``d``."""
     estimate = _differences.second_derivative(plus, minus, center, line.eps)
-    kink = bool(_differences.has_kink(plus, minus, center, line.eps))
+    kink = _differences.has_kink(plus, minus, center, line.eps)
     floor = np.linalg.norm(product) * np.linalg.norm(direction)
     told = f"d^2 f / d {label}^2" if label.startswith("x") else f"v'Hv for {label}"
     unit = _unit(line, label, direction) ** 2
-    return _judge(line, np.asarray(product @ direction), estimate, kink, np.abs(center), floor, lambda _: (told, unit))
+    return _judge(
+        line, np.asarray(product @ direction), estimate, kink, np.asarray(np.abs(center)), floor, lambda _: (told, unit)
+    )
 
 
 def _unit(line: Line, label: str, direction: np.ndarray) -> float:
