@@ -1,9 +1,10 @@
 """``python -m benchmarks`` runs every benchmark."""
 
-from benchmarks import diagonal, hessian, laplacian, mean_hessian, per_example, sparse
+from benchmarks import diagonal, hessian, laplacian, mean_hessian, modes, per_example, sparse
 
 if __name__ == "__main__":
     hessian.main()
+    modes.main()
     laplacian.main()
     diagonal.main()
     sparse.main()

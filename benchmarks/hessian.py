@@ -2,7 +2,8 @@
 
 The loss is the mean square of a tanh network's error, single precision, 512 examples. Two claims stand or fall here:
 ``curvature.hessian`` as it comes beats ``jax.hessian`` in time and memory, and its own choice of a chunk is never much
-worse than the better of two fixed ones.
+worse than the better of two fixed ones. Both are for the Hessian formed by products, column by column or row by row;
+``benchmarks.mean_hessian`` measures the way that uses the mean over examples.
 """
 
 import functools
@@ -18,10 +19,11 @@ import curvature
 from benchmarks.timing import Contestant, Row, compare, console, share, table
 
 BATCH = 512
-NETWORKS = ((10, 18, 1), (14, 63, 1), (30, 64, 1))  # 217, 1,009 and 2,049 parameters
+NETWORKS = ((10, 20, 1), (20, 48, 1), (30, 64, 1))  # 220, 1,008 and 1,984 parameters: there are no biases
 CHUNKS: dict[str, Any] = {"auto": "auto", "all at once": None, "chunks of 64": 64}
 
-WANTED_SPEEDUP = 1.3  # over jax.hessian on the largest network; on the smallest it is 1
+WANTED_SPEEDUPS = (1.3, 1.3, 1.5)  # over jax.hessian
+WANTED_MEMORY = 0.25  # of the temporaries of jax.hessian, on the largest network
 WANTED_REGRET = 1.1  # time of "auto" over that of the better fixed chunk
 
 PRODUCTS = 32  # in a row from one linearization
@@ -34,15 +36,15 @@ Params = list[dict[str, jax.Array]]
 def loss(params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Mean squared error of a tanh network with a linear output."""
     for layer in params[:-1]:
-        inputs = jnp.tanh(inputs @ layer["weights"] + layer["bias"])
-    return jnp.mean((inputs @ params[-1]["weights"] + params[-1]["bias"] - targets) ** 2)
+        inputs = jnp.tanh(inputs @ layer["weights"])
+    return jnp.mean((inputs @ params[-1]["weights"] - targets) ** 2)
 
 
 def problem(sizes: tuple[int, ...]) -> tuple[Params, jax.Array, jax.Array]:
     """Random parameters, inputs and targets: the arguments of ``loss``."""
     *keys, data = jax.random.split(jax.random.key(0), len(sizes))
     params = [
-        {"weights": jax.random.normal(key, (rows, columns)) / np.sqrt(rows), "bias": jnp.zeros(columns)}
+        {"weights": jax.random.normal(key, (rows, columns)) / np.sqrt(rows)}
         for key, rows, columns in zip(keys, sizes[:-1], sizes[1:], strict=True)
     ]
     inputs, targets = jax.random.split(data)
@@ -121,7 +123,7 @@ def bench_products(screen: Console, sizes: tuple[int, ...]) -> None:
 def verdicts(results: Mapping[int, Mapping[str, Row]]) -> list[str]:
     """The claims, each with what was measured of it."""
     claims = []
-    for size, wanted in ((max(results), WANTED_SPEEDUP), (min(results), 1.0)):
+    for size, wanted in zip(sorted(results), WANTED_SPEEDUPS, strict=True):
         speedup = results[size]["jax.hessian"].seconds / results[size]["auto"].seconds
         claim = f"{size:,} parameters: auto is {speedup:.2f} times as fast as jax.hessian (wanted: at least {wanted})"
         claims.append((speedup >= wanted, claim))
@@ -129,7 +131,7 @@ def verdicts(results: Mapping[int, Mapping[str, Row]]) -> list[str]:
     largest = results[max(results)]
     ours, theirs = ((largest[name].temporary_bytes or 0) / 2**20 for name in ("auto", "jax.hessian"))
     claim = f"{max(results):,} parameters: auto takes {ours:.0f} MiB of temporaries, jax.hessian {theirs:.0f}"
-    claims.append((ours < theirs, f"{claim} (wanted: less)"))
+    claims.append((ours <= WANTED_MEMORY * theirs, f"{claim} (wanted: at most a quarter)"))
 
     for size, rows in results.items():
         regret = rows["auto"].seconds / min(rows[name].seconds for name in CHUNKS if name != "auto")

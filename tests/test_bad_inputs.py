@@ -617,6 +617,48 @@ CASES = {
         ValueError,
         r"mean_hessian: chunk_size=1\.5",
     ),
+    # diagnostics
+    "explain-not-callable": (lambda: curvature.explain(3, X), TypeError, r"explain: f is 3 of type int"),
+    "explain-integer-output": (
+        lambda: curvature.explain(lambda x: jnp.argmax(x["w"]), X),
+        TypeError,
+        r"explain: the output f\(x\) has dtype int.*, expected a real floating dtype",
+    ),
+    "explain-data": (
+        lambda: curvature.explain(loss, X, "mean"),
+        TypeError,
+        r"explain: args\[0\] is 'mean' of type str, expected an array or a number",
+    ),
+    "explain-traced": (
+        lambda: jax.jit(lambda x: curvature.explain(square, x).chunk)(np.ones(3)),
+        TypeError,
+        r"explain: x is traced, expected a value; call it outside jit",
+    ),
+    "check-derivatives-traced": (
+        lambda: jax.jit(lambda w: curvature.check_derivatives(loss, with_leaf(w=w)).ok)(np.ones(4)),
+        TypeError,
+        r"check_derivatives: x\['[bw]'\] is traced",
+    ),
+    "check-derivatives-order": (
+        lambda: curvature.check_derivatives(square, np.ones(3), order=3),
+        ValueError,
+        r"check_derivatives: order=3, expected 1 or 2",
+    ),
+    "check-derivatives-directions": (
+        lambda: curvature.check_derivatives(square, np.ones(3), num_directions=0),
+        ValueError,
+        r"check_derivatives: num_directions=0, expected an integer >= 1",
+    ),
+    "check-derivatives-no-mode": (
+        lambda: curvature.check_derivatives(lambda x: jax.pure_callback(np.sum, x.sum(), x), np.ones(3)),
+        TypeError,
+        r"check_derivatives: no composition .* pure_callback at",
+    ),
+    "check-derivatives-no-entries": (
+        lambda: curvature.check_derivatives(square, np.ones(0)),
+        ValueError,
+        r"check_derivatives: x has no entries",
+    ),
 }
 
 

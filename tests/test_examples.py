@@ -1,6 +1,7 @@
 """The examples run, and do what they say; each in a process of its own, since they set JAX up for themselves."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,15 @@ print(*found.values())
     plain, *others = map(float, accuracies.split())
     assert plain > 0.85
     assert min(others) > 0.5
+
+
+def test_which_mode():
+    pytest.importorskip("rich")
+    printed = run("from examples import which_mode; which_mode.main()")
+    assert "x['scale'] is never used" in printed
+    assert re.search(r"jacobian +fwd +<-", printed)
+    assert "while at" in printed
+    assert "(looping)" in printed
+    assert "the Hessian is made by rev_over_rev" in printed
+    assert "checks did not pass" in printed
+    assert "The loop's derivatives are right" in printed

@@ -148,7 +148,7 @@ def _compare(line: Line, labels: list[str], directions: np.ndarray, order: int) 
     """All checks but that for NaN."""
     center, gradient = line.center()
     first, sides, directions = _along_all(line, labels, directions, order)
-    checks = [_judge.worst("first derivatives: differences of f", first)]
+    checks = [_judge.worst("first derivatives: differences of f", labels, first)]
     few = line.size <= _MOST_FORWARD
     probes = directions[:2] if len(directions) > 1 else np.stack([directions[0], -2 * directions[0]])
     modes = [m for m in ("rev", "fwd") if line.program.blocker(m) is None and (few or m == line.gradient_mode)]
@@ -161,8 +161,8 @@ def _compare(line: Line, labels: list[str], directions: np.ndarray, order: int) 
         gradients = line.gradients(direction)
         second.append(_judge.second_order(line, label, direction, product, gradient, *gradients))
         curved.append(_judge.curvature(line, label, direction, product, center, plus, minus))
-    of_gradient = _judge.worst("second derivatives: differences of the gradient", second)
-    of_values = _judge.worst("second derivatives: second differences of f", curved)
+    of_gradient = _judge.worst("second derivatives: differences of the gradient", labels, second)
+    of_values = _judge.worst("second derivatives: second differences of f", labels, curved)
     of_gradient = _judge.blame_kink(of_gradient, checks[0], "f")
     checks.append(of_gradient)
     checks.append(_judge.blame_kink(_judge.blame_kink(of_values, checks[0], "f"), of_gradient, "the gradient"))

@@ -19,8 +19,8 @@ from curvature.transforms._legality import outputs_of
 
 _COMPOSITIONS = get_args(HessianMode)[1:]
 _DIRECTIONS = get_args(JacobianMode)[1:]
-_MOST_PASSES = 100  # over those of what auto takes: a way that takes more is not run, it could take hours
-_MOST_BYTES = 4 * 2**30  # of temporaries: a way that takes more is not run
+_MOST_SECONDS = 2.0  # for a call, by its passes and the time of what auto takes: a slower way is not run
+_MOST_BYTES = 4 * 2**30  # of temporaries: nor is one that takes more
 
 Call = Callable[[], Any]
 
@@ -35,8 +35,8 @@ def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> Explana
         f: the function, ``f(x, *args)``, whose outputs are floating arrays.
         x: the point, any tree of floating arrays.
         *args: data for ``f``, not differentiated: arrays and numbers.
-        measure: whether to run and time each way too. Ways of over a hundred times the passes of the chosen one are
-            left out.
+        measure: whether to run and time each way too. Ways that would take over two seconds a call, judged by their
+            passes, are left out.
 
     Returns:
         A report that prints as a table, with the figures by attribute: ``report.way("hvp").mode`` is what ``auto``
@@ -92,17 +92,20 @@ def _ways(
     """The rows of one derivative."""
     modes = _COMPOSITIONS if kind in ("hvp", "hessian") else _DIRECTIONS
     chosen = _choice(kind, program)
-    passes = {mode: _passes(kind, mode, program) for mode in modes}
-    ways = []
-    for mode in modes:
+    seconds = 0.0  # for a pass, once what auto takes has been timed
+    ways = {}
+    for mode in sorted(modes, key=lambda mode: mode != chosen):
         blocker = program.composition_blocker(mode) if kind in ("hvp", "hessian") else program.blocker(mode)
         if blocker is not None:
-            ways.append(Way(kind, mode, False, str(blocker)))
+            ways[mode] = Way(kind, mode, False, str(blocker))
             continue
-        run = measure and passes[mode] <= _MOST_PASSES * passes[chosen or mode]
+        passes = _passes(kind, mode, program)
         function, operands = _way_function(kind, mode, f, x, args)
-        ways.append(_cost(kind, mode, mode == chosen, function, operands, run, program.jaxpr is not None))
-    return ways
+        run = measure and passes * seconds <= _MOST_SECONDS
+        ways[mode] = _cost(kind, mode, mode == chosen, function, operands, run, program.jaxpr is not None)
+        if mode == chosen:
+            seconds = (ways[mode].seconds or 0.0) / passes
+    return [ways[mode] for mode in modes]
 
 
 def _choice(kind: Kind, program: _modes.Program) -> str | None:
@@ -233,5 +236,5 @@ def _remarks(program: _modes.Program, ways: tuple[Way, ...], measure: bool) -> t
     if any(way.compile_seconds is not None for way in ways):
         remarks.append("FLOP is XLA's count, which takes the body of a loop, and so of a chunk, once.")
     if measure and any(way.legal and way.seconds is None for way in ways):
-        remarks.append("Not run: what would take over a hundred times the passes of the chosen way, or over 4 GiB.")
+        remarks.append("Not run: what would take over 2 seconds a call, judged by its passes, or over 4 GiB.")
     return tuple(remarks)

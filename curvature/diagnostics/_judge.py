@@ -16,14 +16,18 @@ ROUGH = 1e-2  # a tolerance beyond this share of the scale decides nothing
 _SEVERITY: tuple[Verdict, ...] = ("passed", "inconclusive", "wrong", "kink", "not finite")
 
 
-def worst(name: str, checks: Sequence[DerivativeCheck]) -> DerivativeCheck:
-    """The one of several checks that says most; at a kink or a NaN there is nothing that the others can be wrong of."""
+def worst(name: str, labels: Sequence[str], checks: Sequence[DerivativeCheck]) -> DerivativeCheck:
+    """The one of several checks that says most, along a coordinate if it can.
 
-    def against(check: DerivativeCheck) -> tuple[int, float]:
-        return _SEVERITY.index(check.verdict), check.error / check.tolerance if check.tolerance else check.error
+    At a kink or a NaN there is nothing that the others can be wrong of.
+    """
 
-    found = max(checks, key=against)
-    return replace(found, name=name)
+    def weight(pair: tuple[str, DerivativeCheck]) -> tuple[int, bool, float]:
+        label, check = pair
+        ratio = check.error / check.tolerance if check.tolerance else check.error
+        return _SEVERITY.index(check.verdict), label.startswith("x") and check.verdict != "passed", ratio
+
+    return replace(max(zip(labels, checks, strict=True), key=weight)[1], name=name)
 
 
 def blame_kink(check: DerivativeCheck, kinked: DerivativeCheck, what: str) -> DerivativeCheck:

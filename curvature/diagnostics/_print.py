@@ -93,16 +93,15 @@ def _rich_parts(sheet: Sheet) -> Iterator[Any]:
     table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(sheet.columns):
         table.add_column(rich.text.Text(name), justify="left" if i < sheet.words else "right", no_wrap=i < sheet.words)
-    sentences = []
+    sentences: dict[str, int] = {}  # they would widen their column: they go below, the cell says where
     for row in sheet.rows:
         cells = row
-        if len(row) < len(sheet.columns):  # a sentence would widen its column: it goes below, the cell says where
-            sentences.append(f"{' '.join(row[:-1])}: {row[-1]}")
-            cells = (*row[:-1], f"[{len(sentences)}]")
+        if len(row) < len(sheet.columns):
+            cells = (*row[:-1], f"[{sentences.setdefault(row[-1], len(sentences) + 1)}]")
         style = "green" if any("<-" in cell for cell in row) else "dim" if cells is not row else None
         table.add_row(*map(rich.text.Text, cells), style=style)
     yield table
-    for number, sentence in enumerate(sentences, 1):
+    for sentence, number in sentences.items():
         yield rich.text.Text(f"[{number}] {sentence}", style="dim")
     for remark in sheet.remarks:
         yield rich.text.Text(remark)

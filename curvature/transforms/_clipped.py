@@ -1,6 +1,6 @@
 """Norms of per-example gradients, and sums of clipped ones, without one gradient for each example."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,12 +10,15 @@ from jaxtyping import Array, Float
 from curvature import _checks
 from curvature._types import ChunkSize, Objective, Tree
 from curvature.transforms import _modes
-from curvature.transforms._accumulate import sum_over_chunks
+from curvature.transforms._accumulate import sum_over_chunks, vary_like
 from curvature.transforms._blocks import leaf_paths
+from curvature.transforms._factors import sum_over_batch
 from curvature.transforms._grad_norm import accumulator, routes_of, squared_norm
 from curvature.transforms._jacobian import gradient_of, vmap
 from curvature.transforms._tapped import Tapped, TapReport, open_batch
 from curvature.transforms._taps import Taps, trace_taps
+
+_Parts = tuple[Callable[[Any], Any], Callable[[Any], Array], Callable[[Any, Array], list[Array]]]
 
 
 def per_example_grad_norm(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Tapped:
@@ -56,15 +59,24 @@ def per_example_grad_norm(loss: Objective, *, chunk_size: ChunkSize = "auto") ->
     name = "per_example_grad_norm"
     _checks.check_callable(name, "loss", loss)
     _checks.check_chunk_size(name, chunk_size)
-    return Tapped(lambda params, *batch: _norms(name, loss, params, batch, chunk_size), teller(name, loss))
+
+    def norms(params: Tree, *batch: Any) -> Float[Array, " batch"]:
+        params, batch, example = open_batch(name, params, batch)
+        taps, examples = trace_loss(name, loss, params, example), jax.tree.leaves(batch)
+        known, square, _ = _formed_parts(name, loss, params, jax.tree.structure(batch))
+        if taps is not None:
+            known, square, _ = _tapped_parts(taps, jax.tree.leaves(params))
+        return vmap(lambda *example: jnp.sqrt(square(known(example))), chunk_size=chunk_size)(*examples)
+
+    return Tapped(norms, teller(name, loss))
 
 
 def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "auto") -> Tapped:
     """The mean of clipped per-example gradients: ``(1/B) sum_b g_b min(1, max_norm / norm(g_b))``, and the norms.
 
     What differentially private training needs before it adds noise of scale ``max_norm / B``: changing one example
-    moves the result by at most ``2 max_norm / B``. No gradient of an example is formed for it: the norms come from
-    ``per_example_grad_norm``, the mean is one gradient of a weighted loss.
+    moves the result by at most ``2 max_norm / B``. From the inputs and cotangents that give the norms, as in
+    ``per_example_grad_norm``, comes the sum too, once the cotangents are scaled: no gradient of an example is formed.
 
     Args:
         loss: ``loss(params, *example) -> scalar``, for one example.
@@ -78,7 +90,7 @@ def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "aut
     Raises:
         TypeError, ValueError: as ``per_example_grad_norm``; and for a ``max_norm`` that is not positive.
 
-    Cost: about two gradients of the mean; memory as one gradient of a chunk.
+    Cost: about one gradient of the mean; memory as one gradient of a chunk.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -87,8 +99,8 @@ def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "aut
         >>> grad, norms
         (Array([0.3 , 0.65], dtype=float32), Array([5. , 0.5], dtype=float32))
 
-    References: Abadi et al., Deep learning with differential privacy (arXiv:1607.00133, algorithm 1); the two passes
-        are those of Lee and Kifer (arXiv:2009.03106).
+    References: Abadi et al., Deep learning with differential privacy (arXiv:1607.00133, algorithm 1); one pass for both
+        as in Bu et al., Differentially private optimization on large model at small cost (arXiv:2210.00038).
     """
     name = "clipped_grad"
     _checks.check_callable(name, "loss", loss)
@@ -96,24 +108,61 @@ def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "aut
     _checks.check_chunk_size(name, chunk_size)
 
     def clipped(params: Tree, *batch: Any) -> tuple[Tree, Float[Array, " batch"]]:
-        norms = _norms(name, loss, params, batch, chunk_size)
-        params, batch, _ = open_batch(name, params, batch)
-        weights = jnp.where(norms > max_norm, max_norm / norms, 1) / len(norms)  # a NaN norm passes its NaN on
+        params, batch, example = open_batch(name, params, batch)
+        leaves, structure = jax.tree.flatten(params)
+        examples = jax.tree.leaves(batch)
+        taps, dtype, size = trace_loss(name, loss, params, example), accumulator(leaves), len(examples[0])
+        known, square, weighted = _formed_parts(name, loss, params, jax.tree.structure(batch))
+        if taps is not None:
+            known, square, weighted = _tapped_parts(taps, leaves)
 
-        def gradient(part: Any, counted: Array) -> Tree:
-            examples, weights = part
+        def sums(part: tuple[Array, list[Array]], counted: Array) -> tuple[list[Array], Array]:
+            places, examples = part
+            parts = jax.vmap(known)(examples)
+            norms = jnp.sqrt(jax.vmap(square)(parts))
+            factors = jnp.where(norms > max_norm, max_norm / norms, 1) / size  # a NaN norm passes its NaN on
+            once = jnp.where(counted > 0, norms, 0)
+            return weighted(parts, counted * factors), vary_like(jnp.zeros(size, dtype), norms).at[places].add(once)
 
-            def weighted(params: Tree) -> tuple[Array, None]:
-                losses = jax.vmap(loss, (None,) + (0,) * len(examples))(params, *examples)
-                return jnp.vdot((weights * counted).astype(losses.dtype), losses), None
-
-            program = _modes.trace(weighted, params)
-            return gradient_of(program, params, _modes.choose_jacobian(name, program, "auto"))[0]
-
-        chunks = -(-len(norms) // chunk_size) if isinstance(chunk_size, int) else 1
-        return sum_over_chunks(gradient, (batch, weights), chunks, weights.dtype), norms
+        places = vary_like(jnp.arange(size), examples)
+        chunks = _modes.num_chunks(size, chunk_size, known, lambda: [leaf[0] for leaf in examples])
+        gradient, norms = sum_over_chunks(sums, (places, examples), chunks, dtype)
+        cast = [total.astype(leaf.dtype) for total, leaf in zip(gradient, leaves, strict=True)]
+        return structure.unflatten(cast), norms
 
     return Tapped(clipped, teller(name, loss))
+
+
+def _tapped_parts(taps: Taps, leaves: Sequence[Array]) -> _Parts:
+    """What is known of one example at the sites; its squared norm; the weighted sum of gradients of many."""
+    values = taps.parameter_values(leaves)
+    square = squared_norm(taps, leaves)
+
+    def weighted(parts: Any, weights: Array) -> list[Array]:
+        captured, d = parts
+        scaled = jax.tree.map(lambda rows: rows * weights.astype(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1)), d)
+        roots = sum_over_batch(taps, values, captured, scaled)
+        _, pull = jax.vjp(taps.root_values, list(leaves))
+        return pull([roots[root] for root in taps.roots])[0]
+
+    return lambda example: taps.cotangents(values, example), lambda parts: square(*parts), weighted
+
+
+def _formed_parts(name: str, loss: Objective, params: Tree, structure: Any) -> _Parts:
+    """The same for a loss without taps, from one gradient for each example."""
+    dtype = accumulator(jax.tree.leaves(params))
+
+    def known(example: Sequence[Any]) -> list[Array]:
+        gradient = formed_gradient(name, loss, params, structure.unflatten(example))
+        return [leaf.astype(dtype) for leaf in jax.tree.leaves(gradient)]
+
+    def square(gradient: list[Array]) -> Array:
+        return jnp.sum(jnp.stack([jnp.sum(leaf**2) for leaf in gradient]))
+
+    def weighted(gradients: list[Array], weights: Array) -> list[Array]:
+        return [jnp.tensordot(weights, rows, 1) for rows in gradients]
+
+    return known, square, weighted
 
 
 def trace_loss(name: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
@@ -131,31 +180,6 @@ def teller(name: str, loss: Objective) -> Callable[..., TapReport]:
         return TapReport(name, {path: route.told for path, route in zip(paths, routes_of(taps), strict=True)})
 
     return tell
-
-
-def _norms(
-    name: str, loss: Objective, params: Tree, batch: tuple[Any, ...], chunk_size: ChunkSize
-) -> Float[Array, " batch"]:
-    """The norms of all gradients."""
-    params, batch, example = open_batch(name, params, batch)
-    taps, leaves = trace_loss(name, loss, params, example), jax.tree.leaves(params)
-    square = _square_of_formed(name, loss, params) if taps is None else squared_norm(taps, leaves)
-    structure = jax.tree.structure(batch)
-
-    def norm(*examples: Any) -> Array:
-        return jnp.sqrt(square(examples if taps is not None else structure.unflatten(examples)))
-
-    return vmap(norm, chunk_size=chunk_size)(*jax.tree.leaves(batch))
-
-
-def _square_of_formed(name: str, loss: Objective, params: Tree) -> Callable[[tuple[Any, ...]], Array]:
-    dtype = accumulator(jax.tree.leaves(params))
-
-    def of_example(example: tuple[Any, ...]) -> Array:
-        gradient = formed_gradient(name, loss, params, example)
-        return jnp.sum(jnp.stack([jnp.sum(leaf.astype(dtype) ** 2) for leaf in jax.tree.leaves(gradient)]))
-
-    return of_example
 
 
 def formed_gradient(name: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Tree:

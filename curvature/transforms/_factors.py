@@ -1,5 +1,6 @@
 """The gradients of parameters from what is known where they meet the data: in factors, or formed."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -96,6 +97,35 @@ def gradients_of_site(taps: Taps, site: Site, values: Environment, captured: Any
 
     _, pull = jax.vjp(outputs, values.read(operands))
     return [_to_root(gradient, origin) for gradient, origin in zip(pull(list(d))[0], site.origins, strict=True)]
+
+
+def sum_over_batch(taps: Taps, values: Environment, captured: Sequence[Any], d: Sequence[Any]) -> dict[Variable, Array]:
+    """The gradients of the roots, summed over examples: what is known at the sites has a leading axis of them.
+
+    The examples are so many positions more, of which a product of matrices takes the sum.
+    """
+    total: dict[Variable, Any] = dict.fromkeys(taps.roots, 0)
+    for site, inputs, cotangents in zip(taps.sites, captured, d, strict=True):
+        if site.form is not None:
+            use = jax.vmap(lambda a, d, site=site: factors(site, a, d)[:2])(inputs, cotangents[0])
+            a, d_all = jax.tree.map(
+                lambda array: jnp.swapaxes(array, 0, 1).reshape(array.shape[1], -1, *array.shape[3:]), use
+            )
+            together = Factors(a, d_all, site.group, site.form.rows, site.form.columns)
+            order = (*together.group, *together.rows, *together.columns)
+            gradients = [from_canonical(canonical_gradient(together), order, site.origins[0].root)]
+        else:
+            of_example = functools.partial(gradients_of_site, taps, site, values)
+            gradients = jax.tree.map(lambda rows: jnp.sum(rows, 0), jax.vmap(of_example)(inputs, cotangents))
+        for origin, gradient in zip(site.origins, gradients, strict=True):
+            total[origin.root] = total[origin.root] + gradient
+    return total
+
+
+def _batch_as_positions(array: Array) -> Array:
+    """``(batch, groups, positions, ...)`` to ``(groups, batch and positions, ...)``."""
+    groups = jnp.swapaxes(array, 0, 1)
+    return groups.reshape(groups.shape[0], -1, *groups.shape[3:])
 
 
 def _to_root(gradient: Array, origin: Origin) -> Array:

@@ -47,7 +47,7 @@ def test_the_figures_are_those_of_xla(network):
     assert way.compile_seconds > 0
     measured = {(way.derivative, way.mode) for way in network.ways if way.seconds}
     assert {("gradient", "rev"), ("hvp", "fwd_over_rev"), ("hessian", "rev_over_rev")} <= measured
-    assert ("hessian", "rev_over_fwd") in measured  # 21 times the passes
+    assert ("hessian", "rev_over_fwd") in measured
 
 
 def test_what_is_marked_is_what_runs():
@@ -144,7 +144,8 @@ def test_it_prints_a_rich_table_where_there_is_rich(network, monkeypatch):
     screen = console.Console(width=120, record=True, file=io.StringIO())
     screen.print(curvature.explain(lambda x: jnp.sum(forward_only(x)), X))
     text = screen.export_text()
-    assert "[1] gradient rev: not legal: while at" in text
+    assert text.count("not legal: while at") == 1  # one reason for seven rows
+    assert text.count("[1]") == 8
     monkeypatch.setattr(_print.sys.stdout, "isatty", lambda: True, raising=False)
     assert "──" in str(network)
     monkeypatch.setattr(_print, "_HAS_RICH", False)
