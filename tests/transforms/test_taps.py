@@ -248,3 +248,12 @@ def test_clipping_leaves_zero_gradients_alone_and_passes_nan_on():
     grad, norms = curvature.clipped_grad(loss, 1.0)(jnp.ones(2), x.at[0, 0].set(jnp.nan))
     assert np.isnan(norms[0])
     assert np.isnan(grad[0])
+
+
+def test_minimize_takes_the_mean_hessian():
+    loss, params, batch = in_precision("penalized", jnp.float64)
+    solve = {"method": "trust-exact", "max_steps": 100}
+    with_taps = curvature.minimize(mean_of(loss), params, batch, hessian=curvature.mean_hessian(loss), **solve)
+    without = curvature.minimize(mean_of(loss), params, batch, **solve)
+    assert with_taps.success
+    assert_close(with_taps.value, without.value, roundings=1e4)
