@@ -176,3 +176,31 @@ def test_choosing_costs_one_trace_and_no_compilation():
         assert counts == [(2, 2), (2, 2)]
     finally:
         jax.monitoring.clear_event_listeners()
+
+
+def test_a_whole_hessian_is_pulled_where_that_is_cheaper_on_a_cpu():
+    """Not with convolutions, which go all at once, nor where rows and columns would differ in dtype."""
+
+    def convolve(kernel, images):
+        return jnp.sum(jnp.tanh(jax.lax.conv(images, kernel, (1, 1), "SAME")))
+
+    def total(x):
+        return sum(jnp.sum(leaf.astype(jnp.float64) ** 3) for leaf in x)
+
+    def modes(fun, *args):
+        report = curvature.explain(fun, *args)
+        return report.way("hvp").mode, report.way("hessian").mode, report.chunk
+
+    kernel, images = jnp.ones((4, 2, 3, 3)), jnp.ones((24, 2, 32, 32))
+    mixed = (jnp.ones(2, jnp.float32), jnp.ones(2, jnp.float64))
+    assert modes(convolve, kernel, images) == ("fwd_over_rev", "fwd_over_rev", 72)
+    assert modes(total, mixed) == ("fwd_over_rev", "fwd_over_rev", 4)
+    assert modes(total, (jnp.ones(2), jnp.ones(2))) == ("fwd_over_rev", "rev_over_rev", 4)
+
+
+def test_what_writes_much_goes_in_chunks():
+    def fun(x, rows):
+        return jnp.sum(jnp.sin(rows @ x))
+
+    report = curvature.explain(fun, jnp.ones(100), jnp.ones((100_000, 100)))
+    assert 8 <= report.chunk < 50
