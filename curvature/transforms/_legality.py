@@ -16,8 +16,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend as jex
-import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+from curvature.transforms._jaxprs import (
+    called_jaxpr,
+    count_of_equal_rank,
+    equation_function,
+    is_floating,
+    open_jaxpr,
+)
 
 _OPAQUE = {"pure_callback", "io_callback", "ffi_call"}  # no derivative of any kind
 
@@ -61,7 +68,7 @@ def _active_variables(jaxpr: Jaxpr, active_in: Sequence[bool]) -> set[Var]:
         mask = _mask(eqn.invars, active)
         if any(mask):
             flags = active_outputs(eqn, mask)
-            active.update(v for v, flag in zip(eqn.outvars, flags, strict=True) if flag and _is_floating(v))
+            active.update(v for v, flag in zip(eqn.outvars, flags, strict=True) if flag and is_floating(v))
     return active
 
 
@@ -71,11 +78,11 @@ def active_outputs(eqn: JaxprEqn, mask: list[bool]) -> list[bool]:
     if name == "stop_gradient":
         return [False] * len(eqn.outvars)
     if name == "cond":
-        branches = [outputs_of(_open(branch), mask[1:]) for branch in params["branches"]]
+        branches = [outputs_of(open_jaxpr(branch), mask[1:]) for branch in params["branches"]]
         return [any(flags) for flags in zip(*branches, strict=True)]
     if name in ("scan", "while"):
         return loop_outputs(*open_loop(eqn, mask))
-    body = _called_jaxpr(eqn)
+    body = called_jaxpr(eqn)
     return [True] * len(eqn.outvars) if body is None else outputs_of(body, mask)
 
 
@@ -92,15 +99,11 @@ def open_loop(eqn: JaxprEqn, mask: list[bool]) -> _Loop:
     params = eqn.params
     if eqn.primitive.name == "while":
         mask, consts = mask[params["cond_nconsts"] :], params["body_nconsts"]
-        return _Loop(_open(params["body_jaxpr"]), mask[:consts], mask[consts:], [])
-    body = _open(params["jaxpr"])  # what is scanned over or stacked has one axis more outside than inside
-    carry = _count_of_equal_rank(eqn.outvars, body.outvars)
-    consts = _count_of_equal_rank(eqn.invars, body.invars) - carry
+        return _Loop(open_jaxpr(params["body_jaxpr"]), mask[:consts], mask[consts:], [])
+    body = open_jaxpr(params["jaxpr"])  # what is scanned over or stacked has one axis more outside than inside
+    carry = count_of_equal_rank(eqn.outvars, body.outvars)
+    consts = count_of_equal_rank(eqn.invars, body.invars) - carry
     return _Loop(body, mask[:consts], mask[consts : consts + carry], mask[consts + carry :])
-
-
-def _count_of_equal_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
-    return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))
 
 
 def loop_outputs(body: Jaxpr, consts: list[bool], carry: list[bool], slices: list[bool]) -> list[bool]:
@@ -126,18 +129,18 @@ def _judge(eqn: JaxprEqn, mask: list[bool], live_outs: list[bool], mode: str) ->
     if blocked:
         return Blocker(name, jex.source_info_util.summarize(eqn.source_info)), mask
     if name == "custom_linear_solve":
-        matvec = _open(params["jaxprs"].matvec)
+        matvec = open_jaxpr(params["jaxprs"].matvec)
         return find_blocker(matvec, [True] * len(matvec.invars), [True] * len(matvec.outvars), mode), mask
     if name == "custom_jvp_call" and mode == "rev":
         return _custom_jvp_blocker(eqn, mask), mask
     if name in ("scan", "while"):
         return _judge_loop(open_loop(eqn, mask), live_outs, mode)
     if name == "cond":
-        judged = [_walk_back(_open(branch), mask[1:], live_outs, mode) for branch in params["branches"]]
+        judged = [_walk_back(open_jaxpr(branch), mask[1:], live_outs, mode) for branch in params["branches"]]
         blockers, lives = zip(*judged, strict=True)
         live_ins = [any(flags) for flags in zip(*lives, strict=True)]
         return next((blocker for blocker in blockers if blocker is not None), None), [False, *live_ins]
-    body = _called_jaxpr(eqn)
+    body = called_jaxpr(eqn)
     return (None, mask) if body is None else _walk_back(body, mask, live_outs, mode)
 
 
@@ -156,17 +159,8 @@ def _judge_loop(loop: _Loop, live_outs: list[bool], mode: str) -> tuple[Blocker 
 
 def _custom_jvp_blocker(eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
     """Reverse mode transposes the rule's tangent, so trace the rule and ask what lies between its tangents."""
-    alone = _open(eqn.params["call_jaxpr"])  # any jaxpr will do as the one to put the equation in
-    distinct = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, Var)))
-    jaxpr = alone.replace(
-        constvars=[],
-        invars=distinct,
-        outvars=list(eqn.outvars),
-        eqns=[eqn],
-        effects=eqn.effects,
-        debug_info=alone.debug_info.with_unknown_names(),
-    )
-    fun = jex.core.jaxpr_as_fun(ClosedJaxpr(jaxpr, []))
+    # Any jaxpr will do as the one to put the equation in.
+    fun, distinct = equation_function(open_jaxpr(eqn.params["call_jaxpr"]), eqn)
     active = {v for v, is_active in zip(eqn.invars, mask, strict=True) if is_active}
     moving = [v in active for v in distinct]
 
@@ -184,24 +178,5 @@ def _custom_jvp_blocker(eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
     return find_blocker(rule, [False] * len(values) + [True] * len(tangents), [True] * len(rule.outvars), "rev")
 
 
-def _called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
-    """The body of a call-like equation, whose inputs are the body's inputs one for one: jit, remat, and the like."""
-    if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):  # judged by their rules: every output counts
-        return None
-    for body in jex.core.jaxprs_in_params(eqn.params):
-        if len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars):
-            return body
-    return None
-
-
-def _open(jaxpr: Any) -> Jaxpr:
-    """The jaxpr of an equation's parameter, which is closed in some versions of JAX and open in others."""
-    return getattr(jaxpr, "jaxpr", jaxpr)
-
-
 def _mask(variables: Sequence[Any], active: set[Var]) -> list[bool]:
     return [not isinstance(v, Literal) and v in active for v in variables]
-
-
-def _is_floating(v: Any) -> bool:
-    return jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)
