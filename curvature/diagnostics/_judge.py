@@ -49,18 +49,8 @@ def first_order(
     """``g'd`` against differences of f along ``d``."""
     estimate = _differences.first_derivative(plus, minus, center, line.eps)
     kink = _differences.has_kink(plus, minus, center, line.eps)
-    floor = np.linalg.norm(gradient) * np.linalg.norm(direction)
     told = f"d f / d {label}" if label.startswith("x") else f"the derivative of f along {label}"
-    unit = _unit(line, label, direction)
-    return _judge(
-        line,
-        np.asarray(gradient @ direction),
-        estimate,
-        kink,
-        np.asarray(np.abs(center)),
-        floor,
-        lambda _: (told, unit),
-    )
+    return _judge_form(line, direction, gradient, estimate, kink, center, (told, _unit(line, label, direction)))
 
 
 def second_order(
@@ -97,17 +87,28 @@ def curvature(
     """``d'Hd`` against second differences of f along ``d``."""
     estimate = _differences.second_derivative(plus, minus, center, line.eps)
     kink = _differences.has_kink(plus, minus, center, line.eps)
-    floor = np.linalg.norm(product) * np.linalg.norm(direction)
     told = f"d^2 f / d {label}^2" if label.startswith("x") else f"v'Hv for {label}"
-    unit = _unit(line, label, direction) ** 2
-    return _judge(
-        line, np.asarray(product @ direction), estimate, kink, np.asarray(np.abs(center)), floor, lambda _: (told, unit)
-    )
+    return _judge_form(line, direction, product, estimate, kink, center, (told, _unit(line, label, direction) ** 2))
 
 
 def _unit(line: Line, label: str, direction: np.ndarray) -> float:
     """How far a coordinate's direction moves its entry of ``x``; 1 for a random direction."""
     return float(line.scales[np.argmax(direction)] * np.max(direction)) if label.startswith("x") else 1.0
+
+
+def _judge_form(
+    line: Line,
+    direction: np.ndarray,
+    covector: np.ndarray,
+    estimate: _differences.Estimate,
+    kink: bool,
+    center: np.ndarray,
+    told: tuple[str, float],
+) -> DerivativeCheck:
+    """Hold one number, a covector times the direction, against an estimate of a derivative of f."""
+    floor = np.linalg.norm(covector) * np.linalg.norm(direction)
+    size = np.asarray(np.abs(center))
+    return _judge(line, np.asarray(covector @ direction), estimate, kink, size, floor, lambda _: told)
 
 
 def _judge(

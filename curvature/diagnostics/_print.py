@@ -1,5 +1,6 @@
 """Reports that print themselves: a rich table in a terminal that has rich, aligned plain text everywhere else."""
 
+import abc
 import io
 import sys
 import textwrap
@@ -32,12 +33,12 @@ class Sheet(NamedTuple):
     remarks: tuple[str, ...]
 
 
-class Printable:
+class Printable(abc.ABC):
     """A report that prints as its ``sheet()``."""
 
+    @abc.abstractmethod
     def sheet(self) -> Sheet:
         """What to print."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         """A rich table if this goes to a terminal and rich is installed, plain text otherwise."""

@@ -7,7 +7,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from curvature._types import Tree
+from curvature._types import ChunkSize, Tree
+
+_CHUNK_BYTES = 32 * 2**20  # what is made for the examples of one chunk may take: ours
+
+
+def num_chunks(examples: int, chunk_size: ChunkSize, bytes_each: int, least: int) -> int:
+    """Into how many chunks to cut a batch of which each example makes so many bytes; "auto" takes no less at once."""
+    if chunk_size is None:
+        return 1
+    if chunk_size == "auto":
+        chunk_size = max(least, _CHUNK_BYTES // max(bytes_each, 1))
+    return -(-examples // chunk_size)
 
 
 def sum_over_chunks(fun: Callable[[Any, Float[Array, " size"]], Tree], batch: Any, chunks: int, dtype: Any) -> Tree:

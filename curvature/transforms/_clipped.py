@@ -11,11 +11,10 @@ from curvature import _checks
 from curvature._types import ChunkSize, Objective, Tree
 from curvature.transforms import _modes
 from curvature.transforms._accumulate import sum_over_chunks, vary_like
-from curvature.transforms._blocks import leaf_paths
 from curvature.transforms._factors import sum_over_batch
 from curvature.transforms._grad_norm import accumulator, routes_of, squared_norm
 from curvature.transforms._jacobian import gradient_of, vmap
-from curvature.transforms._tapped import Tapped, TapReport, open_batch
+from curvature.transforms._tapped import Tapped, open_batch, reporter
 from curvature.transforms._taps import Taps, trace_taps
 
 _Parts = tuple[Callable[[Any], Any], Callable[[Any], Array], Callable[[Any, Array], list[Array]]]
@@ -62,13 +61,10 @@ def per_example_grad_norm(loss: Objective, *, chunk_size: ChunkSize = "auto") ->
 
     def norms(params: Tree, *batch: Any) -> Float[Array, " batch"]:
         params, batch, example = open_batch(name, params, batch)
-        taps, examples = trace_loss(name, loss, params, example), jax.tree.leaves(batch)
-        known, square, _ = _formed_parts(name, loss, params, jax.tree.structure(batch))
-        if taps is not None:
-            known, square, _ = _tapped_parts(taps, jax.tree.leaves(params))
-        return vmap(lambda *example: jnp.sqrt(square(known(example))), chunk_size=chunk_size)(*examples)
+        known, square, _ = _parts(name, loss, params, example)
+        return vmap(lambda *example: jnp.sqrt(square(known(example))), chunk_size=chunk_size)(*jax.tree.leaves(batch))
 
-    return Tapped(norms, teller(name, loss))
+    return Tapped(norms, reporter(name, loss, routes_in_words))
 
 
 def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "auto") -> Tapped:
@@ -111,10 +107,8 @@ def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "aut
         params, batch, example = open_batch(name, params, batch)
         leaves, structure = jax.tree.flatten(params)
         examples = jax.tree.leaves(batch)
-        taps, dtype, size = trace_loss(name, loss, params, example), accumulator(leaves), len(examples[0])
-        known, square, weighted = _formed_parts(name, loss, params, jax.tree.structure(batch))
-        if taps is not None:
-            known, square, weighted = _tapped_parts(taps, leaves)
+        dtype, size = accumulator(leaves), len(examples[0])
+        known, square, weighted = _parts(name, loss, params, example)
 
         def sums(part: tuple[Array, list[Array]], counted: Array) -> tuple[list[Array], Array]:
             places, examples = part
@@ -130,13 +124,21 @@ def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "aut
         cast = [total.astype(leaf.dtype) for total, leaf in zip(gradient, leaves, strict=True)]
         return structure.unflatten(cast), norms
 
-    return Tapped(clipped, teller(name, loss))
+    return Tapped(clipped, reporter(name, loss, routes_in_words))
+
+
+def _parts(name: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> _Parts:
+    """What is to be known of one example; from that its squared norm; from that of many a weighted sum of gradients."""
+    taps = trace_taps(name, loss, params, example)
+    if taps is None:
+        return _formed_parts(name, loss, params, jax.tree.structure(example))
+    return _tapped_parts(taps, jax.tree.leaves(params))
 
 
 def _tapped_parts(taps: Taps, leaves: Sequence[Array]) -> _Parts:
-    """What is known of one example at the sites; its squared norm; the weighted sum of gradients of many."""
+    """From inputs and cotangents at the sites."""
     values = taps.parameter_values(leaves)
-    square = squared_norm(taps, leaves)
+    square = squared_norm(taps, values, leaves)
 
     def weighted(parts: Any, weights: Array) -> list[Array]:
         captured, d = parts
@@ -149,7 +151,7 @@ def _tapped_parts(taps: Taps, leaves: Sequence[Array]) -> _Parts:
 
 
 def _formed_parts(name: str, loss: Objective, params: Tree, structure: Any) -> _Parts:
-    """The same for a loss without taps, from one gradient for each example."""
+    """From one gradient for each example, for a loss without taps."""
     dtype = accumulator(jax.tree.leaves(params))
 
     def known(example: Sequence[Any]) -> list[Array]:
@@ -165,21 +167,11 @@ def _formed_parts(name: str, loss: Objective, params: Tree, structure: Any) -> _
     return known, square, weighted
 
 
-def trace_loss(name: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
-    program = _modes.trace(lambda params: (loss(params, *example), None), params)
-    _checks.check_scalar_output(name, "loss", program.out)
-    return trace_taps(program, loss, params, example)
-
-
-def teller(name: str, loss: Objective) -> Callable[..., TapReport]:
-    def tell(params: Tree, *batch: Any) -> TapReport:
-        params, batch, example = open_batch(name, params, batch)
-        taps, paths = trace_loss(name, loss, params, example), leaf_paths(params)
-        if taps is None:
-            return TapReport(name, dict.fromkeys(paths, "gradient formed: the loss has no taps"))
-        return TapReport(name, {path: route.told for path, route in zip(paths, routes_of(taps), strict=True)})
-
-    return tell
+def routes_in_words(taps: Taps | None, params: Tree) -> list[str]:
+    """What becomes of each leaf."""
+    if taps is None:
+        return ["gradient formed: the loss has no taps"] * len(jax.tree.leaves(params))
+    return [route.told for route in routes_of(taps)]
 
 
 def formed_gradient(name: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Tree:

@@ -63,16 +63,20 @@ def canonical_gradient(use: Factors) -> Float[Array, "groups rows columns"]:
 
 def to_canonical(array: Array, use: Factors) -> Float[Array, "groups rows columns"]:
     """An array with the axes of the root, in the canonical form of a use."""
-    order = (*use.group, *use.rows, *use.columns)
-    order = (*order, *(k for k in range(array.ndim) if k not in order))
+    order = all_axes((*use.group, *use.rows, *use.columns), array.ndim)
     sizes = [math.prod(array.shape[axis] for axis in axes) for axes in (use.group, use.rows, use.columns)]
     return jnp.transpose(array, order).reshape(sizes)
+
+
+def all_axes(order: Axes, ndim: int) -> Axes:
+    """An order of axes with those at its end that have gone, as only axes of size one do."""
+    return (*order, *(k for k in range(ndim) if k not in order))
 
 
 def from_canonical(product: Array, order: Axes, root: Variable) -> Array:
     """An array whose axes are those of the root in another ``order``, grouped at will, as the root has them."""
     shape = root.aval.shape
-    order = (*order, *(k for k in range(len(shape)) if k not in order))  # an axis of size one may have gone
+    order = all_axes(order, len(shape))
     back = sorted(range(len(order)), key=lambda k: order[k])
     return jnp.transpose(product.reshape([shape[k] for k in order]), back).astype(root.aval.dtype)
 
@@ -80,9 +84,7 @@ def from_canonical(product: Array, order: Axes, root: Variable) -> Array:
 def gradients_of_site(taps: Taps, site: Site, values: Environment, captured: Any, d: Sequence[Array]) -> list[Array]:
     """The gradients of the roots of any site, formed: by its form or, if it has none, by reverse mode through it."""
     if site.form is not None:
-        use = factors(site, captured, d[0])
-        order = (*use.group, *use.rows, *use.columns)
-        return [from_canonical(canonical_gradient(use), order, site.origins[0].root)]
+        return [from_canonical(canonical_gradient(factors(site, captured, d[0])), site.axes, site.origins[0].root)]
     fun, variables = equation_function(taps.level.jaxpr, site.eqn)
     env = Environment()
     others = [v for n, v in enumerate(site.eqn.invars) if n not in site.operands]
@@ -108,12 +110,9 @@ def sum_over_batch(taps: Taps, values: Environment, captured: Sequence[Any], d: 
     for site, inputs, cotangents in zip(taps.sites, captured, d, strict=True):
         if site.form is not None:
             use = jax.vmap(lambda a, d, site=site: factors(site, a, d)[:2])(inputs, cotangents[0])
-            a, d_all = jax.tree.map(
-                lambda array: jnp.swapaxes(array, 0, 1).reshape(array.shape[1], -1, *array.shape[3:]), use
-            )
+            a, d_all = jax.tree.map(_batch_as_positions, use)
             together = Factors(a, d_all, site.group, site.form.rows, site.form.columns)
-            order = (*together.group, *together.rows, *together.columns)
-            gradients = [from_canonical(canonical_gradient(together), order, site.origins[0].root)]
+            gradients = [from_canonical(canonical_gradient(together), site.axes, site.origins[0].root)]
         else:
             of_example = functools.partial(gradients_of_site, taps, site, values)
             gradients = jax.tree.map(lambda rows: jnp.sum(rows, 0), jax.vmap(of_example)(inputs, cotangents))

@@ -68,10 +68,9 @@ def _gram_is_cheaper(positions: int, rows: int, columns: int) -> bool:
     return positions * (rows + columns) < rows * columns
 
 
-def squared_norm(taps: Taps, leaves: Sequence[Array]) -> Callable[[list[Any], list[Any]], Square]:
+def squared_norm(taps: Taps, values: Environment, leaves: Sequence[Array]) -> Callable[[list[Any], list[Any]], Square]:
     """From the inputs and cotangents of one example at all sites to the squared norm of its gradient."""
     sites, routes, dtype = taps.sites, routes_of(taps), accumulator(leaves)
-    values = taps.parameter_values(leaves)
     formed = formed_gradients(taps, values, leaves, [k for k, route in enumerate(routes) if not route.uses])
     scalars = list(dict.fromkeys(root for route in routes for root in route.scalars))
     slopes = {root: jax.grad(_scalar_root(taps, root))(list(leaves)) for root in scalars}

@@ -1,6 +1,6 @@
 """Jaxprs as programs to be read: inlined calls, one equation as a function, the parts of a scan."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,15 @@ def called_jaxpr(eqn: Equation) -> Jaxpr | None:
 def is_floating(v: Any) -> bool:
     """Whether a variable can carry a derivative."""
     return jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)
+
+
+def dependents(jaxpr: Jaxpr, given: Iterable[Variable]) -> set[Variable]:
+    """The variables that depend on some given ones, and those themselves."""
+    found = set(given)
+    for eqn in jaxpr.eqns:
+        if any(v in found for v in eqn.invars if isinstance(v, Var)):
+            found.update(eqn.outvars)
+    return found
 
 
 def equation_function(jaxpr: Jaxpr, eqn: Equation) -> tuple[Callable[..., list[Any]], list[Variable]]:
@@ -71,13 +80,18 @@ class Environment(dict[Variable, Any]):
         fun, variables = equation_function(jaxpr, eqn)
         self.write(eqn.outvars, fun(*self.read(variables)))
 
+    def lacks(self, eqn: Equation) -> bool:
+        """Whether something that an equation computes is not known yet."""
+        return not all(v in self for v in eqn.outvars)
+
 
 def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
     """The same program without calls: the equations of jit and remat stand where they were called from.
 
     What has a rule of its own stays one equation: loops, branches, custom derivatives.
     """
-    return jax.make_jaxpr(lambda *args: _evaluate_inline(closed.jaxpr, closed.consts, args))(*_avals(closed.jaxpr))
+    avals = [v.aval for v in closed.jaxpr.invars]
+    return jax.make_jaxpr(lambda *args: _evaluate_inline(closed.jaxpr, closed.consts, args))(*avals)
 
 
 def _evaluate_inline(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -91,10 +105,6 @@ def _evaluate_inline(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -
         else:
             env.write(eqn.outvars, _evaluate_inline(body, [], env.read(eqn.invars)))
     return env.read(jaxpr.outvars)
-
-
-def _avals(jaxpr: Jaxpr) -> list[Any]:
-    return [v.aval for v in jaxpr.invars]
 
 
 class Scan(NamedTuple):

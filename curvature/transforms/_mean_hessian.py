@@ -11,16 +11,14 @@ from jaxtyping import Array
 from curvature import _checks
 from curvature._types import ChunkSize, HessianBlocks, Objective, Tree
 from curvature.transforms import _modes
-from curvature.transforms._accumulate import sum_over_chunks
-from curvature.transforms._blocks import Subtree, leaf_paths, leaf_subtrees, select
+from curvature.transforms._accumulate import num_chunks, sum_over_chunks
+from curvature.transforms._blocks import Subtree, leaf_subtrees, select
 from curvature.transforms._hessian import hessian_of
 from curvature.transforms._jacobian import jacobian_of
-from curvature.transforms._jaxprs import Environment
 from curvature.transforms._points import Blocks, Points, Wanted, bytes_per_example, find_points, tapped_blocks
-from curvature.transforms._tapped import Tapped, TapReport, open_batch
+from curvature.transforms._tapped import Tapped, open_batch, reporter
 from curvature.transforms._taps import Taps, trace_taps
 
-_CHUNK_BYTES = 32 * 2**20  # what the intermediates of one chunk of examples may take: ours
 _LEAST_CHUNK = 128  # fewer examples make thin products of matrices
 
 
@@ -73,14 +71,14 @@ def mean_hessian(loss: Objective, *, chunk_size: ChunkSize = "auto", blocks: Hes
 
     def of_batch(params: Tree, *batch: Any) -> Tree:
         params, batch, example = open_batch("mean_hessian", params, batch)
-        taps = _trace(loss, params, example)
-        if taps is None:
+        points, leaves = _points_of(trace_taps("mean_hessian", loss, params, example)), jax.tree.leaves(params)
+        if points is None:
             return _by_products(loss, params, batch, blocks)
-        points, leaves = find_points(taps), jax.tree.leaves(params)
         parts = _parts(params, blocks)
         pairs = {(i, j) for rows, columns in parts for i in _numbers(rows, leaves) for j in _numbers(columns, leaves)}
-        chunks = _num_chunks(points, len(jax.tree.leaves(batch)[0]), chunk_size)
-        found = _blocks_of_leaves(points, leaves, jax.tree.leaves(batch), pairs, chunks)
+        examples = jax.tree.leaves(batch)
+        chunks = num_chunks(len(examples[0]), chunk_size, bytes_per_example(points), _LEAST_CHUNK)
+        found = _blocks_of_leaves(points, leaves, examples, pairs, chunks)
 
         def tree_of(rows: Subtree, columns: Subtree) -> Tree:
             numbers = _numbers(columns, leaves)
@@ -91,21 +89,14 @@ def mean_hessian(loss: Objective, *, chunk_size: ChunkSize = "auto", blocks: Hes
         trees = [tree_of(rows, columns) for rows, columns in parts]
         return jax.tree.structure(params).unflatten(trees) if blocks == "diagonal" else trees[0]
 
-    def tell(params: Tree, *batch: Any) -> TapReport:
-        params, batch, example = open_batch("mean_hessian", params, batch)
-        routes = _routes(_trace(loss, params, example), params)
-        return TapReport("mean_hessian", dict(zip(leaf_paths(params), routes, strict=True)))
-
-    return Tapped(of_batch, tell)
+    return Tapped(of_batch, reporter("mean_hessian", loss, _routes))
 
 
-def _trace(loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
-    """The taps, or None where forward over reverse is not legal or nothing is to be tapped."""
-    program = _modes.trace(lambda params: (loss(params, *example), None), params)
-    _checks.check_scalar_output("mean_hessian", "loss", program.out)
-    if program.composition_blocker("fwd_over_rev") is not None:
+def _points_of(taps: Taps | None) -> Points | None:
+    """The points, or None where there are no taps or forward over reverse is not legal."""
+    if taps is None or taps.program.composition_blocker("fwd_over_rev") is not None:
         return None
-    return trace_taps(program, loss, params, example)
+    return find_points(taps)
 
 
 def _parts(params: Tree, blocks: HessianBlocks) -> list[tuple[Subtree, Subtree]]:
@@ -120,19 +111,11 @@ def _numbers(part: Subtree, leaves: Sequence[Array]) -> range:
     return range(len(leaves))[part.leaves]
 
 
-def _num_chunks(points: Points, examples: int, chunk_size: ChunkSize) -> int:
-    if chunk_size is None:
-        return 1
-    if chunk_size == "auto":
-        chunk_size = max(_LEAST_CHUNK, _CHUNK_BYTES // bytes_per_example(points))
-    return -(-examples // chunk_size)
-
-
 def _routes(taps: Taps | None, params: Tree) -> list[str]:
     """For each leaf how its rows and columns are found, in words."""
-    if taps is None:
+    points = _points_of(taps)
+    if taps is None or points is None:
         return ["products with the whole Hessian: the loss has no taps"] * len(jax.tree.leaves(params))
-    points = find_points(taps)
 
     def route(leaf: int) -> str:
         roots = [root for root in taps.roots if leaf in taps.leaves_of[root]]
@@ -172,18 +155,18 @@ def _blocks_of_leaves(
         found = _blocks_of_roots(points, leaves, examples, weights / len(batch[0]), wanted)
         return [found.get(pair) for pair in of_roots]
 
-    sums = zip(of_roots, sum_over_chunks(of_part, batch, chunks, points.taps.program.out.dtype), strict=True)
+    sums = zip(of_roots, sum_over_chunks(of_part, batch, chunks, taps.program.out.dtype), strict=True)
     blocks = {pair: block for pair, block in sums if block is not None}
-    result = {(i, j): jnp.zeros(leaves[i].shape + leaves[j].shape, leaves[i].dtype) for i, j in pairs}
     if derived:
-        curved = _of_derived(points, leaves, batch, derived)
+        result = _of_derived(points, leaves, batch, derived)
         if any(root in pair for pair in blocks for root in derived):
             through = _through_roots(points, leaves, blocks)
-            return {pair: through[pair] + curved[pair] for pair in pairs}
-        result = {pair: curved[pair] for pair in pairs}
+            return {pair: through[pair] + result[pair] for pair in pairs}
+    else:
+        result = {(i, j): jnp.zeros(leaves[i].shape + leaves[j].shape, leaves[i].dtype) for i, j in pairs}
     for (row, column), block in blocks.items():
         pair = taps.leaf_of[row], taps.leaf_of[column]
-        if pair in result:
+        if pair in pairs:
             result[pair] = result[pair] + block.reshape(result[pair].shape).astype(result[pair].dtype)
     return result
 
@@ -264,17 +247,13 @@ def _weighted_loss(
     """The weighted sum of the losses as a function of the roots."""
     taps = points.taps
     jaxpr = taps.level.jaxpr
-    base = Environment()
-    base.write(jaxpr.constvars, taps.level.consts)
-    base.write(taps.leaves, leaves)
+    base = taps.given(leaves)
     base.write(taps.roots, roots)
 
     def of_example(example: Sequence[Array]) -> Array:
-        env = Environment(base)
-        env.write(jaxpr.invars[len(leaves) :], example)
-        for eqn in jaxpr.eqns:
-            if not all(v in env for v in eqn.outvars):
-                env.evaluate(jaxpr, eqn)
-        return env.read(jaxpr.outvars)[0]
+        env = taps.with_example(base, example)
+        for eqn in filter(env.lacks, jaxpr.eqns):
+            env.evaluate(jaxpr, eqn)
+        return taps.loss_in(env)
 
     return jnp.vdot(weights, jax.vmap(of_example)(examples))

@@ -9,14 +9,13 @@ from jaxtyping import Array
 
 from curvature import _checks
 from curvature._types import ChunkSize, Objective, Tree
-from curvature.transforms._accumulate import sum_over_chunks
-from curvature.transforms._clipped import formed_gradient, teller, trace_loss
+from curvature.transforms._accumulate import num_chunks, sum_over_chunks
+from curvature.transforms._clipped import formed_gradient, routes_in_words
 from curvature.transforms._factors import factors, from_canonical
 from curvature.transforms._grad_norm import accumulator, dense, formed_gradients, routes_of
-from curvature.transforms._tapped import Tapped, open_batch
-from curvature.transforms._taps import Site, Taps
+from curvature.transforms._tapped import Tapped, open_batch, reporter
+from curvature.transforms._taps import Site, Taps, trace_taps
 
-_FORMED_BYTES = 32 * 2**20  # what the gradients formed at once may take: ours
 _Sums = tuple[list[Array], list[Array]]
 
 
@@ -71,7 +70,7 @@ def per_example_grad_moments(loss: Objective, *, chunk_size: ChunkSize = "auto")
         params, batch, example = open_batch(name, params, batch)
         leaves, structure = jax.tree.flatten(params)
         examples = jax.tree.leaves(batch)
-        taps = trace_loss(name, loss, params, example)
+        taps = trace_taps(name, loss, params, example)
 
         def by_gradients(examples: Sequence[Array], weights: Array) -> _Sums:
             part = jax.tree.structure(batch).unflatten(examples)
@@ -80,11 +79,10 @@ def per_example_grad_moments(loss: Objective, *, chunk_size: ChunkSize = "auto")
 
         of_part = by_gradients if taps is None else _sums_by_taps(taps, leaves)
         single = {} if taps is None else _single_uses(taps)
-        formed_bytes = 4 * sum(leaf.size for k, leaf in enumerate(leaves) if k not in single)
-        size = max(8, _FORMED_BYTES // max(formed_bytes, 1)) if chunk_size == "auto" else chunk_size or len(examples[0])
-        chunks = -(-len(examples[0]) // size)
-        first, second = sum_over_chunks(of_part, examples, chunks, accumulator(leaves))
-        count = len(examples[0])
+        dtype, count = accumulator(leaves), len(examples[0])
+        formed_bytes = dtype.itemsize * sum(leaf.size for k, leaf in enumerate(leaves) if k not in single)
+        chunks = num_chunks(count, chunk_size, formed_bytes, least=8)
+        first, second = sum_over_chunks(of_part, examples, chunks, dtype)
         mean = [total / count for total in first]
         square = [total / count for total in second]
         variance = [jnp.maximum(s - m**2, 0) for s, m in zip(square, mean, strict=True)]
@@ -94,7 +92,7 @@ def per_example_grad_moments(loss: Objective, *, chunk_size: ChunkSize = "auto")
         ]
         return GradMoments(*cast)
 
-    return Tapped(moments, teller(name, loss))
+    return Tapped(moments, reporter(name, loss, routes_in_words))
 
 
 def _sums_of_formed(gradients: Sequence[Array], weights: Array) -> _Sums:
@@ -143,8 +141,7 @@ def _sums_by_taps(taps: Taps, leaves: Sequence[Array]) -> Callable[[Sequence[Arr
 def _sums_of_outer(pair: tuple[Array, Array], weights: Array, site: Site) -> tuple[Array, Array]:
     """The weighted sums of ``a_b d_b'`` and of its squares, with the axes of the root."""
     a, d = (array.astype(weights.dtype) for array in pair)
-    order = (*site.group, *site.form.rows, *site.form.columns)
     weighted = d * weights[:, None, None]
     sums = jnp.einsum("bgi,bgo->gio", a, weighted), jnp.einsum("bgi,bgo->gio", a**2, weighted * d)
-    first, second = (from_canonical(array, order, site.origins[0].root) for array in sums)
+    first, second = (from_canonical(array, site.axes, site.origins[0].root) for array in sums)
     return first, second

@@ -23,8 +23,9 @@ from jaxtyping import Array, Float
 
 from curvature.transforms._accumulate import vary_like, zeros
 from curvature.transforms._affine import Lookup
+from curvature.transforms._factors import all_axes
 from curvature.transforms._jacobian import vmap
-from curvature.transforms._jaxprs import Environment, Equation, Variable
+from curvature.transforms._jaxprs import Environment, Equation, Variable, dependents
 from curvature.transforms._taps import Site, Taps
 
 _PASSES_ON = {"add", "add_any", "sub", "reshape", "squeeze", "broadcast_in_dim", "copy"}
@@ -97,7 +98,7 @@ def find_points(taps: Taps) -> Points:
         constant = v in jaxpr.outvars
         kept = [use for use in uses[v] if use.root in tapped and not (constant and _is_addition(use.site))]
         if kept:
-            points.append(Point(v, kept, _moved_by(jaxpr, v)))
+            points.append(Point(v, kept, dependents(jaxpr, [v])))
     return Points(taps, points, tapped, [root for root in taps.roots if root not in tapped])
 
 
@@ -144,15 +145,6 @@ def _point_of(jaxpr: Jaxpr, site: Site) -> Variable:
         if eqn.primitive.name not in _PASSES_ON or subtracted or out.aval.size != v.aval.size:
             return v
         v = out
-
-
-def _moved_by(jaxpr: Jaxpr, variable: Variable) -> set[Variable]:
-    """The variables that depend on one."""
-    moved = {variable}
-    for eqn in jaxpr.eqns:
-        if any(v in moved for v in eqn.invars if isinstance(v, Var)):
-            moved.update(eqn.outvars)
-    return moved
 
 
 # ---- second derivatives ------------------------------------------------------------------------------------------
@@ -229,18 +221,14 @@ def _state(
 
     def of_example(example: Sequence[Array], weight: Array, shifts: list[Array]) -> _State:
         def loss(shifts: list[Array]) -> tuple[Array, dict[tuple[int, int], Array]]:
-            env = Environment(values)
-            env.write(jaxpr.invars[len(points.taps.leaves) :], example)
-            for eqn in jaxpr.eqns:
-                if all(v in env for v in eqn.outvars):
-                    continue
+            env = points.taps.with_example(values, example)
+            for eqn in filter(env.lacks, jaxpr.eqns):
                 env.evaluate(jaxpr, eqn)
                 for v in eqn.outvars:
                     if v in number:
                         env[v] = env[v] + shifts[number[v]].reshape(env[v].shape)
-            (out,) = env.read(jaxpr.outvars)
             inputs = {(k, n): _input(use, env) for k, p in enumerate(points.points) for n, use in enumerate(p.uses)}
-            return weight * out, inputs
+            return weight * points.taps.loss_in(env), inputs
 
         d, inputs = jax.grad(loss, has_aux=True)(shifts)
         return _State(dict(enumerate(d)), inputs)
@@ -351,9 +339,7 @@ def _by_roots(part: Float[Array, "p q i j"], row: Use, column: Use) -> Array:
     part = _reorder(part, column.order, 3)
     shapes, orders = [], []
     for use in (row, column):
-        ndim = use.root.aval.ndim
-        order = [*use.site.group, *use.site.form.rows, *use.site.form.columns]
-        order += [axis for axis in range(ndim) if axis not in order]  # of size one
+        order = all_axes(use.site.axes, use.root.aval.ndim)
         shapes += [use.root.aval.shape[axis] for axis in order]
         orders += [len(orders) + k for k in np.argsort(order)]
     return jnp.transpose(part.reshape(shapes), orders)

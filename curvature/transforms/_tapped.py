@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from curvature import _checks
-from curvature._types import Tree
+from curvature._types import Objective, Tree
 from curvature.transforms._accumulate import vary_like
+from curvature.transforms._blocks import leaf_paths
+from curvature.transforms._taps import Taps, trace_taps
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,19 @@ class Tapped:
     def __call__(self, params: Tree, *batch: Any) -> Any:
         """The function's value."""
         return self.function(params, *batch)
+
+
+def reporter(
+    function: str, loss: Objective, routes: Callable[[Taps | None, Tree], list[str]]
+) -> Callable[..., TapReport]:
+    """``Tapped.report``, from the taps of the loss and the parameters to a sentence for each leaf."""
+
+    def report(params: Tree, *batch: Any) -> TapReport:
+        params, _, example = open_batch(function, params, batch)
+        told = routes(trace_taps(function, loss, params, example), params)
+        return TapReport(function, dict(zip(leaf_paths(params), told, strict=True)))
+
+    return report
 
 
 def open_batch(function: str, params: Tree, batch: tuple[Any, ...]) -> tuple[Tree, tuple[Any, ...], tuple[Any, ...]]:

@@ -9,17 +9,28 @@ follows the gradient of the parameter (see ``_affine.py``), which need not be fo
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from jaxtyping import Array
 
+from curvature import _checks
 from curvature._types import Objective, Tree
 from curvature.transforms import _modes
 from curvature.transforms._accumulate import zeros
 from curvature.transforms._affine import Axes, canonical_form
-from curvature.transforms._jaxprs import Environment, Equation, Scan, Variable, inline, is_floating, open_scan
+from curvature.transforms._jaxprs import (
+    Environment,
+    Equation,
+    Scan,
+    Variable,
+    dependents,
+    inline,
+    is_floating,
+    open_scan,
+)
 
 
 class Origin(NamedTuple):
@@ -68,6 +79,11 @@ class Site(NamedTuple):
     def group(self) -> Axes:
         """The axes of the root that the canonical form is batched over: those that scans slice come first."""
         return (*(axis for axis in self.origins[0].loops if axis is not None), *self.form.group)
+
+    @property
+    def axes(self) -> Axes:
+        """The axes of the root in the order of g, i and o."""
+        return (*self.group, *self.form.rows, *self.form.columns)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -119,21 +135,35 @@ class Taps:
     leaves_of: dict[Variable, frozenset[int]]
     program: _modes.Program
 
-    @property
+    @cached_property
     def sites(self) -> list[Site]:
         """All sites, in the order of evaluation."""
         return list(self.level.all_sites())
 
     def parameter_values(self, leaves: Sequence[Array]) -> Environment:
         """Everything that is computed from parameters and constants alone."""
-        jaxpr = self.level.jaxpr
-        env = Environment()
-        env.write(jaxpr.constvars, self.level.consts)
-        env.write(self.leaves, leaves)
-        for eqn in jaxpr.eqns:
+        env = self.given(leaves)
+        for eqn in self.level.jaxpr.eqns:
             if not any(v in self.on_data for v in eqn.outvars):
-                env.evaluate(jaxpr, eqn)
+                env.evaluate(self.level.jaxpr, eqn)
         return env
+
+    def given(self, leaves: Sequence[Array]) -> Environment:
+        """Parameters and constants, and nothing computed yet."""
+        env = Environment()
+        env.write(self.level.jaxpr.constvars, self.level.consts)
+        env.write(self.leaves, leaves)
+        return env
+
+    def with_example(self, values: Environment, example: Sequence[Any]) -> Environment:
+        """The same values, and an example."""
+        env = Environment(values)
+        env.write(self.level.jaxpr.invars[len(self.leaves) :], example)
+        return env
+
+    def loss_in(self, env: Environment) -> Array:
+        """The loss, once it is evaluated."""
+        return env.read(self.level.jaxpr.outvars)[0]
 
     def root_values(self, leaves: Sequence[Array]) -> list[Array]:
         """The roots as functions of the leaves."""
@@ -141,15 +171,13 @@ class Taps:
 
     def shifts(self) -> list[list[Array]]:
         """For each output of each site a zero of its shape, by which it is shifted."""
-        return [[_zero_like(v, site.lengths) for v in site.outputs] for site in self.sites]
+        return [[zeros((*site.lengths, *v.aval.shape), v.aval) for v in site.outputs] for site in self.sites]
 
     def shifted(self, values: Environment, example: Sequence[Any], shifts: Any) -> tuple[Array, list[Any]]:
         """The loss of one example whose sites are shifted, and the inputs of each site."""
-        env = Environment(values)
-        env.write(self.level.jaxpr.invars[len(self.leaves) :], example)
+        env = self.with_example(values, example)
         captured = _run(self.level, env, iter(shifts))
-        (loss,) = env.read(self.level.jaxpr.outvars)
-        return loss, captured
+        return self.loss_in(env), captured
 
     def cotangents(self, values: Environment, example: Sequence[Any]) -> tuple[list[Any], list[list[Array]]]:
         """For each site its inputs, and the cotangents of its outputs."""
@@ -157,22 +185,19 @@ class Taps:
         return captured, d
 
 
-def trace_taps(program: _modes.Program, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
-    """The taps of a loss; None where it has none to offer: no reverse mode, no jaxpr, no dependence on the data.
-
-    ``program`` is the loss of the example as a function of the parameters.
-    """
-    if program.jaxpr is None or program.blocker("rev") is not None:
+def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
+    """The taps of a loss; None where it has none to offer: no reverse mode, no jaxpr, no dependence on the data."""
+    whole = _modes.trace(lambda point: (loss(point[0], *point[1]), None), (params, example))
+    _checks.check_scalar_output(function, "loss", whole.out)
+    if whole.jaxpr is None:
         return None
+    program = _modes.trace(lambda params: whole.fun((params, example)), params)
+    if program.blocker("rev") is not None:
+        return None
+    closed = inline(whole.jaxpr)
     leaves = jax.tree.leaves(params)
-
-    def flat(*values: Any) -> Any:
-        point = jax.tree.structure(params).unflatten(values[: len(leaves)])
-        return loss(point, *jax.tree.structure(example).unflatten(values[len(leaves) :]))
-
-    closed = inline(jax.make_jaxpr(flat)(*leaves, *jax.tree.leaves(example)))
     inputs = closed.jaxpr.invars[: len(leaves)]
-    on_data = _data_variables(closed.jaxpr, set(closed.jaxpr.invars[len(leaves) :]))
+    on_data = dependents(closed.jaxpr, closed.jaxpr.invars[len(leaves) :])
     if not all(v in on_data for v in closed.jaxpr.outvars):
         return None
     origins = {v: Origin(v, tuple(range(v.aval.ndim))) for v in inputs}
@@ -185,15 +210,6 @@ def trace_taps(program: _modes.Program, loss: Objective, params: Tree, example: 
 
 
 # ---- analysis ----------------------------------------------------------------------------------------------------
-
-
-def _data_variables(jaxpr: Jaxpr, given: set[Variable]) -> set[Variable]:
-    """The variables that depend on the data."""
-    found = set(given)
-    for eqn in jaxpr.eqns:
-        if any(v in found for v in eqn.invars if isinstance(v, Var)):
-            found.update(eqn.outvars)
-    return found
 
 
 def _leaves_of(jaxpr: Jaxpr, leaves: Sequence[Variable], roots: Iterable[Variable]) -> dict[Variable, frozenset[int]]:
@@ -259,7 +275,7 @@ def _analyze_scan(
             inner_origins[inner] = Origin(known.root, known.axes[1:], (*known.loops, known.axes[0]))
         elif isinstance(outer, Var) and outer in on_data:
             inner_data.add(inner)
-    inner_data = _data_variables(scan.body.jaxpr, inner_data)
+    inner_data = dependents(scan.body.jaxpr, inner_data)
     level = _analyze(scan.body, inner_data, inner_origins, leaf_of, (*lengths, scan.length))
     return None if level is None else (scan, level)
 
@@ -310,7 +326,7 @@ def _run(level: _Level, env: Environment, shifts: Iterator[list[Array]]) -> list
     """Evaluate a level with its sites shifted; returns the inputs of each site."""
     captured = []
     for k, eqn in enumerate(level.jaxpr.eqns):
-        if all(v in env for v in eqn.outvars):
+        if not env.lacks(eqn):
             continue
         if k in level.scans:
             captured += _run_scan(eqn, *level.scans[k], env, shifts)
@@ -346,8 +362,3 @@ def _run_scan(eqn: Equation, scan: Scan, level: _Level, env: Environment, shifts
     carry, (stacked, captured) = jax.lax.scan(step, rest[: scan.num_carry], sliced, scan.length, scan.reverse)
     env.write(eqn.outvars, [*carry, *stacked])
     return captured
-
-
-def _zero_like(v: Variable, lengths: tuple[int, ...]) -> Array:
-    """Zeros of the shape of a variable within scans, which vary over the devices over which it varies."""
-    return zeros((*lengths, *v.aval.shape), v.aval)
