@@ -211,3 +211,12 @@ def check_pattern(function: str, pattern: Any, shape: tuple[int, int]) -> tuple[
         return np.asarray(pattern.rows), np.asarray(pattern.cols)
     rows, columns = np.nonzero(np.asarray(pattern))
     return rows, columns
+
+
+def check_index_range(function: str, shape: tuple[int, int]) -> None:
+    """Refuse products of all colors that are more than a 32-bit number can count."""
+    if shape[0] * shape[1] > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"{function}: {shape[0]:,} products of {shape[1]:,} entries are more than 2^31 - 1 together; "
+            "split x and prepare each part."
+        )

@@ -1,5 +1,6 @@
 """Which way to a derivative is legal, what each costs, and which one ``mode="auto"`` takes."""
 
+import dataclasses
 import functools
 import itertools
 import statistics
@@ -14,8 +15,11 @@ from curvature import _checks
 from curvature._types import HessianMode, JacobianMode, Objective, Tree
 from curvature.diagnostics._reports import Explanation, Way
 from curvature.transforms import _modes, hessian, hvp, jacobian
+from curvature.transforms._examples import Examples
 from curvature.transforms._jacobian import auto_chunk_of, gradient_of, with_aux
 from curvature.transforms._legality import outputs_of
+from curvature.transforms._mean_hessian import find_structure
+from curvature.transforms._points import Points
 
 _COMPOSITIONS = get_args(HessianMode)[1:]
 _DIRECTIONS = get_args(JacobianMode)[1:]
@@ -64,7 +68,10 @@ def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> Explana
     _checks.check_concrete("explain", {"x": x, "args": args})
     program = _modes.trace(lambda x: with_aux("explain", f(x, *args), False), x)
     _checks.check_floating_output("explain", "f", program.out)
+    structure = find_structure(program)
     ways = tuple(itertools.chain(*(_ways(kind, program, f, x, args, measure) for kind in _kinds(program))))
+    if structure is not None:
+        ways = _with_taps(ways, f, x, args, measure)
     unused, flat = _leaves_without(program)
     return Explanation(
         name=getattr(f, "__name__", type(f).__name__),
@@ -74,7 +81,7 @@ def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> Explana
         chunk=_chunk(program, ways),
         unused=unused,
         without_curvature=flat,
-        structure=None,
+        structure=None if structure is None else _structure_in_words(*structure),
         remarks=_remarks(program, ways, measure),
     )
 
@@ -174,6 +181,19 @@ def _cost(
     )
 
 
+def _with_taps(ways: tuple[Way, ...], f: Objective, x: Tree, args: tuple[Any, ...], measure: bool) -> tuple[Way, ...]:
+    """The rows with one more for the Hessian, of what ``auto`` takes where it finds examples."""
+    others = tuple(dataclasses.replace(way, chosen=way.chosen and way.derivative != "hessian") for way in ways)
+    return (*others, _cost("hessian", "taps", True, hessian(f), (x, *args), measure, True))
+
+
+def _structure_in_words(examples: Examples, points: Points) -> str:
+    return (
+        f"f is a sum or mean over {len(examples.batch[0]):,} examples: 'taps' assembles its Hessian as mean_hessian "
+        f"does, along {points.num_directions:,} directions."
+    )
+
+
 def _median_seconds(call: Call, budget: float = 0.2, most: int = 51) -> float:
     """The median of as many calls as fit into ``budget`` seconds, after one to warm up; at least three."""
     jax.block_until_ready(call())
@@ -188,7 +208,7 @@ def _median_seconds(call: Call, budget: float = 0.2, most: int = 51) -> float:
 def _chunk(program: _modes.Program, ways: tuple[Way, ...]) -> int | None:
     """How many columns or rows of the last kind of derivative run at once, by the chosen way."""
     way = next((way for way in reversed(ways) if way.chosen), None)
-    if way is None or way.derivative not in ("hessian", "jacobian") or program.jaxpr is None:
+    if way is None or way.derivative not in ("hessian", "jacobian") or way.mode == "taps" or program.jaxpr is None:
         return None
     if way.derivative == "jacobian":
         return auto_chunk_of(program.fun, program.x, way.mode)

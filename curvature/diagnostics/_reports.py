@@ -13,7 +13,8 @@ class Way:
 
     Attributes:
         derivative: ``"gradient"``, ``"hvp"``, ``"hessian"`` or ``"jacobian"``.
-        mode: the mode or composition of modes.
+        mode: the mode or composition of modes; "taps" for a Hessian assembled as ``mean_hessian`` does, where ``auto``
+            finds that ``f`` is a sum or mean over examples.
         chosen: whether it is what ``mode="auto"`` takes.
         blocker: why it is not legal: the primitive, and the user's line that brought it in; None if it is legal.
         flops: XLA's count, which takes the body of a loop once; None if XLA does not say or nothing was compiled.
@@ -49,7 +50,7 @@ class Explanation(Printable):
         num_inputs: the number of entries of ``x``.
         num_outputs: the number of entries of ``f(x)``.
         chunk: how many columns of the Hessian (or tangents or cotangents of the Jacobian) run at once; None if no mode
-            is legal.
+            is legal, or the Hessian is assembled from taps.
         unused: the paths of the leaves of ``x`` that ``f`` does not depend on.
         without_curvature: the paths of the leaves that ``f`` is linear in, or piecewise so, all else fixed and not:
             the rows and columns of the Hessian are zero there, whatever the values.

@@ -16,7 +16,7 @@ from curvature._types import MinimizeResult, Objective, Status, Tree, ravel
 from curvature.optimizers._newton import newton
 from curvature.optimizers._protocol import DenseSecondOrder, SecondOrder, noise_of
 from curvature.optimizers._trust_region import trust_region
-from curvature.transforms._hessian import linearize_program, trace_objective
+from curvature.transforms._compositions import linearize_program, trace_objective
 from curvature.transforms._jacobian import gradient_of
 from curvature.transforms._modes import Program, choose_composition, choose_jacobian, num_entries
 

@@ -11,7 +11,7 @@ from curvature import _checks
 from curvature._types import ChunkSize, HessianMode, Objective, Tree
 from curvature.transforms import _modes
 from curvature.transforms._blocks import Subtree, leaf_subtrees
-from curvature.transforms._hessian import trace_objective
+from curvature.transforms._compositions import trace_objective
 from curvature.transforms._jacobian import gradient_of, map_basis
 
 

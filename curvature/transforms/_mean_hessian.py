@@ -13,13 +13,15 @@ from curvature._types import ChunkSize, HessianBlocks, Objective, Tree
 from curvature.transforms import _modes
 from curvature.transforms._accumulate import num_chunks, sum_over_chunks
 from curvature.transforms._blocks import Subtree, leaf_subtrees, select
-from curvature.transforms._hessian import hessian_of
+from curvature.transforms._compositions import hessian_of
+from curvature.transforms._examples import Examples, find_examples
 from curvature.transforms._jacobian import jacobian_of
 from curvature.transforms._points import Blocks, Points, Wanted, bytes_per_example, find_points, tapped_blocks
 from curvature.transforms._tapped import Tapped, open_batch, reporter
 from curvature.transforms._taps import Taps, trace_taps
 
 _LEAST_CHUNK = 128  # fewer examples make thin products of matrices
+_FEWER = 2  # taps pay when they take so many times fewer directions than there are parameters: ours
 
 
 def mean_hessian(loss: Objective, *, chunk_size: ChunkSize = "auto", blocks: HessianBlocks = None) -> Tapped:
@@ -71,25 +73,56 @@ def mean_hessian(loss: Objective, *, chunk_size: ChunkSize = "auto", blocks: Hes
 
     def of_batch(params: Tree, *batch: Any) -> Tree:
         params, batch, example = open_batch("mean_hessian", params, batch)
-        points, leaves = _points_of(trace_taps("mean_hessian", loss, params, example)), jax.tree.leaves(params)
+        points = _points_of(trace_taps("mean_hessian", loss, params, example))
         if points is None:
             return _by_products(loss, params, batch, blocks)
-        parts = _parts(params, blocks)
-        pairs = {(i, j) for rows, columns in parts for i in _numbers(rows, leaves) for j in _numbers(columns, leaves)}
-        examples = jax.tree.leaves(batch)
-        chunks = num_chunks(len(examples[0]), chunk_size, bytes_per_example(points), _LEAST_CHUNK)
-        found = _blocks_of_leaves(points, leaves, examples, pairs, chunks)
-
-        def tree_of(rows: Subtree, columns: Subtree) -> Tree:
-            numbers = _numbers(columns, leaves)
-            return rows.structure.unflatten(
-                [columns.structure.unflatten([found[i, j] for j in numbers]) for i in _numbers(rows, leaves)]
-            )
-
-        trees = [tree_of(rows, columns) for rows, columns in parts]
-        return jax.tree.structure(params).unflatten(trees) if blocks == "diagonal" else trees[0]
+        return _assemble("mean_hessian", points, params, jax.tree.leaves(batch), blocks, chunk_size)
 
     return Tapped(of_batch, reporter("mean_hessian", loss, _routes))
+
+
+def hessian_of_examples(program: _modes.Program, blocks: HessianBlocks) -> Tree | None:
+    """The Hessian of a function that is a mean over examples, or None where that does not show or does not pay."""
+    found = find_structure(program)
+    if found is None:
+        return None
+    examples, points = found
+    return _assemble("hessian", points, program.x, examples.batch, blocks, "auto")
+
+
+def find_structure(program: _modes.Program) -> tuple[Examples, Points] | None:
+    """The examples of a function and the points of one's loss, where these are worth it."""
+    examples = find_examples(program)
+    if examples is None:
+        return None
+    points = _points_of(trace_taps("hessian", examples.loss, program.x, tuple(leaf[0] for leaf in examples.batch)))
+    if points is None or _FEWER * points.num_directions > _modes.num_entries(program.x):
+        return None
+    return examples, points
+
+
+def _assemble(
+    function: str,
+    points: Points,
+    params: Tree,
+    examples: Sequence[Array],
+    blocks: HessianBlocks,
+    chunk_size: ChunkSize,
+) -> Tree:
+    """The Hessian of the mean, or those blocks of it, as a tree of trees."""
+    leaves, parts = jax.tree.leaves(params), _parts(function, params, blocks)
+    pairs = {(i, j) for rows, columns in parts for i in _numbers(rows, leaves) for j in _numbers(columns, leaves)}
+    chunks = num_chunks(len(examples[0]), chunk_size, bytes_per_example(points), _LEAST_CHUNK)
+    found = _blocks_of_leaves(points, leaves, examples, pairs, chunks)
+
+    def tree_of(rows: Subtree, columns: Subtree) -> Tree:
+        numbers = _numbers(columns, leaves)
+        return rows.structure.unflatten(
+            [columns.structure.unflatten([found[i, j] for j in numbers]) for i in _numbers(rows, leaves)]
+        )
+
+    trees = [tree_of(rows, columns) for rows, columns in parts]
+    return jax.tree.structure(params).unflatten(trees) if blocks == "diagonal" else trees[0]
 
 
 def _points_of(taps: Taps | None) -> Points | None:
@@ -99,11 +132,11 @@ def _points_of(taps: Taps | None) -> Points | None:
     return find_points(taps)
 
 
-def _parts(params: Tree, blocks: HessianBlocks) -> list[tuple[Subtree, Subtree]]:
+def _parts(function: str, params: Tree, blocks: HessianBlocks) -> list[tuple[Subtree, Subtree]]:
     """The pairs of sub-trees whose blocks are asked for."""
     if blocks == "diagonal":
         return [(leaf, leaf) for leaf in leaf_subtrees(params)]
-    rows, columns = (select("mean_hessian", "blocks", params, path) for path in blocks or ("", ""))
+    rows, columns = (select(function, "blocks", params, path) for path in blocks or ("", ""))
     return [(rows, columns)]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from curvature import _checks
 from curvature._types import ChunkSize, HessianMode, Objective, Tree
 from curvature.transforms import _modes
-from curvature.transforms._hessian import hessian_of
+from curvature.transforms._compositions import hessian_of
 from curvature.transforms._jacobian import gradient_of, vmap
 
 

@@ -73,6 +73,12 @@ class Points:
     tapped: list[Variable]
     rest: list[Variable]
 
+    @property
+    def num_directions(self) -> int:
+        """How many directions the Hessian takes: the entries of the points and of the roots left to products."""
+        variables = [*(point.variable for point in self.points), *self.rest]
+        return sum(v.aval.size for v in variables)
+
 
 def find_points(taps: Taps) -> Points:
     """Tap every root that takes no more directions at its points than it has entries."""

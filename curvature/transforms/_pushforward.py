@@ -17,12 +17,13 @@ from curvature.transforms._modes import directional_derivative
 LINEAR_BY_ENTRY = frozenset({"add", "sub", "neg", "add_any", "copy", "convert_element_type", "select_n"})
 """Equations whose derivative is another one of the kind, which costs less than a product with slopes of one."""
 
-_BY_ENTRY = LINEAR_BY_ENTRY | {
+BY_ENTRY = LINEAR_BY_ENTRY | {
     "abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp", "cos", "cosh",
     "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow",
     "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "not", "or", "pow",
     "rem", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 }  # fmt: skip
+"""Equations that compute each entry of their output from the same entry of their operands."""
 
 
 class Pushforward(NamedTuple):
@@ -123,7 +124,7 @@ def _by_entry(jaxpr: Jaxpr, eqn: JaxprEqn, shape: tuple[int, ...], assumed: froz
         body = open_jaxpr(eqn.params["call_jaxpr"])
         return _only_by_entry(body, shape, assumed) and _rule_is_by_entry(lone_equation(jaxpr, eqn), shape, assumed)
     body = called_jaxpr(eqn) if name in ("jit", "pjit") else None
-    return name in _BY_ENTRY if body is None else _only_by_entry(body, shape, assumed)
+    return name in BY_ENTRY if body is None else _only_by_entry(body, shape, assumed)
 
 
 def _rule_is_by_entry(closed: ClosedJaxpr, shape: tuple[int, ...], assumed: frozenset[str]) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 from jaxtyping import Array
@@ -11,7 +12,7 @@ from jaxtyping import Array
 from curvature import _checks
 from curvature._types import JacobianMode, Objective, SparseHessianMode, Tree, ravel
 from curvature.transforms import _modes
-from curvature.transforms._hessian import trace_objective
+from curvature.transforms._compositions import linearize_program, trace_objective
 from curvature.transforms._legality import Blocker
 
 _asdex_error: ImportError | None = None
@@ -87,7 +88,14 @@ def sparse_hessian(
     rows, columns = _checks.check_pattern("sparse_hessian", pattern, shape)
     sparsity = _sparsity(np.concatenate([rows, columns]), np.concatenate([columns, rows]), shape, vector)
     coloring = asdex.hessian_coloring_from_sparsity(sparsity, mode=chosen)
-    return _prepared("sparse_hessian", asdex.hessian_from_coloring, coloring, fun, x)
+    colors = np.arange(max(coloring.num_colors, 1))  # without any, one that no column has
+    seeds = jnp.asarray(np.asarray(coloring.colors)[:, None] == colors, vector.dtype)
+
+    def products(vector: Array, *args: Any) -> Array:
+        hvp_fn = linearize_program(trace_objective("sparse_hessian", "f", fun, vector, args), chosen)[2]
+        return jax.vmap(hvp_fn, in_axes=1, out_axes=1)(seeds)  # colors innermost: XLA shares the rows among its threads
+
+    return _prepared("sparse_hessian", products, _places(coloring, columns=True), coloring, x)
 
 
 def sparse_jacobian(
@@ -150,7 +158,11 @@ def sparse_jacobian(
     shape = (_modes.num_entries(program.out), vector.size)
     sparsity = _sparsity(*_checks.check_pattern("sparse_jacobian", pattern, shape), shape, vector)
     coloring = asdex.jacobian_coloring_from_sparsity(sparsity, mode=legal[0] if len(legal) == 1 else None)
-    return _prepared("sparse_jacobian", asdex.jacobian_from_coloring, coloring, fun, x)
+
+    def products(vector: Array, *args: Any) -> Array:
+        return asdex.compressed_jacobian_from_coloring(lambda vector: fun(vector, *args), coloring)(vector)
+
+    return _prepared("sparse_jacobian", products, _places(coloring, columns=False), coloring, x)
 
 
 def _legal_modes(function: str, mode: str, blockers: dict[str, Blocker | None]) -> list[str]:
@@ -173,20 +185,39 @@ def _sparsity(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int], vec
 
 
 def _prepared(
-    function: str, transform: Callable[..., Any], coloring: Any, fun: Callable[..., Array], like: Tree
+    function: str, products: Callable[..., Array], where: Array, coloring: Any, like: Tree
 ) -> Callable[..., BCOO]:
-    """The compiled function of the point and the data, which may be of any dtype since ``fun`` closes over them."""
+    """The compiled function of the point and the data, from the products of all colors and the places of the entries.
+
+    It is compiled in two parts: XLA would compute the products anew in the order of the entries, one by one, which on a
+    CPU takes longer than to write them out and read them again.
+    """
     like = jax.tree.map(jax.typeof, like)
     pattern = coloring.sparsity.to_bcoo()
 
     @jax.jit
-    def entries(x: Tree, *args: Any) -> Array:
-        return transform(lambda vector: fun(vector, *args), coloring)(ravel(x)[0]).data
+    def compressed(x: Tree, *args: Any) -> Array:
+        return products(ravel(x)[0], *args)
+
+    @jax.jit
+    def entries(products: Array, where: Array) -> Array:
+        return products.reshape(-1).at[where].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
     def evaluate(x: Tree, *args: Any) -> BCOO:
         x = _checks.check_direction(function, "x", x, "the prepared x", like)
         _checks.check_data(function, args)
-        found = entries(x, *args), pattern.indices  # indices stay outside, where nothing copies them
+        found = entries(compressed(x, *args), where), pattern.indices  # indices stay outside, where nothing copies them
         return BCOO(found, shape=pattern.shape, indices_sorted=True, unique_indices=True)
 
     return evaluate
+
+
+def _places(coloring: Any, columns: bool) -> Array:
+    """Where each entry of the pattern stands in the flat products, which have a row, or a column, for each color."""
+    if coloring.sparsity.nnz == 0:
+        return jnp.zeros(0, np.int32)
+    shape = coloring.num_colors, coloring.sparsity.shape[coloring.mode == "rev"]
+    _checks.check_index_range("sparse_hessian" if columns else "sparse_jacobian", shape)
+    numbers = np.arange(shape[0] * shape[1], dtype=np.int32)
+    numbers = numbers.reshape(shape[::-1]).T if columns else numbers.reshape(shape)
+    return asdex.decompress_data(jnp.asarray(numbers), coloring)

@@ -1,0 +1,83 @@
+"""Second derivatives of a traced function by a composition of modes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from curvature import _checks
+from curvature._types import ChunkSize, HessianBlocks, HessianMode, Objective, Tree
+from curvature.transforms import _modes
+from curvature.transforms._blocks import Subtree, leaf_subtrees, select
+from curvature.transforms._jacobian import gradient_of, jacobian_of, with_aux
+
+
+def hessian_of(
+    function: str, program: _modes.Program, mode: HessianMode, chunk_size: ChunkSize, blocks: HessianBlocks = None
+) -> tuple[Tree, Any]:
+    """The Hessian of a traced function at its point, or those blocks of it, and the function's aux."""
+    x = program.x
+    composition = _modes.choose_composition(function, program, mode, whole=not isinstance(blocks, tuple | list))
+    if blocks != "diagonal":
+        rows, columns = (select(function, "blocks", x, path) for path in blocks or ("", ""))
+        return _block(program, composition, rows, columns, chunk_size)
+    results, auxes = zip(
+        *(_block(program, composition, leaf, leaf, chunk_size) for leaf in leaf_subtrees(x)), strict=True
+    )
+    structure = jax.tree.structure(x)
+    return jax.tree.transpose(structure, jax.tree.structure(program.out), structure.unflatten(results)), auxes[0]
+
+
+def _block(
+    program: _modes.Program, composition: str, rows: Subtree, columns: Subtree, chunk_size: ChunkSize
+) -> tuple[Tree, Any]:
+    """The block of two sub-trees: for each output a tree like the rows of trees like the columns; and the aux."""
+    outer, _, inner = composition.partition("_over_")
+
+    def gradient_by_rows(part: Tree) -> tuple[Any, Any]:
+        x = columns.put(program.x, part)
+        if inner == "rev" and program.is_scalar:  # what the other rows cost falls to dead code
+            grad, rest = gradient_of(program, x, inner)
+            return rows.take(grad), rest
+        return jacobian_of(lambda part: program.fun(rows.put(x, part)), rows.take(x), inner, None)
+
+    result, (_, (_, aux)) = jacobian_of(gradient_by_rows, columns.take(program.x), outer, chunk_size)
+    return result, aux
+
+
+def linearize_program(program: _modes.Program, composition: str) -> tuple[Any, Tree, Callable[[Tree], Tree], Any]:
+    """Value, gradient, Hessian product and aux of a traced objective at its point."""
+    x = program.x
+    if composition == "fwd_over_rev":
+        grad, hvp_fn, (value, aux) = jax.linearize(program.reverse.fun, x, has_aux=True)
+        return value, grad, hvp_fn, aux
+    if composition == "rev_over_rev":
+        grad, pull, (value, aux) = jax.vjp(program.reverse.fun, x, has_aux=True)
+        return value, grad, lambda v: pull(v)[0], aux  # H is symmetric: v H is H v
+    grad, (value, aux) = gradient_of(program, x, "rev" if program.blocker("rev") is None else "fwd")
+    return value, grad, lambda v: product_of(program, composition, v), aux
+
+
+def trace_objective(
+    function: str, name: str, f: Objective, x: Tree, args: tuple[Any, ...], has_aux: bool = False
+) -> _modes.Program:
+    """``f`` traced at ``x``, once it is known to return one floating scalar."""
+    program = _modes.trace(lambda x: with_aux(function, f(x, *args), has_aux), x)
+    _checks.check_scalar_output(function, name, program.out)
+    return program
+
+
+def product_of(program: _modes.Program, composition: str, v: Tree) -> Tree:
+    """``H v`` by the composition asked for."""
+    x = program.x
+    if composition == "fwd_over_rev":
+        return jax.jvp(program.reverse.fun, (x,), (v,), has_aux=True)[1]
+    if composition == "rev_over_rev":
+        return jax.vjp(program.reverse.fun, x, has_aux=True)[1](v)[0]
+
+    def along_v(x: Tree) -> tuple[Any, Any]:
+        return _modes.directional_derivative(program.fun, x, v)
+
+    if composition == "rev_over_fwd":
+        return jax.grad(along_v, has_aux=True)(x)[0]
+    return jacobian_of(along_v, x, "fwd", None)[0]
