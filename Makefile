@@ -7,7 +7,7 @@ STAMP := .venv/installed-$(VERSION)
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format check bench clean
+.PHONY: help demo test test-slow lint format check bench clean
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3.13]'
@@ -18,6 +18,9 @@ demo: $(STAMP) ## train a classifier of handwritten digits with Newton steps
 
 test: $(STAMP) ## run the tests and the examples in the docstrings
 	$(RUN) pytest -n 2
+
+test-slow: $(STAMP) ## run the tests on many devices and in several processes
+	$(RUN) pytest -n 2 -m slow
 
 lint: $(STAMP) ## check style, format, types and spelling
 	$(RUN) ruff check

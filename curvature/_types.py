@@ -103,14 +103,16 @@ class MinimizeResult:
         return jax.tree.map(sentences.get, np.asarray(self.status).tolist())
 
 
-class CGInfo(NamedTuple):
-    """How ``cg`` ended.
+class SolveInfo(NamedTuple):
+    """How the solution of a linear system ended.
 
     Attributes:
         status: a ``Status`` as an integer array.
-        num_steps: the number of steps, each one product with the operator.
+        num_steps: the steps of an iteration, each one product with the operator; for a factorization how often it was
+            applied.
         residual_norm: ``norm(b - A x)``, computed afresh from the returned ``x``.
-        min_curvature: the smallest ``p' A p / p' p`` seen over the search directions ``p``; infinity before any.
+        min_curvature: the smallest ``p' A p / p' p`` seen over directions ``p``: those of the search, or an
+            eigenvector; infinity before any.
         direction: the direction at which it was seen; of negative curvature if the status says so.
     """
 

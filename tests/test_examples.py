@@ -67,3 +67,50 @@ def test_which_mode():
     assert "the Hessian is made by rev_over_rev" in printed
     assert "checks did not pass" in printed
     assert "The loop's derivatives are right" in printed
+
+
+@pytest.mark.slow
+def test_sharded_hvp():
+    pytest.importorskip("rich")
+    printed = " ".join(run("from examples import sharded_hvp; sharded_hvp.main()").split())
+    assert "2048 examples on 8 devices" in printed
+    rows = re.findall(
+        r"(Hessian|Gauss-Newton|Fisher) (?:whole|in slices).*? (\S+) 1 all-reduce of ([\d,]+) num", printed
+    )
+    assert len(rows) == 7
+    differences = [float(row[1]) for row in rows]
+    differences += map(float, re.findall(r"(\S+) apart from (?:one device\.|the whole|one process)", printed))
+    assert len(differences) == 11
+    assert max(differences) < 1e-4
+    assert [row[2] for row in rows].count("2,752") == 6  # a whole Hessian takes more
+    assert "CONVERGED" in printed
+    assert "Process 1 of 2 holds 1024 examples" in printed
+
+
+def test_laplace(tmp_path):
+    for module in ("matplotlib", "rich"):
+        pytest.importorskip(module)
+    picture = tmp_path / "output" / "laplace.png"
+    code = f"import pathlib; from examples import laplace; print(*laplace.main(3, pathlib.Path({str(picture)!r})))"
+    printed = run(code)
+    assert "The evidence is largest" in printed
+    in_gap, near = map(float, printed.split()[-2:])
+    assert 0.02 < near < 0.15  # the noise of 0.2 over the root of the points nearby
+    assert in_gap > 3 * near
+    assert picture.stat().st_size > 10_000
+
+
+def test_spectrum(tmp_path):
+    for module in ("matplotlib", "rich", "sklearn"):
+        pytest.importorskip(module)
+    picture = tmp_path / "output" / "spectrum.png"
+    code = f"""
+import pathlib, numpy as np
+from examples import spectrum
+spectra = spectrum.main(5, pathlib.Path({str(picture)!r}))
+print(*[float(np.trapezoid(found.density.density, found.density.grid)) for found in spectra.values()])
+"""
+    *printed, integrals = run(code).splitlines()
+    assert any("After training" in line for line in printed)
+    assert all(abs(float(integral) - 1) < 1e-3 for integral in integrals.split())
+    assert picture.stat().st_size > 10_000

@@ -6,24 +6,31 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from curvature import _checks
-from curvature._types import CGInfo, Status, Tree, ravel
-from curvature.linalg._dense import exponent_of, norm
-
-Vector = Float[Array, " n"]
-Scalar = Float[Array, ""]
+from curvature._types import SolveInfo, Status, Tree
+from curvature.linalg._dense import norm
+from curvature.linalg._system import (
+    Scalar,
+    Vector,
+    VectorMap,
+    dot,
+    implicit_solution,
+    linear_system,
+    unit_preconditioner,
+    where_status,
+)
+from curvature.operators._base import LinearOperator
 
 
 def cg(
-    op: Callable[[Tree], Tree],
+    op: LinearOperator | Callable[[Tree], Tree],
     b: Tree,
     *,
     rtol: ArrayLike = 1e-5,
     max_steps: ArrayLike | None = None,
-    preconditioner: Callable[[Tree], Tree] | None = None,
-) -> tuple[Tree, CGInfo]:
+    preconditioner: LinearOperator | Callable[[Tree], Tree] | None = None,
+) -> tuple[Tree, SolveInfo]:
     """Solve ``A x = b`` for a symmetric positive definite ``A`` by conjugate gradients, or say why it cannot be.
 
     Two things differ from the usual routine. Success is claimed only when ``norm(b - A x) <= rtol * norm(b)`` holds for
@@ -31,20 +38,26 @@ def cg(
     ``x``. And a direction ``p`` with ``p' A p <= eps * norm(p) * norm(A p)`` ends the solve and is returned: ``A`` is
     not positive definite.
 
+    The solution, not the iteration, is differentiated: by ``b`` and by all that the operator holds, ``dx`` solves
+    ``A dx = db - dA x`` with the same settings, in forward and in reverse mode. ``info`` has no derivative, and says
+    nothing of the solves that derivatives take.
+
     Args:
-        op: the product ``v -> A v`` on trees like ``b``.
+        op: a symmetric operator, linearized once, or the product ``v -> A v`` on trees like ``b``.
         b: the right-hand side, any tree of floating arrays.
         rtol: the residual's tolerance, relative to ``norm(b)``.
         max_steps: the most products; ``None`` is 10 for each entry of ``b``.
-        preconditioner: the product with a symmetric positive definite approximation of the inverse of ``A``.
+        preconditioner: a symmetric positive definite approximation of the inverse of ``A``, such as
+            ``nystrom_preconditioner`` makes, or the product with one.
 
     Returns:
-        ``(x, info)``: ``x`` shaped like ``b``, the last iterate; ``info`` a ``CGInfo``. The status is ``CONVERGED``,
+        ``(x, info)``: ``x`` shaped like ``b``, the last iterate; ``info`` a ``SolveInfo``. The status is ``CONVERGED``,
         ``MAX_STEPS``, ``NEGATIVE_CURVATURE``, ``STALLED`` (restarts gain nothing more in this precision) or
         ``NONFINITE``.
 
     Raises:
-        TypeError: when ``op`` is not callable, a leaf of ``b`` is not of a real floating dtype, or ``op`` changes it.
+        TypeError: when ``op`` is no operator and not callable, or a leaf of ``b`` is not of a real floating dtype, or
+            ``op`` changes it.
         ValueError: when ``op(b)`` has not the structure or shapes of ``b``, or a number is out of range.
 
     Cost: one product each step, one more for each restart; memory for six vectors like ``b``.
@@ -60,51 +73,12 @@ def cg(
 
     References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithm 5.3.
     """
-    _checks.check_callable("cg", "op", op)
-    b = _checks.check_point("cg", "b", b)
-    _checks.check_entries("cg", "b", b)
-    _checks.check_direction("cg", "op(b)", _shapes(op, b), "b", b)
-    _checks.check_nonnegative("cg", "rtol", rtol)
-    if max_steps is not None:
-        _checks.check_count("cg", "max_steps", max_steps)
-    if preconditioner is not None:
-        _checks.check_callable("cg", "preconditioner", preconditioner)
-        _checks.check_direction("cg", "preconditioner(b)", _shapes(preconditioner, b), "b", b)
+    system = linear_system("cg", op, b, rtol, max_steps, preconditioner)
 
-    flat, unravel = ravel(b)
-    limit = jnp.asarray(10 * flat.size if max_steps is None else max_steps, jnp.int32)
-    exponent = exponent_of(flat)
-    unit = jnp.ldexp(flat, -exponent)  # entries at most 1: no square leaves the range of single precision
-    on_vectors = _on_vectors(preconditioner, unravel)
-    exponent_of_inverse = exponent_of(on_vectors(unit))
+    def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
+        return restarted_cg(product, unit, rtol, system.limit, unit_preconditioner(system.precondition, unit))
 
-    def precondition(r: Vector) -> Vector:
-        return jnp.ldexp(on_vectors(r), -exponent_of_inverse)
-
-    x, info = _restarted_cg(_on_vectors(op, unravel), unit, rtol, limit, precondition)
-    solution = jnp.ldexp(x, exponent)
-    return unravel(solution), info._replace(
-        status=_after_scaling(x, solution, info.status),
-        residual_norm=jnp.ldexp(info.residual_norm, exponent),
-        direction=unravel(info.direction),
-    )
-
-
-def _after_scaling(x: Vector, solution: Vector, status: Int[Array, ""]) -> Int[Array, ""]:
-    """No success for a solution that leaves the range of its precision when it takes its true size."""
-    limits = jnp.finfo(x.dtype)
-    underflows = (jnp.max(jnp.abs(solution)) < limits.tiny / limits.eps) & jnp.any(x != 0)
-    converged = status == Status.CONVERGED
-    status = _where_status(converged & underflows, Status.STALLED, status)
-    return _where_status(converged & ~jnp.all(jnp.isfinite(solution)), Status.NONFINITE, status)
-
-
-def _shapes(fun: Callable[[Tree], Tree], x: Tree) -> Tree:
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(jnp.zeros((), leaf.dtype), leaf.shape), jax.eval_shape(fun, x))
-
-
-def _on_vectors(fun: Callable[[Tree], Tree] | None, unravel: Callable[[Array], Tree]) -> Callable[[Vector], Vector]:
-    return lambda vector: vector if fun is None else ravel(fun(unravel(vector)))[0]
+    return implicit_solution(system, method)
 
 
 class CGState(NamedTuple):
@@ -146,15 +120,15 @@ def truncated_cg(
     def step(state: CGState) -> CGState:
         return _cg_step(state, matvec, precondition, radius, tolerance)
 
-    state = state._replace(status=_where_status(jnp.linalg.norm(state.r) <= tolerance, Status.CONVERGED, state.status))
+    state = state._replace(status=where_status(jnp.linalg.norm(state.r) <= tolerance, Status.CONVERGED, state.status))
     state = jax.lax.while_loop(running, step, state)
-    return state._replace(status=_where_status(state.status == Status.RUNNING, Status.MAX_STEPS, state.status))
+    return state._replace(status=where_status(state.status == Status.RUNNING, Status.MAX_STEPS, state.status))
 
 
 def start_cg(b: Vector, precondition: Callable[[Vector], Vector]) -> CGState:
     """The iteration at ``x = 0``."""
     z = precondition(b)
-    rz = _dot(b, z)  # the other scalars are made like it, so that they vary over a mesh where it does
+    rz = dot(b, z)  # the other scalars are made like it, so that they vary over a mesh where it does
     return CGState(
         x=jnp.zeros_like(b),
         r=b,
@@ -177,7 +151,7 @@ def _cg_step(
 ) -> CGState:
     x, r, p = state.x, state.r, state.p
     ap = matvec(p)
-    pap, pp = _dot(p, ap), _dot(p, p)
+    pap, pp = dot(p, ap), dot(p, p)
     finite = jnp.isfinite(pap)
     negative = finite & (pap <= jnp.finfo(p.dtype).eps * jnp.sqrt(pp) * norm(ap))
     alpha = state.rz / jnp.where(negative | ~finite, 1, pap)
@@ -188,10 +162,10 @@ def _cg_step(
 
     x, r = x + alpha * p, r - alpha * jnp.where(finite, ap, 0)
     z = precondition(r)
-    rz = _dot(r, z)
+    rz = dot(r, z)
     converged = ~crosses & (jnp.linalg.norm(r) <= tolerance)
-    status = _where_status(converged | crosses, Status.CONVERGED, state.status)
-    status = _where_status(negative, Status.NEGATIVE_CURVATURE, status)
+    status = where_status(converged | crosses, Status.CONVERGED, state.status)
+    status = where_status(negative, Status.NEGATIVE_CURVATURE, status)
     curvature = pap / pp
     lower = finite & (curvature < state.min_curvature)
     return CGState(
@@ -200,7 +174,7 @@ def _cg_step(
         p=z + rz / state.rz * p,
         rz=rz,
         step=state.step + 1,
-        status=_where_status(finite & jnp.isfinite(rz), status, Status.NONFINITE),
+        status=where_status(finite & jnp.isfinite(rz), status, Status.NONFINITE),
         on_boundary=crosses,
         min_curvature=jnp.where(lower, curvature, state.min_curvature),
         direction=jnp.where(lower, p, state.direction),
@@ -210,7 +184,7 @@ def _cg_step(
 def _to_boundary(x: Vector, p: Vector, radius: Scalar | float) -> Scalar:
     """The ``t >= 0`` with ``norm(x + t p) = radius``, free of cancellation and overflow; 0 with no boundary."""
     unit = x / radius
-    xp, pp, gap = _dot(unit, p), _dot(p, p), 1 - _dot(unit, unit)
+    xp, pp, gap = dot(unit, p), dot(p, p), 1 - dot(unit, unit)
     denominator = xp + jnp.sqrt(xp**2 + pp * gap)
     bounded = jnp.isfinite(radius) & (denominator > 0) & (gap > 0)
     return jnp.where(bounded, radius * (gap / jnp.where(bounded, denominator, 1)), 0)
@@ -221,13 +195,13 @@ class _Restart(NamedTuple):
     residual_norm: Scalar
 
 
-def _restarted_cg(
+def restarted_cg(
     matvec: Callable[[Vector], Vector],
     b: Vector,
     rtol: Any,
     max_steps: Int[Array, ""],
     precondition: Callable[[Vector], Vector],
-) -> tuple[Vector, CGInfo]:
+) -> tuple[Vector, SolveInfo]:
     """Run CG, compute the residual afresh, and go on from there while that gains at least half of it."""
     norm_b = jnp.linalg.norm(b)
     tolerance = jnp.asarray(rtol, b.dtype) * norm_b
@@ -243,22 +217,14 @@ def _restarted_cg(
         residual_norm = jnp.linalg.norm(r)
         z = precondition(r)
         claimed = (state.status == Status.CONVERGED) | (state.status == Status.MAX_STEPS)
-        status = _where_status(claimed & (residual_norm <= tolerance), Status.CONVERGED, state.status)
-        status = _where_status((status == Status.CONVERGED) & ~(residual_norm <= tolerance), Status.RUNNING, status)
+        status = where_status(claimed & (residual_norm <= tolerance), Status.CONVERGED, state.status)
+        status = where_status((status == Status.CONVERGED) & ~(residual_norm <= tolerance), Status.RUNNING, status)
         stuck = (status == Status.RUNNING) & ~(residual_norm <= carry.residual_norm / 2)
-        status = _where_status(stuck, Status.STALLED, status)
-        return _Restart(state._replace(r=r, p=z, rz=_dot(r, z), status=status), residual_norm)
+        status = where_status(stuck, Status.STALLED, status)
+        return _Restart(state._replace(r=r, p=z, rz=dot(r, z), status=status), residual_norm)
 
     finite = jnp.isfinite(norm_b)
     state = start_cg(b, precondition)
-    state = state._replace(status=_where_status(finite, state.status, Status.NONFINITE))
+    state = state._replace(status=where_status(finite, state.status, Status.NONFINITE))
     state, residual_norm = jax.lax.while_loop(running, restart, _Restart(state, norm_b))
-    return state.x, CGInfo(state.status, state.step, residual_norm, state.min_curvature, state.direction)
-
-
-def _dot(a: Vector, b: Vector) -> Scalar:
-    return jnp.vdot(a, b, precision="highest")
-
-
-def _where_status(condition: Bool[Array, ""], status: Any, otherwise: Any) -> Int[Array, ""]:
-    return jnp.where(condition, jnp.asarray(status, jnp.int32), jnp.asarray(otherwise, jnp.int32))
+    return state.x, SolveInfo(state.status, state.step, residual_norm, state.min_curvature, state.direction)

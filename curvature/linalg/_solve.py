@@ -1,0 +1,265 @@
+"""One door to all solvers of symmetric systems: iterations and factorizations, with one kind of answer."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from curvature import _checks
+from curvature._checks import _linalg
+from curvature._types import SolveInfo, Status, Tree, ravel
+from curvature.linalg._dense import Matrix, rounding_level, scaling
+from curvature.linalg._krylov import restarted_cg
+from curvature.linalg._minres import restarted_minres
+from curvature.linalg._system import (
+    Correction,
+    Method,
+    Scalar,
+    System,
+    Vector,
+    VectorMap,
+    dot,
+    implicit_solution,
+    linear_system,
+    refine,
+    unit_preconditioner,
+    where_status,
+)
+from curvature.operators._base import DampingOperator, LinearOperator, SumOperator, zeros
+from curvature.transforms._jacobian import vmap
+
+SolveMethod = Literal["auto", "cg", "minres", "cholesky", "eigh", "woodbury"]
+"""``"auto"`` is ``"cholesky"``, then ``"eigh"``, for small systems and ``"cg"``, then ``"minres"``, for large ones."""
+
+_SMALL = 1000  # entries: the products that form the matrix are fewer than an iteration may take, its factor is cheap
+
+
+def solve(
+    op: LinearOperator | Callable[[Tree], Tree],
+    b: Tree,
+    *,
+    method: SolveMethod = "auto",
+    rtol: ArrayLike = 1e-5,
+    max_steps: ArrayLike | None = None,
+    preconditioner: LinearOperator | Callable[[Tree], Tree] | None = None,
+) -> tuple[Tree, SolveInfo]:
+    """Solve ``A x = b`` for a symmetric ``A``, and say how well and what was seen.
+
+    ``"cg"`` and ``"minres"`` are ``curvature.cg`` and ``curvature.minres``. ``"cholesky"`` and ``"eigh"`` form the
+    matrix; the first needs a positive definite one and otherwise ends with ``NEGATIVE_CURVATURE``, ``x = 0`` and the
+    lowest eigenvector, the second applies the pseudo-inverse, in which eigenvalues below ``n * eps`` of the largest
+    count as zero. ``"woodbury"`` is for ``A = J' M J + c I`` with fewer outputs than inputs:
+    ``x = (b - J' (c I + M J J')^-1 M J b) / c``; the operator has a method ``factors()`` that returns ``(J, M)``, where
+    ``M`` may be None for the identity, and damping is added to it. ``"auto"`` takes Cholesky up to 1,000 entries and
+    conjugate gradients above, and where those meet negative curvature the pseudo-inverse or MINRES, inside ``jit``.
+
+    Factorizations are refined: corrections are added while the residual is above the tolerance and each halves it.
+    The solution is differentiated as by ``cg``: ``A dx = db - dA x`` is solved by the same method and factors.
+    Under ``jax.vmap`` over ``b`` all right-hand sides share one linearization and one factorization.
+
+    Args:
+        op: a symmetric operator, linearized once, or the product ``v -> A v`` on trees like ``b``.
+        b: the right-hand side, any tree of floating arrays.
+        method: which solver.
+        rtol: the residual's tolerance, relative to ``norm(b)``.
+        max_steps: the most steps; ``None`` is 10 for each entry of ``b``.
+        preconditioner: for the iterations; see ``cg``.
+
+    Returns:
+        ``(x, info)``: ``x`` shaped like ``b``; ``info`` a ``SolveInfo``. The status is ``CONVERGED`` only if the
+        residual, computed afresh, passes. The smallest curvature is an eigenvalue for ``"eigh"``.
+
+    Raises:
+        TypeError: when ``op`` is no operator and not callable, a leaf of ``b`` is not of a real floating dtype, or
+            ``op`` has no factors or no damping for ``"woodbury"``.
+        ValueError: when ``op(b)`` has not the structure or shapes of ``b``, ``method`` is unknown, or a number is out
+            of range.
+
+    Cost: of ``"cg"`` and ``"minres"`` see there. For n entries of ``b``, ``"cholesky"`` takes n products, n^3 / 3 FLOPs
+        and n^2 memory, and ``"eigh"`` 9 n^3 FLOPs; for m outputs ``"woodbury"`` takes m products of J and of J',
+        2 m^3 / 3 FLOPs and m^2 memory. All take one product for each refinement.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, curvature
+        >>> x, info = curvature.solve(lambda v: jnp.array([2.0, -4.0]) * v, jnp.array([2.0, 2.0]))
+        >>> x, curvature.Status(int(info.status)).name, float(info.min_curvature)
+        (Array([ 1. , -0.5], dtype=float32), 'CONVERGED', -4.0)
+        >>> many = jax.vmap(lambda b: curvature.solve(lambda v: 2 * v, b)[0])
+        >>> jnp.round(many(jnp.array([[2.0, 4.0], [6.0, 8.0]])), 3)
+        Array([[1., 2.],
+               [3., 4.]], dtype=float32)
+
+    References: Golub and Van Loan, Matrix Computations, 4th ed. (2013), section 2.1.4 (Woodbury's formula).
+    """
+    _checks.check_choice("solve", "method", method, SolveMethod)
+    system = linear_system("solve", op, b, rtol, max_steps, preconditioner)
+    if method == "auto":
+        method = "cholesky" if system.b.size <= _SMALL else "cg"
+        return implicit_solution(system, _with_fallback(system, method, rtol))
+    if method == "woodbury":
+        return implicit_solution(system, _by_woodbury(system, op, rtol))
+    return implicit_solution(system, _METHODS[method](system, rtol))
+
+
+def _by_cg(system: System, rtol: Any) -> Method:
+    def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
+        return restarted_cg(product, unit, rtol, system.limit, unit_preconditioner(system.precondition, unit))
+
+    return method
+
+
+def _by_minres(system: System, rtol: Any) -> Method:
+    def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
+        return restarted_minres(product, unit, rtol, system.limit, unit_preconditioner(system.precondition, unit))
+
+    return method
+
+
+def _with_fallback(system: System, first: str, rtol: Any) -> Method:
+    """The first method, and where that finds negative curvature one that can bear it."""
+    matrix = _matrix(system) if first == "cholesky" else None
+    attempt = _by_cg(system, rtol) if matrix is None else _by_cholesky(system, rtol, matrix)
+    inverse = None if matrix is None else _pseudo_inverse(matrix)
+
+    def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
+        x, info = attempt(product, unit)
+        failed = info.status == Status.NEGATIVE_CURVATURE
+        limit = jnp.where(failed, system.limit, 0)  # no cond: under vmap it would always run both
+        if inverse is None:
+            precondition = unit_preconditioner(system.precondition, unit)
+            other, other_info = restarted_minres(product, unit, rtol, limit, precondition)
+        else:
+            other, other_info = refine(product, unit, inverse, rtol, limit)
+        lower = other_info.min_curvature < info.min_curvature
+        other_info = other_info._replace(
+            num_steps=info.num_steps + other_info.num_steps,
+            min_curvature=jnp.where(lower, other_info.min_curvature, info.min_curvature),
+            direction=jnp.where(lower, other_info.direction, info.direction),
+        )
+        return jax.tree.map(lambda a, b: jnp.where(failed, a, b), (other, other_info), (x, info))
+
+    return method
+
+
+def _matrix(system: System) -> Matrix:
+    """The symmetric part of the matrix of the system; a factor of it has no derivative of its own."""
+    basis = jnp.eye(system.b.size, dtype=system.b.dtype)
+    matrix = jax.lax.stop_gradient(vmap(system.product)(basis))
+    return (matrix + matrix.T) / 2
+
+
+def _by_cholesky(system: System, rtol: Any, matrix: Matrix | None = None) -> Method:
+    matrix = _matrix(system) if matrix is None else matrix
+    scale = scaling(matrix)
+    factor = jnp.linalg.cholesky(matrix / jnp.outer(scale, scale))
+    definite = jnp.all(jnp.isfinite(factor))  # cholesky reports failure as NaN
+    factor = jnp.where(definite, factor, jnp.eye(len(scale), dtype=factor.dtype))
+
+    def of_smallest_pivot() -> Vector:
+        last = jnp.argmin(jnp.diagonal(factor))
+        unit = jnp.zeros_like(scale).at[last].set(1)
+        return jax.scipy.linalg.solve_triangular(factor, unit, lower=True, trans=1) / scale
+
+    def of_lowest_eigenvalue() -> Vector:
+        return jnp.linalg.eigh(matrix, symmetrize_input=False)[1][:, 0]
+
+    direction = jax.lax.cond(definite, of_smallest_pivot, of_lowest_eigenvalue)
+    curvature = _curvature(matrix, direction)
+    failure = where_status(jnp.isfinite(curvature), Status.NEGATIVE_CURVATURE, Status.NONFINITE)
+
+    def correct(r: Vector, *_: Any) -> tuple[Correction, Any]:
+        step = jax.scipy.linalg.cho_solve((factor, True), r / scale) / scale
+        step = jnp.where(definite, step, 0)
+        status = where_status(definite, Status.RUNNING, failure)
+        return Correction(step, jnp.ones_like(status), status, curvature, direction), ()
+
+    return _refined(system, rtol, correct)
+
+
+def _curvature(matrix: Matrix, direction: Vector) -> Scalar:
+    unit = direction / jnp.linalg.norm(direction)
+    return dot(unit, jnp.matmul(matrix, unit, precision="highest"))
+
+
+def _by_eigh(system: System, rtol: Any) -> Method:
+    return _refined(system, rtol, _pseudo_inverse(_matrix(system)))
+
+
+def _pseudo_inverse(matrix: Matrix) -> Callable[..., tuple[Correction, Any]]:
+    eigenvalues, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    nonzero = jnp.abs(eigenvalues) > rounding_level(eigenvalues)
+
+    def correct(r: Vector, *_: Any) -> tuple[Correction, Any]:
+        coordinates = jnp.matmul(vectors.T, r, precision="highest")
+        coordinates = jnp.where(nonzero, coordinates / jnp.where(nonzero, eigenvalues, 1), 0)
+        step = jnp.matmul(vectors, coordinates, precision="highest")
+        status = where_status(jnp.all(jnp.isfinite(eigenvalues)), Status.RUNNING, Status.NONFINITE)
+        return Correction(step, jnp.ones_like(status), status, eigenvalues[0], vectors[:, 0]), ()
+
+    return correct
+
+
+def _refined(system: System, rtol: Any, correct: Callable[..., tuple[Correction, Any]]) -> Method:
+    def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
+        return refine(product, unit, correct, rtol, system.limit)
+
+    return method
+
+
+def _by_woodbury(system: System, op: Any, rtol: Any) -> Method:
+    jac, weight, damping = _damped_factors(op)
+    forward = jac.linearize()
+    backward = jax.linear_transpose(forward, jac.in_structure())
+    outputs, unravel_outputs = ravel(zeros(jac.out_structure()))
+    weigh = (lambda u: u) if weight is None else weight.linearize()
+
+    def to_outputs(v: Vector) -> Vector:
+        return ravel(forward(system.unravel(v)))[0]
+
+    def to_inputs(u: Vector) -> Vector:
+        return ravel(backward(unravel_outputs(u))[0])[0]
+
+    def weighed(u: Vector) -> Vector:
+        return ravel(weigh(unravel_outputs(u)))[0]
+
+    basis = jnp.eye(outputs.size, dtype=outputs.dtype)
+    columns = vmap(lambda u: weighed(to_outputs(to_inputs(u))))(basis)  # of M J J'
+    c = jax.lax.stop_gradient(damping.astype(basis.dtype))
+    factor = jax.scipy.linalg.lu_factor(jax.lax.stop_gradient(columns.T) + c * basis)
+
+    def correct(r: Vector, *_: Any) -> tuple[Correction, Any]:
+        y = jax.scipy.linalg.lu_solve(factor, weighed(to_outputs(r)))
+        step = (r - to_inputs(y)) / c.astype(r.dtype)
+        return _along(system.product, step), ()
+
+    return _refined(system, rtol, correct)
+
+
+def _along(product: VectorMap, step: Vector) -> Correction:
+    """A correction whose own direction shows the curvature."""
+    curvature = dot(step, product(step)) / dot(step, step)
+    running = jnp.full_like(curvature, Status.RUNNING, jnp.int32)
+    return Correction(step, jnp.ones_like(running), running, curvature, step)
+
+
+def _damped_factors(op: Any) -> tuple[LinearOperator, LinearOperator | None, Float[Array, ""]]:
+    """``J``, ``M`` and ``c`` of ``A = J' M J + c I``."""
+    terms = _terms(op)
+    shifts = [term.scale for term in terms if isinstance(term, DampingOperator)]
+    rest = [term for term in terms if not isinstance(term, DampingOperator)]
+    if len(rest) != 1 or not hasattr(rest[0], "factors"):
+        raise _linalg.no_factors("solve", op)
+    if not shifts:
+        raise _linalg.no_damping("solve")
+    jac, weight = rest[0].factors()
+    return jac, weight, sum(shifts[1:], shifts[0])
+
+
+def _terms(op: Any) -> list[Any]:
+    return [leaf for term in op.terms for leaf in _terms(term)] if isinstance(op, SumOperator) else [op]
+
+
+_METHODS = {"cg": _by_cg, "minres": _by_minres, "cholesky": _by_cholesky, "eigh": _by_eigh}

@@ -1,0 +1,169 @@
+"""The Jacobian of a model and the kernel that it makes, as operators."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from curvature import _checks
+from curvature._types import ChunkSize, Tree
+from curvature.operators._base import (
+    LinearOperator,
+    Product,
+    matrix_of_products,
+    register_operator,
+    set_fields,
+    static,
+    structure_of,
+)
+from curvature.transforms import _modes
+from curvature.transforms._blocks import Subtree, select
+from curvature.transforms._jacobian import map_basis
+
+
+def trace_model(function: str, name: str, model: Callable[..., Any], x: Tree, args: tuple[Any, ...]) -> _modes.Program:
+    """``model`` traced at ``x``, once it is known to return floating arrays."""
+    program = _modes.trace(lambda x: (model(x, *args), None), x)
+    _checks.check_floating_output(function, name, program.out)
+    return program
+
+
+def push_and_pull(function: str, name: str, program: _modes.Program, part: Subtree) -> tuple[Tree, Product, Product]:
+    """The outputs of a model, ``v -> J v`` and ``w -> J' w`` by a part of ``x``, all from one evaluation."""
+    blocker = program.blocker("rev")
+    if blocker is not None:
+        raise _checks.no_reverse(function, name, str(blocker))
+    x = part.take(program.x)
+
+    def fun(x: Tree) -> Tree:
+        return program.fun(part.put(program.x, x))[0]
+
+    if program.blocker("fwd") is None:
+        outputs, push = jax.linearize(fun, x)
+        return outputs, push, _transposed(push, x)
+    outputs, vjp = jax.vjp(fun, x)  # a custom_vjp: what has no forward derivative is the transpose of the reverse one
+
+    def pull(w: Tree) -> Tree:
+        return vjp(w)[0]
+
+    return outputs, _transposed(pull, outputs), pull
+
+
+def _transposed(product: Product, like: Tree) -> Product:
+    transposed = jax.linear_transpose(product, like)
+    return lambda w: transposed(w)[0]
+
+
+class _ModelOperator(LinearOperator):
+    """What ``JacobianOperator`` and ``NTKOperator`` share: a function, its point, its data."""
+
+    f: Callable[..., Any]
+    x: Tree
+    args: tuple[Any, ...]
+
+    def __init__(self, f: Callable[..., Any], x: Tree, *args: Any) -> None:
+        name = type(self).__name__
+        _checks.check_callable(name, "f", f)
+        _checks.check_hashable(name, "f", f)
+        _checks.check_data(name, args)
+        set_fields(self, f=f, x=_checks.check_point(name, "x", x), args=args)
+
+    def _program(self) -> _modes.Program:
+        return trace_model(type(self).__name__, "f", self.f, self.x, self.args)
+
+    def _push_and_pull(self) -> tuple[Tree, Product, Product]:
+        program = self._program()
+        return push_and_pull(type(self).__name__, "f", program, select("", "", program.x, ""))
+
+    def mv(self, v: Tree) -> Tree:
+        return self.linearize()(self._checked(v))
+
+    def out_structure(self) -> Tree:
+        return structure_of(self._program().out)
+
+
+@register_operator
+class JacobianOperator(_ModelOperator):
+    """The Jacobian ``J[o, i] = d f_o / d x_i`` at ``x``: ``J @ v`` is a JVP, ``J.T @ w`` a VJP.
+
+    Args:
+        f: a function ``f(x, *args)`` whose outputs are floating arrays; compared by identity.
+        x: the point, any tree of floating arrays.
+        *args: data for ``f``, not differentiated.
+
+    Raises:
+        TypeError: when ``f`` is not callable, a leaf is not of a real floating dtype, or ``f`` has no derivative in
+            the mode that a product needs.
+
+    Cost: a product is one evaluation of ``f`` and about one more; a linearized one spares the evaluation.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> op = curvature.JacobianOperator(lambda x: x[:2] * x[1:], jnp.array([1.0, 2.0, 3.0]))
+        >>> op @ jnp.array([1.0, 0.0, 0.0]), op.T @ jnp.array([1.0, 1.0])
+        (Array([2., 0.], dtype=float32), Array([2., 4., 2.], dtype=float32))
+    """
+
+    f: Callable[..., Any] = static()
+    x: Tree
+    args: tuple[Any, ...]
+    __init__ = _ModelOperator.__init__
+
+    def linearize(self) -> Product:
+        program = self._program()
+        if program.blocker("fwd") is not None:
+            return self._push_and_pull()[1]
+        return jax.linearize(lambda x: program.fun(x)[0], self.x)[1]
+
+    def in_structure(self) -> Tree:
+        return structure_of(self.x)
+
+    def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
+        """As for every operator, but by rows where they are fewer than columns."""
+        program = self._program()
+        if _modes.choose_jacobian("JacobianOperator", program, "auto") == "fwd":
+            return super().as_matrix(chunk_size)
+        rows = map_basis(self._push_and_pull()[2], program.out, chunk_size)
+        return matrix_of_products(rows, _modes.num_entries(program.out))
+
+
+@register_operator
+class NTKOperator(_ModelOperator):
+    """The empirical neural tangent kernel ``K = J J'`` of a function at ``x``, a symmetric matrix over its outputs.
+
+    With ``J[o, i] = d f_o / d x_i`` and outputs of shape (B, C), it takes and returns trees like the outputs; nothing
+    is scaled.
+
+    Args:
+        f: a function ``f(x, *args)`` whose outputs are floating arrays; compared by identity.
+        x: the point, any tree of floating arrays.
+        *args: data for ``f``, not differentiated.
+
+    Raises:
+        TypeError: as ``JacobianOperator``.
+
+    Cost: a linearized product is one VJP and one JVP; a single one evaluates ``f`` first.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> op = curvature.NTKOperator(lambda x: x[:2] * x[1:], jnp.array([1.0, 2.0, 3.0]))
+        >>> op.as_matrix()
+        Array([[ 5.,  3.],
+               [ 3., 13.]], dtype=float32)
+
+    References: Jacot, Gabriel and Hongler, Neural tangent kernel (2018), arXiv:1806.07572.
+    """
+
+    f: Callable[..., Any] = static()
+    x: Tree
+    args: tuple[Any, ...]
+    is_symmetric = True
+    __init__ = _ModelOperator.__init__
+
+    def linearize(self) -> Product:
+        _, push, pull = self._push_and_pull()
+        return lambda w: push(pull(w))
+
+    def in_structure(self) -> Tree:
+        return self.out_structure()

@@ -1,0 +1,65 @@
+"""Operators as pytrees: which fields are data, which are part of the type."""
+
+import dataclasses
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+
+from curvature._types import Tree
+
+Class = TypeVar("Class", bound=type)
+
+
+def static(**options: Any) -> Any:
+    """A field of an operator that is part of its type: another value retraces."""
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static,))
+def register_operator(cls: Class) -> Class:
+    """Make a class of annotated fields a frozen dataclass and a pytree of those fields that are not ``static``.
+
+    Unlike ``jax.tree_util.register_dataclass`` it never calls ``__init__`` again, which may take other arguments.
+    """
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    fields = dataclasses.fields(cls)
+    data = [field.name for field in fields if not field.metadata.get("static", False)]
+    meta = [field.name for field in fields if field.metadata.get("static", False)]
+
+    def flatten_with_keys(op: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        children = [(jax.tree_util.GetAttrKey(name), getattr(op, name)) for name in data]
+        return children, tuple(getattr(op, name) for name in meta)
+
+    def unflatten(aux: tuple[Any, ...], children: Any) -> Any:
+        return _with_fields(cls, **dict(zip([*data, *meta], [*children, *aux], strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
+    return cls
+
+
+def _with_fields(cls: Any, **fields: Any) -> Any:
+    op = object.__new__(cls)
+    set_fields(op, **fields)
+    return op
+
+
+def replace(op: Any, **changes: Any) -> Any:
+    """A copy of an operator in which some fields are others."""
+    return _with_fields(type(op), **{field.name: getattr(op, field.name) for field in dataclasses.fields(op)} | changes)
+
+
+def set_fields(op: Any, **fields: Any) -> None:
+    """Set the fields of a frozen operator, in an ``__init__`` of its own."""
+    for name, value in fields.items():
+        object.__setattr__(op, name, value)
+
+
+def zeros(structure: Tree) -> Tree:
+    """Arrays of zeros with the shapes and dtypes of a structure."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structure)
+
+
+def structure_of(tree: Tree) -> Tree:
+    """The shapes and dtypes of a tree of arrays."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)
