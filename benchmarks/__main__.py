@@ -1,6 +1,6 @@
 """``python -m benchmarks`` runs every benchmark."""
 
-from benchmarks import diagonal, hessian, laplacian, mean_hessian, modes, per_example, sparse
+from benchmarks import diagonal, hessian, laplacian, mean_hessian, modes, operators, per_example, sparse
 
 if __name__ == "__main__":
     hessian.main()
@@ -10,3 +10,4 @@ if __name__ == "__main__":
     sparse.main()
     mean_hessian.main()
     per_example.main()
+    operators.main()
