@@ -19,7 +19,7 @@ demo: $(STAMP) ## train a classifier of handwritten digits with Newton steps
 test: $(STAMP) ## run the tests and the examples in the docstrings
 	$(RUN) pytest -n 2
 
-test-slow: $(STAMP) ## run the tests on many devices and in several processes
+test-slow: $(STAMP) ## run the tests that take long: many devices, several processes
 	$(RUN) pytest -n 2 -m slow
 
 lint: $(STAMP) ## check style, format, types and spelling

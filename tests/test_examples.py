@@ -87,6 +87,7 @@ def test_sharded_hvp():
     assert "Process 1 of 2 holds 1024 examples" in printed
 
 
+@pytest.mark.slow
 def test_laplace(tmp_path):
     for module in ("matplotlib", "rich"):
         pytest.importorskip(module)
@@ -100,6 +101,7 @@ def test_laplace(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_spectrum(tmp_path):
     for module in ("matplotlib", "rich", "sklearn"):
         pytest.importorskip(module)

@@ -230,6 +230,7 @@ def test_factors_are_those_of_explicit_loops(name, sharing):
     assert_close(total, B * want, roundings=1e3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_attention_has_factors_a_diagonal_one_for_the_embedding_and_an_exact_block_for_the_scale(sharing):
     params, args = cast(ATTENTION), cast((TOKENS, TOKEN_LABELS))
@@ -345,6 +346,7 @@ def test_ekfac_has_the_exact_diagonal_in_its_basis_and_other_leaves_their_exact_
             assert_close(np.stack(columns), exact, roundings=1e3)
 
 
+@pytest.mark.slow
 def test_a_scan_and_the_same_steps_written_out_have_the_same_factors():
     params = cast({"w": normal(3, 3), "u": normal(2, 3), "b": normal(3)})
     xs = cast(normal(B, 4, 2))
@@ -371,6 +373,7 @@ def test_a_scan_and_the_same_steps_written_out_have_the_same_factors():
     assert other.report.routes["u"] == "Kronecker factors 2 x 2 and 3 x 3, expanded over 4 positions of 4 uses"
 
 
+@pytest.mark.slow
 def test_what_follows_no_rule_says_so():
     params = cast({"large": normal(600), "norm": normal(3, 2), "unused": normal(2), "w": normal(3, 3)})
     x = cast(normal(B, 3))
@@ -549,6 +552,7 @@ def test_closed_forms_and_sampled_labels_have_the_curvature_of_the_loss(likeliho
     assert np.abs(sampled - general).max() < 0.08 * np.abs(general).max()  # 4 standard errors of the entries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sampled", "empirical"])
 def test_exact_blocks_are_those_of_the_fisher_operator_with_the_same_draws(kind):
     w, x, y = cast(LINEAR)
