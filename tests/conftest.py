@@ -1,5 +1,6 @@
 """Settings of every test: double precision available, strict promotion, annotations checked, compilations cached."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -9,9 +10,14 @@ import pytest
 
 import tests.typecheck  # noqa: F401 - the import hook looks it up by name
 
+# The programs of tests are many, and run once: LLVM need not polish them. Processes that tests start inherit the flags.
+# XLA reads them at the first compilation.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
+
 # A second run finds the programs of the first, and each worker those of the others.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # Every annotation of the package is checked at every call of every test; see tests/typecheck.py.
 jaxtyping.install_import_hook("curvature", "tests.typecheck.checked")

@@ -27,6 +27,7 @@ def logdets(matrix):
     return jax.vmap(lambda key: curvature.logdet(op, key=key, num_samples=32, num_steps=8))(KEYS)
 
 
+@pytest.mark.slow
 def test_logdets_lie_within_four_standard_errors_on_fifty_seeds(dtype):
     for condition, scale in [(1.0, 1.0), (10.0, 1e-20), (10.0, 1e12), (1e3, 1.0)]:
         eigenvalues = np.geomspace(1.0, condition, N)
@@ -102,6 +103,7 @@ def test_the_density_matches_a_dense_histogram_of_a_thousand_eigenvalues():
     assert np.all(np.abs(density - truth) <= 4 * error)
 
 
+@pytest.mark.slow
 def test_densities_lie_within_four_standard_errors_on_fifty_seeds(dtype):
     eigenvalues = np.r_[np.zeros(40), np.linspace(0.0, 1.0, 80)]
     grid, width = jnp.asarray([-0.1, 0.0, 0.2, 0.5, 0.9], dtype), 0.1

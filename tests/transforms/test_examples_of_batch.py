@@ -200,6 +200,7 @@ def test_only_auto_takes_examples():
     assert "7," in str(by_chunk)
 
 
+@pytest.mark.slow
 def test_blocks_vmap_and_derivatives_of_the_hessian():
     p, args = parameters(jnp.float64), data(jnp.float64)
     dense = jax.hessian(cross_entropy)(p, *args)
