@@ -51,8 +51,11 @@ def main() -> None:
         runs = [solve(name, problem, best, method, options) for name, problem, best in problems]
         for run in runs:
             if options.all or not run.solved:
-                print(f"  {method:14} {run.name:12} n {run.n:5} {run.status.name:15} {run.steps:5} steps "
-                      f"value {run.value:.6e} gradient {run.grad_norm:.1e} solved {run.solved}", flush=True)
+                print(
+                    f"  {method:14} {run.name:12} n {run.n:5} {run.status.name:15} {run.steps:5} steps "
+                    f"value {run.value:.6e} gradient {run.grad_norm:.1e} solved {run.solved}",
+                    flush=True,
+                )
         print(summary(method, runs), flush=True)
 
 
@@ -78,9 +81,7 @@ def solve(name: str, problem: Any, best: float | None, method: str, options: arg
         return problem.objective(x, args)
 
     start = time.perf_counter()
-    result = jax.block_until_ready(
-        curvature.minimize(fun, x0, (args,), method=method, max_steps=options.max_steps)
-    )
+    result = jax.block_until_ready(curvature.minimize(fun, x0, (args,), method=method, max_steps=options.max_steps))
     cold = time.perf_counter() - start
     value = float(result.value)
     grad_norm = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(result.grad))
@@ -96,8 +97,10 @@ def summary(method: str, runs: list[Run]) -> str:
     false = [run.name for run in runs if run.status == Status.CONVERGED and run.solved is False]
     steps = statistics.median(run.steps for run in solved) if solved else 0
     cold = statistics.median(run.cold for run in runs)
-    return (f"{method:14} solved {len(solved)}/{len(runs)}  success elsewhere {false}  median steps {steps}  "
-            f"longest {max(run.steps for run in runs)}  cold {cold:.2f} s, at most {max(run.cold for run in runs):.1f}")
+    return (
+        f"{method:14} solved {len(solved)}/{len(runs)}  success elsewhere {false}  median steps {steps}  "
+        f"longest {max(run.steps for run in runs)}  cold {cold:.2f} s, at most {max(run.cold for run in runs):.1f}"
+    )
 
 
 if __name__ == "__main__":

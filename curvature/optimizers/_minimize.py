@@ -14,11 +14,19 @@ from jaxtyping import Array, Float, Int
 from curvature import _checks
 from curvature._types import MinimizeResult, Objective, Status, Tree, ravel
 from curvature.optimizers._newton import newton
-from curvature.optimizers._protocol import DenseSecondOrder, SecondOrder, noise_of
+from curvature.optimizers._protocol import (
+    DenseSecondOrder,
+    FirstOrder,
+    SecondOrder,
+    Stored,
+    WithStatus,
+    evaluate,
+    noise_of,
+    value_and_grad,
+)
 from curvature.optimizers._trust_region import trust_region
 from curvature.transforms._compositions import linearize_program, trace_objective
-from curvature.transforms._jacobian import gradient_of
-from curvature.transforms._modes import Program, choose_composition, choose_jacobian, num_entries
+from curvature.transforms._modes import Program, choose_composition, num_entries
 
 Method = str | optax.GradientTransformation
 
@@ -199,14 +207,14 @@ def _run(
     callback: Callable[[MinimizeStep], None] | None,
 ) -> MinimizeResult:
     """The loop itself; data and limits are operands, so that new ones find the program they need."""
-    has_status = isinstance(transformation, SecondOrder)
+    has_status = isinstance(transformation, WithStatus)
     update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
 
     def value_fn(x: Tree) -> Any:
         return fun(x, *args)
 
     def advance(loop: _Loop) -> _Loop:
-        point, extras = _evaluate(fun, args, hessian, loop, has_status)
+        point, extras = _evaluate(fun, args, hessian, loop, transformation)
         if callback is not None:
             jax.debug.callback(callback, MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state))
         loop = _judge(loop, point, limits, has_status)
@@ -220,7 +228,10 @@ def _run(
 
         return jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
 
-    start = _start(transformation.init(x0), x0, limits)
+    state: Any = transformation.init(x0)
+    if isinstance(transformation, FirstOrder):
+        state = state._replace(stored=Stored(*evaluate("minimize", value_fn, x0)))
+    start = _start(state, x0, limits)
     loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, start)
     return MinimizeResult(loop.best.x, loop.best.value, loop.best.grad, loop.num_steps, loop.status)
 
@@ -241,28 +252,34 @@ def _start(state: Any, x0: Tree, limits: _Limits) -> _Loop:
 
 
 def _evaluate(
-    fun: Objective, args: tuple[Any, ...], hessian: Callable[..., Tree] | None, loop: _Loop, has_status: bool
+    fun: Objective,
+    args: tuple[Any, ...],
+    hessian: Callable[..., Tree] | None,
+    loop: _Loop,
+    transformation: optax.GradientTransformation,
 ) -> tuple[_Point, dict[str, Any]]:
     """The objective at the current point, once, and what else the method's update takes."""
-    program = trace_objective("minimize", "fun", fun, loop.x, args)
     extras: dict[str, Any] = {}
+    if isinstance(transformation, FirstOrder):
+        value, grad = loop.state.stored
+        return _point(loop, value, grad), {"value": value}
+    program = trace_objective("minimize", "fun", fun, loop.x, args)
     if hessian is not None:
-        value, grad = _value_and_grad(program)
+        value, grad = value_and_grad("minimize", program)
         extras["hessian_fn"] = lambda x: hessian(x, *args)
-    elif has_status:
+    elif isinstance(transformation, SecondOrder):
         composition = choose_composition("minimize", program, "auto")
         value, grad, extras["hvp_fn"], _ = linearize_program(program, composition)
     else:
         value, grad = _stored_or_fresh(program, loop)
     extras["value"] = value = jnp.asarray(value)
+    return _point(loop, value, grad), extras
+
+
+def _point(loop: _Loop, value: Float[Array, ""], grad: Tree) -> _Point:
     dtype = loop.tolerance.dtype
     grad_norm = jnp.max(jnp.abs(ravel(grad)[0]))
-    return _Point(loop.x, value.astype(dtype), grad, grad_norm, noise_of(value).astype(dtype)), extras
-
-
-def _value_and_grad(program: Program) -> tuple[Float[Array, ""], Tree]:
-    grad, (value, _) = gradient_of(program, program.x, choose_jacobian("minimize", program, "auto"))
-    return jnp.asarray(value), grad
+    return _Point(loop.x, value.astype(dtype), grad, grad_norm, noise_of(value).astype(dtype))
 
 
 def _stored_or_fresh(program: Program, loop: _Loop) -> tuple[Float[Array, ""], Tree]:
@@ -275,10 +292,10 @@ def _stored_or_fresh(program: Program, loop: _Loop) -> tuple[Float[Array, ""], T
         last = last[-1]
     value, grad = getattr(last, "value", None), getattr(last, "grad", None)
     if value is None or jax.tree.structure(grad) != jax.tree.structure(loop.x):
-        return _value_and_grad(program)
+        return value_and_grad("minimize", program)
     dtype = program.out.dtype
     return jax.lax.cond(
-        jnp.isfinite(value), lambda: (jnp.asarray(value, dtype), grad), lambda: _value_and_grad(program)
+        jnp.isfinite(value), lambda: (jnp.asarray(value, dtype), grad), lambda: value_and_grad("minimize", program)
     )
 
 

@@ -11,10 +11,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._types import Status, Tree, ravel
+from curvature._types import Objective, Status, Tree, ravel
 from curvature.transforms import linearize_grad
 from curvature.transforms._blocks import matrix_of, side_by_side
-from curvature.transforms._jacobian import map_basis
+from curvature.transforms._compositions import trace_objective
+from curvature.transforms._jacobian import gradient_of, map_basis
+from curvature.transforms._modes import Program, choose_jacobian
 
 Vector = Float[Array, " n"]
 Matrix = Float[Array, "n n"]
@@ -25,12 +27,19 @@ _SHRINK = (0.1, 0.5)  # a rejected step is cut to a length between these shares 
 MAX_TRIALS = 40
 
 
-class SecondOrder(optax.GradientTransformationExtraArgs):
-    """An optax transformation whose state has a ``status``, and whose ``update`` takes two more extra arguments.
+class WithStatus(optax.GradientTransformationExtraArgs):
+    """An optax transformation whose state has a ``status``: an update that finds no step is zero and says why."""
+
+
+class FirstOrder(WithStatus):
+    """One that evaluates the gradient at each trial; ``state.stored`` has value and gradient at the new point."""
+
+
+class SecondOrder(WithStatus):
+    """One whose ``update`` takes two more extra arguments.
 
     ``hvp_fn=`` is the Hessian's product at ``params``, and ``hessian_fn=`` a function of ``params`` that forms it;
-    without them the Hessian is that of ``value_fn``. An update moves to a point it has accepted; when it finds none the
-    update is zero and the status says why.
+    without them the Hessian is that of ``value_fn``. An update moves to a point it has accepted.
     """
 
 
@@ -52,6 +61,23 @@ class Unevaluated(NamedTuple):
 def unevaluated(x: Vector, params: Tree) -> Unevaluated:
     """Nothing stored, in the shapes of what could be."""
     return Unevaluated(jnp.asarray(jnp.inf, x.dtype), jax.tree.map(jnp.zeros_like, params))
+
+
+class Stored(NamedTuple):
+    """Value and gradient at the point that an update chose, where ``optax.value_and_grad_from_state`` finds them."""
+
+    value: Float[Array, ""]
+    grad: Tree
+
+
+class Slope(NamedTuple):
+    """The objective around the current point to first order, in flat vectors of at least single precision."""
+
+    x: Vector
+    value: Scalar
+    noise: Scalar  # the change of the value that rounding alone can make
+    grad: Vector
+    value_and_grad_after: Callable[[Vector], tuple[Scalar, Vector]]
 
 
 class Local(NamedTuple):
@@ -87,22 +113,84 @@ def second_order(
         hessian_fn: Callable[[Tree], Tree] | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, Any]:
-        grad = updates if grad is None else grad
-        params = _checks.check_point(name, "params", _checks.require_extra(name, "params", params))
-        value = _checks.require_extra(name, "value", value)
-        value_fn = _checks.require_extra(name, "value_fn", value_fn)
-        grad = _checks.check_direction(name, "grad", grad, "params", params)
-        fun = functools.partial(value_fn, **_named_extras(value_fn, extra_args))
+        params, value, grad, fun = _operands(name, updates, params, value, grad, value_fn, extra_args)
         vector, state = step(state, _localize(name, params, value, grad, fun, hvp_fn, hessian_fn))
         return ravel(params)[1](vector), state
 
     return (DenseSecondOrder if dense else SecondOrder)(init_fn, update_fn)
 
 
+def first_order(
+    name: str,
+    init: Callable[[Vector, Tree], Any],
+    step: Callable[[Any, Slope], tuple[Vector, Scalar, Vector, Any]],
+) -> FirstOrder:
+    """An optax transformation from ``init(x, params)`` and ``step(state, slope) -> (step, value, grad, state)``.
+
+    ``value`` and ``grad`` are those after the step, and end in ``state.stored``, which ``init`` leaves ``unevaluated``.
+    """
+
+    def init_fn(params: Tree) -> Any:
+        params = _checks.check_point(name, "params", params)
+        return init(ravel(params)[0], params)
+
+    def update_fn(
+        updates: Tree,
+        state: Any,
+        params: Tree | None = None,
+        *,
+        value: Any = None,
+        grad: Tree | None = None,
+        value_fn: Callable[..., Any] | None = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, Any]:
+        params, value, grad, fun = _operands(name, updates, params, value, grad, value_fn, extra_args)
+        x, unravel = ravel(params)
+
+        def value_and_grad_after(step: Vector) -> tuple[Scalar, Vector]:
+            after, grad_after = evaluate(name, fun, unravel(x + step))
+            return after.astype(x.dtype), ravel(grad_after)[0]
+
+        slope = Slope(x, value.astype(x.dtype), noise_of(value).astype(x.dtype), ravel(grad)[0], value_and_grad_after)
+        vector, after, grad_after, state = step(state, slope)
+        return unravel(vector), state._replace(stored=Stored(after.astype(value.dtype), unravel(grad_after)))
+
+    return FirstOrder(init_fn, update_fn)
+
+
+def evaluate(function: str, fun: Objective, params: Tree) -> tuple[Scalar, Tree]:
+    """Value and gradient, by the mode that ``fun`` allows."""
+    return value_and_grad(function, trace_objective(function, "fun", fun, params, ()))
+
+
+def value_and_grad(function: str, program: Program) -> tuple[Scalar, Tree]:
+    """Value and gradient of a traced objective at its point, by the mode it allows."""
+    grad, (value, _) = gradient_of(program, program.x, choose_jacobian(function, program, "auto"))
+    return jnp.asarray(value), grad
+
+
+def _operands(
+    name: str,
+    updates: Tree,
+    params: Tree | None,
+    value: Any,
+    grad: Tree | None,
+    value_fn: Callable[..., Any] | None,
+    extra_args: dict[str, Any],
+) -> tuple[Tree, Scalar, Tree, Callable[[Tree], Any]]:
+    """What every update of ours needs, checked; ``value_fn`` is bound to the extra arguments that it takes."""
+    grad = updates if grad is None else grad
+    params = _checks.check_point(name, "params", _checks.require_extra(name, "params", params))
+    value = _checks.require_extra(name, "value", value)
+    value_fn = _checks.require_extra(name, "value_fn", value_fn)
+    grad = _checks.check_direction(name, "grad", grad, "params", params)
+    return params, jnp.asarray(value), grad, functools.partial(value_fn, **_named_extras(value_fn, extra_args))
+
+
 def _localize(
     name: str,
     params: Tree,
-    value: Any,
+    value: Scalar,
     grad: Tree,
     fun: Callable[[Tree], Any],
     hvp_fn: Callable[[Tree], Tree] | None,
@@ -123,7 +211,6 @@ def _localize(
             matrix = matrix_of(name, "hessian(x)", hessian_fn(params), params).astype(x.dtype)
         return (matrix + matrix.T) / 2
 
-    value = jnp.asarray(value)
     return Local(
         x=x,
         value=value.astype(x.dtype),
