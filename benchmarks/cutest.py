@@ -48,8 +48,9 @@ def main() -> None:
     problems = [p for p in load_problems(options.max_n) if not options.problems or p[0] in options.problems]
     print(f"{len(problems)} problems, {options.dtype}, jax {jax.__version__}")
     for method in options.methods:
-        runs = [solve(name, problem, best, method, options) for name, problem, best in problems]
-        for run in runs:
+        runs = []
+        for name, problem, best in problems:
+            runs.append(run := solve(name, problem, best, method, options))
             if options.all or not run.solved:
                 print(
                     f"  {method:14} {run.name:12} n {run.n:5} {run.status.name:15} {run.steps:5} steps "

@@ -92,7 +92,7 @@ def solve_region(model: QuadraticModel, radius: Scalar) -> RegionStep:
     gaps = eigenvalues - lowest  # the unknown is t = lowest + mu >= 0, so that l + mu = gaps + t has no cancellation
     floor = jnp.maximum(lowest, 0)
     share = gradient / radius  # all steps are measured in radii: their squares cannot overflow
-    inside = ((floor > 0) | (share[0] == 0)) & (_norm_of_step(share, gaps, floor) <= 1)
+    inside = jnp.all((gaps + floor > 0) | (share == 0)) & (_norm_of_step(share, gaps, floor) <= 1)
     t = jnp.where(inside, floor, _solve_secular(share, gaps, floor))
     coordinates = -_divide(share, gaps + t)
 
@@ -125,8 +125,71 @@ def _solve_secular(share: Vector, gaps: Vector, floor: Scalar) -> Scalar:
         slope = jnp.sum(_divide(step**2, gaps + t))
         return t + jnp.sum(step**2) / slope * excess(t), count + 1  # N&W (4.44)
 
-    start = jnp.maximum(floor, jnp.abs(share[0]))  # the lowest coordinate alone reaches the boundary there
+    start = jnp.maximum(floor, _lowest_share(share, gaps))  # a lowest coordinate alone reaches the boundary there
     return jax.lax.while_loop(running, newton, (start, jnp.zeros_like(start, jnp.int32)))[0]
+
+
+def solve_cubic(model: QuadraticModel, weight: Scalar) -> RegionStep:
+    """Minimize ``g's + s'Hs / 2 + weight norm(s)^3 / 3`` to rounding, the hard case included, for a ``weight > 0``.
+
+    The minimizer is that of a trust region whose multiplier is ``mu = weight norm(s)``. ``predicted`` leaves the cubic
+    term out; ``on_boundary`` says that the weight matters.
+
+    References: Cartis, Gould and Toint (2011), theorem 3.1 and section 6.1, doi:10.1007/s10107-009-0286-5.
+    """
+    eigenvalues, gradient = model.eigenvalues, model.gradient
+    lowest = eigenvalues[0]
+    base = eigenvalues - jnp.minimum(lowest, 0)  # the unknown is u >= 0, so that l + mu = base + u
+    shift = jnp.maximum(-lowest, 0)  # and mu = shift + u, both without cancellation
+    u = _solve_cubic_secular(gradient, base, shift, weight)
+    coordinates, radius = -_divide(gradient, base + u), (shift + u) / weight
+
+    indefinite = lowest < -rounding_level(eigenvalues)
+    rest = radius * jnp.sqrt(jnp.maximum(1 - jnp.sum((coordinates[1:] / jnp.where(radius > 0, radius, 1)) ** 2), 0))
+    along_lowest = jnp.where(gradient[0] > 0, -rest, rest)
+    coordinates = coordinates.at[0].set(jnp.where(indefinite, along_lowest, coordinates[0]))
+    predicted = -jnp.sum(coordinates * (gradient + eigenvalues * coordinates / 2))
+    return RegionStep(_matmul(model.vectors, coordinates), predicted, shift + u > rounding_level(eigenvalues))
+
+
+def _solve_cubic_secular(gradient: Vector, base: Vector, shift: Scalar, weight: Scalar) -> Scalar:
+    """The ``u >= 0`` with ``weight norm(gradient / (base + u)) = shift + u``, by Newton on ``1 / norm - weight / mu``.
+
+    That is concave and increasing, so from the left the iterates increase to the root and never pass it.
+    """
+    tolerance = jnp.finfo(gradient.dtype).eps ** 0.75
+
+    def pull(u: Scalar) -> Scalar:  # weight norm(s) / mu: above 1 to the left of the root
+        mu = shift + u
+        return jnp.where(mu > 0, weight * norm(_divide(gradient, base + u)) / jnp.where(mu > 0, mu, 1), 0)
+
+    def running(carry: tuple[Scalar, Int[Array, ""]]) -> Bool[Array, ""]:
+        u, count = carry
+        return (pull(u) - 1 > tolerance) & (count < _MAX_SECULAR_STEPS)
+
+    def newton(carry: tuple[Scalar, Int[Array, ""]]) -> tuple[Scalar, Int[Array, ""]]:
+        u, count = carry
+        step = _divide(gradient, base + u)
+        slope = jnp.sum(_divide((step / norm(step)) ** 2, base + u))
+        return u + (pull(u) - 1) / (slope + pull(u) / (shift + u)), count + 1
+
+    lowest_share = _lowest_share(gradient, base - base[0])
+    alone = _positive_root(base[0] + shift, weight * lowest_share)  # were a lowest coordinate all there is,
+    largest = base[-1]
+    together = _positive_root(largest + shift, weight * norm(gradient) - largest * shift)  # or the highest curvature
+    start = jnp.maximum(alone, together)
+    return jax.lax.while_loop(running, newton, (start, jnp.zeros_like(start, jnp.int32)))[0]
+
+
+def _lowest_share(gradient: Vector, gaps: Vector) -> Scalar:
+    """The largest part of the gradient along an eigenvector of the lowest eigenvalue, of which there may be several."""
+    return jnp.max(jnp.where(gaps == 0, jnp.abs(gradient), 0))
+
+
+def _positive_root(b: Scalar, c: Scalar) -> Scalar:
+    """The ``u >= 0`` with ``u^2 + b u = c``, without cancellation; 0 where ``c`` is not positive."""
+    root = b + jnp.sqrt(b**2 + 4 * jnp.maximum(c, 0))
+    return jnp.where((c > 0) & (root > 0), 2 * c / jnp.where(root > 0, root, 1), 0)
 
 
 def _norm_of_step(share: Vector, gaps: Vector, t: Scalar) -> Scalar:

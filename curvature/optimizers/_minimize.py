@@ -13,7 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from curvature import _checks
 from curvature._types import MinimizeResult, Objective, Status, Tree, ravel
+from curvature.optimizers._bfgs import bfgs
+from curvature.optimizers._cubic_newton import cubic_newton
+from curvature.optimizers._lbfgs import lbfgs
 from curvature.optimizers._newton import newton
+from curvature.optimizers._newton_cg import newton_cg
 from curvature.optimizers._protocol import (
     DenseSecondOrder,
     FirstOrder,
@@ -24,15 +28,21 @@ from curvature.optimizers._protocol import (
     noise_of,
     value_and_grad,
 )
+from curvature.optimizers._sr1 import sr1
 from curvature.optimizers._trust_region import trust_region
 from curvature.transforms._compositions import linearize_program, trace_objective
 from curvature.transforms._modes import Program, choose_composition, num_entries
 
 Method = str | optax.GradientTransformation
 
-_METHODS: dict[str, Callable[[], SecondOrder]] = {
+_METHODS: dict[str, Callable[[], WithStatus]] = {
+    "bfgs": bfgs,
+    "l-bfgs": lbfgs,
+    "sr1": sr1,
     "newton": newton,
-    "trust-region": lambda: trust_region("cg"),
+    "newton-cg": newton_cg,
+    "cubic-newton": cubic_newton,
+    "trust-region": lambda: trust_region("gltr"),
     "trust-exact": lambda: trust_region("exact"),
 }
 _DENSE_ENTRIES = 100  # up to here "auto" forms the Hessian

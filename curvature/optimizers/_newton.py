@@ -3,26 +3,21 @@
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from curvature._types import Status, Tree
 from curvature.linalg._dense import positive_definite_solve
+from curvature.optimizers._line_search import search_values
 from curvature.optimizers._protocol import (
-    MAX_TRIALS,
     Local,
-    Scalar,
     SecondOrder,
     Unevaluated,
     Vector,
     second_order,
-    shrink_factor,
     trial_status,
     unevaluated,
 )
-
-_ARMIJO = 1e-4  # N&W (3.4)
 
 
 class NewtonState(NamedTuple):
@@ -39,13 +34,6 @@ class NewtonState(NamedTuple):
     num_trials: Int[Array, ""]
     status: Int[Array, ""]
     stored: Unevaluated
-
-
-class _Trial(NamedTuple):
-    step_size: Scalar
-    value: Scalar
-    accepted: Bool[Array, ""]
-    count: Int[Array, ""]
 
 
 @functools.lru_cache(maxsize=64)
@@ -98,27 +86,9 @@ def _init(x: Vector, params: Tree) -> NewtonState:
 def _step(state: NewtonState, local: Local) -> tuple[Vector, NewtonState]:
     direction = -positive_definite_solve(local.hessian(), local.grad)
     slope = jnp.vdot(local.grad, direction, precision="highest")
-    last = _backtrack(local, direction, slope)
+    last = search_values(local, direction, slope)
     return jnp.where(last.accepted, last.step_size * direction, 0), state._replace(
         step_size=last.step_size,
         num_trials=last.count,
         status=trial_status(last.accepted, last.value, slope),
     )
-
-
-def _backtrack(local: Local, direction: Vector, slope: Scalar) -> _Trial:
-    """From the full step down to one of sufficient decrease; only the value is evaluated at each trial."""
-
-    def running(trial: _Trial) -> Bool[Array, ""]:
-        hopeless = jnp.isnan(slope) | (trial.value == -jnp.inf)
-        return (trial.count == 0) | (~trial.accepted & ~hopeless & (trial.count < MAX_TRIALS))
-
-    def attempt(trial: _Trial) -> _Trial:
-        shrunk = trial.step_size * shrink_factor(local.value, trial.step_size * slope, trial.value)
-        size = jnp.where(trial.count == 0, trial.step_size, shrunk)
-        value = local.value_after(size * direction)
-        accepted = jnp.isfinite(value) & (value <= local.value + _ARMIJO * size * slope + local.noise)
-        return _Trial(size, value, accepted, trial.count + 1)
-
-    start = _Trial(jnp.ones_like(slope), local.value, jnp.zeros_like(slope, bool), jnp.zeros_like(slope, jnp.int32))
-    return jax.lax.while_loop(running, attempt, start)

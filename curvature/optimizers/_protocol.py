@@ -251,3 +251,11 @@ def trial_status(accepted: Bool[Array, ""], trial: Scalar, model: Scalar) -> Int
     failed = jnp.where(jnp.isnan(model), Status.NONFINITE, Status.STALLED)
     failed = jnp.where(trial == -jnp.inf, Status.UNBOUNDED, failed)
     return jnp.where(accepted, Status.RUNNING, failed).astype(jnp.int32)
+
+
+def search_status(
+    accepted: Bool[Array, ""], remembers: Bool[Array, ""], value: Scalar, slope: Scalar
+) -> Int[Array, ""]:
+    """The status of a quasi-Newton update: a failed search is the end only if there is no memory left to drop."""
+    status = trial_status(accepted, value, slope)
+    return jnp.where((status == Status.STALLED) & remembers, Status.RUNNING, status).astype(jnp.int32)

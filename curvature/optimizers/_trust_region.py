@@ -12,6 +12,8 @@ from curvature import _checks
 from curvature._types import Status, Tree
 from curvature.linalg._dense import RegionStep, factor_model, norm, solve_region
 from curvature.linalg._krylov import truncated_cg
+from curvature.linalg._krylov_model import krylov_model, solve_krylov_region
+from curvature.optimizers._inexact import Inner, first_norm, inner_solve
 from curvature.optimizers._protocol import (
     MAX_TRIALS,
     Local,
@@ -25,12 +27,11 @@ from curvature.optimizers._protocol import (
     unevaluated,
 )
 
-Subproblem = Literal["exact", "cg"]
+Subproblem = Literal["exact", "gltr", "cg"]
 
 _ACCEPT = 1e-4  # N&W algorithm 4.1: the least ratio of actual to predicted reduction that is a step,
 _POOR, _GOOD = 0.25, 0.75  # below which the region shrinks, above which it grows
 _GROWTH = 4.0
-_FORCING = 0.5  # the loosest relative residual of an inner solve: N&W (7.3)
 
 
 class TrustRegionState(NamedTuple):
@@ -66,7 +67,11 @@ class _Trial(NamedTuple):
     inner_steps: Int[Array, ""]
 
 
-Solver = Callable[[Scalar], tuple[RegionStep, Int[Array, ""]]]
+class _Solver(NamedTuple):
+    """The subproblem at the current point, at any radius."""
+
+    num_shared: Int[Array, ""]  # the products that all radii share
+    solve: Callable[[Scalar], tuple[RegionStep, Int[Array, ""]]]  # and those that one takes
 
 
 def trust_region(
@@ -143,9 +148,8 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
 
     def step(state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
         size = norm(local.grad)
-        usable = jnp.isfinite(size) & (size > 0)
-        first = jnp.where((state.grad_norm > 0) | ~usable, state.grad_norm, size)
-        solver = _exact(local) if subproblem == "exact" else _steihaug(local, size, first, max_inner_steps)
+        first = first_norm(state.grad_norm, size)
+        solver = _solver(subproblem, local, size, first, state.radius, max_inner_steps)
         last = _search_radius(local, solver, state.radius)
         accepted = last.ratio >= _ACCEPT
         return jnp.where(accepted, last.step, 0), state._replace(
@@ -162,32 +166,54 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
 _build_once = functools.lru_cache(maxsize=64)(_build)  # so that equal settings find the compiled solve again
 
 
-def _exact(local: Local) -> Solver:
+def _solver(
+    subproblem: Subproblem, local: Local, size: Scalar, first: Scalar, radius: Scalar, max_inner_steps: int | None
+) -> _Solver:
+    """The solution of the subproblem at any radius; what all radii share is computed here."""
+    if subproblem == "exact":
+        return _exact(local)
+    return (_gltr if subproblem == "gltr" else _steihaug)(
+        local, inner_solve(local, size, first, max_inner_steps), radius
+    )
+
+
+def _exact(local: Local) -> _Solver:
     """The eigenvectors of the Hessian, once; then each radius takes O(n^2)."""
     model = factor_model(local.hessian(), local.grad)
-    return lambda radius: (solve_region(model, radius), jnp.asarray(0, jnp.int32))
+    none = jnp.zeros_like(local.value, jnp.int32)
+    return _Solver(none, lambda radius: (solve_region(model, radius), none))
 
 
-def _steihaug(local: Local, size: Scalar, first: Scalar, max_inner_steps: int | None) -> Solver:
-    """Conjugate gradients to a residual that falls with the gradient, so that the steps converge superlinearly."""
-    forcing = jnp.minimum(_FORCING, jnp.sqrt(size / jnp.where(first > 0, first, 1)))
-    limit = jnp.asarray(2 * local.x.size + 10 if max_inner_steps is None else max_inner_steps, jnp.int32)
-    exponent = jnp.frexp(size)[1]
-    unit = jnp.ldexp(-local.grad, -exponent)  # an exact scaling, within which no square leaves the range
-    tolerance = forcing * jnp.ldexp(size, -exponent)
+def _gltr(local: Local, inner: Inner, radius: Scalar) -> _Solver:
+    """A Krylov space, once; then each radius takes O(m n)."""
+    exponent = inner.exponent
+    scaled = jnp.ldexp(radius, -exponent)
+    krylov = krylov_model(local.hvp, inner.gradient, inner.tolerance, inner.limit, scaled)
+
+    def solve(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
+        step, predicted, on_boundary = solve_krylov_region(krylov, jnp.ldexp(radius, -exponent))
+        predicted = jnp.ldexp(jnp.ldexp(predicted, exponent), exponent)
+        return RegionStep(jnp.ldexp(step, exponent), predicted, on_boundary), jnp.zeros_like(krylov.num_steps)
+
+    return _Solver(krylov.num_steps, solve)
+
+
+def _steihaug(local: Local, inner: Inner, radius: Scalar) -> _Solver:
+    """Conjugate gradients, anew at each radius."""
+    exponent, unit = inner.exponent, -inner.gradient
 
     def solve(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
         scaled = jnp.ldexp(radius, -exponent)
-        state = truncated_cg(local.hvp, unit, tolerance=tolerance, max_steps=limit, radius=scaled)
+        state = truncated_cg(local.hvp, unit, tolerance=inner.tolerance, max_steps=inner.limit, radius=scaled)
         predicted = jnp.vdot(state.x, state.r + unit, precision="highest") / 2  # H x = unit - r
         predicted = jnp.ldexp(jnp.ldexp(predicted, exponent), exponent)
         predicted = jnp.where(state.status == Status.NONFINITE, jnp.nan, predicted)
         return RegionStep(jnp.ldexp(state.x, exponent), predicted, state.on_boundary), state.step
 
-    return solve
+    return _Solver(jnp.zeros_like(exponent), solve)
 
 
-def _search_radius(local: Local, solver: Solver, radius: Scalar) -> _Trial:
+def _search_radius(local: Local, solver: _Solver, radius: Scalar) -> _Trial:
     """Shrink the region until the model's step is accepted; only the value is evaluated at each trial."""
     noise = local.noise + jnp.finfo(local.noise.dtype).tiny
 
@@ -199,7 +225,7 @@ def _search_radius(local: Local, solver: Solver, radius: Scalar) -> _Trial:
         slope = jnp.vdot(local.grad, trial.step, precision="highest")
         shrunk = norm(trial.step) * shrink_factor(local.value, slope, trial.value)
         radius = jnp.where(trial.count == 0, trial.radius, shrunk)
-        (step, predicted, on_boundary), inner_steps = solver(radius)
+        (step, predicted, on_boundary), inner_steps = solver.solve(radius)
         value = local.value_after(step)
         ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
         ratio = jnp.where(jnp.isfinite(value), ratio, -jnp.inf).astype(radius.dtype)
@@ -208,7 +234,14 @@ def _search_radius(local: Local, solver: Solver, radius: Scalar) -> _Trial:
 
     zero, none = jnp.zeros_like(local.grad[0]), jnp.zeros_like(local.grad[0], jnp.int32)
     start = _Trial(
-        radius + zero, jnp.zeros_like(local.grad), local.value, zero, jnp.zeros_like(zero, bool), zero, none, none
+        radius=radius + zero,
+        step=jnp.zeros_like(local.grad),
+        value=local.value,
+        predicted=zero,
+        on_boundary=jnp.zeros_like(zero, bool),
+        ratio=zero,
+        count=none,
+        inner_steps=none + solver.num_shared,
     )
     return jax.lax.while_loop(running, attempt, start)
 

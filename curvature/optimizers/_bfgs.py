@@ -1,0 +1,183 @@
+"""BFGS with a dense inverse Hessian, plain or self-scaled."""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from curvature import _checks
+from curvature._types import Status, Tree
+from curvature.linalg._dense import norm
+from curvature.optimizers._line_search import LineSearch, first_step_size, wolfe_search
+from curvature.optimizers._protocol import (
+    FirstOrder,
+    Matrix,
+    Scalar,
+    Slope,
+    Stored,
+    Vector,
+    first_order,
+    search_status,
+    unevaluated,
+)
+
+Update = Literal["bfgs", "ssbfgs", "ssbroyden"]
+
+
+class BFGSState(NamedTuple):
+    """The state of ``bfgs``: plain arrays, ready for a checkpoint.
+
+    Attributes:
+        inverse_hessian: the approximation of the inverse Hessian, in the order of ``jax.flatten_util.ravel_pytree``.
+        num_updates: the pairs of steps and gradient changes in it since it was last the identity.
+        step_size: the share of the quasi-Newton step that the last update took.
+        num_trials: the points that it evaluated.
+        status: a ``Status``: running, or why the last update could not move.
+        stored: value and gradient at the new point, for optax.
+    """
+
+    inverse_hessian: Float[Array, "n n"]
+    num_updates: Int[Array, ""]
+    step_size: Float[Array, ""]
+    num_trials: Int[Array, ""]
+    status: Int[Array, ""]
+    stored: Stored
+
+
+def bfgs(update: Update = "ssbroyden") -> FirstOrder:
+    """BFGS: an optax transformation for smooth objectives of up to a few thousand entries; gradients only.
+
+    The direction is ``-H g``, with the approximation of the inverse Hessian updated by the step ``s`` and the change of
+    the gradient ``y``::
+
+        H+ = (H - H y y'H / y'Hy + phi v v') / tau + s s' / y's,    v = sqrt(y'Hy) (s / y's - H y / y'Hy)
+
+    so that ``H+ y = s``. BFGS itself has ``phi = tau = 1``. The line search satisfies the strong Wolfe conditions, or, where
+    rounding hides the value, decides by the slope. When it fails, H starts again from the identity. Nothing depends on
+    the scale of the objective.
+
+    Use it where ``optax.lbfgs()`` stands; ``optax.value_and_grad_from_state`` finds value and gradient in the state.
+
+    Args:
+        update: ``"bfgs"``; ``"ssbfgs"``, which divides by ``tau = min(1, y's / s'Bs)`` and so forgets curvature that is
+            too large; or ``"ssbroyden"``, which chooses ``phi`` too. It is the default because it goes furthest on badly
+            conditioned objectives: ``python -m benchmarks.cutest`` compares them.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` whose state is a ``BFGSState``.
+
+    Raises:
+        ValueError: for an unknown update; from the transformation's ``update`` when an argument is missing.
+
+    Cost: for each update one value and gradient at each trial, mostly one, and about 10 n^2 FLOPs; memory for n^2
+        numbers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, curvature
+        >>> f = lambda x: jnp.sum(jnp.cosh(x - jnp.arange(3.0)))
+        >>> x, solver = jnp.zeros(3), curvature.bfgs()
+        >>> state = solver.init(x)
+        >>> for _ in range(10):
+        ...     value, grad = optax.value_and_grad_from_state(f)(x, state=state)
+        ...     step, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=f)
+        ...     x = optax.apply_updates(x, step)
+        >>> jnp.round(x, 3) + 0.0
+        Array([0., 1., 2.], dtype=float32)
+
+    References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithm 6.1; Al-Baali (1998),
+        doi:10.1023/A:1018315205474; Urbán, Stefanou and Pons (2025), doi:10.1016/j.jcp.2024.113656.
+    """
+    _checks.check_choice("bfgs", "update", update, Update)
+    return _build(update)
+
+
+@functools.lru_cache(maxsize=64)
+def _build(update: Update) -> FirstOrder:
+    return first_order("bfgs", _init, functools.partial(_step, update))
+
+
+def _init(x: Vector, params: Tree) -> BFGSState:
+    zero = jnp.asarray(0, jnp.int32)
+    return BFGSState(
+        inverse_hessian=jnp.eye(x.size, dtype=x.dtype),
+        num_updates=zero,
+        step_size=jnp.asarray(0, x.dtype),
+        num_trials=zero,
+        status=jnp.asarray(Status.RUNNING, jnp.int32),
+        stored=Stored(*unevaluated(x, params)),
+    )
+
+
+def _step(update: Update, state: BFGSState, local: Slope) -> tuple[Vector, Scalar, Vector, BFGSState]:
+    direction = -_matvec(state.inverse_hessian, local.grad)
+    descends = jnp.vdot(direction, local.grad, precision="highest") < 0
+    fresh = (state.num_updates == 0) | ~descends
+    direction = jnp.where(fresh, -local.grad, direction)
+    first = jnp.where(fresh, first_step_size(local), 1)
+    search = wolfe_search(local, direction, first)
+    step = jnp.where(search.accepted, search.trial.t, 0) * direction
+    H = jnp.where(fresh, jnp.eye(step.size, dtype=step.dtype), state.inverse_hessian)
+    H, num_updates = _learn(update, H, jnp.where(fresh, 0, state.num_updates), step, search, local)
+    value = jnp.where(search.accepted, search.trial.value, local.value)
+    grad = jnp.where(search.accepted, search.grad, local.grad)
+    return (
+        step,
+        value,
+        grad,
+        state._replace(
+            inverse_hessian=H,
+            num_updates=num_updates,
+            step_size=search.trial.t,
+            num_trials=search.count,
+            status=search_status(search.accepted, ~fresh, search.trial.value, search.trial.slope),
+        ),
+    )
+
+
+def _learn(
+    update: Update, H: Matrix, num_updates: Int[Array, ""], step: Vector, search: LineSearch, local: Slope
+) -> tuple[Matrix, Int[Array, ""]]:
+    """The approximation after an accepted step; after a failed search the identity."""
+    y = search.grad - local.grad
+    ys, yy = jnp.vdot(y, step, precision="highest"), jnp.vdot(y, y, precision="highest")
+    useful = search.accepted & (ys > jnp.finfo(ys.dtype).eps * norm(y) * norm(step))
+    ys, yy = jnp.where(useful, ys, 1), jnp.where(useful & (yy > 0), yy, 1)
+    H = jnp.where(num_updates == 0, ys / yy, 1) * H  # N&W (6.20)
+    Hy = _matvec(H, y)
+    yHy = jnp.vdot(y, Hy, precision="highest")
+    yHy = jnp.where(yHy > 0, yHy, 1)
+    sBs = -search.trial.t * jnp.vdot(step, local.grad, precision="highest")
+    phi, tau = _weights(update, sBs / ys, yHy / ys, step.size)
+    phi, tau = jnp.where(num_updates == 0, 1, phi), jnp.where(num_updates == 0, 1, tau)
+    v = step / ys - Hy / yHy
+    updated = (H - jnp.outer(Hy, Hy) / yHy + phi * yHy * jnp.outer(v, v)) / tau + jnp.outer(step, step) / ys
+    H = jnp.where(useful, updated, H)
+    identity = jnp.eye(step.size, dtype=step.dtype)
+    return jnp.where(search.accepted, H, identity), jnp.where(search.accepted, num_updates + useful, 0)
+
+
+def _weights(update: Update, b: Scalar, h: Scalar, n: int) -> tuple[Scalar, Scalar]:
+    """``phi`` and ``tau`` of the family from ``b = s'Bs / y's`` and ``h = y'Hy / y's``.
+
+    Urbán, Stefanou and Pons (2025), equations (18) to (26).
+    """
+    one = jnp.ones_like(b)
+    shrink = jnp.minimum(1, 1 / jnp.where(b > 0, b, 1))
+    if update == "bfgs":
+        return one, one
+    if update == "ssbfgs":
+        return one, shrink
+    a = jnp.maximum(h * b - 1, jnp.finfo(b.dtype).eps)
+    rho = jnp.minimum(1, h * (1 - jnp.sqrt(a / (a + 1))))
+    theta = jnp.maximum((rho - 1) / a, jnp.minimum(1 / rho, (1 - b) / b))
+    sigma = 1 + a * theta
+    root = sigma ** (-1 / max(n - 1, 1))
+    positive = shrink * jnp.minimum(root, 1 / jnp.where(theta > 0, theta, 1))
+    tau = jnp.where(theta > 0, positive, jnp.minimum(shrink * root, sigma))
+    return (1 - theta) / sigma, tau
+
+
+def _matvec(matrix: Matrix, vector: Vector) -> Vector:
+    return jnp.matmul(matrix, vector, precision="highest")

@@ -1,0 +1,197 @@
+"""L-BFGS in compact form, on a ring buffer of steps and gradient changes."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from curvature import _checks
+from curvature._types import Status, Tree
+from curvature.linalg._dense import norm
+from curvature.optimizers._line_search import first_step_size, wolfe_search
+from curvature.optimizers._protocol import (
+    FirstOrder,
+    Scalar,
+    Slope,
+    Stored,
+    Vector,
+    first_order,
+    search_status,
+    unevaluated,
+)
+
+
+_MOST_GROWTH = 0.5  # the power of 1 / eps to which scales may add up: beyond, the oldest pairs would drown the newest
+
+
+class Pairs(NamedTuple):
+    """The last steps ``s`` and gradient changes ``y``, and their inner products, in the places of a ring.
+
+    Attributes:
+        steps: a step in each row; the newest stands at ``(count - 1) % m``.
+        changes: the change of the gradient over each step.
+        sy: ``s_i' y_j``.
+        yy: ``y_i' y_j``.
+        scales: by how much each update scaled down the curvature that was known before it.
+        count: how many pairs were written since the memory was last empty.
+    """
+
+    steps: Float[Array, "m n"]
+    changes: Float[Array, "m n"]
+    sy: Float[Array, "m m"]
+    yy: Float[Array, "m m"]
+    scales: Float[Array, " m"]
+    count: Int[Array, ""]
+
+
+class LBFGSState(NamedTuple):
+    """The state of ``lbfgs``: plain arrays, ready for a checkpoint.
+
+    Attributes:
+        pairs: the memory.
+        step_size: the share of the quasi-Newton step that the last update took.
+        num_trials: the points that it evaluated.
+        status: a ``Status``: running, or why the last update could not move.
+        stored: value and gradient at the new point, for optax.
+    """
+
+    pairs: Pairs
+    step_size: Float[Array, ""]
+    num_trials: Int[Array, ""]
+    status: Int[Array, ""]
+    stored: Stored
+
+
+@functools.lru_cache(maxsize=64)
+def lbfgs(memory_size: int = 20) -> FirstOrder:
+    """L-BFGS: an optax transformation for smooth objectives of any size; gradients only.
+
+    The direction is ``-H g`` with the inverse Hessian that the last m updates make of ``(y's / y'y) I``, in compact form:
+    a few products with the memory and two triangular solves of size m. The updates are those of the self-scaled BFGS
+    method: where a step shows less curvature than the memory had along it, ``tau = y's / s'Bs < 1``, all that was known
+    before is scaled down by ``tau``. The memory is a ring: a step writes one row. The line search satisfies the strong Wolfe conditions, or, where rounding hides the value, decides by the slope, so that
+    single precision ends by its gradient. When it fails, the memory is emptied. Nothing depends on the scale of the
+    objective.
+
+    Use it where ``optax.lbfgs()`` stands; ``optax.value_and_grad_from_state`` finds value and gradient in the state.
+
+    Args:
+        memory_size: m, the pairs of steps and gradient changes that are kept.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` whose state is an ``LBFGSState``.
+
+    Raises:
+        ValueError: when ``memory_size`` is not a positive integer; from ``update`` when an argument is missing.
+
+    Cost: for each update one value and gradient at each trial, mostly one, and about 8 m n FLOPs; memory for 2 m n
+        numbers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, curvature
+        >>> f = lambda x: jnp.sum(jnp.cosh(x - jnp.arange(3.0)))
+        >>> x, solver = jnp.zeros(3), curvature.lbfgs()
+        >>> state = solver.init(x)
+        >>> for _ in range(10):
+        ...     value, grad = optax.value_and_grad_from_state(f)(x, state=state)
+        ...     step, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=f)
+        ...     x = optax.apply_updates(x, step)
+        >>> jnp.round(x, 3) + 0.0
+        Array([0., 1., 2.], dtype=float32)
+
+    References: Byrd, Nocedal and Schnabel (1994), theorem 2.2, doi:10.1007/BF01582063; Al-Baali (1999), doi:
+        10.1023/A:1019142304382; Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), section 7.2.
+    """
+    _checks.check_static_count("lbfgs", "memory_size", memory_size, 1)
+    return first_order("lbfgs", functools.partial(_init, memory_size), _step)
+
+
+def _init(memory_size: int, x: Vector, params: Tree) -> LBFGSState:
+    zero, rows = jnp.asarray(0, jnp.int32), jnp.zeros((memory_size, x.size), x.dtype)
+    products = jnp.zeros((memory_size, memory_size), x.dtype)
+    return LBFGSState(
+        pairs=Pairs(rows, rows, products, products, jnp.ones_like(products[0]), zero),
+        step_size=jnp.asarray(0, x.dtype),
+        num_trials=zero,
+        status=jnp.asarray(Status.RUNNING, jnp.int32),
+        stored=Stored(*unevaluated(x, params)),
+    )
+
+
+def _step(state: LBFGSState, local: Slope) -> tuple[Vector, Scalar, Vector, LBFGSState]:
+    direction = -inverse_product(state.pairs, local.grad)
+    slope = jnp.vdot(direction, local.grad, precision="highest")
+    fresh = (state.pairs.count == 0) | ~(slope < 0)
+    direction = jnp.where(fresh, -local.grad, direction)
+    search = wolfe_search(local, direction, jnp.where(fresh, first_step_size(local), 1))
+    accepted, size = search.accepted, search.trial.t
+    step = jnp.where(accepted, size, 0) * direction
+    grad = jnp.where(accepted, search.grad, local.grad)
+    pairs = state.pairs._replace(count=jnp.where(fresh | ~accepted, 0, state.pairs.count))
+    expected = -size * jnp.vdot(step, local.grad, precision="highest")  # s'Bs, as B s = -size g
+    value = jnp.where(accepted, search.trial.value, local.value)
+    return (
+        step,
+        value,
+        grad,
+        state._replace(
+            pairs=remember(pairs, step, grad - local.grad, expected),
+            step_size=size,
+            num_trials=search.count,
+            status=search_status(accepted, ~fresh, search.trial.value, search.trial.slope),
+        ),
+    )
+
+
+def remember(pairs: Pairs, step: Vector, change: Vector, expected: Scalar) -> Pairs:
+    """Write a pair over the oldest one, unless it shows no positive curvature.
+
+    ``expected`` is the curvature ``s'Bs`` that the memory had along the step.
+    """
+    place = pairs.count % len(pairs.steps)
+    curvature = jnp.vdot(step, change, precision="highest")
+    useful = curvature > jnp.finfo(step.dtype).eps * norm(step) * norm(change)
+    scales = (pairs.count > 0) & (curvature < expected)
+    scale = jnp.where(scales, curvature / jnp.where(scales, expected, 1), 1)
+    steps, changes = pairs.steps.at[place].set(step), pairs.changes.at[place].set(change)
+    sy = pairs.sy.at[place].set(_matvec(changes, step)).at[:, place].set(_matvec(steps, change))
+    yy = _matvec(changes, change)
+    yy = pairs.yy.at[place].set(yy).at[:, place].set(yy)
+    written = Pairs(steps, changes, sy, yy, pairs.scales.at[place].set(scale), pairs.count + 1)
+    return jax.tree.map(lambda new, old: jnp.where(useful, new, old), written, pairs)
+
+
+def inverse_product(pairs: Pairs, vector: Vector) -> Vector:
+    """``H v`` with the inverse Hessian of the pairs: Byrd, Nocedal and Schnabel (1994), equation (2.6).
+
+    With ``D = diag(s_i'y_i)``, the upper triangle R of ``S'Y`` and the later scales ``c_i = prod_{j > i} 1 / tau_j``::
+
+        H = gamma (I - S R^-T Y') (I - Y R^-1 S') + S R^-T diag(c) D R^-1 S'
+    """
+    order = jnp.arange(len(pairs.steps), dtype=jnp.int32)
+    age = (pairs.count - 1 - order) % len(pairs.steps)  # 0 is the newest
+    known = age < pairs.count
+    both = known[:, None] & known[None, :]
+    diagonal = jnp.where(known, jnp.diagonal(pairs.sy), 1)
+    newest = (pairs.count - 1) % len(pairs.steps)
+    gamma = jnp.where(pairs.count > 0, pairs.sy[newest, newest] / pairs.yy[newest, newest], 1)
+    later = both & (age[None, :] < age[:, None])  # the column is later than the row
+    growth = jnp.where(later, -jnp.log(pairs.scales)[None, :], 0).sum(axis=1)
+    growth = jnp.exp(jnp.minimum(growth, -_MOST_GROWTH * jnp.log(jnp.finfo(growth.dtype).eps)))
+    chronological = jnp.argsort(-age)
+    R = (jnp.where(later, pairs.sy, 0) + jnp.diag(diagonal))[chronological][:, chronological]
+
+    def solve(rhs: Vector, transposed: int) -> Vector:
+        solution = jax.scipy.linalg.solve_triangular(R, rhs[chronological], trans=transposed)
+        return jnp.where(known, jnp.zeros_like(rhs).at[chronological].set(solution), 0)
+
+    q = solve(jnp.where(known, _matvec(pairs.steps, vector), 0), 0)
+    projected = _matvec(jnp.where(both, pairs.yy, 0), q) - _matvec(pairs.changes, vector)
+    p = solve(jnp.where(known, growth * diagonal * q + gamma * projected, 0), 1)
+    return gamma * vector + _matvec(pairs.steps.T, p) - gamma * _matvec(pairs.changes.T, q)
+
+
+def _matvec(matrix: Array, vector: Vector) -> Vector:
+    return jnp.matmul(matrix, vector, precision="highest")

@@ -1,0 +1,177 @@
+"""SR1 in a trust region, with a dense Hessian approximation."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from curvature._types import Status, Tree
+from curvature.linalg._dense import factor_model, norm, solve_region
+from curvature.optimizers._protocol import (
+    MAX_TRIALS,
+    FirstOrder,
+    Matrix,
+    Scalar,
+    Slope,
+    Stored,
+    Vector,
+    first_order,
+    search_status,
+    unevaluated,
+)
+
+_ACCEPT = 1e-4  # N&W algorithm 6.2: the least ratio of actual to predicted reduction that is a step
+_POOR, _GOOD = 0.1, 0.75
+_SKIP = 1e-8  # N&W (6.26)
+
+
+class SR1State(NamedTuple):
+    """The state of ``sr1``: plain arrays, ready for a checkpoint.
+
+    Attributes:
+        hessian: the approximation of the Hessian, in the order of ``jax.flatten_util.ravel_pytree``.
+        num_updates: the pairs of steps and gradient changes in it since it was last zero.
+        radius: the radius for the next step.
+        num_trials: the points that the last update evaluated.
+        status: a ``Status``: running, or why the last update could not move.
+        stored: value and gradient at the new point, for optax.
+    """
+
+    hessian: Float[Array, "n n"]
+    num_updates: Int[Array, ""]
+    radius: Float[Array, ""]
+    num_trials: Int[Array, ""]
+    status: Int[Array, ""]
+    stored: Stored
+
+
+class _Trial(NamedTuple):
+    hessian: Matrix
+    num_updates: Int[Array, ""]
+    radius: Scalar
+    step: Vector
+    value: Scalar
+    grad: Vector
+    predicted: Scalar
+    accepted: Bool[Array, ""]
+    count: Int[Array, ""]
+
+
+@functools.lru_cache(maxsize=64)
+def sr1() -> FirstOrder:
+    """SR1 in a trust region: an optax transformation for smooth objectives, convex or not; gradients only.
+
+    The approximation ``B`` of the Hessian need not be positive definite, and comes close to the Hessian itself: after a
+    trial step ``s`` that changed the gradient by ``y``::
+
+        B+ = B + r r' / r's,    r = y - B s
+
+    unless ``abs(r's) <= 1e-8 norm(r) norm(s)``. Rejected trials teach it too. The subproblem is solved to rounding, and
+    the region shrinks until a trial is accepted. When none is, B starts again from zero. Nothing depends on the scale of
+    the objective.
+
+    Use it where ``optax.lbfgs()`` stands; ``optax.value_and_grad_from_state`` finds value and gradient in the state.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` whose state is an ``SR1State``.
+
+    Raises:
+        ValueError: from ``update`` when an argument is missing.
+
+    Cost: for each trial one value and gradient, and about 9 n^3 FLOPs; memory for 3 n^2 numbers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, curvature
+        >>> f = lambda x: jnp.sum(jnp.cosh(x - jnp.arange(3.0)))
+        >>> x, solver = jnp.zeros(3), curvature.sr1()
+        >>> state = solver.init(x)
+        >>> for _ in range(12):
+        ...     value, grad = optax.value_and_grad_from_state(f)(x, state=state)
+        ...     step, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=f)
+        ...     x = optax.apply_updates(x, step)
+        >>> jnp.round(x, 3) + 0.0
+        Array([0., 1., 2.], dtype=float32)
+
+    References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithm 6.2; Conn, Gould and Toint (1991),
+        doi:10.1007/BF01594934.
+    """
+    return first_order("sr1", _init, _step)
+
+
+def _init(x: Vector, params: Tree) -> SR1State:
+    zero = jnp.asarray(0, jnp.int32)
+    return SR1State(
+        hessian=jnp.zeros((x.size, x.size), x.dtype),
+        num_updates=zero,
+        radius=0.1 * jnp.maximum(1, norm(x)),
+        num_trials=zero,
+        status=jnp.asarray(Status.RUNNING, jnp.int32),
+        stored=Stored(*unevaluated(x, params)),
+    )
+
+
+def _step(state: SR1State, local: Slope) -> tuple[Vector, Scalar, Vector, SR1State]:
+    start = _Trial(
+        hessian=state.hessian,
+        num_updates=state.num_updates,
+        radius=state.radius,
+        step=jnp.zeros_like(local.grad),
+        value=local.value,
+        grad=local.grad,
+        predicted=jnp.zeros_like(local.value),
+        accepted=jnp.zeros_like(local.value, bool),
+        count=jnp.zeros_like(local.value, jnp.int32),
+    )
+
+    def running(trial: _Trial) -> Bool[Array, ""]:
+        hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
+        return ~trial.accepted & ~hopeless & (trial.count < MAX_TRIALS)
+
+    last = jax.lax.while_loop(running, lambda trial: _attempt(trial, local), start)
+    accepted = last.accepted
+    status = search_status(accepted, last.num_updates > 0, last.value, last.predicted)
+    return (
+        jnp.where(accepted, last.step, 0),
+        jnp.where(accepted, last.value, local.value),
+        jnp.where(accepted, last.grad, local.grad),
+        state._replace(
+            hessian=jnp.where(accepted, last.hessian, 0),
+            num_updates=jnp.where(accepted, last.num_updates, 0),
+            radius=jnp.where(accepted, last.radius, state.radius / 4),
+            num_trials=last.count,
+            status=status,
+        ),
+    )
+
+
+def _attempt(trial: _Trial, local: Slope) -> _Trial:
+    """Minimize the model in the region, look, learn, and judge."""
+    noise = local.noise + jnp.finfo(local.noise.dtype).tiny
+    step, predicted, on_boundary = solve_region(factor_model(trial.hessian, local.grad), trial.radius)
+    value, grad = local.value_and_grad_after(step)
+    finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
+    ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
+    ratio = jnp.where(finite, ratio, -jnp.inf)
+    hessian, learned = _learn(trial.hessian, trial.num_updates, step, jnp.where(finite, grad - local.grad, 0))
+    length = norm(step)
+    grown = jnp.where((ratio > _GOOD) & (length > 0.8 * trial.radius), 2 * trial.radius, trial.radius)
+    grown = jnp.minimum(grown, jnp.finfo(grown.dtype).max / 8)
+    radius = jnp.where(ratio < _POOR, jnp.where(finite, 0.5, 0.1) * jnp.minimum(length, trial.radius), grown)
+    accepted = ratio >= _ACCEPT
+    return _Trial(hessian, trial.num_updates + learned, radius, step, value, grad, predicted, accepted, trial.count + 1)
+
+
+def _learn(B: Matrix, num_updates: Int[Array, ""], step: Vector, change: Vector) -> tuple[Matrix, Bool[Array, ""]]:
+    """``B+``; before the first pair B is the multiple of the identity that its curvature suggests."""
+    ss, sy = jnp.vdot(step, step, precision="highest"), jnp.vdot(step, change, precision="highest")
+    yy = jnp.vdot(change, change, precision="highest")
+    scale = jnp.where(sy > 0, yy / jnp.where(sy > 0, sy, 1), 0)  # N&W (6.20)
+    B = jnp.where(num_updates == 0, scale * jnp.eye(step.size, dtype=step.dtype), B)
+    r = change - jnp.matmul(B, step, precision="highest")
+    rs = jnp.vdot(r, step, precision="highest")
+    useful = (jnp.abs(rs) > _SKIP * norm(r) * norm(step)) & (ss > 0)
+    updated = B + jnp.outer(r, r) / jnp.where(useful, rs, 1)
+    useful = useful & jnp.all(jnp.isfinite(updated))
+    return jnp.where(useful, updated, B), useful | (num_updates == 0) & (sy != 0)
