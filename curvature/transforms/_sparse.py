@@ -194,6 +194,10 @@ def _prepared(
     """
     like = jax.tree.map(jax.typeof, like)
     pattern = coloring.sparsity.to_bcoo()
+    form = jax.tree.structure(
+        BCOO((pattern.data, pattern.indices), shape=pattern.shape, indices_sorted=True, unique_indices=True)
+    )
+    indices = pattern.indices  # at hand as they are: nothing copies them, or checks them once more
 
     @jax.jit
     def compressed(x: Tree, *args: Any) -> Array:
@@ -206,8 +210,7 @@ def _prepared(
     def evaluate(x: Tree, *args: Any) -> BCOO:
         x = _checks.check_direction(function, "x", x, "the prepared x", like)
         _checks.check_data(function, args)
-        found = entries(compressed(x, *args), where), pattern.indices  # indices stay outside, where nothing copies them
-        return BCOO(found, shape=pattern.shape, indices_sorted=True, unique_indices=True)
+        return form.unflatten([entries(compressed(x, *args), where), indices])
 
     return evaluate
 
