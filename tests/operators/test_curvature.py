@@ -203,6 +203,28 @@ def test_batches_compile_once_for_each_shape(capsys):
     capsys.readouterr()
 
 
+class Loader:
+    """Batches that can be iterated over again and whose number is not known."""
+
+    def __iter__(self):
+        return iter([jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0], [1.0, 1.0]])])
+
+
+def test_a_bar_follows_each_pass_over_the_batches(monkeypatch):
+    progress, bars = pytest.importorskip("rich.progress"), []
+
+    def track(batches, name, **options):
+        bars.append(name)
+        return batches
+
+    monkeypatch.setattr(progress, "track", track)
+    for shown in (False, True):
+        op = curvature.HessianOperator(lambda x, a: jnp.mean((a @ x) ** 2), X["w"], batches=Loader(), progress=shown)
+        assert_close(op @ jnp.array([3.0, 0.0]), [4.0, 2.0])
+        assert_close(op.as_matrix(), [[4 / 3, 2 / 3], [2 / 3, 10 / 3]])
+    assert bars == ["HessianOperator"] * 2
+
+
 def test_data_in_slices_holds_nothing_of_the_size_of_the_data():
     def f(x, a):
         return jnp.mean(jnp.sin(jnp.sin(a @ x)))
