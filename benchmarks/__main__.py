@@ -1,6 +1,16 @@
 """``python -m benchmarks`` runs every benchmark."""
 
-from benchmarks import diagonal, hessian, laplacian, mean_hessian, modes, operators, per_example, sparse
+from benchmarks import (
+    against_curvlinops,
+    diagonal,
+    hessian,
+    laplacian,
+    mean_hessian,
+    modes,
+    operators,
+    per_example,
+    sparse,
+)
 
 if __name__ == "__main__":
     hessian.main()
@@ -11,3 +21,4 @@ if __name__ == "__main__":
     mean_hessian.main()
     per_example.main()
     operators.main()
+    against_curvlinops.main()

@@ -89,7 +89,7 @@ def save_picture(path: Path, points: tuple, curve: tuple, prediction: tuple) -> 
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
     grid, mean, deviation = prediction
-    for times, alpha, label in ((1, 0.3, "1 standard deviation"), (2, 0.18, "2 standard deviations")):
+    for times, alpha, label in ((1, 0.3, "1 standard deviation, with noise"), (2, 0.18, "2 standard deviations")):
         reach = times * np.hypot(deviation, NOISE)
         left.fill_between(grid, mean - reach, mean + reach, color=BLUE, alpha=alpha, linewidth=0, label=label)
     left.plot(grid, mean, color=BLUE, linewidth=2.5, label="the network")

@@ -85,7 +85,7 @@ def save_picture(path: Path, spectra: dict[str, Spectrum], accuracies: dict[str,
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, (when, found) in zip(panels, spectra.items(), strict=True):
-        title = f"{when.capitalize()} training: {accuracies[when]:.0%} of the images are read right"
+        title = f"{when.capitalize()} training: {accuracies[when]:.1%} of the images are read right"
         draw(axes, found, title, COLORS[when])
     panels[0].set_ylabel("share of eigenvalues per unit", fontsize=14)
     path.parent.mkdir(parents=True, exist_ok=True)

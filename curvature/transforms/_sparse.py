@@ -91,11 +91,11 @@ def sparse_hessian(
     colors = np.arange(max(coloring.num_colors, 1))  # without any, one that no column has
     seeds = jnp.asarray(np.asarray(coloring.colors)[:, None] == colors, vector.dtype)
 
-    def products(vector: Array, *args: Any) -> Array:
+    def products(seeds: Array, vector: Array, *args: Any) -> Array:
         hvp_fn = linearize_program(trace_objective("sparse_hessian", "f", fun, vector, args), chosen)[2]
         return jax.vmap(hvp_fn, in_axes=1, out_axes=1)(seeds)  # colors innermost: XLA shares the rows among its threads
 
-    return _prepared("sparse_hessian", products, _places(coloring, columns=True), coloring, x)
+    return _prepared("sparse_hessian", products, seeds, _places(coloring, columns=True), coloring, x)
 
 
 def sparse_jacobian(
@@ -159,10 +159,10 @@ def sparse_jacobian(
     sparsity = _sparsity(*_checks.check_pattern("sparse_jacobian", pattern, shape), shape, vector)
     coloring = asdex.jacobian_coloring_from_sparsity(sparsity, mode=legal[0] if len(legal) == 1 else None)
 
-    def products(vector: Array, *args: Any) -> Array:
+    def products(_: None, vector: Array, *args: Any) -> Array:
         return asdex.compressed_jacobian_from_coloring(lambda vector: fun(vector, *args), coloring)(vector)
 
-    return _prepared("sparse_jacobian", products, _places(coloring, columns=False), coloring, x)
+    return _prepared("sparse_jacobian", products, None, _places(coloring, columns=False), coloring, x)
 
 
 def _legal_modes(function: str, mode: str, blockers: dict[str, Blocker | None]) -> list[str]:
@@ -185,19 +185,24 @@ def _sparsity(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int], vec
 
 
 def _prepared(
-    function: str, products: Callable[..., Array], where: Array, coloring: Any, like: Tree
+    function: str, products: Callable[..., Array], seeds: Array | None, where: Array, coloring: Any, like: Tree
 ) -> Callable[..., BCOO]:
     """The compiled function of the point and the data, from the products of all colors and the places of the entries.
 
     It is compiled in two parts: XLA would compute the products anew in the order of the entries, one by one, which on a
-    CPU takes longer than to write them out and read them again.
+    CPU takes longer than to write them out and read them again. The seeds are an operand: of a constant XLA keeps every
+    multiple and slice that the products take of it, and reads them all.
     """
     like = jax.tree.map(jax.typeof, like)
     pattern = coloring.sparsity.to_bcoo()
+    form = jax.tree.structure(
+        BCOO((pattern.data, pattern.indices), shape=pattern.shape, indices_sorted=True, unique_indices=True)
+    )
+    indices = pattern.indices  # at hand as they are: nothing copies them, or checks them once more
 
     @jax.jit
-    def compressed(x: Tree, *args: Any) -> Array:
-        return products(ravel(x)[0], *args)
+    def compressed(seeds: Array | None, x: Tree, *args: Any) -> Array:
+        return products(seeds, ravel(x)[0], *args)
 
     @jax.jit
     def entries(products: Array, where: Array) -> Array:
@@ -206,8 +211,7 @@ def _prepared(
     def evaluate(x: Tree, *args: Any) -> BCOO:
         x = _checks.check_direction(function, "x", x, "the prepared x", like)
         _checks.check_data(function, args)
-        found = entries(compressed(x, *args), where), pattern.indices  # indices stay outside, where nothing copies them
-        return BCOO(found, shape=pattern.shape, indices_sorted=True, unique_indices=True)
+        return form.unflatten([entries(compressed(seeds, x, *args), where), indices])
 
     return evaluate
 

@@ -253,19 +253,24 @@ def of_one_example(x, a, y):
     return objective(x, a[None], y[None])
 
 
-def every_transform(a, y):
-    """All that a device can compute by itself from its own examples."""
-    x, v = (jax.tree.map(jnp.asarray, tree) for tree in (X, V))
+def every_transform(a, y, place=lambda tree: tree):
+    """All that a device can compute by itself from its own examples; ``place`` says where the point lies."""
+    x, v = place(jax.tree.map(jnp.asarray, (X, V)))
     gauss_newton = MATRICES["gauss_newton"](x, a, y)
     return {
         "hvp": curvature.hvp(objective, x, v, a, y),
         "linearize_grad": curvature.linearize_grad(objective, x, a, y)[2](v),
         "hessian": curvature.hessian(objective, chunk_size=3)(x, a, y),
+        "matrix": curvature.matrix_view(curvature.hessian(objective)(x, a, y), x).matrix,
         "diagonal": curvature.hessian_diagonal(objective, x, a, y),
         "jacobian": curvature.jacobian(model)(x, a, y),
         "laplacian": curvature.laplacian(objective)(x, a, y),
+        "directions": curvature.directional_derivatives(objective, x, v, a, y, order=3),
+        "lanes": curvature.vmap(of_one_example, in_axes=(None, 0, 0), chunk_size=2)(x, a, y),
         "gradients": curvature.per_example_grad(of_one_example)(x, a, y),
+        "hessians": curvature.per_example_hessian(of_one_example)(x, a, y),
         "norms": curvature.per_example_grad_norm(of_one_example)(x, a, y),
+        "moments": curvature.per_example_grad_moments(of_one_example)(x, a, y),
         "clipped": curvature.clipped_grad(of_one_example, 0.1)(x, a, y)[0],
         "mean_hessian": curvature.mean_hessian(of_one_example)(x, a, y),
         "products": [MATRICES[name](x, a, y).mv(v) for name in MATRICES],
@@ -275,10 +280,36 @@ def every_transform(a, y):
     }
 
 
-def test_pmap_of_every_transform(data):
+@pytest.fixture
+def device_by_device(data):
+    """The data with an axis of devices, and what one device makes of each part."""
     parts = [leaf.reshape(8, 5, *leaf.shape[1:]) for leaf in data]
     quick = jax.jit(jax.vmap(every_transform), compiler_options={"xla_backend_optimization_level": 0})
-    assert_trees_close(jax.pmap(every_transform)(*parts), quick(*parts), roundings=1e6)
+    return parts, quick(*parts)
+
+
+def test_pmap_of_every_transform(device_by_device):
+    parts, want = device_by_device
+    assert_trees_close(jax.pmap(every_transform)(*parts), want, roundings=1e6)
+
+
+def test_every_transform_inside_shard_map(mesh, data, device_by_device):
+    def on_device(a, y):
+        found = every_transform(a, y, lambda tree: jax.lax.pcast(tree, "data", to="varying"))
+        return jax.tree.map(lambda leaf: leaf[None], found)
+
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert_trees_close(jax.jit(mapped)(*data), device_by_device[1], roundings=1e6)
+
+
+def test_pmap_of_prepared_sparse_derivatives(data):
+    pytest.importorskip("asdex", exc_type=ImportError)
+    v, parts = jnp.cos(jnp.arange(6.0)), jnp.asarray(data[1]).reshape(8, 5)
+    hessian = curvature.sparse_hessian(lambda v, y: jnp.sum(y * (v[1:] - v[:-1] ** 2) ** 2), v, parts[0])
+    jacobian = curvature.sparse_jacobian(lambda v, y: y * (v[1:] - v[:-1] ** 2), v, parts[0])
+    for prepared in (hessian, jacobian):
+        got = jax.pmap(lambda y, prepared=prepared: prepared(v, y).todense())(parts)
+        assert_close(got, jnp.stack([prepared(v, y).todense() for y in parts]))
 
 
 def test_pmap_of_an_operator_and_a_mean_over_devices(data):

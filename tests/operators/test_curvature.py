@@ -203,6 +203,28 @@ def test_batches_compile_once_for_each_shape(capsys):
     capsys.readouterr()
 
 
+class Loader:
+    """Batches that can be iterated over again and whose number is not known."""
+
+    def __iter__(self):
+        return iter([jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0], [1.0, 1.0]])])
+
+
+def test_a_bar_follows_each_pass_over_the_batches(monkeypatch):
+    progress, bars = pytest.importorskip("rich.progress"), []
+
+    def track(batches, name, **options):
+        bars.append(name)
+        return batches
+
+    monkeypatch.setattr(progress, "track", track)
+    for shown in (False, True):
+        op = curvature.HessianOperator(lambda x, a: jnp.mean((a @ x) ** 2), X["w"], batches=Loader(), progress=shown)
+        assert_close(op @ jnp.array([3.0, 0.0]), [4.0, 2.0])
+        assert_close(op.as_matrix(), [[4 / 3, 2 / 3], [2 / 3, 10 / 3]])
+    assert bars == ["HessianOperator"] * 2
+
+
 def test_data_in_slices_holds_nothing_of_the_size_of_the_data():
     def f(x, a):
         return jnp.mean(jnp.sin(jnp.sin(a @ x)))
@@ -405,25 +427,32 @@ def test_a_model_without_reverse_derivative():
         curvature.GaussNewtonOperator(looped, jnp.sum, x) @ x
 
 
-def test_jacobian_and_kernel():
-    case = case_of("linear")
+@pytest.mark.parametrize("name", CASES)
+def test_jacobian_and_kernel(name):
+    case = case_of(name)
     vector, unravel = ravel_pytree(case.params)
-    want = np.asarray(jax.jacobian(lambda v: ravel_pytree(case.model(unravel(v), *case.args))[0])(vector))
 
     @quick_jit
     def matrices(params, args):
         jacobian = curvature.JacobianOperator(case.model, params, *args)
         kernel = curvature.NTKOperator(case.model, params, *args)
+        want = jax.jacobian(lambda v: ravel_pytree(case.model(unravel(v), *args))[0])(vector)
         w = case.model(params, *args)
-        return jacobian.as_matrix(), jacobian.T.as_matrix(2), kernel.as_matrix(), jacobian.T @ w, kernel.diagonal()
+        products = jacobian @ params, jacobian.T @ w, kernel @ w, kernel.diagonal()
+        return jacobian.as_matrix(), jacobian.T.as_matrix(2), kernel.as_matrix(), products, want
 
-    tall, wide, kernel, pulled, diagonal = matrices(case.params, case.args)
-    outputs = flat(case.model(case.params, *case.args))
-    assert_close(tall, want)
-    assert_close(wide, want.T)
-    assert_close(kernel, want @ want.T)
-    assert_close(flat(pulled), want.T @ outputs)
-    assert_close(flat(diagonal), np.diagonal(want @ want.T))
+    tall, wide, kernel, (pushed, pulled, both, diagonal), want = matrices(case.params, case.args)
+    outputs, want = flat(case.model(case.params, *case.args)), np.asarray(want)
+    assert_close(tall, want, roundings=ROUNDINGS)
+    assert_close(wide, want.T, roundings=ROUNDINGS)
+    assert_close(kernel, want @ want.T, roundings=ROUNDINGS)
+    assert_close(flat(pushed), want @ flat(case.params), roundings=ROUNDINGS)
+    assert_close(flat(pulled), want.T @ outputs, roundings=ROUNDINGS)
+    assert_close(flat(both), want @ want.T @ outputs, roundings=ROUNDINGS)
+    assert_close(flat(diagonal), np.diagonal(want @ want.T), roundings=ROUNDINGS)
+
+
+def test_a_jacobian_of_few_outputs():
     few = curvature.JacobianOperator(lambda x: jnp.stack([x[0] * x[1], x[2]]), jnp.array([1.0, 2.0, 3.0]))
     assert_close(few.as_matrix(), [[2.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
 
