@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from curvature import _checks
 from curvature._types import MinimizeResult, Objective, Status, Tree, ravel
+from curvature.optimizers._implicit import implicit_minimizer, lift_objective
 from curvature.optimizers._newton import newton
 from curvature.optimizers._protocol import (
     DenseSecondOrder,
@@ -206,15 +207,20 @@ def _run(
     hessian: Callable[..., Tree] | None,
     callback: Callable[[MinimizeStep], None] | None,
 ) -> MinimizeResult:
-    """The loop itself; data and limits are operands, so that new ones find the program they need."""
+    """The loop itself; data and limits are operands, so that new ones find the program they need.
+
+    Derivatives are taken of the solution, so nothing that goes through the loop has any.
+    """
+    objective, data = lift_objective("minimize", fun, x0, args)
+    x0, args, limits, operands = jax.lax.stop_gradient((x0, args, limits, data))
     has_status = isinstance(transformation, WithStatus)
     update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
 
     def value_fn(x: Tree) -> Any:
-        return fun(x, *args)
+        return objective(x, *operands)
 
     def advance(loop: _Loop) -> _Loop:
-        point, extras = _evaluate(fun, args, hessian, loop, transformation)
+        point, extras = _evaluate(value_fn, args, hessian, loop, transformation)
         if callback is not None:
             jax.debug.callback(callback, MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state))
         loop = _judge(loop, point, limits, has_status)
@@ -226,14 +232,16 @@ def _run(
             x = optax.apply_updates(loop.x, updates)
             return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved)
 
-        return jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
+        loop = jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
+        return jax.lax.stop_gradient(loop)  # what the method or the Hessian may have closed over
 
     state: Any = transformation.init(x0)
     if isinstance(transformation, FirstOrder):
         state = state._replace(stored=Stored(*evaluate("minimize", value_fn, x0)))
-    start = _start(state, x0, limits)
+    start = _start(jax.lax.stop_gradient(state), x0, limits)
     loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, start)
-    return MinimizeResult(loop.best.x, loop.best.value, loop.best.grad, loop.num_steps, loop.status)
+    x, value = implicit_minimizer(objective, data, loop.best.x, loop.best.value)
+    return MinimizeResult(x, value, loop.best.grad, loop.num_steps, loop.status)
 
 
 def _start(state: Any, x0: Tree, limits: _Limits) -> _Loop:
@@ -252,7 +260,7 @@ def _start(state: Any, x0: Tree, limits: _Limits) -> _Loop:
 
 
 def _evaluate(
-    fun: Objective,
+    value_fn: Callable[[Tree], Any],
     args: tuple[Any, ...],
     hessian: Callable[..., Tree] | None,
     loop: _Loop,
@@ -263,7 +271,7 @@ def _evaluate(
     if isinstance(transformation, FirstOrder):
         value, grad = loop.state.stored
         return _point(loop, value, grad), {"value": value}
-    program = trace_objective("minimize", "fun", fun, loop.x, args)
+    program = trace_objective("minimize", "fun", value_fn, loop.x, ())
     if hessian is not None:
         value, grad = value_and_grad("minimize", program)
         extras["hessian_fn"] = lambda x: hessian(x, *args)
