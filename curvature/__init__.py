@@ -35,7 +35,15 @@ from curvature.operators import (
     as_scipy,
     damping,
 )
-from curvature.optimizers import MinimizeStep, NewtonState, TrustRegionState, minimize, newton, trust_region
+from curvature.optimizers import (
+    MinimizeStep,
+    NewtonState,
+    TrustRegionState,
+    minimize,
+    minimize_batched,
+    newton,
+    trust_region,
+)
 from curvature.transforms import (
     GradMoments,
     MatrixView,
@@ -112,6 +120,7 @@ __all__ = [
     "matrix_view",
     "mean_hessian",
     "minimize",
+    "minimize_batched",
     "minres",
     "newton",
     "nystrom_preconditioner",

@@ -1,15 +1,16 @@
 """One compiled loop that drives any optax transformation to a point where the gradient vanishes, or says why not."""
 
 import functools
+import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import MinimizeResult, Objective, Status, Tree, ravel
@@ -64,7 +65,7 @@ class _Point(NamedTuple):
     noise: Float[Array, ""]
 
 
-class _Loop(NamedTuple):
+class Loop(NamedTuple):
     x: Tree
     state: Any
     best: _Point
@@ -135,21 +136,16 @@ def minimize(
     _checks.check_finite("minimize", "x0", x0)
     args = args if type(args) is tuple else (args,)
     _checks.check_data("minimize", args)
-    gtol = _default_gtol(x0) if gtol is None else gtol
-    for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
-        _checks.check_nonnegative("minimize", name, tolerance)
-    _checks.check_count("minimize", "max_steps", max_steps)
     for name, function in {"hessian": hessian, "callback": callback}.items():
         if function is not None:
             _checks.check_callable("minimize", name, function)
-    transformation = _resolve(method, x0, hessian is not None)
-    dtype = ravel(x0)[0].dtype
+    limits = limits_of("minimize", x0, gtol, rtol, max_steps)
+    transformation = resolve("minimize", method, x0, hessian)
     x0 = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), x0)  # drops weak types
-    limits = _Limits(jnp.asarray(gtol, dtype), jnp.asarray(rtol, dtype), jnp.asarray(max_steps, jnp.int32))
-    return _compiled(fun)(x0, args, limits, transformation=transformation, hessian=hessian, callback=callback)
+    return compiled(_run, fun)(x0, args, limits, transformation=transformation, hessian=hessian, callback=callback)
 
 
-class _Limits(NamedTuple):
+class Limits(NamedTuple):
     """Arrays, whatever numbers the user gave, so that other numbers find the same program."""
 
     gtol: Float[Array, ""]
@@ -157,100 +153,133 @@ class _Limits(NamedTuple):
     max_steps: Int[Array, ""]
 
 
-def _default_gtol(x0: Tree) -> float:
-    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x0)) ** 0.5
+def limits_of(function: str, x0: Tree, gtol: ArrayLike | None, rtol: ArrayLike, max_steps: ArrayLike) -> Limits:
+    """The limits, checked; ``gtol=None`` is the square root of the rounding unit."""
+    if gtol is None:
+        gtol = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x0)) ** 0.5
+    for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
+        _checks.check_nonnegative(function, name, tolerance)
+    _checks.check_count(function, "max_steps", max_steps)
+    dtype = ravel(x0)[0].dtype
+    return Limits(jnp.asarray(gtol, dtype), jnp.asarray(rtol, dtype), jnp.asarray(max_steps, jnp.int32))
 
 
-def _resolve(method: Method, x0: Tree, has_hessian: bool) -> optax.GradientTransformation:
+def resolve(
+    function: str, method: Method, x0: Tree, hessian: Callable[..., Tree] | None
+) -> optax.GradientTransformation:
+    """The transformation that a method names."""
     if isinstance(method, optax.GradientTransformation):
         transformation = method
     else:
-        _checks.check_method("minimize", method, ("auto", *_METHODS))
+        _checks.check_method(function, method, ("auto", *_METHODS))
         small = num_entries(x0) <= _DENSE_ENTRIES
-        automatic = "trust-exact" if has_hessian or small else "trust-region"
+        automatic = "trust-exact" if hessian is not None or small else "trust-region"
         transformation = _METHODS[automatic if method == "auto" else method]()
-    if has_hessian:
-        _checks.check_hessian_used("minimize", method, isinstance(transformation, DenseSecondOrder))
+    if hessian is not None:
+        _checks.check_hessian_used(function, method, isinstance(transformation, DenseSecondOrder))
     return transformation
 
 
-# A cache and nothing else: it is never read but for the very function that put its program there.
-_PROGRAMS: weakref.WeakKeyDictionary[Objective, Callable[..., MinimizeResult]] = weakref.WeakKeyDictionary()
+# A cache and nothing else: it is never read but for the very function that put its programs there.
+_PROGRAMS: weakref.WeakKeyDictionary[Objective, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
-def _compiled(fun: Objective) -> Callable[..., MinimizeResult]:
-    """The compiled loop of an objective, found again as long as the objective lives, and not kept any longer.
+def compiled(program: Callable[..., Any], fun: Objective) -> Callable[..., Any]:
+    """``program(fun, ...)`` compiled, found again as long as the objective lives, and not kept any longer.
 
-    What cannot be looked up, a bound method (made anew at each mention) or a callable that holds arrays, is compiled at
-    every call.
+    Keyword arguments are static. What cannot be looked up, a bound method (made anew at each mention) or a callable
+    that holds arrays, is compiled at every call.
     """
-    static = ("transformation", "hessian", "callback")
+    static = [name for name, p in inspect.signature(program).parameters.items() if p.kind is p.KEYWORD_ONLY]
     try:
-        if fun not in _PROGRAMS:
-            _PROGRAMS[fun] = jax.jit(functools.partial(_run_alive, weakref.ref(fun)), static_argnames=static)
-        return _PROGRAMS[fun]
+        programs = _PROGRAMS.setdefault(fun, {})
+        if program not in programs:
+            alive = functools.partial(_run_alive, program, weakref.ref(fun))
+            programs[program] = jax.jit(alive, static_argnames=static)
+        return programs[program]
     except TypeError:  # not hashable, or not weakly referable
-        return jax.jit(functools.partial(_run, fun), static_argnames=static)
+        return jax.jit(functools.partial(program, fun), static_argnames=static)
 
 
-def _run_alive(reference: Callable[[], Any], *operands: Any, **how: Any) -> MinimizeResult:
-    return _run(reference(), *operands, **how)
+def _run_alive(program: Callable[..., Any], reference: Callable[[], Any], *operands: Any, **how: Any) -> Any:
+    return program(reference(), *operands, **how)
 
 
 def _run(
     fun: Objective,
     x0: Tree,
     args: tuple[Any, ...],
-    limits: _Limits,
+    limits: Limits,
     *,
     transformation: optax.GradientTransformation,
     hessian: Callable[..., Tree] | None,
     callback: Callable[[MinimizeStep], None] | None,
 ) -> MinimizeResult:
-    """The loop itself; data and limits are operands, so that new ones find the program they need.
+    """The whole solve; data and limits are operands, so that new ones find the program they need.
 
     Derivatives are taken of the solution, so nothing that goes through the loop has any.
     """
-    objective, data = lift_objective("minimize", fun, x0, args)
-    x0, args, limits, operands = jax.lax.stop_gradient((x0, args, limits, data))
+    objective, operands = lift_objective("minimize", fun, x0, args)
+    x0, args, limits, data = jax.lax.stop_gradient((x0, args, limits, operands))
+    value_fn = functools.partial(_at, objective, data)
+    advance = stepper(value_fn, args, limits, transformation, hessian, callback)
+    loop = jax.lax.while_loop(is_running, advance, start_loop(value_fn, x0, limits, transformation))
+    x, value = implicit_minimizer(objective, operands, loop.best.x, loop.best.value)
+    return MinimizeResult(x, value, loop.best.grad, loop.num_steps, loop.status)
+
+
+def _at(objective: Callable[..., Any], operands: Sequence[Any], x: Tree) -> Any:
+    return objective(x, *operands)
+
+
+def is_running(loop: Loop) -> Bool[Array, ""]:
+    """Whether the loop has not ended yet."""
+    return loop.status == Status.RUNNING
+
+
+def stepper(
+    value_fn: Callable[[Tree], Any],
+    args: tuple[Any, ...],
+    limits: Limits,
+    transformation: optax.GradientTransformation,
+    hessian: Callable[..., Tree] | None,
+    callback: Callable[[MinimizeStep], None] | None = None,
+) -> Callable[[Loop], Loop]:
+    """The body of the loop: judge the point, and go to the next unless it ends here."""
     has_status = isinstance(transformation, WithStatus)
     update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
 
-    def value_fn(x: Tree) -> Any:
-        return objective(x, *operands)
-
-    def advance(loop: _Loop) -> _Loop:
+    def advance(loop: Loop) -> Loop:
         point, extras = _evaluate(value_fn, args, hessian, loop, transformation)
         if callback is not None:
             jax.debug.callback(callback, MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state))
         loop = _judge(loop, point, limits, has_status)
 
-        def update(loop: _Loop) -> _Loop:
+        def update(loop: Loop) -> Loop:
             updates, state = update_fn(point.grad, loop.state, loop.x, grad=point.grad, value_fn=value_fn, **extras)
             status = state.status if has_status else loop.status
             moved = (status == Status.RUNNING).astype(jnp.int32)
             x = optax.apply_updates(loop.x, updates)
             return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved)
 
-        loop = jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
+        loop = jax.lax.cond(is_running(loop), update, lambda loop: loop, loop)
         return jax.lax.stop_gradient(loop)  # what the method or the Hessian may have closed over
 
+    return advance
+
+
+def start_loop(
+    value_fn: Callable[[Tree], Any], x0: Tree, limits: Limits, transformation: optax.GradientTransformation
+) -> Loop:
+    """The loop before the first judgment; the tolerance is ``gtol`` until the first gradient is known."""
     state: Any = transformation.init(x0)
     if isinstance(transformation, FirstOrder):
         state = state._replace(stored=Stored(*evaluate("minimize", value_fn, x0)))
-    start = _start(jax.lax.stop_gradient(state), x0, limits)
-    loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, start)
-    x, value = implicit_minimizer(objective, data, loop.best.x, loop.best.value)
-    return MinimizeResult(x, value, loop.best.grad, loop.num_steps, loop.status)
-
-
-def _start(state: Any, x0: Tree, limits: _Limits) -> _Loop:
-    """The loop before the first evaluation; the tolerance is ``gtol`` until the first gradient is known."""
     zero = jnp.asarray(0, jnp.int32)
     infinity = jnp.full_like(limits.gtol, jnp.inf)
-    return _Loop(
+    return Loop(
         x=x0,
-        state=state,
+        state=jax.lax.stop_gradient(state),
         best=_Point(x0, infinity, jax.tree.map(jnp.zeros_like, x0), infinity, infinity),
         tolerance=limits.gtol,
         num_steps=zero,
@@ -263,7 +292,7 @@ def _evaluate(
     value_fn: Callable[[Tree], Any],
     args: tuple[Any, ...],
     hessian: Callable[..., Tree] | None,
-    loop: _Loop,
+    loop: Loop,
     transformation: optax.GradientTransformation,
 ) -> tuple[_Point, dict[str, Any]]:
     """The objective at the current point, once, and what else the method's update takes."""
@@ -284,13 +313,13 @@ def _evaluate(
     return _point(loop, value, grad), extras
 
 
-def _point(loop: _Loop, value: Float[Array, ""], grad: Tree) -> _Point:
+def _point(loop: Loop, value: Float[Array, ""], grad: Tree) -> _Point:
     dtype = loop.tolerance.dtype
     grad_norm = jnp.max(jnp.abs(ravel(grad)[0]))
     return _Point(loop.x, value.astype(dtype), grad, grad_norm, noise_of(value).astype(dtype))
 
 
-def _stored_or_fresh(program: Program, loop: _Loop) -> tuple[Float[Array, ""], Tree]:
+def _stored_or_fresh(program: Program, loop: Loop) -> tuple[Float[Array, ""], Tree]:
     """Value and gradient, from the state if a line search that comes last has left those of the point it chose.
 
     Of one that does not come last they are not: what follows it in the chain changes the step.
@@ -307,7 +336,7 @@ def _stored_or_fresh(program: Program, loop: _Loop) -> tuple[Float[Array, ""], T
     )
 
 
-def _judge(loop: _Loop, point: _Point, limits: _Limits, has_status: bool) -> _Loop:
+def _judge(loop: Loop, point: _Point, limits: Limits, has_status: bool) -> Loop:
     """Update the best point and the status: is it converged, out of steps, stuck, or broken?
 
     Stuck is asked only of methods that descend at every step; others may wander and recover.
