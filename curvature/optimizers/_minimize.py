@@ -16,6 +16,7 @@ from curvature import _checks
 from curvature._types import MinimizeResult, Objective, Status, Tree, ravel
 from curvature.optimizers._implicit import implicit_minimizer, lift_objective
 from curvature.optimizers._newton import newton
+from curvature.optimizers._progress import Watch, close, observe, start_watch
 from curvature.optimizers._protocol import (
     DenseSecondOrder,
     FirstOrder,
@@ -73,6 +74,7 @@ class Loop(NamedTuple):
     num_steps: Int[Array, ""]
     idle_steps: Int[Array, ""]
     status: Int[Array, ""]
+    watch: Watch = Watch()
 
 
 def minimize(
@@ -86,6 +88,8 @@ def minimize(
     max_steps: ArrayLike = 1000,
     hessian: Callable[..., Tree] | None = None,
     callback: Callable[[MinimizeStep], None] | None = None,
+    history: bool = False,
+    progress: bool = False,
 ) -> MinimizeResult:
     """Minimize ``fun(x, *args)`` from ``x0`` in one compiled loop.
 
@@ -107,6 +111,11 @@ def minimize(
             one; then ``fun`` needs no second derivative.
         callback: called on the host with a ``MinimizeStep`` at every iterate, the first and the last included. Not for
             ``vmap``, where it would be called for lanes that have stopped.
+        history: whether to keep value and gradient norm of every point in ``result.history``. It holds two numbers for
+            each of ``max_steps + 1`` points, whatever the steps taken, so ``max_steps`` is static then.
+        progress: whether to write a line on standard error that says how far the gradient has come. The loop asks the
+            host, at first after a few steps and then about ten times a second, and when to be asked again. Not for
+            ``vmap``.
 
     Returns:
         A ``MinimizeResult``: the point that passed the test or, on failure, the best one seen, with its value and
@@ -140,9 +149,14 @@ def minimize(
         if function is not None:
             _checks.check_callable("minimize", name, function)
     limits = limits_of("minimize", x0, gtol, rtol, max_steps)
+    if history:
+        _checks.check_static_count("minimize", "max_steps", max_steps, least=0)
     transformation = resolve("minimize", method, x0, hessian)
     x0 = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), x0)  # drops weak types
-    return compiled(_run, fun)(x0, args, limits, transformation=transformation, hessian=hessian, callback=callback)
+    return compiled(_run, fun)(
+        x0, args, limits, transformation=transformation, hessian=hessian, callback=callback,
+        history_length=int(max_steps) + 1 if history else 0, progress=bool(progress),
+    )  # fmt: skip
 
 
 class Limits(NamedTuple):
@@ -214,6 +228,8 @@ def _run(
     transformation: optax.GradientTransformation,
     hessian: Callable[..., Tree] | None,
     callback: Callable[[MinimizeStep], None] | None,
+    history_length: int,
+    progress: bool,
 ) -> MinimizeResult:
     """The whole solve; data and limits are operands, so that new ones find the program they need.
 
@@ -223,9 +239,13 @@ def _run(
     x0, args, limits, data = jax.lax.stop_gradient((x0, args, limits, operands))
     value_fn = functools.partial(_at, objective, data)
     advance = stepper(value_fn, args, limits, transformation, hessian, callback)
-    loop = jax.lax.while_loop(is_running, advance, start_loop(value_fn, x0, limits, transformation))
-    x, value = implicit_minimizer(objective, operands, loop.best.x, loop.best.value)
-    return MinimizeResult(x, value, loop.best.grad, loop.num_steps, loop.status)
+    start = start_loop(value_fn, x0, limits, transformation)
+    start = start._replace(watch=start_watch(limits.gtol, history_length, progress))
+    loop = jax.lax.while_loop(is_running, advance, start)
+    best, watch = loop.best, loop.watch
+    close(watch, loop.num_steps, best.value, best.grad_norm, loop.tolerance)
+    x, value = implicit_minimizer(objective, operands, best.x, best.value)
+    return MinimizeResult(x, value, best.grad, loop.num_steps, loop.status, watch.history)
 
 
 def _at(objective: Callable[..., Any], operands: Sequence[Any], x: Tree) -> Any:
@@ -254,6 +274,8 @@ def stepper(
         if callback is not None:
             jax.debug.callback(callback, MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state))
         loop = _judge(loop, point, limits, has_status)
+        watch = observe(loop.watch, loop.num_steps, point.value, point.grad_norm, loop.tolerance)
+        loop = loop._replace(watch=watch)
 
         def update(loop: Loop) -> Loop:
             updates, state = update_fn(point.grad, loop.state, loop.x, grad=point.grad, value_fn=value_fn, **extras)
