@@ -88,7 +88,9 @@ def main() -> None:
     screen = console()
     screen.print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; float64; medians.\n")
     x0 = starts(np.full(LANES, 3.0))
-    rows = bench(screen, f"{LANES:,} Rosenbrock problems in {SIZE} dimensions", x0, scipy_loops(np.asarray(x0)[:SCIPY_LANES]))
+    rows = bench(
+        screen, f"{LANES:,} Rosenbrock problems in {SIZE} dimensions", x0, scipy_loops(np.asarray(x0)[:SCIPY_LANES])
+    )
     converged = bool(curvature.minimize_batched(rosenbrock, x0, method=METHOD).success.all())
     uneven = starts(np.where(np.arange(LANES) % 10 == 0, 3.0, 0.02))
     slow = bench(screen, "The same, and nine tenths start next to the minimizer", uneven, {})

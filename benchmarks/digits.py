@@ -83,9 +83,7 @@ def bench_regression(screen: Console, images: np.ndarray, labels: np.ndarray) ->
     data = jnp.asarray(images), jnp.asarray(labels)
     objective, hessian = mean_of(regression_loss), curvature.mean_hessian(regression_loss)
     start = {"weights": jnp.zeros((64, CLASSES)), "bias": jnp.zeros(CLASSES)}
-    solve = functools.partial(
-        curvature.minimize, objective, start, data, method="newton", hessian=hessian, gtol=GTOL
-    )
+    solve = functools.partial(curvature.minimize, objective, start, data, method="newton", hessian=hessian, gtol=GTOL)
     contestants = {OURS: solve, **peers(images, labels)}
     title = f"Softmax regression, {len(images):,} digits, 650 parameters"
     with screen.status(title) as status:
@@ -106,7 +104,12 @@ def regression_verdicts(rows: Mapping[str, Row], values: Mapping[str, float], co
     """Each claim, with what was measured of it."""
     best = min(values.values())
     excess = {name: (value - best) / abs(best) for name, value in values.items()}
-    claims = [(converged and excess[OURS] <= WANTED_GAP, f"our objective within {excess[OURS]:.0e} of the lowest (wanted: {WANTED_GAP:.0e})")]
+    claims = [
+        (
+            converged and excess[OURS] <= WANTED_GAP,
+            f"our objective within {excess[OURS]:.0e} of the lowest (wanted: {WANTED_GAP:.0e})",
+        )
+    ]
     for name in (name for name in rows if name != OURS):
         part = rows[OURS].seconds / rows[name].seconds
         claims.append(

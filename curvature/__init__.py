@@ -1,6 +1,6 @@
 """Second-order derivatives, curvature and Newton methods for JAX."""
 
-from curvature._types import MinimizeResult, SolveInfo, Status
+from curvature._types import History, MinimizeResult, SolveInfo, Status
 from curvature.diagnostics import DerivativeCheck, DerivativeReport, Explanation, Way, check_derivatives, explain
 from curvature.linalg import (
     DiagonalPreconditioner,
@@ -79,6 +79,7 @@ __all__ = [
     "GaussNewtonOperator",
     "GradMoments",
     "HessianOperator",
+    "History",
     "JacobianOperator",
     "KroneckerOperator",
     "LinearOperator",

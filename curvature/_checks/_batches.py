@@ -34,7 +34,7 @@ def check_lanes(function: str, in_axes: Any, args: tuple[Any, ...], kwargs: dict
 
 
 def check_problems(function: str, x0: Any, args: tuple[Any, ...], in_axes: Any) -> tuple[int, list[Any]]:
-    """The number of problems, which the leading axes of ``x0`` and the mapped ones of ``args`` share, and the latter."""
+    """The number of problems, which all mapped axes share, and the axis of each leaf of ``args``."""
     axes = jax.tree.leaves(check_prefix(function, "in_axes", in_axes, args))
     lanes = [("x0_batch" + keystr(path), leaf, 0) for path, leaf in tree_flatten_with_path(x0)[0]]
     lanes += [

@@ -62,9 +62,7 @@ def implicit_minimizer(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _solution(
-    objective: Lifted, x: Tree, value: Float[Array, ""], operands: Operands
-) -> tuple[Tree, Float[Array, ""]]:
+def _solution(objective: Lifted, x: Tree, value: Float[Array, ""], operands: Operands) -> tuple[Tree, Float[Array, ""]]:
     return x, value
 
 

@@ -67,6 +67,8 @@ class _Point(NamedTuple):
 
 
 class Loop(NamedTuple):
+    """Where a solve stands: ``minimize`` carries it from step to step, ``minimize_batched`` from block to block."""
+
     x: Tree
     state: Any
     best: _Point
@@ -96,6 +98,12 @@ def minimize(
     Converged means ``max|grad| <= gtol + rtol * max|grad at x0|`` at the returned point, and nothing else is called
     success. The program is compiled once for each ``fun``, method and shape; data, tolerances and ``max_steps`` are
     operands. It runs under ``jit`` and under ``vmap``, where each lane stops by itself with a status of its own.
+
+    The solution, not the iteration, is differentiated, in forward and reverse mode and to any order, by ``args`` and by
+    what ``fun`` closes over: ``x`` by ``H dx = -(d grad f / d args) d args`` with the Hessian ``H`` at ``x``, as the
+    implicit function theorem has it, and ``value`` at fixed ``x``, by the envelope theorem. ``grad`` stays zero at a
+    minimizer, so its derivative is zero, and so are those by ``x0`` and the tolerances. All of this holds for a point
+    that passed the test; at any other the formulas are evaluated all the same.
 
     Args:
         fun: the objective, ``fun(x, *args) -> scalar``; pure, as for ``jit``.
@@ -129,7 +137,8 @@ def minimize(
 
     Cost: for each step one linearization of the gradient and what the method adds; the objective is evaluated once
         more for each point the method tries. The optax transformations take a gradient a step, or none where a line
-        search has stored it.
+        search has stored it. Of derivatives: one factorization of the Hessian, or beyond 1,000 entries one iterative
+        solve for each direction; nothing before they are asked for.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -149,13 +158,14 @@ def minimize(
         if function is not None:
             _checks.check_callable("minimize", name, function)
     limits = limits_of("minimize", x0, gtol, rtol, max_steps)
+    most_steps: Any = max_steps
     if history:
-        _checks.check_static_count("minimize", "max_steps", max_steps, least=0)
+        _checks.check_static_count("minimize", "max_steps", most_steps, least=0)
     transformation = resolve("minimize", method, x0, hessian)
     x0 = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), x0)  # drops weak types
     return compiled(_run, fun)(
         x0, args, limits, transformation=transformation, hessian=hessian, callback=callback,
-        history_length=int(max_steps) + 1 if history else 0, progress=bool(progress),
+        history_length=int(most_steps) + 1 if history else 0, progress=bool(progress),
     )  # fmt: skip
 
 

@@ -64,19 +64,27 @@ def observe(
 def close(watch: Watch, step: Any, value: Any, grad_norm: Any, tolerance: Any) -> None:
     """The last line, when the loop has ended."""
     if watch.report is not None:
-        jax.debug.callback(_speak, watch.report, step, value, grad_norm, tolerance, end="\n")
+        jax.debug.callback(_write_last, watch.report, step, value, grad_norm, tolerance)
 
 
-def _speak(report: Report, step: Any, value: Any, grad_norm: Any, tolerance: Any, end: str = "") -> Report:
-    """Write the line anew, and decide at which step to do so again."""
-    start_norm = np.float32(grad_norm) if step == 0 else report.start_norm
+def _write_last(report: Report, step: Any, value: Any, grad_norm: Any, tolerance: Any) -> None:
+    _write(step, value, grad_norm, report.start_norm, tolerance, end="\n")
+
+
+def _speak(report: Report, step: Any, value: Any, grad_norm: Any, tolerance: Any) -> tuple[np.generic, ...]:
+    """Write the line, and decide at which step to do so again: the next ``Report``."""
+    start_norm = np.float32(grad_norm if step == 0 else report.start_norm)
+    _write(step, value, grad_norm, start_norm, tolerance)
+    now = time.monotonic_ns() // 10**6 % 2**31
+    rate = int(step - report.step) / max(now - int(report.milliseconds), 1)
+    stride = min(max(rate * _PAUSE, 1), _GROWTH * (int(step) + 1))
+    return np.int32(step + int(stride)), np.int32(step), np.int32(now), start_norm
+
+
+def _write(step: Any, value: Any, grad_norm: Any, start_norm: Any, tolerance: Any, end: str = "") -> None:
     text = _line(int(step), float(value), float(grad_norm), float(start_norm), float(tolerance))
     sys.stderr.write(f"\r{text}{end}")
     sys.stderr.flush()
-    now = np.int32(time.monotonic_ns() // 10**6 % 2**31)
-    rate = int(step - report.step) / max(int(now) - int(report.milliseconds), 1)
-    stride = min(max(rate * _PAUSE, 1), _GROWTH * (int(step) + 1))
-    return Report(np.int32(step + int(stride)), np.int32(step), now, start_norm)
 
 
 def _line(step: int, value: float, grad_norm: float, start_norm: float, tolerance: float) -> str:

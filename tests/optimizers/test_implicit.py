@@ -40,7 +40,9 @@ def test_derivatives_of_a_ridge_solution_by_its_penalty(solve):
     @jax.jit
     def all_derivatives(penalty):
         first = [mode(ours)(penalty) for mode in (jax.jacfwd, jax.jacrev)]
-        second = [outer(inner(ours))(penalty) for outer in (jax.jacfwd, jax.jacrev) for inner in (jax.jacfwd, jax.jacrev)]
+        second = [
+            outer(inner(ours))(penalty) for outer in (jax.jacfwd, jax.jacrev) for inner in (jax.jacfwd, jax.jacrev)
+        ]
         return first, second
 
     first, second = all_derivatives(PENALTY)
