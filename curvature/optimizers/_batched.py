@@ -24,8 +24,9 @@ from curvature.optimizers._minimize import (
     stepper,
 )
 
-_BLOCK = 10  # steps between two looks at who has finished: ours, by benchmarks/batched.py
+_BLOCK = 5  # steps between two looks at who has finished: ours, by benchmarks/batched.py
 _LEAST = 16  # so few lanes cost about what one does
+_WORTH = 0.6  # a batch this much smaller is worth its compilation; half, for sizes that are powers of two
 
 
 class _Data(NamedTuple):
@@ -57,7 +58,7 @@ def minimize_batched(
     """Minimize ``fun(x, *args)`` from many starts, or for many data, without waiting for the slowest.
 
     The result is that of ``jax.vmap(minimize)``, where every lane is carried along until the last one has finished.
-    Here the lanes run in blocks of 10 steps; between two blocks the host looks who has finished, and once half of them
+    Here the lanes run in blocks of 5 steps; between two blocks the host looks who has finished, and once half of them
     have, the others go on alone, in a batch of the next power of two. So there are few programs to compile, found again
     by later calls.
 
@@ -190,7 +191,7 @@ def _run_blocks(
         loop = advance(loop, data, limits, **how)
         running = np.flatnonzero(np.asarray(loop.status) == Status.RUNNING)
         size = max(_LEAST, 1 << (len(running) - 1).bit_length()) if len(running) else 0
-        if 2 * size > len(where):
+        if size > _WORTH * len(where):
             continue
         found = _put(found, _outcome(loop), where) if len(where) < lanes else _outcome(loop)
         if not size:
