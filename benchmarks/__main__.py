@@ -1,6 +1,17 @@
 """``python -m benchmarks`` runs every benchmark."""
 
-from benchmarks import diagonal, hessian, laplacian, mean_hessian, modes, operators, per_example, sparse
+from benchmarks import (
+    batched,
+    diagonal,
+    digits,
+    hessian,
+    laplacian,
+    mean_hessian,
+    modes,
+    operators,
+    per_example,
+    sparse,
+)
 
 if __name__ == "__main__":
     hessian.main()
@@ -11,3 +22,5 @@ if __name__ == "__main__":
     mean_hessian.main()
     per_example.main()
     operators.main()
+    batched.main()
+    digits.main()

@@ -20,8 +20,8 @@ from benchmarks.timing import Row, console, digits, measure, share, table
 
 LANES, SIZE = 1000, 10
 SCIPY_LANES = 50  # of the same starts; the loop takes as long for each
-METHOD = "trust-exact"
-WANTED_SPEEDUP = 50  # over SciPy's own method of that name
+METHOD = "trust-region"  # in a batch the eigendecompositions of "trust-exact" take most of its time
+WANTED_SPEEDUP = 50  # over the fastest of SciPy's methods
 WANTED_GAIN = 1.3  # of minimize_batched over vmap when a tenth needs ten times the steps
 VMAP, BATCHED = "jax.vmap(minimize)", "minimize_batched"
 
@@ -48,6 +48,7 @@ def ours(x0: jax.Array) -> dict[str, Callable[[], Any]]:
 def scipy_loops(x0: np.ndarray) -> dict[str, Callable[[], Any]]:
     """A solve for each start by each of SciPy's comparable methods, on compiled functions, to the same tolerance."""
     value_and_grad, hessian = jax.jit(jax.value_and_grad(rosenbrock)), jax.jit(jax.hessian(rosenbrock))
+    product = jax.jit(functools.partial(curvature.hvp, rosenbrock))
     gtol = float(np.sqrt(np.finfo(np.float64).eps))
 
     def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -57,11 +58,16 @@ def scipy_loops(x0: np.ndarray) -> dict[str, Callable[[], Any]]:
     def loop(method: str, **how: Any) -> list[Any]:
         return [scipy.optimize.minimize(fun, x, jac=True, method=method, **how) for x in x0]
 
-    exact = functools.partial(
-        loop, "trust-exact", hess=lambda x: np.asarray(hessian(x)), options={"gtol": gtol, "maxiter": 1000}
-    )
-    bfgs = functools.partial(loop, "BFGS", options={"gtol": gtol})
-    return {"SciPy trust-exact, a loop": exact, "SciPy BFGS, a loop": bfgs}
+    def product_at(x: np.ndarray, v: np.ndarray) -> np.ndarray:
+        return np.asarray(product(x, v))
+
+    options = {"gtol": gtol, "maxiter": 1000}
+    how = {
+        "trust-exact": {"hess": lambda x: np.asarray(hessian(x)), "options": options},
+        "trust-ncg": {"hessp": product_at, "options": options},
+        "BFGS": {"options": options},
+    }
+    return {f"SciPy {method}, a loop": functools.partial(loop, method, **how[method]) for method in how}
 
 
 def bench(screen: Console, title: str, x0: jax.Array, peers: Mapping[str, Callable[[], Any]]) -> dict[str, Row]:
@@ -102,9 +108,9 @@ def main() -> None:
 def verdicts(rows: Mapping[str, Row], converged: bool, uneven: Mapping[str, Row]) -> list[str]:
     """Each claim, with what was measured of it."""
     claims = [(converged, f"all of {LANES:,} converged")]
-    for name in (name for name in rows if name.startswith("SciPy")):
-        speedup = rows[name].seconds / rows[BATCHED].seconds
-        claims.append((speedup >= WANTED_SPEEDUP, f"{speedup:.0f} times as fast as {name} (wanted: {WANTED_SPEEDUP})"))
+    peer = min((row for row in rows.values() if row.name.startswith("SciPy")), key=lambda row: row.seconds)
+    speedup = peer.seconds / rows[BATCHED].seconds
+    claims.append((speedup >= WANTED_SPEEDUP, f"{speedup:.0f} times as fast as {peer.name} (wanted: {WANTED_SPEEDUP})"))
     gain = uneven[VMAP].seconds / uneven[BATCHED].seconds
     claims.append((gain >= WANTED_GAIN, f"{gain:.1f} times as fast as vmap when uneven (wanted: {WANTED_GAIN})"))
     return [f"{'holds' if holds else 'FAILS'}  {claim}" for holds, claim in claims]

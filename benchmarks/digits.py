@@ -22,7 +22,7 @@ from benchmarks.timing import Row, console, digits, measure, table
 
 CLASSES = 10
 L2 = 1e-3  # the penalty, L2 / 2 times the square of all weights but the biases
-GTOL = 1e-9
+GTOL = 1e-6  # where the objective is within 1e-9 of the minimum; scikit-learn is given the same
 WANTED_GAP = 1e-9  # in the objective, relative
 WANTED_SHARE = 0.5  # of scikit-learn's time
 HIDDEN, NETWORK_L2 = 16, 1e-2
@@ -33,8 +33,11 @@ Params = Any
 
 
 def regression_loss(params: Params, image: jax.Array, label: jax.Array) -> jax.Array:
-    """The penalized loss of one example, of which the objective is the mean."""
-    logits = image @ params["weights"] + params["bias"]
+    """The penalized loss of one example, of which the objective is the mean.
+
+    The last bias is zero: a constant added to all of them changes nothing, and would leave the Hessian singular.
+    """
+    logits = image @ params["weights"] + jnp.append(params["bias"], 0.0)
     fit = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
     return fit + L2 / 2 * jnp.sum(params["weights"] ** 2)
 
@@ -82,17 +85,20 @@ def bench_regression(screen: Console, images: np.ndarray, labels: np.ndarray) ->
     """The regression, timed; the claims about it."""
     data = jnp.asarray(images), jnp.asarray(labels)
     objective, hessian = mean_of(regression_loss), curvature.mean_hessian(regression_loss)
-    start = {"weights": jnp.zeros((64, CLASSES)), "bias": jnp.zeros(CLASSES)}
+    start = {"weights": jnp.zeros((64, CLASSES)), "bias": jnp.zeros(CLASSES - 1)}
     solve = functools.partial(curvature.minimize, objective, start, data, method="newton", hessian=hessian, gtol=GTOL)
     contestants = {OURS: solve, **peers(images, labels)}
-    title = f"Softmax regression, {len(images):,} digits, 650 parameters"
+    title = f"Softmax regression, {len(images):,} digits, 649 parameters"
     with screen.status(title) as status:
         rows = measure(contestants, budget=4.0, rounds=5, report=lambda line: status.update(f"{title}: {line}"))
         result = solve()
         values = {OURS: float(result.value)}
         for name in contestants.keys() - {OURS}:
             model = contestants[name]()
-            fitted = {"weights": jnp.asarray(model.coef_.T), "bias": jnp.asarray(model.intercept_)}
+            fitted = {
+                "weights": jnp.asarray(model.coef_.T),
+                "bias": jnp.asarray(model.intercept_[:-1] - model.intercept_[-1]),
+            }
             values[name] = float(objective(fitted, *data))
     caption = f"{int(result.num_steps)} Newton steps; objective {values[OURS]:.12f}."
     screen.print(table(title, rows.values(), rows[OURS], caption))

@@ -70,7 +70,8 @@ def minimize_batched(
         args_batch: data for ``fun``: a tuple, or one argument that is not a tuple.
         in_axes: the axis of lanes of each leaf of the data, as in ``jax.vmap``: one integer for all, or a tree that is
             a prefix of ``args_batch``; None for what the problems share.
-        method: as for ``minimize``.
+        method: as for ``minimize``. In a batch of small problems the eigendecompositions of ``"trust-exact"`` take most
+            of its time, and ``"trust-region"`` is two to three times as fast.
         gtol: as for ``minimize``, the same for all.
         rtol: the tolerance relative to the first gradient of each lane.
         max_steps: the most steps of each lane.
