@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from curvature import _checks
 from curvature._types import MinimizeResult, Objective, Status, Tree
@@ -62,7 +63,7 @@ def minimize_batched(
     have, the others go on alone, in a batch of the next power of two. So there are few programs to compile, found again
     by later calls.
 
-    Lanes that are sharded over devices along their leading axis stay so, as long as there are enough of them.
+    Lanes that are sharded over devices along their leading axis stay so as long as the devices divide them evenly.
 
     Args:
         fun: the objective of one problem, as for ``minimize``.
@@ -109,11 +110,12 @@ def minimize_batched(
     _checks.check_concrete(name, {"x0_batch": x0, "args_batch": args})
     lanes, leaf_axes = _checks.check_problems(name, x0, args, axes)
     data, layout = _split(args, leaf_axes)
-    first = jax.tree.map(lambda leaf: leaf[0], x0)
+    first = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), x0)
     _checks.check_entries(name, "x0_batch", first)
     limits = limits_of(name, first, gtol, rtol, max_steps)
     how = {"layout": layout, "transformation": resolve(name, method, first, hessian), "hessian": hessian}
-    loop = compiled(_start, fun)(x0, data, limits, **how)
+    loop = _align(compiled(_start, fun)(x0, data, limits, **how), jax.tree.leaves(x0)[0])
+    data = data._replace(mapped=_align(data.mapped, jax.tree.leaves(x0)[0]))
     return _run_blocks(compiled(_advance, fun), how, loop, data, limits, lanes)
 
 
@@ -208,11 +210,40 @@ def _outcome(loop: Loop) -> MinimizeResult:
     return MinimizeResult(loop.best.x, loop.best.value, loop.best.grad, loop.num_steps, loop.status)
 
 
-@jax.jit
-def _take(tree: Tree, lanes: Int[Array, " m"]) -> Tree:
-    return jax.tree.map(lambda leaf: leaf[lanes], tree)
+def _align(tree: Tree, like: Array) -> Tree:
+    """All leaves with their lanes on the devices that have those of ``like``."""
+    if len(like.sharding.device_set) == 1 or not isinstance(like.sharding, NamedSharding):
+        return tree
+    lanes = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[:1]))
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, lanes), tree)
 
 
-@jax.jit
-def _put(tree: Tree, part: Tree, lanes: Int[Array, " m"]) -> Tree:
-    return jax.tree.map(lambda leaf, new: leaf.at[lanes].set(new), tree, part)
+def _take(tree: Tree, lanes: np.ndarray) -> Tree:
+    """These lanes alone, spread over the devices that hold all of them."""
+
+    def take(leaf: Array) -> Array:
+        if len(leaf.sharding.device_set) == 1:
+            return leaf[lanes]
+        return jax.device_put(np.asarray(leaf)[lanes], _spread(leaf.sharding, len(lanes)))
+
+    return jax.tree.map(take, tree)
+
+
+def _put(tree: Tree, part: Tree, lanes: np.ndarray) -> Tree:
+    """The tree with these lanes replaced."""
+
+    def put(leaf: Array, new: Array) -> Array:
+        if len(leaf.sharding.device_set) == 1:
+            return leaf.at[lanes].set(new)
+        rows = np.array(leaf)
+        rows[lanes] = np.asarray(new)
+        return jax.device_put(rows, leaf.sharding)
+
+    return jax.tree.map(put, tree, part)
+
+
+def _spread(sharding: Any, lanes: int) -> Any:
+    """The sharding of all lanes where it divides these evenly; else every device has them all."""
+    if lanes % len(sharding.device_set) == 0 or not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec())

@@ -122,7 +122,7 @@ def minimize(
         history: whether to keep value and gradient norm of every point in ``result.history``. It holds two numbers for
             each of ``max_steps + 1`` points, whatever the steps taken, so ``max_steps`` is static then.
         progress: whether to write a line on standard error that says how far the gradient has come. The loop asks the
-            host, at first after a few steps and then about ten times a second, and when to be asked again. Not for
+            host, at first after a few steps and then about twice a second, and when to be asked again. Not for
             ``vmap``.
 
     Returns:

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from curvature._types import History
 
-_PAUSE = 100  # milliseconds between two looks at a loop, for which one callback is nothing
-_GROWTH = 2  # the next look is at most so many times the steps taken so far away
+_PAUSE = 500  # milliseconds between two looks at a loop, next to which the one or two of a callback are little
+_GROWTH = 9  # the next look is at most so many times the steps taken so far away
 _WIDTH = 20  # of the bar
 
 

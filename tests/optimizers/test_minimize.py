@@ -395,7 +395,7 @@ def test_history_keeps_every_point_and_nothing_after_the_last():
 
 
 def test_progress_speaks_seldom_and_says_how_it_ended(capsys):
-    """A thousand quick steps: the host is asked after 1, 5, 17 steps and so on, and once at the end."""
+    """A thousand quick steps: the host is asked after 1, 19, 199 steps and so on, and once at the end."""
     solve = lambda shift: curvature.minimize(
         lambda x: jnp.sum((x - shift) ** 2), jnp.ones(2), method=optax.sgd(1e-2), gtol=1e-6, progress=True
     )
