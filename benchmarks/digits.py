@@ -22,7 +22,7 @@ from benchmarks.timing import Row, console, digits, measure, table
 
 CLASSES = 10
 L2 = 1e-3  # the penalty, L2 / 2 times the square of all weights but the biases
-GTOL = 1e-6  # the loosest power of ten at which the objective is within 1e-9 of the minimum
+GTOL = 1e-6  # where the objective is within 1e-9 of the minimum
 WANTED_GAP = 1e-9  # in the objective, relative
 WANTED_SHARE = 0.5  # of scikit-learn's time
 HIDDEN, NETWORK_L2 = 16, 1e-2
@@ -69,7 +69,7 @@ def network_params() -> Params:
 
 
 def peers(images: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], LogisticRegression]]:
-    """Scikit-learn's solvers, each at the loosest power of ten that reaches the same objective to 1e-9."""
+    """Scikit-learn's solvers, each at a tolerance that reaches the same objective to 1e-9."""
 
     def fit(solver: str, tol: float) -> LogisticRegression:
         model = LogisticRegression(C=1 / (L2 * len(images)), solver=solver, tol=tol, max_iter=10_000)
