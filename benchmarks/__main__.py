@@ -2,7 +2,9 @@
 
 from benchmarks import (
     against_curvlinops,
+    batched,
     diagonal,
+    digits,
     hessian,
     laplacian,
     mean_hessian,
@@ -22,3 +24,5 @@ if __name__ == "__main__":
     per_example.main()
     operators.main()
     against_curvlinops.main()
+    batched.main()
+    digits.main()

@@ -1,6 +1,6 @@
 """Second-order derivatives, curvature and Newton methods for JAX."""
 
-from curvature._types import MinimizeResult, SolveInfo, Status
+from curvature._types import History, MinimizeResult, SolveInfo, Status
 from curvature.diagnostics import DerivativeCheck, DerivativeReport, Explanation, Way, check_derivatives, explain
 from curvature.linalg import (
     DiagonalPreconditioner,
@@ -35,7 +35,15 @@ from curvature.operators import (
     as_scipy,
     damping,
 )
-from curvature.optimizers import MinimizeStep, NewtonState, TrustRegionState, minimize, newton, trust_region
+from curvature.optimizers import (
+    MinimizeStep,
+    NewtonState,
+    TrustRegionState,
+    minimize,
+    minimize_batched,
+    newton,
+    trust_region,
+)
 from curvature.transforms import (
     GradMoments,
     MatrixView,
@@ -71,6 +79,7 @@ __all__ = [
     "GaussNewtonOperator",
     "GradMoments",
     "HessianOperator",
+    "History",
     "JacobianOperator",
     "KroneckerOperator",
     "LinearOperator",
@@ -112,6 +121,7 @@ __all__ = [
     "matrix_view",
     "mean_hessian",
     "minimize",
+    "minimize_batched",
     "minres",
     "newton",
     "nystrom_preconditioner",

@@ -72,6 +72,18 @@ _MESSAGES = {
 }
 
 
+class History(NamedTuple):
+    """The points that ``minimize`` went through, the start first; what lies behind the last one is NaN.
+
+    Attributes:
+        value: the objective.
+        grad_norm: the largest absolute entry of its gradient.
+    """
+
+    value: Float[Array, "*lanes points"]
+    grad_norm: Float[Array, "*lanes points"]
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MinimizeResult:
@@ -83,6 +95,7 @@ class MinimizeResult:
         grad: its gradient at ``x``, shaped like ``x``.
         num_steps: how many steps the method took.
         status: a ``Status`` as an integer array.
+        history: a ``History`` of ``max_steps + 1`` points, if asked for.
     """
 
     x: Tree
@@ -90,6 +103,7 @@ class MinimizeResult:
     grad: Tree
     num_steps: Int[Array, "*lanes"]
     status: Int[Array, "*lanes"]
+    history: History | None = None
 
     @property
     def success(self) -> Bool[Array, "*lanes"]:

@@ -170,3 +170,15 @@ def test_functions_from_taps_on_sharded_data(mesh, inputs):
         got, want = jax.jit(function)(W, sharded), function(W, inputs)
         for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert_close(one, other, roundings=1e3)
+
+
+def test_many_problems_stay_on_their_devices(mesh):
+    stretch = np.where(np.arange(96) % 6 == 0, 3.0, 0.02)[:, None]
+    starts = jnp.asarray(1 + stretch * np.random.default_rng(0).uniform(-1, 1, (96, 2)))
+    fun = lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+    sharded = jax.device_put(starts, NamedSharding(mesh, P("data")))
+    result = curvature.minimize_batched(fun, sharded, method="trust-region")
+    assert result.success.all()
+    assert result.x.sharding.spec == P("data")
+    alone = curvature.minimize_batched(fun, starts, method="trust-region")
+    assert result.num_steps.tolist() == alone.num_steps.tolist()

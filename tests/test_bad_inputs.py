@@ -319,6 +319,46 @@ CASES = {
         r"minimize: gtol=-0\.001, expected a number >= 0",
     ),
     "minimize-nan-rtol": (lambda: curvature.minimize(square, 1.0, rtol=np.nan), ValueError, r"minimize: rtol=nan"),
+    "minimize-history-of-traced-length": (
+        lambda: jax.jit(lambda n: curvature.minimize(square, np.ones(2), max_steps=n, history=True).x)(3),
+        TypeError,
+        r"minimize: max_steps is traced, expected a Python integer; mark it static",
+    ),
+    "minimize-batched-traced": (
+        lambda: jax.jit(lambda x: curvature.minimize_batched(square, x).x)(np.ones((2, 3))),
+        TypeError,
+        r"minimize_batched: x0_batch is traced, expected a value; call it outside jit",
+    ),
+    "minimize-batched-no-lanes": (
+        lambda: curvature.minimize_batched(square, {"w": np.ones((2, 3)), "b": np.ones(())}),
+        ValueError,
+        r"minimize_batched: x0_batch\['b'\] has rank 0 and so no axis 0, expected a leading axis of problems",
+    ),
+    "minimize-batched-data-without-lanes": (
+        lambda: curvature.minimize_batched(square, np.ones((2, 3)), (1.0,)),
+        ValueError,
+        r"minimize_batched: args_batch\[0\] has rank 0 and so no axis 0, expected one; use in_axes=None",
+    ),
+    "minimize-batched-other-size": (
+        lambda: curvature.minimize_batched(square, np.ones((2, 3)), (np.ones((3, 5)),), in_axes=1),
+        ValueError,
+        r"minimize_batched: args_batch\[0\] has 5 problems along axis 1, expected 2 to match x0_batch\.",
+    ),
+    "minimize-batched-no-problems": (
+        lambda: curvature.minimize_batched(square, np.ones((0, 3))),
+        ValueError,
+        r"minimize_batched: x0_batch has shape \(0, 3\), expected at least one problem",
+    ),
+    "minimize-batched-axes": (
+        lambda: curvature.minimize_batched(square, np.ones((2, 3)), (np.ones(2),), in_axes=(0, 0)),
+        ValueError,
+        r"minimize_batched: in_axes is not a prefix",
+    ),
+    "minimize-batched-method": (
+        lambda: curvature.minimize_batched(square, np.ones((2, 3)), method="gradient-descent"),
+        ValueError,
+        r"minimize_batched: method='gradient-descent' is unknown",
+    ),
     "minimize-string-data": (
         lambda: curvature.minimize(square, 1.0, (np.ones(2), {"mode": "fast"})),
         TypeError,

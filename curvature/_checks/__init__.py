@@ -4,7 +4,7 @@ Form: the public function, the path of the leaf, what came, what was expected, t
 tracing, before any computation.
 """
 
-from curvature._checks._batches import UNMAPPED, check_batch, check_lanes, check_prefix, is_none
+from curvature._checks._batches import UNMAPPED, check_batch, check_lanes, check_prefix, check_problems, is_none
 from curvature._checks._functions import (
     check_aux_output,
     check_callable,
@@ -106,6 +106,7 @@ __all__ = [
     "check_point",
     "check_positive",
     "check_prefix",
+    "check_problems",
     "check_reiterable",
     "check_same_structure",
     "check_sampling",

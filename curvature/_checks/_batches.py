@@ -33,6 +33,30 @@ def check_lanes(function: str, in_axes: Any, args: tuple[Any, ...], kwargs: dict
     return next(iter(sizes.values()))
 
 
+def check_problems(function: str, x0: Any, args: tuple[Any, ...], in_axes: Any) -> tuple[int, list[Any]]:
+    """The number of problems, which all mapped axes share, and the axis of each leaf of ``args``."""
+    axes = jax.tree.leaves(check_prefix(function, "in_axes", in_axes, args))
+    lanes = [("x0_batch" + keystr(path), leaf, 0) for path, leaf in tree_flatten_with_path(x0)[0]]
+    lanes += [
+        ("args_batch" + keystr(path), leaf, axis)
+        for (path, leaf), axis in zip(tree_flatten_with_path(args)[0], axes, strict=True)
+        if axis is not UNMAPPED
+    ]
+    for name, leaf, axis in lanes:
+        if not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
+            remedy = "a leading axis of problems" if name.startswith("x0") else "one; use in_axes=None for shared data"
+            raise ValueError(f"{function}: {name} has rank {jnp.ndim(leaf)} and so no axis {axis}, expected {remedy}.")
+        size, (first, leading, _) = jnp.shape(leaf)[axis], lanes[0]
+        if size != jnp.shape(leading)[0]:
+            raise ValueError(
+                f"{function}: {name} has {size} problems along axis {axis}, "
+                f"expected {jnp.shape(leading)[0]} to match {first}."
+            )
+        if size == 0:
+            raise ValueError(f"{function}: {name} has shape {jnp.shape(leaf)}, expected at least one problem.")
+    return jnp.shape(lanes[0][1])[0], axes
+
+
 def check_prefix(function: str, name: str, axes: Any, tree: Any) -> Any:
     """The axis of every leaf of ``tree``, of which ``axes`` must be a prefix; ``UNMAPPED`` where it says None."""
     for axis in jax.tree.leaves(axes):

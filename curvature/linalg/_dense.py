@@ -198,8 +198,9 @@ def _norm_of_step(share: Vector, gaps: Vector, t: Scalar) -> Scalar:
 
 def norm(vector: Vector) -> Scalar:
     """The Euclidean norm, safe from overflow and underflow of the squares."""
-    exponent = exponent_of(vector)
-    return jnp.ldexp(jnp.linalg.norm(jnp.ldexp(vector, -exponent)), exponent)
+    largest = jnp.max(jnp.abs(vector))
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)  # ldexp would be exact, and slow to compile
+    return unit * jnp.sqrt(jnp.sum((vector / unit) ** 2))
 
 
 def exponent_of(vector: Vector) -> Int[Array, ""]:

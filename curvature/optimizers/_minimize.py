@@ -1,23 +1,26 @@
 """One compiled loop that drives any optax transformation to a point where the gradient vanishes, or says why not."""
 
 import functools
+import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import MinimizeResult, Objective, Status, Tree, ravel
 from curvature.optimizers._bfgs import bfgs
 from curvature.optimizers._cubic_newton import cubic_newton
+from curvature.optimizers._implicit import implicit_minimizer, lift_objective
 from curvature.optimizers._lbfgs import lbfgs
 from curvature.optimizers._newton import newton
 from curvature.optimizers._newton_cg import newton_cg
+from curvature.optimizers._progress import Watch, close, observe, start_watch
 from curvature.optimizers._protocol import (
     DenseSecondOrder,
     FirstOrder,
@@ -73,7 +76,9 @@ class _Point(NamedTuple):
     noise: Float[Array, ""]
 
 
-class _Loop(NamedTuple):
+class Loop(NamedTuple):
+    """Where a solve stands: ``minimize`` carries it from step to step, ``minimize_batched`` from block to block."""
+
     x: Tree
     state: Any
     best: _Point
@@ -81,6 +86,7 @@ class _Loop(NamedTuple):
     num_steps: Int[Array, ""]
     idle_steps: Int[Array, ""]
     status: Int[Array, ""]
+    watch: Watch = Watch()
 
 
 def minimize(
@@ -94,12 +100,20 @@ def minimize(
     max_steps: ArrayLike = 1000,
     hessian: Callable[..., Tree] | None = None,
     callback: Callable[[MinimizeStep], None] | None = None,
+    history: bool = False,
+    progress: bool = False,
 ) -> MinimizeResult:
     """Minimize ``fun(x, *args)`` from ``x0`` in one compiled loop.
 
     Converged means ``max|grad| <= gtol + rtol * max|grad at x0|`` at the returned point, and nothing else is called
     success. The program is compiled once for each ``fun``, method and shape; data, tolerances and ``max_steps`` are
     operands. It runs under ``jit`` and under ``vmap``, where each lane stops by itself with a status of its own.
+
+    The solution, not the iteration, is differentiated, in forward and reverse mode and to any order, by ``args`` and by
+    what ``fun`` closes over: ``x`` by ``H dx = -(d grad f / d args) d args`` with the Hessian ``H`` at ``x``, as the
+    implicit function theorem has it, and ``value`` at fixed ``x``, by the envelope theorem. ``grad`` stays zero at a
+    minimizer, so its derivative is zero, and so are those by ``x0`` and the tolerances. All of this holds for a point
+    that passed the test; at any other the formulas are evaluated all the same.
 
     Args:
         fun: the objective, ``fun(x, *args) -> scalar``; pure, as for ``jit``.
@@ -115,6 +129,11 @@ def minimize(
             one; then ``fun`` needs no second derivative.
         callback: called on the host with a ``MinimizeStep`` at every iterate, the first and the last included. Not for
             ``vmap``, where it would be called for lanes that have stopped.
+        history: whether to keep value and gradient norm of every point in ``result.history``. It holds two numbers for
+            each of ``max_steps + 1`` points, whatever the steps taken, so ``max_steps`` is static then.
+        progress: whether to write a line on standard error that says how far the gradient has come. The loop asks the
+            host, at first after a few steps and then about twice a second, and when to be asked again. Not for
+            ``vmap``.
 
     Returns:
         A ``MinimizeResult``: the point that passed the test or, on failure, the best one seen, with its value and
@@ -128,7 +147,8 @@ def minimize(
 
     Cost: for each step one linearization of the gradient and what the method adds; the objective is evaluated once
         more for each point the method tries. The optax transformations take a gradient a step, or none where a line
-        search has stored it.
+        search has stored it. Of derivatives: one factorization of the Hessian, or beyond 1,000 entries one iterative
+        solve for each direction; nothing before they are asked for.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -144,21 +164,22 @@ def minimize(
     _checks.check_finite("minimize", "x0", x0)
     args = args if type(args) is tuple else (args,)
     _checks.check_data("minimize", args)
-    gtol = _default_gtol(x0) if gtol is None else gtol
-    for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
-        _checks.check_nonnegative("minimize", name, tolerance)
-    _checks.check_count("minimize", "max_steps", max_steps)
     for name, function in {"hessian": hessian, "callback": callback}.items():
         if function is not None:
             _checks.check_callable("minimize", name, function)
-    transformation = _resolve(method, x0, hessian is not None)
-    dtype = ravel(x0)[0].dtype
+    limits = limits_of("minimize", x0, gtol, rtol, max_steps)
+    most_steps: Any = max_steps
+    if history:
+        _checks.check_static_count("minimize", "max_steps", most_steps, least=0)
+    transformation = resolve("minimize", method, x0, hessian)
     x0 = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), x0)  # drops weak types
-    limits = _Limits(jnp.asarray(gtol, dtype), jnp.asarray(rtol, dtype), jnp.asarray(max_steps, jnp.int32))
-    return _compiled(fun)(x0, args, limits, transformation=transformation, hessian=hessian, callback=callback)
+    return compiled(_run, fun)(
+        x0, args, limits, transformation=transformation, hessian=hessian, callback=callback,
+        history_length=int(most_steps) + 1 if history else 0, progress=bool(progress),
+    )  # fmt: skip
 
 
-class _Limits(NamedTuple):
+class Limits(NamedTuple):
     """Arrays, whatever numbers the user gave, so that other numbers find the same program."""
 
     gtol: Float[Array, ""]
@@ -166,93 +187,141 @@ class _Limits(NamedTuple):
     max_steps: Int[Array, ""]
 
 
-def _default_gtol(x0: Tree) -> float:
-    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x0)) ** 0.5
+def limits_of(function: str, x0: Tree, gtol: ArrayLike | None, rtol: ArrayLike, max_steps: ArrayLike) -> Limits:
+    """The limits, checked; ``gtol=None`` is the square root of the rounding unit."""
+    if gtol is None:
+        gtol = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x0)) ** 0.5
+    for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
+        _checks.check_nonnegative(function, name, tolerance)
+    _checks.check_count(function, "max_steps", max_steps)
+    dtype = ravel(x0)[0].dtype
+    return Limits(jnp.asarray(gtol, dtype), jnp.asarray(rtol, dtype), jnp.asarray(max_steps, jnp.int32))
 
 
-def _resolve(method: Method, x0: Tree, has_hessian: bool) -> optax.GradientTransformation:
+def resolve(
+    function: str, method: Method, x0: Tree, hessian: Callable[..., Tree] | None
+) -> optax.GradientTransformation:
+    """The transformation that a method names."""
     if isinstance(method, optax.GradientTransformation):
         transformation = method
     else:
-        _checks.check_method("minimize", method, ("auto", *_METHODS))
+        _checks.check_method(function, method, ("auto", *_METHODS))
         small = num_entries(x0) <= _DENSE_ENTRIES
-        automatic = "trust-exact" if has_hessian or small else "trust-region"
+        automatic = "trust-exact" if hessian is not None or small else "trust-region"
         transformation = _METHODS[automatic if method == "auto" else method]()
-    if has_hessian:
-        _checks.check_hessian_used("minimize", method, isinstance(transformation, DenseSecondOrder))
+    if hessian is not None:
+        _checks.check_hessian_used(function, method, isinstance(transformation, DenseSecondOrder))
     return transformation
 
 
-# A cache and nothing else: it is never read but for the very function that put its program there.
-_PROGRAMS: weakref.WeakKeyDictionary[Objective, Callable[..., MinimizeResult]] = weakref.WeakKeyDictionary()
+# A cache and nothing else: it is never read but for the very function that put its programs there.
+_PROGRAMS: weakref.WeakKeyDictionary[Objective, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
-def _compiled(fun: Objective) -> Callable[..., MinimizeResult]:
-    """The compiled loop of an objective, found again as long as the objective lives, and not kept any longer.
+def compiled(program: Callable[..., Any], fun: Objective) -> Callable[..., Any]:
+    """``program(fun, ...)`` compiled, found again as long as the objective lives, and not kept any longer.
 
-    What cannot be looked up, a bound method (made anew at each mention) or a callable that holds arrays, is compiled at
-    every call.
+    Keyword arguments are static. What cannot be looked up, a bound method (made anew at each mention) or a callable
+    that holds arrays, is compiled at every call.
     """
-    static = ("transformation", "hessian", "callback")
+    static = [name for name, p in inspect.signature(program).parameters.items() if p.kind is p.KEYWORD_ONLY]
     try:
-        if fun not in _PROGRAMS:
-            _PROGRAMS[fun] = jax.jit(functools.partial(_run_alive, weakref.ref(fun)), static_argnames=static)
-        return _PROGRAMS[fun]
+        programs = _PROGRAMS.setdefault(fun, {})
+        if program not in programs:
+            alive = functools.partial(_run_alive, program, weakref.ref(fun))
+            programs[program] = jax.jit(alive, static_argnames=static)
+        return programs[program]
     except TypeError:  # not hashable, or not weakly referable
-        return jax.jit(functools.partial(_run, fun), static_argnames=static)
+        return jax.jit(functools.partial(program, fun), static_argnames=static)
 
 
-def _run_alive(reference: Callable[[], Any], *operands: Any, **how: Any) -> MinimizeResult:
-    return _run(reference(), *operands, **how)
+def _run_alive(program: Callable[..., Any], reference: Callable[[], Any], *operands: Any, **how: Any) -> Any:
+    return program(reference(), *operands, **how)
 
 
 def _run(
     fun: Objective,
     x0: Tree,
     args: tuple[Any, ...],
-    limits: _Limits,
+    limits: Limits,
     *,
     transformation: optax.GradientTransformation,
     hessian: Callable[..., Tree] | None,
     callback: Callable[[MinimizeStep], None] | None,
+    history_length: int,
+    progress: bool,
 ) -> MinimizeResult:
-    """The loop itself; data and limits are operands, so that new ones find the program they need."""
+    """The whole solve; data and limits are operands, so that new ones find the program they need.
+
+    Derivatives are taken of the solution, so nothing that goes through the loop has any.
+    """
+    objective, operands = lift_objective("minimize", fun, x0, args)
+    x0, args, limits, data = jax.lax.stop_gradient((x0, args, limits, operands))
+    value_fn = functools.partial(_at, objective, data)
+    advance = stepper(value_fn, args, limits, transformation, hessian, callback)
+    start = start_loop(value_fn, x0, limits, transformation)
+    start = start._replace(watch=start_watch(limits.gtol, history_length, progress))
+    loop = jax.lax.while_loop(is_running, advance, start)
+    best, watch = loop.best, loop.watch
+    close(watch, loop.num_steps, best.value, best.grad_norm, loop.tolerance)
+    x, value = implicit_minimizer(objective, operands, best.x, best.value)
+    return MinimizeResult(x, value, best.grad, loop.num_steps, loop.status, watch.history)
+
+
+def _at(objective: Callable[..., Any], operands: Sequence[Any], x: Tree) -> Any:
+    return objective(x, *operands)
+
+
+def is_running(loop: Loop) -> Bool[Array, ""]:
+    """Whether the loop has not ended yet."""
+    return loop.status == Status.RUNNING
+
+
+def stepper(
+    value_fn: Callable[[Tree], Any],
+    args: tuple[Any, ...],
+    limits: Limits,
+    transformation: optax.GradientTransformation,
+    hessian: Callable[..., Tree] | None,
+    callback: Callable[[MinimizeStep], None] | None = None,
+) -> Callable[[Loop], Loop]:
+    """The body of the loop: judge the point, and go to the next unless it ends here."""
     has_status = isinstance(transformation, WithStatus)
     update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
 
-    def value_fn(x: Tree) -> Any:
-        return fun(x, *args)
-
-    def advance(loop: _Loop) -> _Loop:
-        point, extras = _evaluate(fun, args, hessian, loop, transformation)
+    def advance(loop: Loop) -> Loop:
+        point, extras = _evaluate(value_fn, args, hessian, loop, transformation)
         if callback is not None:
             jax.debug.callback(callback, MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state))
         loop = _judge(loop, point, limits, has_status)
+        watch = observe(loop.watch, loop.num_steps, point.value, point.grad_norm, loop.tolerance)
+        loop = loop._replace(watch=watch)
 
-        def update(loop: _Loop) -> _Loop:
+        def update(loop: Loop) -> Loop:
             updates, state = update_fn(point.grad, loop.state, loop.x, grad=point.grad, value_fn=value_fn, **extras)
             status = state.status if has_status else loop.status
             moved = (status == Status.RUNNING).astype(jnp.int32)
             x = optax.apply_updates(loop.x, updates)
             return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved)
 
-        return jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
+        loop = jax.lax.cond(is_running(loop), update, lambda loop: loop, loop)
+        return jax.lax.stop_gradient(loop)  # what the method or the Hessian may have closed over
 
+    return advance
+
+
+def start_loop(
+    value_fn: Callable[[Tree], Any], x0: Tree, limits: Limits, transformation: optax.GradientTransformation
+) -> Loop:
+    """The loop before the first judgment; the tolerance is ``gtol`` until the first gradient is known."""
     state: Any = transformation.init(x0)
     if isinstance(transformation, FirstOrder):
         state = state._replace(stored=Stored(*evaluate("minimize", value_fn, x0)))
-    start = _start(state, x0, limits)
-    loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, start)
-    return MinimizeResult(loop.best.x, loop.best.value, loop.best.grad, loop.num_steps, loop.status)
-
-
-def _start(state: Any, x0: Tree, limits: _Limits) -> _Loop:
-    """The loop before the first evaluation; the tolerance is ``gtol`` until the first gradient is known."""
     zero = jnp.asarray(0, jnp.int32)
     infinity = jnp.full_like(limits.gtol, jnp.inf)
-    return _Loop(
+    return Loop(
         x=x0,
-        state=state,
+        state=jax.lax.stop_gradient(state),
         best=_Point(x0, infinity, jax.tree.map(jnp.zeros_like, x0), infinity, infinity),
         tolerance=limits.gtol,
         num_steps=zero,
@@ -262,10 +331,10 @@ def _start(state: Any, x0: Tree, limits: _Limits) -> _Loop:
 
 
 def _evaluate(
-    fun: Objective,
+    value_fn: Callable[[Tree], Any],
     args: tuple[Any, ...],
     hessian: Callable[..., Tree] | None,
-    loop: _Loop,
+    loop: Loop,
     transformation: optax.GradientTransformation,
 ) -> tuple[_Point, dict[str, Any]]:
     """The objective at the current point, once, and what else the method's update takes."""
@@ -273,7 +342,7 @@ def _evaluate(
     if isinstance(transformation, FirstOrder):
         value, grad = loop.state.stored
         return _point(loop, value, grad), {"value": value}
-    program = trace_objective("minimize", "fun", fun, loop.x, args)
+    program = trace_objective("minimize", "fun", value_fn, loop.x, ())
     if hessian is not None:
         value, grad = value_and_grad("minimize", program)
         extras["hessian_fn"] = lambda x: hessian(x, *args)
@@ -286,13 +355,13 @@ def _evaluate(
     return _point(loop, value, grad), extras
 
 
-def _point(loop: _Loop, value: Float[Array, ""], grad: Tree) -> _Point:
+def _point(loop: Loop, value: Float[Array, ""], grad: Tree) -> _Point:
     dtype = loop.tolerance.dtype
     grad_norm = jnp.max(jnp.abs(ravel(grad)[0]))
     return _Point(loop.x, value.astype(dtype), grad, grad_norm, noise_of(value).astype(dtype))
 
 
-def _stored_or_fresh(program: Program, loop: _Loop) -> tuple[Float[Array, ""], Tree]:
+def _stored_or_fresh(program: Program, loop: Loop) -> tuple[Float[Array, ""], Tree]:
     """Value and gradient, from the state if a line search that comes last has left those of the point it chose.
 
     Of one that does not come last they are not: what follows it in the chain changes the step.
@@ -309,7 +378,7 @@ def _stored_or_fresh(program: Program, loop: _Loop) -> tuple[Float[Array, ""], T
     )
 
 
-def _judge(loop: _Loop, point: _Point, limits: _Limits, has_status: bool) -> _Loop:
+def _judge(loop: Loop, point: _Point, limits: Limits, has_status: bool) -> Loop:
     """Update the best point and the status: is it converged, out of steps, stuck, or broken?
 
     Stuck is asked only of methods that descend at every step; others may wander and recover.

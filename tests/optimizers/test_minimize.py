@@ -375,3 +375,37 @@ def test_a_linear_objective_falls_to_minus_infinity(method, dtype):
     result = curvature.minimize(lambda x: jnp.sum(x), jnp.ones(3, dtype), method=method)
     assert result.status == Status.UNBOUNDED
     assert jnp.isfinite(result.value)
+
+
+def test_history_keeps_every_point_and_nothing_after_the_last():
+    seen = []
+    solve = lambda x0: curvature.minimize(rosenbrock, x0, method="newton", max_steps=40, history=True)
+    result = jax.jit(jax.vmap(solve))(jnp.array([[-1.2, 1.0], [1.0, 1.0]]))
+    assert result.history.value.shape == result.history.grad_norm.shape == (2, 41)
+    curvature.minimize(rosenbrock, jnp.array([-1.2, 1.0]), method="newton", max_steps=40, callback=seen.append)
+    jax.effects_barrier()
+    values, norms = (np.asarray(column)[0] for column in result.history)
+    assert len(seen) == result.num_steps[0] + 1
+    np.testing.assert_allclose(values[: len(seen)], [step.value for step in seen], rtol=1e-6, atol=1e-15)
+    np.testing.assert_allclose(norms[: len(seen)], [step.grad_norm for step in seen], rtol=1e-6, atol=1e-8)
+    assert np.all(np.isnan(values[len(seen) :]))
+    assert np.all(np.isnan(result.history.value[1, 1:]))
+    assert_close(result.history.value[1, 0], 0.0)
+    assert curvature.minimize(rosenbrock, jnp.ones(2), method="newton").history is None
+
+
+def test_progress_speaks_seldom_and_says_how_it_ended(capsys):
+    """A thousand quick steps: the host is asked after 1, 19, 199 steps and so on, and once at the end."""
+    solve = lambda shift: curvature.minimize(
+        lambda x: jnp.sum((x - shift) ** 2), jnp.ones(2), method=optax.sgd(1e-2), gtol=1e-6, progress=True
+    )
+    result = jax.block_until_ready(solve(0.0))
+    jax.effects_barrier()
+    lines = capsys.readouterr().err.split("\r")[1:]
+    assert result.success
+    assert 3 <= len(lines) <= 30
+    assert lines[0].startswith(f"[{20 * '-'}] step      0  value  2.000000e+00  max|grad| 2.0e+00 of 1.0e-06")
+    assert lines[-1].startswith(f"[{20 * '#'}] step {int(result.num_steps):6}")
+    assert lines[-1].endswith("\n")
+    assert_close(jax.grad(lambda shift: jnp.sum(solve(shift).x))(0.5), 2.0)
+    jax.effects_barrier()

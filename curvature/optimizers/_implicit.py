@@ -1,0 +1,119 @@
+"""Derivatives of a minimizer by the data of its objective: of the solution, not of the iteration that found it.
+
+At a minimizer ``grad f(x, a) = 0``, and as the data move by ``da`` it stays so: ``H dx = -(d grad f / da) da``, with
+``H`` the Hessian by ``x``. That is the implicit function theorem. The value moves by ``(df / da) da`` alone, since the
+gradient by ``x`` is zero: the envelope theorem.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr
+from jaxtyping import Array, Float
+
+from curvature._types import Objective, Tree, ravel
+from curvature.linalg import solve
+from curvature.linalg._dense import rounding_level, scaling
+from curvature.transforms import vmap
+from curvature.transforms._compositions import linearize_program, trace_objective
+from curvature.transforms._modes import choose_composition
+
+Vector = Float[Array, " n"]
+Operands = list[Any]
+Lifted = Callable[..., Any]
+"""An objective ``(x, *operands) -> value`` that closes over no array."""
+
+_SMALL = 1000  # entries, as for ``solve``: above, no matrix is formed
+
+
+def lift_objective(function: str, fun: Objective, x: Tree, args: tuple[Any, ...]) -> tuple[Lifted, Operands]:
+    """``fun`` traced once, as a function of ``x`` and of every array it takes or closes over, and these arrays.
+
+    So what ``fun`` has in its closure is differentiated by as its arguments are.
+    """
+    program = trace_objective(function, "fun", fun, x, args)
+    closed: Any = program.jaxpr
+
+    def lifted(x: Tree, *operands: Any) -> Any:
+        return jex.core.jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, operands))(*jax.tree.leaves(x))[0]
+
+    return lifted, list(closed.consts)
+
+
+def implicit_minimizer(
+    objective: Lifted, operands: Sequence[Any], x: Tree, value: Float[Array, ""]
+) -> tuple[Tree, Float[Array, ""]]:
+    """A minimizer of ``objective(x, *operands)`` by ``x`` and its value, with their derivatives by the operands.
+
+    Forward and reverse mode, and derivatives of any order: the rule of the first derivative applies to itself. How
+    ``x`` was found does not matter; nothing is traced before a derivative is asked for. If ``H`` is singular its
+    pseudo-inverse stands for the inverse, in variables scaled by their own curvature.
+
+    Cost: up to 1,000 entries n Hessian products and one factorization of about 9 n^3 FLOPs for all directions (in
+        reverse mode, cotangents) together; beyond, a solve by conjugate gradients, then MINRES, for each of them. The
+        value takes one gradient by the operands.
+    """
+    return _solution(objective, *jax.lax.stop_gradient((x, value)), list(operands))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _solution(objective: Lifted, x: Tree, value: Float[Array, ""], operands: Operands) -> tuple[Tree, Float[Array, ""]]:
+    return x, value
+
+
+@functools.partial(_solution.defjvp, symbolic_zeros=True)
+def _solution_jvp(objective: Lifted, primals: Any, tangents: Any) -> Any:
+    x, value = _solution(objective, *primals)
+    moving = [i for i, tangent in enumerate(tangents[2]) if not isinstance(tangent, SymbolicZero)]
+    if not moving:
+        return (x, value), jax.tree.map(jnp.zeros_like, (x, value))
+    operands, directions = primals[2], [tangents[2][i] for i in moving]
+
+    def joint(point: tuple[Tree, Operands]) -> Any:
+        now = dict(zip(moving, point[1], strict=True))
+        return objective(point[0], *(now.get(i, operand) for i, operand in enumerate(operands)))
+
+    program = trace_objective("minimize", "fun", joint, (x, [operands[i] for i in moving]), ())
+    composition = choose_composition("minimize", program, "auto")
+    _, (_, slopes), product, _ = linearize_program(program, composition)
+    at_rest = jax.tree.map(jnp.zeros_like, program.x)
+    dx = _solve(lambda v: product((v, at_rest[1]))[0], jax.tree.map(jnp.negative, product((at_rest[0], directions))[0]))
+    parts = [jnp.vdot(slope, da, precision="highest") for slope, da in zip(slopes, directions, strict=True)]
+    return (x, value), (dx, sum(part.astype(value.dtype) for part in parts))
+
+
+def _solve(product: Callable[[Tree], Tree], b: Tree) -> Tree:
+    """``H^-1 b``, differentiable by ``b`` and by what the product holds."""
+    vector, unravel = ravel(b)
+    if vector.size > _SMALL:
+        return solve(product, b, rtol=float(jnp.finfo(vector.dtype).eps) ** 0.75)[0]
+
+    def on_vectors(v: Vector) -> Vector:
+        return ravel(product(unravel(v)))[0]
+
+    inverse = _pseudo_inverse(jax.lax.stop_gradient(vmap(on_vectors)(jnp.eye(vector.size, dtype=vector.dtype))))
+
+    def refined(product: Callable[[Vector], Vector], b: Vector) -> Vector:
+        x = inverse(b)
+        return x + inverse(b - product(x))
+
+    return unravel(jax.lax.custom_linear_solve(on_vectors, vector, refined, symmetric=True))
+
+
+def _pseudo_inverse(matrix: Float[Array, "n n"]) -> Callable[[Vector], Vector]:
+    """Of a symmetric matrix with its diagonal scaled to ones, so that the units of the variables do not matter."""
+    scale = scaling(matrix)
+    eigenvalues, vectors = jnp.linalg.eigh((matrix + matrix.T) / (2 * jnp.outer(scale, scale)), symmetrize_input=False)
+    nonzero = jnp.abs(eigenvalues) > rounding_level(eigenvalues)
+    multiply = functools.partial(jnp.matmul, precision="highest")
+
+    def apply(b: Vector) -> Vector:
+        coordinates = multiply(vectors.T, b / scale) / jnp.where(nonzero, eigenvalues, 1)
+        return multiply(vectors, jnp.where(nonzero, coordinates, 0)) / scale
+
+    return apply

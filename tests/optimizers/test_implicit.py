@@ -1,0 +1,160 @@
+"""Derivatives of minimizers: equal to the closed form, forward, reverse and nested, by arguments and by closures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import curvature
+from curvature.optimizers import _implicit
+from tests.oracles import assert_close
+from tests.scenarios import forward_only, reverse_only
+
+INPUTS = np.random.default_rng(0).normal(size=(9, 3))
+TARGETS = np.random.default_rng(1).normal(size=9)
+PENALTY = 0.3
+
+
+def ridge(w, penalty, inputs, targets):
+    return jnp.mean((inputs @ w - targets) ** 2) / 2 + penalty / 2 * jnp.sum(w**2)
+
+
+def closed_form(penalty, inputs=INPUTS, targets=TARGETS):
+    gram = inputs.T @ inputs / len(inputs) + penalty * jnp.eye(inputs.shape[1], dtype=inputs.dtype)
+    return jnp.linalg.solve(gram, inputs.T @ targets / len(inputs))
+
+
+def by_argument(penalty):
+    return curvature.minimize(ridge, jnp.zeros(3), (penalty, INPUTS, TARGETS), method="newton")
+
+
+def by_closure(penalty):
+    return curvature.minimize(lambda w: ridge(w, penalty, INPUTS, TARGETS), jnp.zeros(3), method="newton")
+
+
+@pytest.mark.parametrize("solve", [by_argument, by_closure])
+def test_derivatives_of_a_ridge_solution_by_its_penalty(solve):
+    """Both modes for the gradient, all four compositions for the Hessian."""
+    ours, exact = lambda penalty: solve(penalty).x, jax.jacfwd(closed_form)
+
+    @jax.jit
+    def all_derivatives(penalty):
+        first = [mode(ours)(penalty) for mode in (jax.jacfwd, jax.jacrev)]
+        second = [
+            outer(inner(ours))(penalty) for outer in (jax.jacfwd, jax.jacrev) for inner in (jax.jacfwd, jax.jacrev)
+        ]
+        return first, second
+
+    first, second = all_derivatives(PENALTY)
+    for derivative in first:
+        np.testing.assert_allclose(derivative, exact(PENALTY), rtol=1e-11)
+    for derivative in second:
+        np.testing.assert_allclose(derivative, jax.jacfwd(exact)(PENALTY), rtol=1e-11)
+
+
+def test_the_value_has_derivatives_by_the_envelope_theorem():
+    value = lambda penalty: by_argument(penalty).value
+    exact = lambda penalty: ridge(closed_form(penalty), penalty, INPUTS, TARGETS)
+    both = lambda f: jax.jit(lambda penalty: (jax.grad(f)(penalty), jax.jacfwd(jax.grad(f))(penalty)))
+    np.testing.assert_allclose(both(value)(PENALTY), both(exact)(PENALTY), rtol=1e-10)
+
+
+def test_jacobians_by_all_data_at_once():
+    solve = lambda *data: curvature.minimize(ridge, jnp.zeros(3), data, method="newton").x
+    data = (jnp.asarray(PENALTY), INPUTS, TARGETS)
+    ours = jax.jit(jax.jacrev(solve, argnums=(0, 1, 2)))(*data)
+    for got, want in zip(ours, jax.jacrev(closed_form, argnums=(0, 1, 2))(*data), strict=True):
+        assert_close(got, want, roundings=1e4)
+
+
+def test_lanes_trees_and_integer_data():
+    """``x`` a tree, the data a tree with integers that pick rows, and a lane for each penalty."""
+    rows = jnp.arange(9)[::-1]
+
+    def loss(x, data):
+        return ridge(x["w"], data["penalty"], data["inputs"][data["rows"]], data["targets"][data["rows"]]) + x["b"] ** 2
+
+    def total(penalty):
+        data = {"penalty": penalty, "inputs": INPUTS, "targets": TARGETS, "rows": rows}
+        return jnp.sum(curvature.minimize(loss, {"w": jnp.zeros(3), "b": jnp.ones(())}, data).x["w"])
+
+    penalties = jnp.array([0.1, 0.5])
+    exact = [jax.grad(lambda penalty: jnp.sum(closed_form(penalty)))(penalty) for penalty in penalties]
+    assert_close(jax.jit(jax.vmap(jax.grad(total)))(penalties), jnp.stack(exact), roundings=1e4)
+
+
+def test_neither_the_start_nor_the_limits_have_derivatives_and_the_gradient_stays_zero():
+    def solve(x0, gtol, shift):
+        result = curvature.minimize(lambda x: jnp.sum(jnp.cosh(x - shift)), x0, method="newton", gtol=gtol)
+        return result.x, result.grad
+
+    of_x, of_grad = jax.jit(jax.jacrev(solve, argnums=(0, 1, 2)))(jnp.zeros(2), 1e-9, jnp.ones(2))
+    assert_close(of_x[2], jnp.eye(2), roundings=1e4)
+    for zero in (*of_x[:2], *of_grad):
+        assert_close(zero, jnp.zeros(zero.shape))
+
+
+@pytest.mark.parametrize("second_derivative", [True, False])
+def test_large_systems_are_solved_by_products(monkeypatch, second_derivative):
+    monkeypatch.setattr(_implicit, "_SMALL", 0)
+    solve = lambda penalty: curvature.minimize(ridge, jnp.zeros(3), (penalty, INPUTS, TARGETS), method="newton").x
+    order = (lambda f: jax.jacfwd(jax.jacrev(f))) if second_derivative else jax.jacrev
+    np.testing.assert_allclose(jax.jit(order(solve))(PENALTY), order(closed_form)(PENALTY), rtol=1e-8)
+
+
+def test_objectives_that_some_modes_cannot_differentiate():
+    """A custom_vjp allows reverse over reverse alone, a while loop forward over forward alone."""
+    for fun in (
+        lambda x, shift: jnp.sum((x - shift) ** 2 - reverse_only(x - shift) / 2),
+        lambda x, shift: jnp.sum((x - shift) ** 2 + forward_only(x - shift) ** 2),
+    ):
+        solve = lambda shift, fun=fun: curvature.minimize(fun, jnp.array([0.6, -0.7]), (shift,), method="newton").x
+        shift = jnp.array([0.5, -0.8])
+        curvature_of = jax.jit(jax.jacfwd(solve))(shift)
+        assert_close(curvature_of, jnp.eye(2), roundings=1e8)
+
+
+def test_single_precision():
+    data = (jnp.float32(PENALTY), INPUTS.astype(jnp.float32), TARGETS.astype(jnp.float32))
+    solve = lambda penalty: curvature.minimize(ridge, jnp.zeros(3, jnp.float32), (penalty, *data[1:])).x
+    derivative = jax.jit(jax.jacfwd(jax.jacrev(solve)))(data[0])
+    assert derivative.dtype == jnp.float32
+    assert_close(derivative, jax.jacfwd(jax.jacfwd(closed_form))(PENALTY), jnp.float32, roundings=1e3)
+
+
+def test_units_of_the_variables_do_not_matter_and_flat_directions_stay():
+    """Curvatures of 1e-12 and 1e12 in one Hessian, and a direction with none: the minimizer does not move along it."""
+    units = jnp.array([1e-6, 1e6, 1.0])
+
+    def loss(x, shift):
+        scaled = units * x
+        return jnp.sum((scaled[:2] - shift) ** 2) + (scaled[0] - scaled[1] + 0 * scaled[2]) ** 2
+
+    solve = lambda shift: units * curvature.minimize(loss, jnp.zeros(3), (shift,), method="newton", gtol=1e-12).x
+    weights = jnp.array([[2.0, 1.0], [1.0, 2.0], [0.0, 0.0]]) / 3  # the closed form of least squares
+    assert_close(jax.jit(jax.jacrev(solve))(jnp.array([1.0, 2.0])), weights, roundings=1e6)
+
+
+def test_a_hessian_that_closes_over_what_is_differentiated_is_no_obstacle():
+    def solve(scale):
+        fun, hessian = lambda x: scale * jnp.sum((x - scale) ** 2), lambda x: 2 * scale * jnp.eye(2)
+        return jnp.sum(curvature.minimize(fun, jnp.zeros(2), method="newton", hessian=hessian).x)
+
+    assert_close(jax.jit(jax.grad(solve))(3.0), 2.0, roundings=1e4)
+
+
+def test_the_objective_is_traced_once_and_no_rule_before_a_derivative_is_asked_for(monkeypatch):
+    traces = []
+
+    def traced(x, shift):
+        traces.append(1)
+        return jnp.sum((x - shift) ** 2)
+
+    def refuse(*_):
+        raise AssertionError("a derivative was prepared that nobody has asked for")
+
+    monkeypatch.setattr(_implicit, "_solve", refuse)
+    curvature.minimize(traced, jnp.zeros(2), (1.0,), method="newton")
+    assert len(traces) == 1
+    curvature.minimize(traced, jnp.ones(2), (2.0,), method="newton")
+    assert len(traces) == 1
