@@ -220,7 +220,9 @@ def _run(
         loop = _judge(loop, point, limits, has_status)
 
         def update(loop: _Loop) -> _Loop:
-            updates, state = update_fn(point.grad, loop.state, loop.x, grad=point.grad, value_fn=value_fn, **extras)
+            updates, state = update_fn(
+                point.grad, loop.state, loop.x, grad=point.grad, value_fn=value_fn, args=args, **extras
+            )
             status = state.status if has_status else loop.status
             moved = (status == Status.RUNNING).astype(jnp.int32)
             x = optax.apply_updates(loop.x, updates)
