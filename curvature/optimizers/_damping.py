@@ -6,19 +6,38 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from curvature._types import Tree
 from curvature.optimizers._protocol import Scalar, Vector, bind_extras, noise_of
 
 _POOR, _GOOD = 0.25, 0.75
 _DECAY = 19 / 20  # for each step since the last adaptation: Martens and Grosse (2015), section 6.5
+_GROWTH = 4.0  # after a refused step; ours
+
+
+class Judgment(NamedTuple):
+    """What has become of a step.
+
+    Attributes:
+        accepted: whether it is to be taken.
+        damping: for the next step.
+        ratio: the reduction ratio when it was last measured.
+    """
+
+    accepted: Bool[Array, ""]
+    damping: Scalar
+    ratio: Scalar
 
 
 def reduction_ratio(value: Scalar, after: Scalar, predicted: Scalar) -> Scalar:
-    """What a step has gained by what its model promised; 1 where both are within rounding of the value."""
+    """What a step has gained by what its model promised; 1 where both are within rounding of the value.
+
+    Minus infinity where the step ends at NaN or infinity, and NaN where the model is not finite.
+    """
     noise = noise_of(value) + jnp.finfo(value.dtype).tiny
-    return (value - after + noise) / (predicted + noise)
+    ratio = (value - after + noise) / (predicted + noise)
+    return jnp.where(jnp.isfinite(predicted) & ~jnp.isfinite(after), -jnp.inf, ratio)
 
 
 def predicted_decrease(grad: Vector, step: Vector, curved: Vector) -> Scalar:
@@ -26,37 +45,42 @@ def predicted_decrease(grad: Vector, step: Vector, curved: Vector) -> Scalar:
     return -(jnp.vdot(grad, step, precision="highest") + jnp.vdot(step, curved, precision="highest") / 2)
 
 
-def adapted(damping: Scalar, ratio: Scalar, steps: int) -> Scalar:
-    """Less damping where the model is good, more where it is poor, after so many steps; NaN is poor."""
+def adapted(damping: Scalar, ratio: Scalar, steps: int, least: Scalar) -> Scalar:
+    """Less damping where the model is good, more where it is poor, after so many steps; NaN tells nothing."""
     change = _DECAY**steps
-    lower = jnp.where(ratio > _GOOD, damping * change, damping)
-    return jnp.where(ratio >= _POOR, lower, damping / change)
+    damping = jnp.where(ratio > _GOOD, jnp.maximum(damping * change, jnp.minimum(damping, least)), damping)
+    return jnp.where(ratio <= 0, damping * _GROWTH, jnp.where(ratio < _POOR, damping / change, damping))
 
 
-def adapt(
+def judge(
     setting: optax.ScalarOrSchedule,
     damping: Scalar,
     ratio: Scalar,
     count: Int[Array, ""],
     every: int | None,
     measure: Callable[[], Scalar],
-) -> tuple[Scalar, Scalar]:
-    """Damping and reduction ratio after step number ``count``: every so many steps measured anew, and else as before.
+) -> Judgment:
+    """Every so many steps measure the reduction ratio of one, refuse it if the objective rises, adapt the damping.
 
     Levenberg and Marquardt's rule as Martens and Grosse (arXiv:1503.05671, section 6.5) have it, but for the ratio,
-    which is that of the model without its damping. A schedule is not adapted.
+    which is that of the model without its damping, and for what is refused. A schedule is followed, not adapted.
     """
-    if every is None:
-        return damping, ratio
+    if every is None or callable(setting):
+        return Judgment(jnp.ones_like(count, bool), damping, ratio)
     due = (count + 1) % every == 0
     ratio = jax.lax.cond(due, lambda: measure().astype(ratio.dtype), lambda: ratio)
-    adapts = due & (not callable(setting))
-    return jnp.where(adapts, adapted(damping, ratio, every), damping), ratio
+    least = jnp.finfo(damping.dtype).eps * at_step(setting, count, damping.dtype)
+    return Judgment(
+        accepted=~(due & (ratio <= 0)),
+        damping=jnp.where(due, adapted(damping, ratio, every, least), damping),
+        ratio=ratio,
+    )
 
 
 def at_step(setting: optax.ScalarOrSchedule, count: Int[Array, ""], dtype: Any) -> Scalar:
     """A number, or what a schedule says at a step."""
-    return jnp.asarray(setting(count) if callable(setting) else setting).astype(dtype)
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix counts and rates even where users are strict
+        return jnp.asarray(setting(count) if callable(setting) else setting).astype(dtype)
 
 
 def current(setting: optax.ScalarOrSchedule, damping: Scalar, count: Int[Array, ""]) -> Scalar:

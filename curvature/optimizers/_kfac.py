@@ -18,7 +18,7 @@ from curvature.operators._kronecker_factors import Sharing
 from curvature.operators._kronecker_outputs import Kind
 from curvature.operators._outputs import Likelihood
 from curvature.operators._pytrees import structure_of
-from curvature.optimizers._damping import adapt, at_step, current, objective_of
+from curvature.optimizers._damping import at_step, current, judge, objective_of
 from curvature.optimizers._protocol import Scalar, Vector
 from curvature.optimizers._stochastic import Key, KeyData, key_data, key_of_step, running_mean
 
@@ -55,7 +55,7 @@ def kfac(
     learning_rate: optax.ScalarOrSchedule | None = None,
     momentum: float | Array = 0.9,
     damping: optax.ScalarOrSchedule = 1e-2,
-    adapt_every: int | None = 5,
+    adapt_every: int | None = 1,
     decay: float | Array = 0.95,
     refresh_every: int = 1,
     invert_every: int = 5,
@@ -76,7 +76,8 @@ def kfac(
     rate is given both numbers are those that minimize the quadratic model ``g'p + p'(G + damping I) p / 2`` over
     ``p = alpha d + mu s``, with the exact Gauss-Newton matrix ``G`` on ``args``; then nothing has to be tuned.
 
-    The damping follows the quality of that model, as for ``natural_gradient``.
+    The damping follows the quality of that model, and steps that raise the objective are refused, as by
+    ``natural_gradient``.
 
     Args:
         model: ``model(params, *args) -> outputs``, on a batch, as for ``KroneckerOperator``.
@@ -86,7 +87,7 @@ def kfac(
         learning_rate: a number or an optax schedule; None has the model choose at every step.
         momentum: how much of the last step is repeated; without a learning rate only whether it is 0 matters.
         damping: the first damping, in the units of the curvature; an optax schedule is followed and not adapted.
-        adapt_every: how many steps between adaptations; None keeps the damping as it is.
+        adapt_every: how many steps between adaptations; None takes every step and keeps the damping.
         decay: the decay of the factors.
         refresh_every: how many steps between new factors.
         invert_every: how many steps between inversions, which the damping waits for too.
@@ -236,7 +237,7 @@ def _update(
     direction, last = -ravel(inverse.mv(updates))[0], ravel(state.step)[0]
     quadratic = _Quadratic(setting, params, batch, unravel)
     if setting.learning_rate is None:
-        vector = quadratic.minimizer(grad, direction, last, damping, bool(setting.momentum != 0))
+        vector = quadratic.minimizer(grad, direction, last, damping, with_last=setting.momentum != 0)
     else:
         rate = at_step(setting.learning_rate, state.count, grad.dtype) * _kl_cut(setting, state.count, grad, direction)
         vector = rate * direction + jnp.asarray(setting.momentum, grad.dtype) * last
@@ -246,9 +247,10 @@ def _update(
         slope = jnp.vdot(grad, vector, precision="highest")
         return objective.ratio(params, step, -(slope + quadratic.forms([vector])[0, 0] / 2))
 
-    damping, ratio = adapt(setting.damping, damping, state.ratio, state.count, setting.adapt_every, measure)
+    found = judge(setting.damping, damping, state.ratio, state.count, setting.adapt_every, measure)
+    step = unravel(jnp.where(found.accepted, vector, 0))
     leaves = (tuple(jax.tree.leaves(op)) for op in (factors, inverse))
-    return step, KFACState(state.count + 1, damping, ratio, step, *leaves, state.key)
+    return step, KFACState(state.count + 1, found.damping, found.ratio, step, *leaves, state.key)
 
 
 def _refreshed(
@@ -267,7 +269,7 @@ def _refreshed(
 
     factors = jax.lax.cond(state.count % setting.refresh_every == 0, renewed, lambda: factors)
     due = state.count % setting.invert_every == 0
-    return factors, jax.lax.cond(due, lambda: setting.inverse(factors, damping), lambda: inverse)
+    return factors, jax.lax.cond(due, setting.inverse, lambda *_: inverse, factors, damping)
 
 
 def _kl_cut(setting: _Setting, count: Int[Array, ""], grad: Vector, direction: Vector) -> Scalar:
