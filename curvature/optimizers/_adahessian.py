@@ -1,6 +1,7 @@
 """AdaHessian: Adam with the curvature's diagonal in the place of the gradient in the second moment."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ from curvature.optimizers._stochastic import (
 )
 
 SpatialAxes = Callable[[tuple[int, ...]], tuple[int, ...]]
+
+_NAME = "scale_by_adahessian"
 
 
 class AdaHessianState(NamedTuple):
@@ -156,48 +159,66 @@ def scale_by_adahessian(
 
     References: Yao et al. (arXiv:2006.00719), equations 8 to 12 and section 3.
     """
-    name = "scale_by_adahessian"
-    data = key_data(name, key)
+    data = key_data(_NAME, key)
     for option, value in {"b1": b1, "b2": b2}.items():
-        _checks.check_decay(name, option, value)
+        _checks.check_decay(_NAME, option, value)
     for option, value in {"eps": eps, "power": power}.items():
-        _checks.check_nonnegative(name, option, value)
-    _checks.check_callable(name, "spatial_axes", spatial_axes)
-    _checks.check_static_count(name, "refresh_every", refresh_every, 1)
+        _checks.check_nonnegative(_NAME, option, value)
+    _checks.check_callable(_NAME, "spatial_axes", spatial_axes)
+    _checks.check_static_count(_NAME, "refresh_every", refresh_every, 1)
 
-    def init_fn(params: Tree) -> AdaHessianState:
-        zeros = jax.tree.map(jnp.zeros_like, _checks.check_point(name, "params", params))
-        return AdaHessianState(jnp.asarray(0, jnp.int32), zeros, zeros, data)
+    setting = _Setting(key, data, b1, b2, eps, power, spatial_axes, refresh_every)
+    return optax.GradientTransformationExtraArgs(partial(_init, setting), partial(_update, setting))
 
-    def update_fn(
-        updates: Tree,
-        state: AdaHessianState,
-        params: Tree | None = None,
-        *,
-        hvp_fn: Callable[[Tree], Tree] | None = None,
-        value_fn: Callable[..., Any] | None = None,
-        **extra_args: Any,
-    ) -> tuple[Tree, AdaHessianState]:
-        params = _checks.check_point(name, "params", _checks.require_extra(name, "params", params))
-        updates = _checks.check_direction(name, "updates", updates, "params", params)
-        product = product_of_extras(name, params, hvp_fn, value_fn, extra_args)
 
-        def refreshed() -> Tree:
-            diagonal = hutchinson(params, key_of_step(key, state.key, state.count), product)
-            squares = jax.tree.map(lambda leaf: jnp.square(_averaged(leaf, spatial_axes)), diagonal)
-            return running_mean(state.second_moment, squares, b2)
+class _Setting(NamedTuple):
+    """The arguments of ``scale_by_adahessian``."""
 
-        momentum = running_mean(state.momentum, updates, b1)
-        second = jax.lax.cond(state.count % refresh_every == 0, refreshed, lambda: state.second_moment)
-        means = unbiased(momentum, b1, state.count + 1)
-        squares = unbiased(second, b2, state.count // refresh_every + 1)
-        scaled = jax.tree.map(_scaled, means, squares)
-        return scaled, AdaHessianState(state.count + 1, momentum, second, state.key)
+    key: Key
+    data: KeyData
+    b1: float | Array
+    b2: float | Array
+    eps: float | Array
+    power: float | Array
+    spatial_axes: SpatialAxes
+    refresh_every: int
 
-    def _scaled(m: Array, v: Array) -> Array:
-        return m / (v ** jnp.asarray(power / 2, v.dtype) + jnp.asarray(eps, v.dtype))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+def _init(setting: _Setting, params: Tree) -> Any:
+    zeros = jax.tree.map(jnp.zeros_like, _checks.check_point(_NAME, "params", params))
+    return AdaHessianState(jnp.asarray(0, jnp.int32), zeros, zeros, setting.data)
+
+
+def _update(
+    setting: _Setting,
+    updates: Tree,
+    state: Any,
+    params: Tree | None = None,
+    *,
+    hvp_fn: Callable[[Tree], Tree] | None = None,
+    value_fn: Callable[..., Any] | None = None,
+    **extra_args: Any,
+) -> tuple[Tree, Any]:
+    params = _checks.check_point(_NAME, "params", _checks.require_extra(_NAME, "params", params))
+    updates = _checks.check_direction(_NAME, "updates", updates, "params", params)
+    product = product_of_extras(_NAME, params, hvp_fn, value_fn, extra_args)
+
+    def refreshed() -> Tree:
+        diagonal = hutchinson(params, key_of_step(setting.key, state.key, state.count), product)
+        squares = jax.tree.map(lambda leaf: jnp.square(_averaged(leaf, setting.spatial_axes)), diagonal)
+        return running_mean(state.second_moment, squares, setting.b2)
+
+    momentum = running_mean(state.momentum, updates, setting.b1)
+    due = state.count % setting.refresh_every == 0
+    second = jax.lax.cond(due, refreshed, lambda: state.second_moment)
+
+    def scaled(m: Array, v: Array) -> Array:
+        return m / (v ** jnp.asarray(setting.power / 2, v.dtype) + jnp.asarray(setting.eps, v.dtype))
+
+    means = unbiased(momentum, setting.b1, state.count + 1)
+    squares = unbiased(second, setting.b2, state.count // setting.refresh_every + 1)
+    after = AdaHessianState(state.count + 1, momentum, second, state.key)
+    return jax.tree.map(scaled, means, squares), after
 
 
 def _averaged(diagonal: Array, spatial_axes: SpatialAxes) -> Array:

@@ -33,11 +33,13 @@ class Judgment(NamedTuple):
 def reduction_ratio(value: Scalar, after: Scalar, predicted: Scalar) -> Scalar:
     """What a step has gained by what its model promised; 1 where both are within rounding of the value.
 
-    Minus infinity where the step ends at NaN or infinity, and NaN where the model is not finite.
+    Where the model promised nothing, or is not finite, it is NaN; but minus infinity where such a step raises the
+    objective, or any step ends at NaN or infinity.
     """
     noise = noise_of(value) + jnp.finfo(value.dtype).tiny
-    ratio = (value - after + noise) / (predicted + noise)
-    return jnp.where(jnp.isfinite(predicted) & ~jnp.isfinite(after), -jnp.inf, ratio)
+    gain, promise = value - after + noise, predicted + noise
+    failed = ~(gain > 0) & ((promise <= 0) | ~jnp.isfinite(after)) & jnp.isfinite(predicted)
+    return jnp.where(failed, -jnp.inf, jnp.where(promise > 0, gain / promise, jnp.nan))
 
 
 def predicted_decrease(grad: Vector, step: Vector, curved: Vector) -> Scalar:

@@ -180,6 +180,11 @@ class _Setting(NamedTuple):
     operator: Callable[..., KroneckerOperator]
     key: Key | None
 
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the last step matters; an array may be anything."""
+        return isinstance(self.momentum, jax.Array) or self.momentum != 0
+
     def fresh(self, params: Tree, args: tuple[Any, ...], key: Any) -> KroneckerOperator:
         """The factors on a batch."""
         return self.operator(self.model, self.loss, params, *args, key=key)
@@ -189,7 +194,7 @@ class _Setting(NamedTuple):
         return factors.inverse(damping, exact=self.exact)
 
 
-def _init(setting: _Setting, params: Tree) -> KFACState:
+def _init(setting: _Setting, params: Tree) -> Any:
     params = _checks.check_point(_NAME, "params", params)
     zero, dtype = jnp.asarray(0, jnp.int32), ravel(params)[0].dtype
     damping = at_step(setting.damping, zero, dtype)
@@ -220,14 +225,14 @@ def _structures(
 def _update(
     setting: _Setting,
     updates: Tree,
-    state: KFACState,
+    state: Any,
     params: Tree | None = None,
     *,
     args: Any = None,
     value: Any = None,
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
-) -> tuple[Tree, KFACState]:
+) -> tuple[Tree, Any]:
     params = _checks.check_point(_NAME, "params", _checks.require_extra(_NAME, "params", params))
     updates = _checks.check_direction(_NAME, "updates", updates, "params", params)
     batch = _checks.require_data(_NAME, args)
@@ -237,7 +242,7 @@ def _update(
     direction, last = -ravel(inverse.mv(updates))[0], ravel(state.step)[0]
     quadratic = _Quadratic(setting, params, batch, unravel)
     if setting.learning_rate is None:
-        vector = quadratic.minimizer(grad, direction, last, damping, with_last=setting.momentum != 0)
+        vector = quadratic.minimizer(grad, direction, last, damping, setting.has_momentum)
     else:
         rate = at_step(setting.learning_rate, state.count, grad.dtype) * _kl_cut(setting, state.count, grad, direction)
         vector = rate * direction + jnp.asarray(setting.momentum, grad.dtype) * last
@@ -249,8 +254,8 @@ def _update(
 
     found = judge(setting.damping, damping, state.ratio, state.count, setting.adapt_every, measure)
     step = unravel(jnp.where(found.accepted, vector, 0))
-    leaves = (tuple(jax.tree.leaves(op)) for op in (factors, inverse))
-    return step, KFACState(state.count + 1, found.damping, found.ratio, step, *leaves, state.key)
+    held = tuple(jax.tree.leaves(factors)), tuple(jax.tree.leaves(inverse))
+    return step, KFACState(state.count + 1, found.damping, found.ratio, step, *held, state.key)
 
 
 def _refreshed(

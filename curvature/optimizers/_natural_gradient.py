@@ -154,7 +154,7 @@ class _Setting(NamedTuple):
         )
 
 
-def _init(setting: _Setting, params: Tree) -> NaturalGradientState:
+def _init(setting: _Setting, params: Tree) -> Any:
     dtype = ravel(_checks.check_point(_NAME, "params", params))[0].dtype
     zero, one = jnp.asarray(0, jnp.int32), jnp.asarray(1, dtype)
     data = None if setting.key is None else key_data(_NAME, setting.key)
@@ -164,14 +164,14 @@ def _init(setting: _Setting, params: Tree) -> NaturalGradientState:
 def _update(
     setting: _Setting,
     updates: Tree,
-    state: NaturalGradientState,
+    state: Any,
     params: Tree | None = None,
     *,
     args: Any = None,
     value: Any = None,
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
-) -> tuple[Tree, NaturalGradientState]:
+) -> tuple[Tree, Any]:
     params = _checks.check_point(_NAME, "params", _checks.require_extra(_NAME, "params", params))
     updates = _checks.check_direction(_NAME, "updates", updates, "params", params)
     batch = _checks.require_data(_NAME, args)

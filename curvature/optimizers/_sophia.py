@@ -1,6 +1,7 @@
 """Sophia: momentum divided by a running diagonal of the curvature, entry by entry, and clipped."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,6 +26,8 @@ from curvature.optimizers._stochastic import (
 DiagonalEstimator = Literal["hutchinson", "gauss-newton-bartlett"]
 Mask = Tree | Callable[[Tree], Tree]
 """What optax takes for a mask: a tree of booleans, a prefix of one, or a function of the parameters that makes one."""
+
+_NAME = "scale_by_sophia"
 
 
 class SophiaState(NamedTuple):
@@ -179,53 +182,82 @@ def scale_by_sophia(
     References: Liu et al. (arXiv:2305.14342), algorithms 1 to 3; Gaussian probes there are signs here, whose estimate
         varies less.
     """
-    name = "scale_by_sophia"
-    data = key_data(name, key)
-    _checks.check_choice(name, "estimator", estimator, DiagonalEstimator)
+    data = key_data(_NAME, key)
+    _checks.check_choice(_NAME, "estimator", estimator, DiagonalEstimator)
     for option, value in {"b1": b1, "b2": b2}.items():
-        _checks.check_decay(name, option, value)
+        _checks.check_decay(_NAME, option, value)
     for option, value in {"gamma": gamma, "eps": eps}.items():
-        _checks.check_positive(name, option, value)
-    _checks.check_static_count(name, "refresh_every", refresh_every, 1)
+        _checks.check_positive(_NAME, option, value)
+    _checks.check_static_count(_NAME, "refresh_every", refresh_every, 1)
+    estimate: Callable[..., Any] = _from_products
     if estimator == "gauss-newton-bartlett":
-        _checks.check_drawn_gradient(name, model, loss, likelihood)
-        _checks.check_choice(name, "likelihood", likelihood, Likelihood)
+        _checks.check_drawn_gradient(_NAME, model, loss, likelihood)
+        _checks.check_choice(_NAME, "likelihood", likelihood, Likelihood)
+        estimate = partial(_from_labels, model, loss, likelihood)
+    setting = _Setting(estimate, key, data, b1, b2, gamma, eps, refresh_every)
+    return optax.GradientTransformationExtraArgs(partial(_init, setting), partial(_update, setting))
 
-    def init_fn(params: Tree) -> SophiaState:
-        params = _checks.check_point(name, "params", params)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return SophiaState(jnp.asarray(0, jnp.int32), zeros, zeros, jnp.asarray(0, jnp.float32), data)
 
-    def update_fn(
-        updates: Tree,
-        state: SophiaState,
-        params: Tree | None = None,
-        *,
-        args: Any = None,
-        hvp_fn: Callable[[Tree], Tree] | None = None,
-        value_fn: Callable[..., Any] | None = None,
-        **extra_args: Any,
-    ) -> tuple[Tree, SophiaState]:
-        params = _checks.check_point(name, "params", _checks.require_extra(name, "params", params))
-        updates = _checks.check_direction(name, "updates", updates, "params", params)
-        step_key = key_of_step(key, state.key, state.count)
-        if model is not None and loss is not None and likelihood is not None and estimator != "hutchinson":
-            batch = _checks.require_data(name, args)
-            estimate = lambda: gauss_newton_bartlett(name, model, loss, likelihood, params, batch, step_key)  # noqa: E731
-        else:
-            product = product_of_extras(name, params, hvp_fn, value_fn, extra_args)
-            estimate = lambda: hutchinson(params, step_key, product)  # noqa: E731
-        momentum = running_mean(state.momentum, updates, b1)
-        diagonal = jax.lax.cond(
-            state.count % refresh_every == 0,
-            lambda: running_mean(state.diagonal, estimate(), b2),
-            lambda: state.diagonal,
-        )
-        ratios = jax.tree.map(lambda m, h: m / jnp.maximum(gamma * h, eps).astype(m.dtype), momentum, diagonal)
-        clipped = jax.tree.map(lambda ratio: jnp.clip(ratio, -1, 1), ratios)
-        return clipped, SophiaState(state.count + 1, momentum, diagonal, _share_inside(ratios), state.key)
+class _Setting(NamedTuple):
+    """The arguments of ``scale_by_sophia``, those of the estimator as one function."""
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    estimate: Callable[..., Any]
+    key: Key
+    data: KeyData
+    b1: float | Array
+    b2: float | Array
+    gamma: float | Array
+    eps: float | Array
+    refresh_every: int
+
+
+def _from_products(
+    params: Tree, key: Any, args: Any, hvp_fn: Any, value_fn: Any, extra_args: dict[str, Any]
+) -> Callable[[], Tree]:
+    product = product_of_extras(_NAME, params, hvp_fn, value_fn, extra_args)
+    return lambda: hutchinson(params, key, product)
+
+
+def _from_labels(
+    model: Any, loss: Any, likelihood: Any, params: Tree, key: Any, args: Any, *_: Any
+) -> Callable[[], Tree]:
+    batch = _checks.require_data(_NAME, args)
+    return lambda: gauss_newton_bartlett(_NAME, model, loss, likelihood, params, batch, key)
+
+
+def _init(setting: _Setting, params: Tree) -> Any:
+    zeros = jax.tree.map(jnp.zeros_like, _checks.check_point(_NAME, "params", params))
+    return SophiaState(jnp.asarray(0, jnp.int32), zeros, zeros, jnp.asarray(0, jnp.float32), setting.data)
+
+
+def _update(
+    setting: _Setting,
+    updates: Tree,
+    state: Any,
+    params: Tree | None = None,
+    *,
+    args: Any = None,
+    hvp_fn: Callable[[Tree], Tree] | None = None,
+    value_fn: Callable[..., Any] | None = None,
+    **extra_args: Any,
+) -> tuple[Tree, Any]:
+    params = _checks.check_point(_NAME, "params", _checks.require_extra(_NAME, "params", params))
+    updates = _checks.check_direction(_NAME, "updates", updates, "params", params)
+    step_key = key_of_step(setting.key, state.key, state.count)
+    estimate = setting.estimate(params, step_key, args, hvp_fn, value_fn, extra_args)
+    momentum = running_mean(state.momentum, updates, setting.b1)
+    diagonal = jax.lax.cond(
+        state.count % setting.refresh_every == 0,
+        lambda: running_mean(state.diagonal, estimate(), setting.b2),
+        lambda: state.diagonal,
+    )
+
+    def ratio(m: Array, h: Array) -> Array:
+        return m / jnp.maximum(jnp.asarray(setting.gamma, h.dtype) * h, jnp.asarray(setting.eps, h.dtype))
+
+    ratios = jax.tree.map(ratio, momentum, diagonal)
+    clipped = jax.tree.map(lambda leaf: jnp.clip(leaf, -1, 1), ratios)
+    return clipped, SophiaState(state.count + 1, momentum, diagonal, _share_inside(ratios), state.key)
 
 
 def _share_inside(ratios: Tree) -> Float[Array, ""]:

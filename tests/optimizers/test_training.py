@@ -296,6 +296,9 @@ def test_damping_follows_the_ratio():
     assert_close(ratio(1e6, 1e6 + 1e-11, 1e-12), 1.0, roundings=1e13)  # rounding of the value is no failure
     assert ratio(1.0, np.nan, 1.0) == -np.inf
     assert np.isnan(ratio(1.0, 0.0, np.nan))
+    assert np.isnan(ratio(1.0, np.nan, np.nan))
+    assert ratio(1.0, 2.0, -1.0) == -np.inf  # a model that foresees the rise is not right for that
+    assert np.isnan(ratio(1.0, 0.5, -1.0))
 
 
 def test_a_step_that_raises_the_objective_is_refused():
