@@ -130,8 +130,8 @@ def kfac(
         >>> bool(objective(w) < 1e-4)
         True
 
-    References: Martens and Grosse (arXiv:1503.05671), sections 5, 6 and 7; Ba, Grosse and Martens, Distributed
-        second-order optimization using Kronecker-factored approximations (2017), section 5, for ``kl_limit``.
+    References: Martens and Grosse (arXiv:1503.05671), sections 5, 6 and 7; for ``kl_limit`` Distributed second-order
+        optimization using Kronecker-factored approximations (ICLR 2017), section 5.
     """
     for option, function in {"model": model, "loss": loss}.items():
         _checks.check_callable(_NAME, option, function)
@@ -307,8 +307,12 @@ class _Quadratic:
         basis = [_unit(direction), _unit(last)] if with_last else [_unit(direction)]
         rows = jnp.stack(basis)
         damped = self.forms(basis) + damping * jnp.matmul(rows, rows.T, precision="highest")
-        inverse = jnp.linalg.pinv((damped + damped.T) / 2, hermitian=True)  # parallel, or no last step: rank 1
-        shares = -jnp.matmul(inverse, jnp.matmul(rows, grad, precision="highest"), precision="highest")
+        curvatures = jnp.diagonal(damped)
+        scale = 1 / jnp.sqrt(jnp.where(curvatures > 0, curvatures, 1))  # however much the curvatures differ
+        scaled = jnp.outer(scale, scale) * (damped + damped.T) / 2
+        inverse = jnp.linalg.pinv(scaled, hermitian=True)  # parallel, or no last step: rank 1
+        slopes = scale * jnp.matmul(rows, grad, precision="highest")
+        shares = -scale * jnp.matmul(inverse, slopes, precision="highest")
         return jnp.matmul(shares, rows, precision="highest")  # Martens & Grosse (2015), section 7
 
 
