@@ -157,7 +157,9 @@ def trainer(make: Callable[[Any], optax.GradientTransformation], epochs: int, da
         return jax.lax.scan(step, (params, state), pairs)[0]
 
     begin = solver_of(jnp.asarray(1.0)).init(PARAMS)
-    compiled = jax.jit(epoch).lower(PARAMS, begin, jnp.asarray(1.0), KEY, jnp.asarray(0), data).compile()
+    zero = jnp.asarray(0)
+    compiled = jax.jit(epoch).lower(PARAMS, begin, jnp.asarray(1.0), KEY, zero, data).compile()
+    jax.block_until_ready(compiled(PARAMS, begin, jnp.asarray(1.0), KEY, zero, data))  # the first run warms up
     return lambda params, state, *rest: compiled(params, begin if state is None else state, *rest, data)
 
 
