@@ -210,7 +210,7 @@ def _run(
     has_status = isinstance(transformation, WithStatus)
     update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
 
-    def value_fn(x: Tree) -> Any:
+    def value_fn(x: Tree, args: tuple[Any, ...] = args) -> Any:  # optax's line searches refuse what it does not take
         return fun(x, *args)
 
     def advance(loop: _Loop) -> _Loop:
