@@ -70,6 +70,12 @@ def linear_fisher(data):
     return np.kron(inputs.T @ inputs / len(inputs), np.eye(2))
 
 
+@functools.partial(quick_jit, static_argnums=0, static_argnames="value_fn")
+def update(method, grad, state, params, *, args=None, value_fn=None):
+    """One step, compiled, since step by step even small programs are many."""
+    return method.update(grad, state, params, args=args, value_fn=value_fn)
+
+
 @functools.cache
 def solver_of(name, dtype=np.float64):
     match name:
@@ -86,7 +92,8 @@ def solver_of(name, dtype=np.float64):
             return curvature.adahessian(0.1, key=KEY)
 
 
-solvers = pytest.mark.parametrize("name", ["kfac", "natural_gradient", "sophia", "adahessian"])
+SOLVING = ["kfac", "natural_gradient"]
+solvers = pytest.mark.parametrize("name", [*SOLVING, "sophia", "adahessian"])
 
 
 @functools.cache
@@ -153,7 +160,9 @@ def test_the_state_keeps_its_shapes_and_single_precision(name):
     assert not any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state))
 
 
-@solvers
+@pytest.mark.parametrize(
+    "name", ["sophia", "adahessian", *(pytest.param(one, marks=pytest.mark.slow) for one in SOLVING)]
+)
 def test_lanes_have_states_of_their_own(name):
     step, _ = compiled(name)
     starts = [start(), jax.tree.map(lambda leaf: 2 * leaf, start())]
@@ -181,7 +190,7 @@ def thawed(make):
     return optax.partition({"trained": make(whole), "frozen": optax.set_to_zero()}, labels), whole
 
 
-@pytest.mark.parametrize("name", ["natural_gradient", "kfac", "adahessian"])
+@pytest.mark.parametrize("name", ["natural_gradient", pytest.param("kfac", marks=pytest.mark.slow), "adahessian"])
 def test_frozen_leaves_stay_and_the_others_step_as_if_they_were_all(name):
     make = {
         "natural_gradient": lambda model: curvature.natural_gradient(model, cross_entropy, rtol=1e-10),
@@ -192,14 +201,14 @@ def test_frozen_leaves_stay_and_the_others_step_as_if_they_were_all(name):
     solver, whole = thawed(lambda whole: make(lambda params, *args: network(whole(params), *args)))
     grad = jax.grad(objective)(params, *data)
     fun = lambda trainable: objective(whole(trainable), *data)
-    updates, _ = solver.update(grad, solver.init(params), params, value_fn=fun, args=data)
+    updates, _ = update(solver, grad, solver.init(params), params, value_fn=fun, args=data)
     assert_close(updates["b"], jnp.zeros(5))
     rest = {name: params[name] for name in ("w", "out")}
     part = lambda rest, *args: network({**rest, "b": params["b"]}, *args)
     alone = make(part)
     of_rest = lambda rest: cross_entropy(part(rest, *data), *data)
-    expected, _ = alone.update(
-        {name: grad[name] for name in rest}, alone.init(rest), rest, value_fn=of_rest, args=data
+    expected, _ = update(
+        alone, {name: grad[name] for name in rest}, alone.init(rest), rest, value_fn=of_rest, args=data
     )  # fmt: skip
     assert_trees_close({name: updates[name] for name in rest}, expected, roundings=1e5)
 
@@ -226,7 +235,7 @@ def test_weight_decay_has_a_mask_and_the_rate_a_schedule():
 
 def test_one_natural_gradient_step_solves_a_linear_gaussian_model():
     solver = curvature.natural_gradient(linear, half_squares, damping=0.0, rtol=1e-13)
-    step, state = solver.update(linear_grad(LINEAR, DATA), solver.init(LINEAR), LINEAR, args=DATA)
+    step, state = update(solver, linear_grad(LINEAR, DATA), solver.init(LINEAR), LINEAR, args=DATA)
     assert_close(LINEAR["w"] + step["w"], np.linalg.lstsq(*DATA)[0], roundings=1e4)
     assert_close(state.ratio, 1.0, roundings=1e4)
 
@@ -238,7 +247,7 @@ def test_the_curvature_may_be_that_of_another_batch(solver):
         adapt_every=None,
     )  # fmt: skip
     grad = linear_grad(LINEAR, DATA)
-    step, state = method.update(grad, method.init(LINEAR), LINEAR, args=OTHER)
+    step, state = update(method, grad, method.init(LINEAR), LINEAR, args=OTHER)
     # a squared error summed over entries and averaged over examples has a weight of one for each
     expected = -0.5 * np.linalg.solve(linear_fisher(OTHER) + 0.1 * np.eye(6), flat(grad))
     assert_close(flat(step), expected, roundings=1e5)
@@ -251,13 +260,13 @@ def test_sampled_and_empirical_fishers_draw_anew_at_each_step():
     method = curvature.natural_gradient(
         linear, half_squares, kind="sampled", likelihood="normal", key=KEY, adapt_every=None
     )
-    first, state = method.update(grad, method.init(LINEAR), LINEAR, args=DATA)
-    again, _ = method.update(grad, method.init(LINEAR), LINEAR, args=DATA)
-    second, _ = method.update(grad, state, LINEAR, args=DATA)
+    first, state = update(method, grad, method.init(LINEAR), LINEAR, args=DATA)
+    again, _ = update(method, grad, method.init(LINEAR), LINEAR, args=DATA)
+    second, _ = update(method, grad, state, LINEAR, args=DATA)
     assert_trees_close(first, again)
     assert np.abs(flat(first) - flat(second)).max() > 1e-3
     method = curvature.natural_gradient(linear, half_squares, kind="empirical", damping=0.1, rtol=1e-13)
-    step, _ = method.update(grad, method.init(LINEAR), LINEAR, args=DATA)
+    step, _ = update(method, grad, method.init(LINEAR), LINEAR, args=DATA)
     inputs, targets = map(np.asarray, DATA)
     scores = inputs[:, :, None] * (inputs @ np.asarray(LINEAR["w"]) - targets)[:, None, :]
     fisher = np.einsum("bi,bj->ij", scores.reshape(7, 6), scores.reshape(7, 6)) / 7
@@ -267,11 +276,15 @@ def test_sampled_and_empirical_fishers_draw_anew_at_each_step():
 def test_hessian_free_is_a_trust_region_on_gauss_newton_products():
     method = curvature.trust_region("cg", initial_radius=1e3)
     data_fn = lambda params: half_squares(linear(params, *DATA), *DATA)
-    for _ in range(2):
-        state = method.init(LINEAR)
-        value, grad = jax.value_and_grad(data_fn)(LINEAR)
-        op = curvature.GaussNewtonOperator(linear, half_squares, LINEAR, *OTHER)
-        step, _ = method.update(grad, state, LINEAR, value=value, value_fn=data_fn, hvp_fn=op.linearize())
+
+    @quick_jit
+    def hessian_free(params):
+        value, grad = jax.value_and_grad(data_fn)(params)
+        products = curvature.GaussNewtonOperator(linear, half_squares, params, *OTHER).linearize()
+        state = method.init(params)
+        return grad, method.update(grad, state, params, value=value, value_fn=data_fn, hvp_fn=products)[0]
+
+    grad, step = hessian_free(LINEAR)
     slope = np.asarray(flat(grad)) @ flat(step)
     curved = flat(step) @ linear_fisher(OTHER) @ flat(step)
     assert slope < 0
@@ -309,7 +322,7 @@ def test_a_step_that_raises_the_objective_is_refused():
         curvature.natural_gradient(linear, half_squares, damping=0.25),
         curvature.kfac(linear, half_squares, DATA, damping=0.25),
     ):
-        step, state = method.update(grad, method.init(LINEAR), LINEAR, value_fn=wall, args=DATA)
+        step, state = update(method, grad, method.init(LINEAR), LINEAR, value_fn=wall, args=DATA)
         assert_close(step["w"], jnp.zeros((3, 2)))
         assert state.damping == 1
         assert state.ratio < 0
@@ -321,7 +334,7 @@ def test_damping_and_learning_rate_take_schedules():
     method = curvature.natural_gradient(linear, half_squares, damping=damping, learning_rate=rate, rtol=1e-13)
     grad, state = linear_grad(LINEAR, DATA), method.init(LINEAR)
     for number in (1, 2):
-        step, state = method.update(grad, state, LINEAR, args=DATA)
+        step, state = update(method, grad, state, LINEAR, args=DATA)
         expected = np.linalg.solve(linear_fisher(DATA) + 0.1 * number * np.eye(6), flat(grad))
         assert_close(flat(step), -expected / number, roundings=1e5)
 
@@ -336,7 +349,7 @@ def test_kfac_is_gauss_newton_on_a_linear_layer(exact):
         linear, half_squares, DATA, learning_rate=1.0, momentum=0.0, damping=damping, exact=exact, adapt_every=None
     )
     grad = linear_grad(LINEAR, DATA)
-    step, _ = method.update(grad, method.init(LINEAR), LINEAR, args=OTHER)
+    step, _ = update(method, grad, method.init(LINEAR), LINEAR, args=OTHER)
     expected = -np.linalg.solve(linear_fisher(OTHER) + damping * np.eye(6), flat(grad))
     assert_close(flat(step), expected, roundings=1e5 if exact else 1e12)
 
@@ -346,7 +359,7 @@ def test_kfac_is_block_gauss_newton_on_a_deep_linear_model():
     deep = lambda params, inputs, targets: inputs @ params["a"] @ params["b"]
     method = curvature.kfac(deep, half_squares, DATA, learning_rate=1.0, momentum=0.0, damping=0.2)
     grad = jax.grad(lambda params: half_squares(deep(params, *DATA), *DATA))(params)
-    step, _ = method.update(grad, method.init(params), params, args=DATA)
+    step, _ = update(method, grad, method.init(params), params, args=DATA)
     matrix = np.asarray(curvature.GaussNewtonOperator(deep, half_squares, params, *DATA).as_matrix())
     for name, part in {"a": slice(0, 12), "b": slice(12, 20)}.items():
         expected = -np.linalg.solve(matrix[part, part] + 0.2 * np.eye(part.stop - part.start), flat(grad[name]))
@@ -358,7 +371,7 @@ def test_kfac_minimizes_the_exact_model_in_the_plane_of_direction_and_last_step(
     method = curvature.kfac(network, cross_entropy, batch(0), damping=0.5, decay=0.6, invert_every=1, adapt_every=None)
 
     @quick_jit
-    def update(state, params, data):
+    def all_of(state, params, data):
         grad = jax.grad(objective)(params, *data)
         ggn = curvature.GaussNewtonOperator(network, cross_entropy, params, *data).as_matrix()
         fresh = curvature.KroneckerOperator(network, cross_entropy, params, *data)
@@ -367,7 +380,7 @@ def test_kfac_minimizes_the_exact_model_in_the_plane_of_direction_and_last_step(
     params, state, means, last = start(), method.init(start()), None, None
     unravel = ravel_pytree(params)[1]
     for number in range(3):
-        grad, matrix, fresh, (step, state) = update(state, params, batch(number))
+        grad, matrix, fresh, (step, state) = all_of(state, params, batch(number))
         kept = min(1 - 1 / (number + 1), 0.6)
         means = fresh if means is None else jax.tree.map(lambda a, b, k=kept: k * a + (1 - k) * b, means, fresh)
         assert_trees_close(state.factors, tuple(jax.tree.leaves(means)), roundings=1e3)
@@ -384,15 +397,15 @@ def test_kfac_inverts_seldom_and_cuts_long_steps():
         linear, half_squares, DATA, learning_rate=2.0, momentum=0.5, kl_limit=1e-4, invert_every=2, adapt_every=None
     )
     grad, state = linear_grad(LINEAR, DATA), method.init(LINEAR)
-    step, first = method.update(grad, state, LINEAR, args=DATA)
+    step, first = update(method, grad, state, LINEAR, args=DATA)
     natural = np.linalg.solve(linear_fisher(DATA) + 0.01 * np.eye(6), flat(grad))
     cut = np.sqrt(1e-4 / (4 * flat(grad) @ natural))
     assert_close(flat(step), -2 * cut * natural, roundings=1e5)
-    again, second = method.update(grad, first, LINEAR, args=OTHER)
+    again, second = update(method, grad, first, LINEAR, args=OTHER)
     assert_trees_close(second.inverse, first.inverse)
     assert np.abs(flat(second.factors) - flat(first.factors)).max() > 1e-3
     assert_close(flat(again), 1.5 * flat(step), roundings=1e5)  # the same direction and half the last step
-    _, third = method.update(grad, second, LINEAR, args=OTHER)
+    _, third = update(method, grad, second, LINEAR, args=OTHER)
     assert np.abs(flat(third.inverse) - flat(second.inverse)).max() > 1e-3
 
 
@@ -412,7 +425,7 @@ def test_sophia_is_the_algorithm_of_the_paper():
     x, h = flat(POINT), flat(CURVED)
     m, diagonal = np.zeros(6), np.zeros(6)
     for number in range(4):
-        u, state = solver.update(jax.grad(separable)(params), state, params, value_fn=separable)
+        u, state = update(solver, jax.grad(separable)(params), state, params, value_fn=separable)
         m = 0.5 * m + 0.5 * h * x
         diagonal = 0.75 * diagonal + 0.25 * h if number % 2 == 0 else diagonal
         ratio = m / np.maximum(0.5 * diagonal, 1e-12)
@@ -427,7 +440,7 @@ def test_adahessian_is_the_algorithm_of_the_paper():
     state, params = solver.init(POINT), POINT
     x, h, m, v = flat(POINT), flat(CURVED), np.zeros(6), np.zeros(6)
     for number in range(4):
-        u, state = solver.update(jax.grad(separable)(params), state, params, value_fn=separable)
+        u, state = update(solver, jax.grad(separable)(params), state, params, value_fn=separable)
         m = 0.5 * m + 0.5 * h * x
         v = 0.75 * v + 0.25 * h**2 if number % 2 == 0 else v
         refreshes = number // 2 + 1
@@ -442,7 +455,7 @@ def test_adahessian_averages_over_the_space_of_a_kernel():
     kernel = jnp.ones((3, 2, 4, 5))
     fun = lambda kernel: jnp.sum(weights * kernel**2) / 2
     solver = curvature.scale_by_adahessian(key=KEY)
-    u, _ = solver.update(weights, solver.init(kernel), kernel, value_fn=fun)
+    u, _ = update(solver, weights, solver.init(kernel), kernel, value_fn=fun)
     assert_close(u, weights / np.mean(weights, axis=(0, 1), keepdims=True), roundings=1e9)  # eps is 1e-8
 
 
