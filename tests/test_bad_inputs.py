@@ -379,6 +379,71 @@ CASES = {
         ValueError,
         r"trust_region: max_inner_steps=0, expected an integer >= 1",
     ),
+    "kfac-model": (
+        lambda: curvature.kfac(3, square, ()),
+        TypeError,
+        r"kfac: model is 3 of type int, expected a function",
+    ),
+    "kfac-sampled-without-likelihood": (
+        lambda: curvature.kfac(square, square, (), kind="sampled"),
+        ValueError,
+        r"kfac: kind='sampled' draws labels and needs likelihood=",
+    ),
+    "kfac-rate": (
+        lambda: curvature.kfac(square, square, (), learning_rate="fast"),
+        ValueError,
+        r"kfac: learning_rate='fast', expected a number >= 0 or a schedule",
+    ),
+    "kfac-momentum": (
+        lambda: curvature.kfac(square, square, (), momentum=1.0),
+        ValueError,
+        r"kfac: momentum=1\.0, expected a number of at least 0 and below 1",
+    ),
+    "kfac-invert-every": (
+        lambda: curvature.kfac(square, square, (), invert_every=0),
+        ValueError,
+        r"kfac: invert_every=0, expected an integer >= 1",
+    ),
+    "natural-gradient-damping": (
+        lambda: curvature.natural_gradient(square, square, damping=-1.0),
+        ValueError,
+        r"natural_gradient: damping=-1\.0, expected a number >= 0 or a schedule",
+    ),
+    "natural-gradient-solver": (
+        lambda: curvature.natural_gradient(square, square, solver="lu"),
+        ValueError,
+        r"natural_gradient: solver='lu' is unknown, expected one of 'cg', 'woodbury'",
+    ),
+    "natural-gradient-without-data": (
+        lambda: update(curvature.natural_gradient(square, square)),
+        ValueError,
+        r"natural_gradient: update\(\) needs args=, the data on which the curvature is taken; call",
+    ),
+    "sophia-without-key": (
+        lambda: curvature.sophia(0.1, key=0),
+        TypeError,
+        r"scale_by_sophia: key is 0 of type int, expected a random key",
+    ),
+    "sophia-labels-of-nothing": (
+        lambda: curvature.scale_by_sophia(key=jax.random.key(0), estimator="gauss-newton-bartlett"),
+        ValueError,
+        r"scale_by_sophia: estimator='gauss-newton-bartlett' draws labels and needs model=, loss= and likelihood=",
+    ),
+    "sophia-without-value_fn": (
+        lambda: update(curvature.scale_by_sophia(key=jax.random.key(0)), value_fn=None),
+        ValueError,
+        r"scale_by_sophia: update\(\) needs value_fn=",
+    ),
+    "adahessian-decay": (
+        lambda: curvature.adahessian(0.1, key=jax.random.key(0), b2=1.0),
+        ValueError,
+        r"scale_by_adahessian: b2=1\.0, expected a number of at least 0 and below 1",
+    ),
+    "adahessian-axes": (
+        lambda: curvature.adahessian(0.1, key=jax.random.key(0), spatial_axes=(0,)),
+        TypeError,
+        r"scale_by_adahessian: spatial_axes is \(0,\) of type tuple, expected a function",
+    ),
     "cg-rtol": (lambda: curvature.cg(lambda v: v, 1.0, rtol=-1), ValueError, r"cg: rtol=-1"),
     "cg-max-steps": (lambda: curvature.cg(lambda v: v, 1.0, max_steps=-3), ValueError, r"cg: max_steps=-3"),
     # the data of lanes and examples

@@ -70,6 +70,26 @@ def test_which_mode():
 
 
 @pytest.mark.slow
+def test_training(tmp_path):
+    for module in ("matplotlib", "rich", "sklearn", "equinox"):
+        pytest.importorskip(module)
+    picture = tmp_path / "output" / "training.png"
+    code = f"""
+import pathlib
+from examples import training
+print(*training.main(8, pathlib.Path({str(picture)!r}), 2).values())
+"""
+    *printed, losses = run(code).splitlines()
+    assert any("KFAC, batches apart" in line for line in printed)
+    adam, *others = map(float, losses.split())
+    assert max(adam, *others) < 1.5  # of 2.4 at the start
+    hessian_free, natural, *kfac = others[2:]
+    assert max(natural, *kfac) < 0.1
+    assert hessian_free < adam
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_sharded_hvp():
     pytest.importorskip("rich")
     printed = " ".join(run("from examples import sharded_hvp; sharded_hvp.main()").split())

@@ -13,7 +13,7 @@ from curvature._checks._functions import (
     illegal_mode,
     no_legal_mode,
 )
-from curvature._checks._kronecker import check_likelihood, check_output_size, check_sampling
+from curvature._checks._kronecker import check_drawn_gradient, check_likelihood, check_output_size, check_sampling
 from curvature._checks._operators import (
     check_examples,
     check_hashable,
@@ -34,12 +34,15 @@ from curvature._checks._options import (
     check_choice,
     check_chunk_size,
     check_count,
+    check_decay,
     check_extra,
     check_hessian_used,
     check_method,
     check_nonnegative,
     check_order,
     check_positive,
+    check_schedule,
+    require_data,
     require_extra,
 )
 from curvature._checks._sharding import check_sharding
@@ -78,7 +81,9 @@ __all__ = [
     "check_concrete",
     "check_count",
     "check_data",
+    "check_decay",
     "check_direction",
+    "check_drawn_gradient",
     "check_entries",
     "check_examples",
     "check_extra",
@@ -112,6 +117,7 @@ __all__ = [
     "check_sampling",
     "check_scalar_output",
     "check_scale",
+    "check_schedule",
     "check_sharding",
     "check_some_batch",
     "check_square_operator",
@@ -123,6 +129,7 @@ __all__ = [
     "no_legal_mode",
     "no_reverse",
     "no_structure",
+    "require_data",
     "require_extra",
     "samples_without_key",
 ]

@@ -17,6 +17,15 @@ def check_sampling(function: str, kind: str, likelihood: str | None, key: Any) -
         raise ValueError(f"{function}: kind='sampled' draws labels and needs key=jax.random.key(seed).")
 
 
+def check_drawn_gradient(function: str, model: Any, loss: Any, likelihood: str | None) -> None:
+    """Refuse the gradient at drawn labels without what it is drawn from."""
+    if model is None or loss is None or likelihood is None:
+        raise ValueError(
+            f"{function}: estimator='gauss-newton-bartlett' draws labels and needs model=, loss= and "
+            "likelihood='categorical', 'bernoulli' or 'normal'; estimator='hutchinson' needs none of them."
+        )
+
+
 def check_likelihood(function: str, likelihood: str | None, outputs: Any) -> None:
     """Refuse a likelihood for outputs that are not one array, or have not two classes."""
     leaves = jax.tree.leaves(outputs)

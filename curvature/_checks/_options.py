@@ -92,6 +92,22 @@ def check_positive(function: str, name: str, value: Any) -> None:
         raise ValueError(f"{function}: {name}={value!r}, expected a number > 0.")
 
 
+def check_schedule(function: str, name: str, value: Any) -> None:
+    """Refuse what is neither a number of at least 0 nor a function of the step, as an optax schedule is."""
+    if callable(value) or isinstance(value, Tracer):
+        return
+    if isinstance(value, bool) or not is_array_like(value) or jnp.shape(value) != () or not value >= 0:
+        raise ValueError(f"{function}: {name}={value!r}, expected a number >= 0 or a schedule such as optax has.")
+
+
+def check_decay(function: str, name: str, value: Any) -> None:
+    """Refuse a rate of decay outside [0, 1); tracers pass."""
+    if isinstance(value, Tracer):
+        return
+    if isinstance(value, bool) or not is_array_like(value) or jnp.shape(value) != () or not 0 <= value < 1:
+        raise ValueError(f"{function}: {name}={value!r}, expected a number of at least 0 and below 1.")
+
+
 def check_count(function: str, name: str, value: Any, least: int = 0) -> None:
     """Refuse anything but an integer of at least ``least``; tracers pass."""
     if isinstance(value, Tracer):
@@ -109,6 +125,16 @@ def require_extra(function: str, name: str, value: T | None) -> T:
             "update(grad, state, params, value=value, grad=grad, value_fn=value_fn), as for optax.lbfgs()."
         )
     return value
+
+
+def require_data(function: str, args: Any) -> tuple[Any, ...]:
+    """The data of the curvature as a tuple, one of the arguments of an optimizer's update; refuses None."""
+    if args is None:
+        raise ValueError(
+            f"{function}: update() needs args=, the data on which the curvature is taken; call "
+            "update(grad, state, params, args=batch), where model(params, *batch) gives the outputs."
+        )
+    return args if type(args) is tuple else (args,)
 
 
 def check_extra(function: str, module: str, extra: str, failure: ImportError | None) -> None:

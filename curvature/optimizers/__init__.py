@@ -1,8 +1,45 @@
 """Optax transformations of second order, and the compiled loop that drives them."""
 
+from curvature.optimizers._adahessian import AdaHessianState, adahessian, scale_by_adahessian
 from curvature.optimizers._batched import minimize_batched
+from curvature.optimizers._bfgs import BFGSState, bfgs
+from curvature.optimizers._cubic_newton import CubicNewtonState, cubic_newton
+from curvature.optimizers._kfac import KFACState, kfac
+from curvature.optimizers._lbfgs import LBFGSState, lbfgs
 from curvature.optimizers._minimize import MinimizeStep, minimize
+from curvature.optimizers._natural_gradient import NaturalGradientState, natural_gradient
 from curvature.optimizers._newton import NewtonState, newton
+from curvature.optimizers._newton_cg import NewtonCGState, newton_cg
+from curvature.optimizers._sophia import SophiaState, scale_by_sophia, sophia
+from curvature.optimizers._sr1 import SR1State, sr1
 from curvature.optimizers._trust_region import TrustRegionState, trust_region
 
-__all__ = ["MinimizeStep", "NewtonState", "TrustRegionState", "minimize", "minimize_batched", "newton", "trust_region"]
+__all__ = [
+    "AdaHessianState",
+    "BFGSState",
+    "CubicNewtonState",
+    "KFACState",
+    "LBFGSState",
+    "MinimizeStep",
+    "NaturalGradientState",
+    "NewtonCGState",
+    "NewtonState",
+    "SR1State",
+    "SophiaState",
+    "TrustRegionState",
+    "adahessian",
+    "bfgs",
+    "cubic_newton",
+    "kfac",
+    "lbfgs",
+    "minimize",
+    "minimize_batched",
+    "natural_gradient",
+    "newton",
+    "newton_cg",
+    "scale_by_adahessian",
+    "scale_by_sophia",
+    "sophia",
+    "sr1",
+    "trust_region",
+]

@@ -22,7 +22,6 @@ from curvature.optimizers._protocol import (
     unevaluated,
 )
 
-
 _MOST_GROWTH = 0.5  # the power of 1 / eps to which scales may add up: beyond, the oldest pairs would drown the newest
 
 

@@ -289,6 +289,9 @@ def stepper(
     has_status = isinstance(transformation, WithStatus)
     update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
 
+    def objective(x: Tree, args: Any = None) -> Any:  # optax's line searches refuse what it does not take
+        return value_fn(x)
+
     def advance(loop: Loop) -> Loop:
         point, extras = _evaluate(value_fn, args, hessian, loop, transformation)
         if callback is not None:
@@ -298,7 +301,9 @@ def stepper(
         loop = loop._replace(watch=watch)
 
         def update(loop: Loop) -> Loop:
-            updates, state = update_fn(point.grad, loop.state, loop.x, grad=point.grad, value_fn=value_fn, **extras)
+            updates, state = update_fn(
+                point.grad, loop.state, loop.x, grad=point.grad, value_fn=objective, args=args, **extras
+            )
             status = state.status if has_status else loop.status
             moved = (status == Status.RUNNING).astype(jnp.int32)
             x = optax.apply_updates(loop.x, updates)
