@@ -42,6 +42,13 @@ from curvature._checks._options import (
     check_positive,
     require_extra,
 )
+from curvature._checks._residuals import (
+    check_observations,
+    check_residual_method,
+    check_residuals,
+    require_inverse_root,
+    require_residuals,
+)
 from curvature._checks._sharding import check_sharding
 from curvature._checks._stochastic import (
     check_grid,
@@ -96,6 +103,7 @@ __all__ = [
     "check_logits",
     "check_method",
     "check_nonnegative",
+    "check_observations",
     "check_one_source",
     "check_order",
     "check_output_size",
@@ -107,6 +115,8 @@ __all__ = [
     "check_positive",
     "check_prefix",
     "check_reiterable",
+    "check_residual_method",
+    "check_residuals",
     "check_same_structure",
     "check_sampling",
     "check_scalar_output",
@@ -123,5 +133,7 @@ __all__ = [
     "no_reverse",
     "no_structure",
     "require_extra",
+    "require_inverse_root",
+    "require_residuals",
     "samples_without_key",
 ]

@@ -1,7 +1,5 @@
 """One compiled loop that drives any optax transformation to a point where the gradient vanishes, or says why not."""
 
-import functools
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from curvature import _checks
 from curvature._types import MinimizeResult, Objective, Status, Tree, ravel
 from curvature.optimizers._newton import newton
+from curvature.optimizers._programs import Programs
 from curvature.optimizers._protocol import (
     DenseSecondOrder,
     FirstOrder,
@@ -145,7 +144,7 @@ def minimize(
     dtype = ravel(x0)[0].dtype
     x0 = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), x0)  # drops weak types
     limits = _Limits(jnp.asarray(gtol, dtype), jnp.asarray(rtol, dtype), jnp.asarray(max_steps, jnp.int32))
-    return _compiled(fun)(x0, args, limits, transformation=transformation, hessian=hessian, callback=callback)
+    return _PROGRAMS.of(fun)(x0, args, limits, transformation=transformation, hessian=hessian, callback=callback)
 
 
 class _Limits(NamedTuple):
@@ -171,29 +170,6 @@ def _resolve(method: Method, x0: Tree, has_hessian: bool) -> optax.GradientTrans
     if has_hessian:
         _checks.check_hessian_used("minimize", method, isinstance(transformation, DenseSecondOrder))
     return transformation
-
-
-# A cache and nothing else: it is never read but for the very function that put its program there.
-_PROGRAMS: weakref.WeakKeyDictionary[Objective, Callable[..., MinimizeResult]] = weakref.WeakKeyDictionary()
-
-
-def _compiled(fun: Objective) -> Callable[..., MinimizeResult]:
-    """The compiled loop of an objective, found again as long as the objective lives, and not kept any longer.
-
-    What cannot be looked up, a bound method (made anew at each mention) or a callable that holds arrays, is compiled at
-    every call.
-    """
-    static = ("transformation", "hessian", "callback")
-    try:
-        if fun not in _PROGRAMS:
-            _PROGRAMS[fun] = jax.jit(functools.partial(_run_alive, weakref.ref(fun)), static_argnames=static)
-        return _PROGRAMS[fun]
-    except TypeError:  # not hashable, or not weakly referable
-        return jax.jit(functools.partial(_run, fun), static_argnames=static)
-
-
-def _run_alive(reference: Callable[[], Any], *operands: Any, **how: Any) -> MinimizeResult:
-    return _run(reference(), *operands, **how)
 
 
 def _run(
@@ -234,6 +210,9 @@ def _run(
     start = _start(state, x0, limits)
     loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, start)
     return MinimizeResult(loop.best.x, loop.best.value, loop.best.grad, loop.num_steps, loop.status)
+
+
+_PROGRAMS = Programs(_run, static=("transformation", "hessian", "callback"))
 
 
 def _start(state: Any, x0: Tree, limits: _Limits) -> _Loop:

@@ -41,7 +41,7 @@ class NewtonState(NamedTuple):
     stored: Unevaluated
 
 
-class _Trial(NamedTuple):
+class LineTrial(NamedTuple):
     step_size: Scalar
     value: Scalar
     accepted: Bool[Array, ""]
@@ -98,7 +98,7 @@ def _init(x: Vector, params: Tree) -> NewtonState:
 def _step(state: NewtonState, local: Local) -> tuple[Vector, NewtonState]:
     direction = -positive_definite_solve(local.hessian(), local.grad)
     slope = jnp.vdot(local.grad, direction, precision="highest")
-    last = _backtrack(local, direction, slope)
+    last = backtrack(local, direction, slope)
     return jnp.where(last.accepted, last.step_size * direction, 0), state._replace(
         step_size=last.step_size,
         num_trials=last.count,
@@ -106,19 +106,19 @@ def _step(state: NewtonState, local: Local) -> tuple[Vector, NewtonState]:
     )
 
 
-def _backtrack(local: Local, direction: Vector, slope: Scalar) -> _Trial:
+def backtrack(local: Local, direction: Vector, slope: Scalar) -> LineTrial:
     """From the full step down to one of sufficient decrease; only the value is evaluated at each trial."""
 
-    def running(trial: _Trial) -> Bool[Array, ""]:
+    def running(trial: LineTrial) -> Bool[Array, ""]:
         hopeless = jnp.isnan(slope) | (trial.value == -jnp.inf)
         return (trial.count == 0) | (~trial.accepted & ~hopeless & (trial.count < MAX_TRIALS))
 
-    def attempt(trial: _Trial) -> _Trial:
+    def attempt(trial: LineTrial) -> LineTrial:
         shrunk = trial.step_size * shrink_factor(local.value, trial.step_size * slope, trial.value)
         size = jnp.where(trial.count == 0, trial.step_size, shrunk)
         value = local.value_after(size * direction)
         accepted = jnp.isfinite(value) & (value <= local.value + _ARMIJO * size * slope + local.noise)
-        return _Trial(size, value, accepted, trial.count + 1)
+        return LineTrial(size, value, accepted, trial.count + 1)
 
-    start = _Trial(jnp.ones_like(slope), local.value, jnp.zeros_like(slope, bool), jnp.zeros_like(slope, jnp.int32))
+    start = LineTrial(jnp.ones_like(slope), local.value, jnp.zeros_like(slope, bool), jnp.zeros_like(slope, jnp.int32))
     return jax.lax.while_loop(running, attempt, start)

@@ -184,7 +184,7 @@ def _operands(
     value = _checks.require_extra(name, "value", value)
     value_fn = _checks.require_extra(name, "value_fn", value_fn)
     grad = _checks.check_direction(name, "grad", grad, "params", params)
-    return params, jnp.asarray(value), grad, functools.partial(value_fn, **_named_extras(value_fn, extra_args))
+    return params, jnp.asarray(value), grad, bind_extras(value_fn, extra_args)
 
 
 def _localize(
@@ -222,12 +222,13 @@ def _localize(
     )
 
 
-def _named_extras(value_fn: Callable[..., Any], extras: dict[str, Any]) -> dict[str, Any]:
-    """The extra arguments that ``value_fn`` has a parameter for; its neighbors in a chain may be sent others."""
-    parameters = inspect.signature(value_fn).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return extras
-    return {name: extra for name, extra in extras.items() if name in parameters}
+def bind_extras(value_fn: Callable[..., Any], extras: dict[str, Any]) -> Callable[[Tree], Any]:
+    """``value_fn`` with the extra arguments that it has a parameter for; its neighbors in a chain may get others."""
+    parameters = inspect.signature(value_fn).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        names = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL}
+        extras = {name: extra for name, extra in extras.items() if name in names}
+    return functools.partial(value_fn, **extras)
 
 
 def noise_of(value: Scalar) -> Scalar:

@@ -27,7 +27,7 @@ from curvature.optimizers._protocol import (
 
 Subproblem = Literal["exact", "cg"]
 
-_ACCEPT = 1e-4  # N&W algorithm 4.1: the least ratio of actual to predicted reduction that is a step,
+ACCEPT = 1e-4  # N&W algorithm 4.1: the least ratio of actual to predicted reduction that is a step,
 _POOR, _GOOD = 0.25, 0.75  # below which the region shrinks, above which it grows
 _GROWTH = 4.0
 _FORCING = 0.5  # the loosest relative residual of an inner solve: N&W (7.3)
@@ -53,7 +53,7 @@ class TrustRegionState(NamedTuple):
     stored: Unevaluated
 
 
-class _Trial(NamedTuple):
+class Trial(NamedTuple):
     """One radius tried: the step, what the model promised, what came."""
 
     radius: Scalar
@@ -145,9 +145,9 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
         size = norm(local.grad)
         usable = jnp.isfinite(size) & (size > 0)
         first = jnp.where((state.grad_norm > 0) | ~usable, state.grad_norm, size)
-        solver = _exact(local) if subproblem == "exact" else _steihaug(local, size, first, max_inner_steps)
-        last = _search_radius(local, solver, state.radius)
-        accepted = last.ratio >= _ACCEPT
+        solver = _exact(local) if subproblem == "exact" else steihaug(local, size, first, max_inner_steps)
+        last = search_radius(local, solver, state.radius)
+        accepted = last.ratio >= ACCEPT
         return jnp.where(accepted, last.step, 0), state._replace(
             radius=jnp.where(accepted, _next_radius(last), _POOR * state.radius),
             num_trials=last.count,
@@ -168,7 +168,7 @@ def _exact(local: Local) -> Solver:
     return lambda radius: (solve_region(model, radius), jnp.asarray(0, jnp.int32))
 
 
-def _steihaug(local: Local, size: Scalar, first: Scalar, max_inner_steps: int | None) -> Solver:
+def steihaug(local: Local, size: Scalar, first: Scalar, max_inner_steps: int | None) -> Solver:
     """Conjugate gradients to a residual that falls with the gradient, so that the steps converge superlinearly."""
     forcing = jnp.minimum(_FORCING, jnp.sqrt(size / jnp.where(first > 0, first, 1)))
     limit = jnp.asarray(2 * local.x.size + 10 if max_inner_steps is None else max_inner_steps, jnp.int32)
@@ -187,15 +187,15 @@ def _steihaug(local: Local, size: Scalar, first: Scalar, max_inner_steps: int | 
     return solve
 
 
-def _search_radius(local: Local, solver: Solver, radius: Scalar) -> _Trial:
+def search_radius(local: Local, solver: Solver, radius: Scalar) -> Trial:
     """Shrink the region until the model's step is accepted; only the value is evaluated at each trial."""
     noise = local.noise + jnp.finfo(local.noise.dtype).tiny
 
-    def running(trial: _Trial) -> Bool[Array, ""]:
+    def running(trial: Trial) -> Bool[Array, ""]:
         hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
-        return (trial.count == 0) | (~(trial.ratio >= _ACCEPT) & ~hopeless & (trial.count < MAX_TRIALS))
+        return (trial.count == 0) | (~(trial.ratio >= ACCEPT) & ~hopeless & (trial.count < MAX_TRIALS))
 
-    def attempt(trial: _Trial) -> _Trial:
+    def attempt(trial: Trial) -> Trial:
         slope = jnp.vdot(local.grad, trial.step, precision="highest")
         shrunk = norm(trial.step) * shrink_factor(local.value, slope, trial.value)
         radius = jnp.where(trial.count == 0, trial.radius, shrunk)
@@ -204,16 +204,16 @@ def _search_radius(local: Local, solver: Solver, radius: Scalar) -> _Trial:
         ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
         ratio = jnp.where(jnp.isfinite(value), ratio, -jnp.inf).astype(radius.dtype)
         inner_steps += trial.inner_steps
-        return _Trial(radius, step, value, predicted, on_boundary, ratio, trial.count + 1, inner_steps)
+        return Trial(radius, step, value, predicted, on_boundary, ratio, trial.count + 1, inner_steps)
 
     zero, none = jnp.zeros_like(local.grad[0]), jnp.zeros_like(local.grad[0], jnp.int32)
-    start = _Trial(
+    start = Trial(
         radius + zero, jnp.zeros_like(local.grad), local.value, zero, jnp.zeros_like(zero, bool), zero, none, none
     )
     return jax.lax.while_loop(running, attempt, start)
 
 
-def _next_radius(last: _Trial) -> Scalar:
+def _next_radius(last: Trial) -> Scalar:
     length = norm(last.step)
     grown = jnp.where((last.ratio > _GOOD) & last.on_boundary, _GROWTH * last.radius, last.radius)
     grown = jnp.minimum(grown, jnp.finfo(grown.dtype).max / 8)
