@@ -4,13 +4,14 @@ import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import Status, Tree
-from curvature.linalg._dense import QuadraticModel, RegionStep, norm, solve_region
-from curvature.optimizers._protocol import Scalar, Unevaluated, Vector, trial_status, unevaluated
+from curvature.linalg._dense import QuadraticModel, RegionStep, factor_model, norm, solve_region
+from curvature.optimizers._protocol import Local, Scalar, Unevaluated, Vector, trial_status, unevaluated
 from curvature.optimizers._residual_method import ResidualMethod, residual_method, scaled_local
 from curvature.optimizers._residuals import Linearized, region_model, where_positive
 from curvature.optimizers._trust_region import ACCEPT, Trial, search_radius, steihaug
@@ -27,6 +28,7 @@ class LevenbergMarquardtState(NamedTuple):
     Attributes:
         radius: the radius for the next step, in the scaled variables; 0 before the first.
         scale: by variable, the largest norm that its column of the Jacobian has had.
+        second_order: whether the last step has shown the Hessian to be the better model.
         num_trials: the points that the last update tried.
         num_inner_steps: the conjugate gradient steps of the last update; 0 where the Jacobian is formed.
         grad_norm: the norm of the first scaled gradient, by which the inner tolerance is measured.
@@ -36,6 +38,7 @@ class LevenbergMarquardtState(NamedTuple):
 
     radius: Float[Array, ""]
     scale: Float[Array, " n"]
+    second_order: Bool[Array, ""]
     num_trials: Int[Array, ""]
     num_inner_steps: Int[Array, ""]
     grad_norm: Float[Array, ""]
@@ -105,6 +108,7 @@ def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | None) -> 
         return LevenbergMarquardtState(
             radius=jnp.asarray(0 if initial_radius is None else initial_radius, x.dtype),
             scale=jnp.zeros_like(x),
+            second_order=jnp.asarray(False),
             num_trials=zero,
             num_inner_steps=zero,
             grad_norm=jnp.asarray(0, x.dtype),
@@ -120,12 +124,18 @@ def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | None) -> 
         usable = jnp.isfinite(size) & (size > 0)
         first = jnp.where((state.grad_norm > 0) | ~usable, state.grad_norm, size)
         radius = jnp.where(state.radius > 0, state.radius, _first_radius(linear, scale))
-        solver = steihaug(local, size, first, None) if subproblem == "cg" else _factored(linear, scale, subproblem)
+        if subproblem == "cg":
+            solver = steihaug(local, size, first, None)
+        else:
+            solver = _factored(linear, local, scale, subproblem, state.second_order)
         last = search_radius(local, solver, radius)
         accepted = last.ratio >= ACCEPT
         return jnp.where(accepted, last.step / scale, 0), state._replace(
             radius=jnp.where(accepted, _next_radius(last), _POOR * radius),
             scale=largest,
+            second_order=_second_is_better(linear, local, scale, last, state.second_order)
+            if subproblem == "exact"
+            else state.second_order,
             num_trials=last.count,
             num_inner_steps=last.inner_steps,
             grad_norm=first,
@@ -147,13 +157,41 @@ def _next_radius(last: Trial) -> Scalar:
     return jnp.where(last.ratio < _POOR, _POOR * length, jnp.where(follow, 2 * length, last.radius))
 
 
+def _second_is_better(
+    linear: Linearized, local: Local, scale: Vector, last: Trial, before: Bool[Array, ""]
+) -> Bool[Array, ""]:
+    """Which model foresaw the change of the value better; a change within rounding changes no opinion."""
+    if linear.second is None:
+        return before
+    step = last.step / scale
+    slope = jnp.vdot(local.grad, last.step, precision="highest")
+    change = last.value - local.value
+    by_first = slope + norm(linear.push(step)) ** 2 / 2
+    by_second = slope + linear.second.along(step) / 2
+    telling = (jnp.abs(change) > local.noise) & jnp.isfinite(by_second)
+    return jnp.where(telling, jnp.abs(change - by_second) < jnp.abs(change - by_first), before)
+
+
 def _factored(
-    linear: Linearized, scale: Vector, subproblem: str
+    linear: Linearized, local: Local, scale: Vector, subproblem: str, second_order: Bool[Array, ""]
 ) -> Callable[[Scalar], tuple[RegionStep, Int[Array, ""]]]:
     """The subproblem in the singular vectors of the scaled Jacobian: each radius takes O(n^2)."""
     assert linear.factors is not None
-    model, peak = region_model(linear.factors, scale)
-    solve = solve_region if subproblem == "exact" else _dogleg
+    factors, second = linear.factors, linear.second
+
+    def by_jacobian() -> tuple[QuadraticModel, Scalar]:
+        return region_model(factors, scale)
+
+    def by_hessian() -> tuple[QuadraticModel, Scalar]:
+        assert second is not None
+        matrix = second.matrix() / scale[:, None] / scale[None]
+        return factor_model(matrix, local.grad), jnp.ones_like(local.value)
+
+    if subproblem == "exact" and second is not None:
+        model, peak = jax.lax.cond(second_order, by_hessian, by_jacobian)
+    else:
+        model, peak = by_jacobian()
+    solve = _dogleg if subproblem == "dogleg" else solve_region
 
     def solver(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
         region = solve(model, radius)

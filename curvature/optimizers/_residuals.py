@@ -14,6 +14,7 @@ from curvature.operators._base import matrix_of_products
 from curvature.operators._jacobian_operators import push_and_pull
 from curvature.optimizers._protocol import noise_of
 from curvature.optimizers._robust import half_sum, weigh
+from curvature.transforms import linearize_grad
 from curvature.transforms._blocks import select
 from curvature.transforms._jacobian import map_basis
 from curvature.transforms._modes import Program, choose_jacobian, num_entries, trace
@@ -43,10 +44,18 @@ class Factors(NamedTuple):
         return jnp.where(seen[:, None], scaled / where_positive(self.columns)[:, None], jnp.inf)
 
 
+class Second(NamedTuple):
+    """The Hessian ``J'J + sum_i r_i H_i`` of the value, and ``v' H v`` without it."""
+
+    matrix: Callable[[], Float[Array, "n n"]]
+    along: Callable[[Vector], Scalar]
+
+
 class Linearized(NamedTuple):
     """Residuals around a point, in flat vectors of at least single precision, their rows weighted by the loss.
 
-    ``factors`` has the Jacobian where it is formed, ``push`` and ``pull`` its products where not.
+    ``factors`` has the Jacobian where it is formed, and ``second`` the second derivatives of the value where also these
+    can be; ``push`` and ``pull`` are products with the Jacobian.
     """
 
     x: Vector
@@ -57,6 +66,7 @@ class Linearized(NamedTuple):
     grad: Vector
     columns: Vector  # the norms of the columns of J, estimated where J is not formed; those of zero columns are zero
     factors: Factors | None
+    second: "Second | None"
     push: Product
     pull: Product
     value_after: Callable[[Vector], Scalar]
@@ -80,6 +90,10 @@ def linearize_residuals(
     value, weights, residual = weigh(flat(out, point.dtype), loss, scale)
     factors = None if matrix is None else factor(weights[:, None] * matrix, residual)
     columns = _estimated_columns(pull, weights) if factors is None else factors.columns
+
+    def value_at(x: Vector) -> Scalar:
+        return half_sum(flat(program.fun(unravel(x))[0], point.dtype), loss, scale)
+
     return Linearized(
         x=point,
         out=out,
@@ -89,10 +103,30 @@ def linearize_residuals(
         grad=pull(weights * residual),
         columns=columns,
         factors=factors,
+        second=_second(program, value_at, point) if dense and residual.size >= point.size else None,
         push=lambda v: weights * push(v),
         pull=lambda w: pull(weights * w),
-        value_after=lambda step: half_sum(flat(program.fun(unravel(point + step))[0], point.dtype), loss, scale),
+        value_after=lambda step: value_at(point + step),
     )
+
+
+def _second(program: Program, value_at: Callable[[Vector], Scalar], point: Vector) -> Second | None:
+    """Second derivatives, where forward mode can be applied twice; the matrix by the cheapest composition."""
+    if program.jaxpr is None or program.composition_blocker("fwd_over_fwd") is not None:
+        return None
+
+    def matrix() -> Float[Array, "n n"]:
+        product = linearize_grad(value_at, point)[2]
+        rows = jax.vmap(product)(jnp.eye(point.size, dtype=point.dtype))
+        return (rows + rows.T) / 2
+
+    def along(v: Vector) -> Scalar:
+        def slope(x: Vector) -> Scalar:
+            return jax.jvp(value_at, (x,), (v,))[1]
+
+        return jax.jvp(slope, (point,), (v,))[1]
+
+    return Second(matrix, along)
 
 
 def flat(tree: Tree, dtype: Any) -> Array:
