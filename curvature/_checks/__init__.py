@@ -44,6 +44,7 @@ from curvature._checks._options import (
 )
 from curvature._checks._residuals import (
     check_observations,
+    check_predictions,
     check_residual_method,
     check_residuals,
     require_inverse_root,
@@ -113,6 +114,7 @@ __all__ = [
     "check_pattern",
     "check_point",
     "check_positive",
+    "check_predictions",
     "check_prefix",
     "check_reiterable",
     "check_residual_method",

@@ -51,6 +51,14 @@ def check_observations(function: str, ydata: Any) -> jax.Array:
     return jnp.asarray(ydata)
 
 
+def check_predictions(function: str, predictions: Any, ydata: jax.Array) -> None:
+    """Refuse predictions that are not one array like the observations, with which they would be broadcast."""
+    shape = getattr(predictions, "shape", None)
+    if shape != ydata.shape:
+        what = describe(predictions) if shape is None else f"shape {shape}"
+        raise ValueError(f"{function}: model returns {what}, expected shape {ydata.shape} to match ydata.")
+
+
 def require_inverse_root(root: T | None) -> T:
     """The root of the covariance, which is known where the Jacobian was formed."""
     if root is None:

@@ -1,5 +1,6 @@
 """Optax transformations of second order, and the compiled loops that drive them."""
 
+from curvature.optimizers._curve_fit import curve_fit
 from curvature.optimizers._fit import LeastSquaresResult
 from curvature.optimizers._gauss_newton import GaussNewtonState, gauss_newton
 from curvature.optimizers._least_squares import least_squares
@@ -15,6 +16,7 @@ __all__ = [
     "MinimizeStep",
     "NewtonState",
     "TrustRegionState",
+    "curve_fit",
     "gauss_newton",
     "least_squares",
     "levenberg_marquardt",

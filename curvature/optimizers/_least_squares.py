@@ -36,7 +36,7 @@ _DENSE_VARIABLES, _DENSE_ENTRIES = 500, 2**24  # up to here the Jacobian is form
 _PATIENCE = 10  # steps without a lower sum or a smaller offset, beyond rounding, before a method has stalled
 
 
-class _Limits(NamedTuple):
+class Limits(NamedTuple):
     """Arrays, whatever numbers the user gave, so that other numbers find the same program."""
 
     gtol: Float[Array, ""]
@@ -152,7 +152,7 @@ def check_start(function: str, x0: Tree, args: Any) -> tuple[Tree, tuple[Any, ..
 
 def check_limits(
     function: str, x0: Tree, method: Any, loss: Any, f_scale: Any, gtol: Any, rtol: Any, max_steps: Any
-) -> _Limits:
+) -> Limits:
     """The numbers as arrays, and the words known."""
     _checks.check_residual_method(function, method, tuple(_METHODS), isinstance(method, ResidualMethod))
     _checks.check_choice(function, "loss", loss, Loss)
@@ -163,7 +163,7 @@ def check_limits(
         _checks.check_nonnegative(function, name, tolerance)
     _checks.check_count(function, "max_steps", max_steps)
     dtype = ravel(x0)[0].dtype
-    return _Limits(
+    return Limits(
         jnp.asarray(gtol, dtype),
         jnp.asarray(rtol, dtype),
         jnp.asarray(max_steps, jnp.int32),
@@ -175,7 +175,7 @@ def run(
     residuals: Callable[..., Tree],
     x0: Tree,
     args: tuple[Any, ...],
-    limits: _Limits,
+    limits: Limits,
     *,
     method: str | ResidualMethod,
     loss: Loss,
@@ -186,6 +186,7 @@ def run(
         return residuals(x, *args)
 
     transformation = _resolve(method, residual_fn, x0)
+    update_fn: Callable[..., tuple[Tree, Any]] = transformation.update
     dense = isinstance(transformation, DenseResidualMethod)
 
     def linearize(x: Tree) -> Linearized:
@@ -196,7 +197,7 @@ def run(
         loop = _judge(loop, linear, limits)
 
         def update(loop: _Loop) -> _Loop:
-            updates, state = transformation.update(None, loop.state, loop.x, linearized=linear)
+            updates, state = update_fn(None, loop.state, loop.x, linearized=linear)
             moved = (state.status == Status.RUNNING).astype(jnp.int32)
             x = optax.apply_updates(loop.x, updates)
             return loop._replace(x=x, state=state, status=state.status, num_steps=loop.num_steps + moved)
@@ -224,7 +225,7 @@ def _resolve(method: str | ResidualMethod, residual_fn: Callable[[Tree], Tree], 
     return _METHODS[method](n <= _DENSE_VARIABLES and n * num_residuals <= _DENSE_ENTRIES)
 
 
-def _start(state: Any, shapes: _Point, x0: Tree, limits: _Limits) -> _Loop:
+def _start(state: Any, shapes: _Point, x0: Tree, limits: Limits) -> _Loop:
     """The loop before the first evaluation; the tolerance is zero until the first offset is known."""
     zero = jnp.asarray(0, jnp.int32)
     infinity = jnp.full_like(limits.gtol, jnp.inf)
@@ -254,7 +255,7 @@ def _point(x: Tree, linear: Linearized) -> _Point:
     )
 
 
-def _judge(loop: _Loop, linear: Linearized, limits: _Limits) -> _Loop:
+def _judge(loop: _Loop, linear: Linearized, limits: Limits) -> _Loop:
     """Update the best point and the status: is it converged, out of steps, stuck, or broken?"""
     first = loop.best.value == jnp.inf
     largest = jnp.maximum(loop.largest, jnp.abs(linear.x))

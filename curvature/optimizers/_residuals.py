@@ -37,10 +37,10 @@ class Factors(NamedTuple):
 
     def inverse_root(self) -> Float[Array, "n k"]:
         """A matrix ``B`` with ``B B' = (J'J)^-1``; infinite in the rows of variables that ``J`` does not determine."""
-        kept = self.values > 0
+        kept = (self.values > 0)[None]
         found = jnp.sum(jnp.where(kept, self.vectors, 0) ** 2, axis=1)  # 1 for a variable seen in full
         seen = (self.columns > 0) & (found > 1 - jnp.finfo(found.dtype).eps ** 0.5)
-        scaled = jnp.where(kept, self.vectors / jnp.where(kept, self.values, 1), 0)
+        scaled = jnp.where(kept, self.vectors / jnp.where(kept, self.values[None], 1), 0)
         return jnp.where(seen[:, None], scaled / where_positive(self.columns)[:, None], jnp.inf)
 
 
@@ -201,9 +201,9 @@ def factor(matrix: Matrix, residual: Array) -> Factors:
     return Factors(columns, jnp.where(kept, values, 0), right.T, coordinates)
 
 
-def where_positive(columns: Vector) -> Vector:
-    """The norms of columns as divisors: 1 for those that are zero, along which nothing moves."""
-    return jnp.where(columns > 0, columns, 1)
+def where_positive(norms: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Norms as divisors: 1 for those that are zero, along which nothing moves."""
+    return jnp.where(norms > 0, norms, 1)
 
 
 def region_model(factors: Factors, scale: Vector) -> tuple[QuadraticModel, Scalar]:
