@@ -87,9 +87,10 @@ def least_squares(
 
     where ``P`` projects on the range of the Jacobian ``J``, and nothing else is called success. This is the gradient
     ``J'r`` in the one norm that no change of units alters: ``norm(P r)^2 = (J'r)' (J'J)^-1 (J'r)``. It says that the
-    next Gauss-Newton step would be ``gtol`` of a standard error or less, give or take the last term: what rounding of
-    the variables, at their largest on the way, does to the residuals, so that fits without residuals end too. Where
-    the Jacobian is not formed, ``P`` projects on its product with the scaled gradient only, a weaker test.
+    next Gauss-Newton step is about ``gtol`` standard errors or less, give or take the last term: what rounding of the
+    variables, at their largest on the way, does to the residuals, so that fits without residuals end too. Directions
+    that ``J``, its columns brought to norm one, loses in rounding are not in its range. Where ``J`` is not formed,
+    ``P`` projects on its product with the scaled gradient only, a weaker test.
 
     With another ``loss`` than ``"linear"`` the sum is ``f_scale^2 sum(rho((r / f_scale)^2)) / 2``, as in SciPy, with
     ``rho(z)`` of ``"soft_l1"``: ``2 (sqrt(1 + z) - 1)``; ``"huber"``: ``z`` up to 1 and ``2 sqrt(z) - 1`` beyond;
@@ -263,7 +264,7 @@ def _judge(loop: _Loop, linear: Linearized, limits: Limits) -> _Loop:
     tolerance = jnp.where(first, limits.rtol * point.offset, loop.tolerance)
     finite = jnp.isfinite(point.value) & jnp.isfinite(point.offset) & jnp.isfinite(norm(linear.grad))
     allowed = limits.gtol * jnp.sqrt(2 * point.value) + tolerance + rounding_of(linear.columns, largest)
-    converged = finite & (point.offset <= allowed)
+    converged = finite & jnp.isfinite(allowed) & (point.offset <= allowed)
 
     noise = jnp.where(first, 0, loop.best.noise)
     lower = point.value < loop.best.value - noise

@@ -57,6 +57,10 @@ def levenberg_marquardt(
     fair share of what the model promised, and follows the length of good steps. Changes below the rounding of the sum
     count as promised and delivered.
 
+    ``"exact"`` replaces ``J'J`` by the whole Hessian ``J'J + sum_i r_i H_i`` for as long as that would have foreseen
+    the last change of the sum better: Gauss-Newton is right where residuals are small, and slow or astray where they
+    are large and curved.
+
     Use it where ``optax.lbfgs()`` stands: ``update(grad, state, params, value=, grad=, value_fn=, residual_fn=)``
     returns the step to an accepted point. ``residual_fn(params)`` returns the residuals, any tree of floating arrays;
     all else follows from them, so that the other arguments may be left out, and data goes to ``residual_fn`` by name.
@@ -78,7 +82,8 @@ def levenberg_marquardt(
         ValueError: for an unknown subproblem or a radius out of range; from ``update`` when an argument is missing.
 
     Cost: for each update one linearization of the residuals, one evaluation at each trial, and about
-        ``6 m n^2 + 40 n^3`` FLOPs for m residuals of n variables; or for ``"cg"`` a JVP and a VJP for each step of
+        ``6 m n^2 + 40 n^3`` FLOPs for m residuals of n variables, with n Hessian products where the Hessian is the
+        model; or for ``"cg"`` a JVP and a VJP for each step of
         conjugate gradients, and 8 VJPs for ``D``. No Jacobian is computed at a rejected point.
 
     Example:
@@ -92,7 +97,9 @@ def levenberg_marquardt(
         >>> jnp.round(x, 3)
         Array([1., 1.], dtype=float32)
 
-    References: Moré, The Levenberg-Marquardt algorithm (1978), doi:10.1007/BFb0067700; Nocedal and Wright, Numerical
+    References: Moré, The Levenberg-Marquardt algorithm (1978), doi:10.1007/BFb0067700; Dennis, Gay and Welsch, An
+        adaptive nonlinear least-squares algorithm (1981), section 4, doi:10.1145/355958.355965, on the choice between
+        the models, here with exact second derivatives; Nocedal and Wright, Numerical
         Optimization, 2nd ed. (2006), section 10.3 and (4.16) for the dogleg.
     """
     _checks.check_choice("levenberg_marquardt", "subproblem", subproblem, LeastSquaresSubproblem)
