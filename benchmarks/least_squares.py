@@ -103,7 +103,6 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     problems = [p for p in PROBLEMS if not options.problems or any(part in p.name for part in options.problems)]
-    check_against_sif2jax(problems)
     solved = {name: [0] * len(FACTORS) for name in options.solvers}
     false: dict[str, list[str]] = {name: [] for name in options.solvers}
     for problem in problems:
@@ -115,6 +114,7 @@ def main() -> None:
                     false[name].append(f"{problem.name} {FACTORS[k]} x0: {outcome.value:.6g}")
         print(line(problem, outcomes), flush=True)
     report(solved, false, len(problems))
+    check_against_sif2jax(problems)
 
 
 def run_starts(solve: Callable[[np.ndarray], Outcome], problem: Problem) -> list[Outcome]:
