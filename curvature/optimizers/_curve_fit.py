@@ -54,8 +54,8 @@ def curve_fit(
         >>> t, y = jnp.arange(5.0), jnp.array([1.1, 2.9, 5.2, 6.8, 9.1])
         >>> params, covariance = curvature.curve_fit(lambda p, t: p[0] + p[1] * t, t, y, jnp.zeros(2))
         >>> jnp.round(params, 2), jnp.round(covariance, 4)
-        (Array([1.04, 1.99], dtype=float32), Array([[ 0.0218, -0.0073],
-               [-0.0073,  0.0036]], dtype=float32))
+        (Array([1.04, 1.99], dtype=float32), Array([[ 0.0214, -0.0071],
+               [-0.0071,  0.0036]], dtype=float32))
     """
     _checks.check_callable("curve_fit", "model", model)
     ydata = _checks.check_observations("curve_fit", ydata)
