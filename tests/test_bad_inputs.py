@@ -90,6 +90,77 @@ CASES = {
         r"trust_region: params is an empty tree",
     ),
     "cg-integer": (lambda: curvature.cg(lambda v: v, np.arange(3)), TypeError, r"cg: b has dtype int"),
+    # residuals
+    "least-squares-scalar": (
+        lambda: curvature.least_squares(square, np.ones(2)),
+        TypeError,
+        r"least_squares: residuals returns a scalar, expected .* curvature\.minimize takes scalar objectives",
+    ),
+    "least-squares-integers": (
+        lambda: curvature.least_squares(lambda x: x, np.arange(2)),
+        TypeError,
+        r"least_squares: x0 has dtype int.*, expected a floating dtype",
+    ),
+    "least-squares-integer-residuals": (
+        lambda: curvature.least_squares(lambda x: jnp.arange(2), np.ones(2)),
+        TypeError,
+        r"least_squares: the output residuals\(x\) has dtype int",
+    ),
+    "least-squares-no-residuals": (
+        lambda: curvature.least_squares(lambda x: x[:0], np.ones(2)),
+        TypeError,
+        r"least_squares: residuals returns no entries",
+    ),
+    "least-squares-method": (
+        lambda: curvature.least_squares(lambda x: x, np.ones(2), method="lm"),
+        ValueError,
+        r"least_squares: method='lm' is unknown, expected one of 'levenberg-marquardt', 'dogleg', 'gauss-newton'",
+    ),
+    "least-squares-other-transformation": (
+        lambda: curvature.least_squares(lambda x: x, np.ones(2), method=optax.sgd(0.1)),
+        ValueError,
+        r"least_squares: method=.* curvature\.levenberg_marquardt",
+    ),
+    "least-squares-loss": (
+        lambda: curvature.least_squares(lambda x: x, np.ones(2), loss="l1"),
+        ValueError,
+        r"least_squares: loss='l1' is unknown, expected one of 'linear', 'soft_l1'",
+    ),
+    "least-squares-scale": (
+        lambda: curvature.least_squares(lambda x: x, np.ones(2), f_scale=0.0),
+        ValueError,
+        r"least_squares: f_scale=0\.0, expected a number > 0",
+    ),
+    "levenberg-marquardt-subproblem": (
+        lambda: curvature.levenberg_marquardt("svd"),
+        ValueError,
+        r"levenberg_marquardt: subproblem='svd' is unknown",
+    ),
+    "levenberg-marquardt-radius": (
+        lambda: curvature.levenberg_marquardt(initial_radius=-1.0),
+        ValueError,
+        r"levenberg_marquardt: initial_radius=-1\.0, expected a number > 0",
+    ),
+    "gauss-newton-solver": (
+        lambda: curvature.gauss_newton("lu"),
+        ValueError,
+        r"gauss_newton: solver='lu' is unknown",
+    ),
+    "gauss-newton-without-residuals": (
+        lambda: curvature.gauss_newton().update(None, curvature.gauss_newton().init(np.ones(2)), np.ones(2)),
+        ValueError,
+        r"gauss_newton: update\(\) needs residual_fn=; call",
+    ),
+    "curve-fit-integers": (
+        lambda: curvature.curve_fit(lambda p, t: p * t, np.ones(3), np.arange(3), 1.0),
+        TypeError,
+        r"curve_fit: ydata is of dtype int64, expected an array of floats",
+    ),
+    "curve-fit-shape": (
+        lambda: curvature.curve_fit(lambda p, t: p * t, np.ones(3), np.ones((3, 1)), 1.0),
+        ValueError,
+        r"curve_fit: model returns shape \(3,\), expected shape \(3, 1\) to match ydata",
+    ),
     # the direction
     "hvp-wrong-shape": (
         lambda: curvature.hvp(loss, X, with_leaf(w=np.ones(3))),

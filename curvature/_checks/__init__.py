@@ -45,6 +45,14 @@ from curvature._checks._options import (
     require_data,
     require_extra,
 )
+from curvature._checks._residuals import (
+    check_observations,
+    check_predictions,
+    check_residual_method,
+    check_residuals,
+    require_inverse_root,
+    require_residuals,
+)
 from curvature._checks._sharding import check_sharding
 from curvature._checks._stochastic import (
     check_grid,
@@ -101,6 +109,7 @@ __all__ = [
     "check_logits",
     "check_method",
     "check_nonnegative",
+    "check_observations",
     "check_one_source",
     "check_order",
     "check_output_size",
@@ -110,9 +119,12 @@ __all__ = [
     "check_pattern",
     "check_point",
     "check_positive",
+    "check_predictions",
     "check_prefix",
     "check_problems",
     "check_reiterable",
+    "check_residual_method",
+    "check_residuals",
     "check_same_structure",
     "check_sampling",
     "check_scalar_output",
@@ -131,5 +143,7 @@ __all__ = [
     "no_structure",
     "require_data",
     "require_extra",
+    "require_inverse_root",
+    "require_residuals",
     "samples_without_key",
 ]

@@ -4,8 +4,12 @@ from curvature.optimizers._adahessian import AdaHessianState, adahessian, scale_
 from curvature.optimizers._batched import minimize_batched
 from curvature.optimizers._bfgs import BFGSState, bfgs
 from curvature.optimizers._cubic_newton import CubicNewtonState, cubic_newton
+from curvature.optimizers._curve_fit import curve_fit
+from curvature.optimizers._gauss_newton import GaussNewtonState, gauss_newton
 from curvature.optimizers._kfac import KFACState, kfac
 from curvature.optimizers._lbfgs import LBFGSState, lbfgs
+from curvature.optimizers._least_squares import LeastSquaresResult, least_squares
+from curvature.optimizers._levenberg_marquardt import LevenbergMarquardtState, levenberg_marquardt
 from curvature.optimizers._minimize import MinimizeStep, minimize
 from curvature.optimizers._natural_gradient import NaturalGradientState, natural_gradient
 from curvature.optimizers._newton import NewtonState, newton
@@ -18,8 +22,11 @@ __all__ = [
     "AdaHessianState",
     "BFGSState",
     "CubicNewtonState",
+    "GaussNewtonState",
     "KFACState",
     "LBFGSState",
+    "LeastSquaresResult",
+    "LevenbergMarquardtState",
     "MinimizeStep",
     "NaturalGradientState",
     "NewtonCGState",
@@ -30,8 +37,12 @@ __all__ = [
     "adahessian",
     "bfgs",
     "cubic_newton",
+    "curve_fit",
+    "gauss_newton",
     "kfac",
     "lbfgs",
+    "least_squares",
+    "levenberg_marquardt",
     "minimize",
     "minimize_batched",
     "natural_gradient",

@@ -1,8 +1,6 @@
 """One compiled loop that drives any optax transformation to a point where the gradient vanishes, or says why not."""
 
 import functools
-import inspect
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from curvature.optimizers._implicit import implicit_minimizer, lift_objective
 from curvature.optimizers._lbfgs import lbfgs
 from curvature.optimizers._newton import newton
 from curvature.optimizers._newton_cg import newton_cg
+from curvature.optimizers._programs import compiled
 from curvature.optimizers._progress import Watch, close, observe, start_watch
 from curvature.optimizers._protocol import (
     DenseSecondOrder,
@@ -212,31 +211,6 @@ def resolve(
     if hessian is not None:
         _checks.check_hessian_used(function, method, isinstance(transformation, DenseSecondOrder))
     return transformation
-
-
-# A cache and nothing else: it is never read but for the very function that put its programs there.
-_PROGRAMS: weakref.WeakKeyDictionary[Objective, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
-
-
-def compiled(program: Callable[..., Any], fun: Objective) -> Callable[..., Any]:
-    """``program(fun, ...)`` compiled, found again as long as the objective lives, and not kept any longer.
-
-    Keyword arguments are static. What cannot be looked up, a bound method (made anew at each mention) or a callable
-    that holds arrays, is compiled at every call.
-    """
-    static = [name for name, p in inspect.signature(program).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    try:
-        programs = _PROGRAMS.setdefault(fun, {})
-        if program not in programs:
-            alive = functools.partial(_run_alive, program, weakref.ref(fun))
-            programs[program] = jax.jit(alive, static_argnames=static)
-        return programs[program]
-    except TypeError:  # not hashable, or not weakly referable
-        return jax.jit(functools.partial(program, fun), static_argnames=static)
-
-
-def _run_alive(program: Callable[..., Any], reference: Callable[[], Any], *operands: Any, **how: Any) -> Any:
-    return program(reference(), *operands, **how)
 
 
 def _run(

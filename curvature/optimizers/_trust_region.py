@@ -29,8 +29,8 @@ from curvature.optimizers._protocol import (
 
 Subproblem = Literal["exact", "gltr", "cg"]
 
-_ACCEPT = 1e-4  # N&W algorithm 4.1: the least ratio of actual to predicted reduction that is a step,
-_POOR, _GOOD = 0.25, 0.75  # below which the region shrinks, above which it grows
+ACCEPT = 1e-4  # N&W algorithm 4.1: the least ratio of actual to predicted reduction that is a step,
+POOR, _GOOD = 0.25, 0.75  # below which the region shrinks, above which it grows
 _GROWTH = 4.0
 
 
@@ -54,7 +54,7 @@ class TrustRegionState(NamedTuple):
     stored: Unevaluated
 
 
-class _Trial(NamedTuple):
+class Trial(NamedTuple):
     """One radius tried: the step, what the model promised, what came."""
 
     radius: Scalar
@@ -67,7 +67,7 @@ class _Trial(NamedTuple):
     inner_steps: Int[Array, ""]
 
 
-class _Solver(NamedTuple):
+class Solver(NamedTuple):
     """The subproblem at the current point, at any radius."""
 
     num_shared: Int[Array, ""]  # the products that all radii share
@@ -150,10 +150,10 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
         solver = _solver(subproblem, local, size, first, state.radius, max_inner_steps)
-        last = _search_radius(local, solver, state.radius)
-        accepted = last.ratio >= _ACCEPT
+        last = search_radius(local, solver, state.radius)
+        accepted = last.ratio >= ACCEPT
         return jnp.where(accepted, last.step, 0), state._replace(
-            radius=jnp.where(accepted, _next_radius(last), _POOR * state.radius),
+            radius=jnp.where(accepted, next_radius(last), POOR * state.radius),
             num_trials=last.count,
             num_inner_steps=last.inner_steps,
             grad_norm=first,
@@ -168,23 +168,23 @@ _build_once = functools.lru_cache(maxsize=64)(_build)  # so that equal settings 
 
 def _solver(
     subproblem: Subproblem, local: Local, size: Scalar, first: Scalar, radius: Scalar, max_inner_steps: int | None
-) -> _Solver:
+) -> Solver:
     """The solution of the subproblem at any radius; what all radii share is computed here."""
     if subproblem == "exact":
         return _exact(local)
-    return (_gltr if subproblem == "gltr" else _steihaug)(
+    return (_gltr if subproblem == "gltr" else steihaug)(
         local, inner_solve(local, size, first, max_inner_steps), radius
     )
 
 
-def _exact(local: Local) -> _Solver:
+def _exact(local: Local) -> Solver:
     """The eigenvectors of the Hessian, once; then each radius takes O(n^2)."""
     model = factor_model(local.hessian(), local.grad)
     none = jnp.zeros_like(local.value, jnp.int32)
-    return _Solver(none, lambda radius: (solve_region(model, radius), none))
+    return Solver(none, lambda radius: (solve_region(model, radius), none))
 
 
-def _gltr(local: Local, inner: Inner, radius: Scalar) -> _Solver:
+def _gltr(local: Local, inner: Inner, radius: Scalar) -> Solver:
     """A Krylov space, once; then each radius takes O(m n)."""
     exponent = inner.exponent
     scaled = jnp.ldexp(radius, -exponent)
@@ -195,10 +195,10 @@ def _gltr(local: Local, inner: Inner, radius: Scalar) -> _Solver:
         predicted = jnp.ldexp(jnp.ldexp(predicted, exponent), exponent)
         return RegionStep(jnp.ldexp(step, exponent), predicted, on_boundary), jnp.zeros_like(krylov.num_steps)
 
-    return _Solver(krylov.num_steps, solve)
+    return Solver(krylov.num_steps, solve)
 
 
-def _steihaug(local: Local, inner: Inner, radius: Scalar) -> _Solver:
+def steihaug(local: Local, inner: Inner, radius: Scalar) -> Solver:
     """Conjugate gradients, anew at each radius."""
     exponent, unit = inner.exponent, -inner.gradient
 
@@ -210,18 +210,18 @@ def _steihaug(local: Local, inner: Inner, radius: Scalar) -> _Solver:
         predicted = jnp.where(state.status == Status.NONFINITE, jnp.nan, predicted)
         return RegionStep(jnp.ldexp(state.x, exponent), predicted, state.on_boundary), state.step
 
-    return _Solver(jnp.zeros_like(exponent), solve)
+    return Solver(jnp.zeros_like(exponent), solve)
 
 
-def _search_radius(local: Local, solver: _Solver, radius: Scalar) -> _Trial:
+def search_radius(local: Local, solver: Solver, radius: Scalar) -> Trial:
     """Shrink the region until the model's step is accepted; only the value is evaluated at each trial."""
     noise = local.noise + jnp.finfo(local.noise.dtype).tiny
 
-    def running(trial: _Trial) -> Bool[Array, ""]:
+    def running(trial: Trial) -> Bool[Array, ""]:
         hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
-        return (trial.count == 0) | (~(trial.ratio >= _ACCEPT) & ~hopeless & (trial.count < MAX_TRIALS))
+        return (trial.count == 0) | (~(trial.ratio >= ACCEPT) & ~hopeless & (trial.count < MAX_TRIALS))
 
-    def attempt(trial: _Trial) -> _Trial:
+    def attempt(trial: Trial) -> Trial:
         slope = jnp.vdot(local.grad, trial.step, precision="highest")
         shrunk = norm(trial.step) * shrink_factor(local.value, slope, trial.value)
         radius = jnp.where(trial.count == 0, trial.radius, shrunk)
@@ -230,10 +230,10 @@ def _search_radius(local: Local, solver: _Solver, radius: Scalar) -> _Trial:
         ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
         ratio = jnp.where(jnp.isfinite(value), ratio, -jnp.inf).astype(radius.dtype)
         inner_steps += trial.inner_steps
-        return _Trial(radius, step, value, predicted, on_boundary, ratio, trial.count + 1, inner_steps)
+        return Trial(radius, step, value, predicted, on_boundary, ratio, trial.count + 1, inner_steps)
 
     zero, none = jnp.zeros_like(local.grad[0]), jnp.zeros_like(local.grad[0], jnp.int32)
-    start = _Trial(
+    start = Trial(
         radius=radius + zero,
         step=jnp.zeros_like(local.grad),
         value=local.value,
@@ -246,8 +246,8 @@ def _search_radius(local: Local, solver: _Solver, radius: Scalar) -> _Trial:
     return jax.lax.while_loop(running, attempt, start)
 
 
-def _next_radius(last: _Trial) -> Scalar:
+def next_radius(last: Trial) -> Scalar:
     length = norm(last.step)
     grown = jnp.where((last.ratio > _GOOD) & last.on_boundary, _GROWTH * last.radius, last.radius)
     grown = jnp.minimum(grown, jnp.finfo(grown.dtype).max / 8)
-    return jnp.where(last.ratio < _POOR, _POOR * length, grown)
+    return jnp.where(last.ratio < POOR, POOR * length, grown)

@@ -1,0 +1,277 @@
+"""One compiled loop that drives a method for residuals to a least sum of squares, or says why not."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from curvature import _checks
+from curvature._types import Status, Tree, ravel
+from curvature.linalg._dense import norm
+from curvature.optimizers._fit import LeastSquaresResult
+from curvature.optimizers._gauss_newton import gauss_newton
+from curvature.optimizers._levenberg_marquardt import levenberg_marquardt
+from curvature.optimizers._programs import compiled
+from curvature.optimizers._residual_method import DenseResidualMethod, ResidualMethod
+from curvature.optimizers._residuals import (
+    Linearized,
+    linearize_residuals,
+    offset,
+    rounding_of,
+    trace_residuals,
+)
+from curvature.optimizers._robust import Loss
+from curvature.transforms._modes import num_entries
+
+_METHODS: dict[str, Callable[[bool], ResidualMethod]] = {
+    "levenberg-marquardt": lambda dense: levenberg_marquardt("exact" if dense else "cg"),
+    "dogleg": lambda dense: levenberg_marquardt("dogleg" if dense else "cg"),
+    "gauss-newton": lambda dense: gauss_newton("exact" if dense else "cg"),
+}
+_DENSE_VARIABLES, _DENSE_ENTRIES = 500, 2**24  # up to here the Jacobian is formed
+_PATIENCE = 10  # steps without a lower sum or a smaller offset, beyond rounding, before a method has stalled
+
+
+class Limits(NamedTuple):
+    """Arrays, whatever numbers the user gave, so that other numbers find the same program."""
+
+    gtol: Float[Array, ""]
+    rtol: Float[Array, ""]
+    max_steps: Int[Array, ""]
+    f_scale: Float[Array, ""]
+
+
+class _Point(NamedTuple):
+    x: Tree
+    value: Float[Array, ""]
+    residuals: Tree
+    grad: Tree
+    root: Float[Array, "n k"] | None  # of the inverse of J'J, for the covariance
+    offset: Float[Array, ""]
+    rounding: Float[Array, ""]
+    noise: Float[Array, ""]
+
+
+class _Loop(NamedTuple):
+    x: Tree
+    state: Any
+    best: _Point
+    largest: Float[Array, " n"]  # what abs(x) has been at most
+    tolerance: Float[Array, ""]
+    num_steps: Int[Array, ""]
+    idle_steps: Int[Array, ""]
+    status: Int[Array, ""]
+
+
+def least_squares(
+    residuals: Callable[..., Tree],
+    x0: Tree,
+    args: Any = (),
+    *,
+    method: str | optax.GradientTransformation = "levenberg-marquardt",
+    loss: Loss = "linear",
+    f_scale: ArrayLike = 1.0,
+    gtol: ArrayLike | None = None,
+    rtol: ArrayLike = 0.0,
+    max_steps: ArrayLike = 1000,
+) -> LeastSquaresResult:
+    """Minimize ``sum(r**2) / 2`` for ``r = residuals(x, *args)`` from ``x0`` in one compiled loop.
+
+    Converged means that the linear model at the returned point can remove next to nothing of the residuals,
+
+        ``norm(P r) <= gtol * norm(r) + rtol * norm(P r at x0) + eps * sum_k norm(J_k) * max|x_k|``,
+
+    where ``P`` projects on the range of the Jacobian ``J``, and nothing else is called success. This is the gradient
+    ``J'r`` in the one norm that no change of units alters: ``norm(P r)^2 = (J'r)' (J'J)^-1 (J'r)``. It says that the
+    next Gauss-Newton step is about ``gtol`` standard errors or less, give or take the last term: what rounding of the
+    variables, at their largest on the way, does to the residuals, so that fits without residuals end too. Directions
+    that ``J``, its columns brought to norm one, loses in rounding are not in its range. Where ``J`` is not formed,
+    ``P`` projects on its product with the scaled gradient only, a weaker test.
+
+    With another ``loss`` than ``"linear"`` the sum is ``f_scale^2 sum(rho((r / f_scale)^2)) / 2``, as in SciPy, with
+    ``rho(z)`` of ``"soft_l1"``: ``2 (sqrt(1 + z) - 1)``; ``"huber"``: ``z`` up to 1 and ``2 sqrt(z) - 1`` beyond;
+    ``"cauchy"``: ``log(1 + z)``; ``"arctan"``: ``arctan(z)``. Then ``J`` and ``r`` above have their rows weighted so
+    that ``J'r`` is the gradient of the sum, and ``norm(r)`` is the root of twice the sum.
+
+    Args:
+        residuals: ``residuals(x, *args)`` returns any tree of floating arrays; pure, as for ``jit``. Fewer residuals
+            than variables are allowed.
+        x0: where to start, any tree of floating arrays.
+        args: data: a tuple, or one argument that is not a tuple.
+        method: ``"levenberg-marquardt"``, ``"dogleg"`` or ``"gauss-newton"``, which form the Jacobian for up to 500
+            variables and 2^24 entries and work by products with it beyond; or ``levenberg_marquardt(...)`` or
+            ``gauss_newton(...)``, to choose.
+        loss: what grows slower than squares where residuals are large.
+        f_scale: the size of a residual from which on ``loss`` holds it down.
+        gtol: see above; ``None`` is the square root of the rounding unit of ``x0``: 1.5e-8 in double precision, 3.5e-4
+            in single.
+        rtol: see above.
+        max_steps: the most steps.
+
+    Returns:
+        A ``LeastSquaresResult``: the point that passed the test or, on failure, the best one seen, with its sum,
+        residuals and gradient; ``.success``, ``.message``, ``.covariance()`` and ``.standard_errors()``.
+
+    Raises:
+        TypeError: when ``residuals`` is not callable or returns a scalar, when a leaf of ``x0`` is not of a real
+            floating dtype, or when no mode can differentiate ``residuals``.
+        ValueError: when ``x0`` is known to hold NaN or infinity, a word is unknown or a number is out of range.
+
+    Cost: each step as ``levenberg_marquardt`` says. Compiled once for each function, method, loss and shape; data,
+        tolerances and ``f_scale`` are operands.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> t, y = jnp.arange(5.0), jnp.array([5.1, 3.0, 1.8, 1.2, 0.6])
+        >>> fit = curvature.least_squares(lambda x, t, y: x[0] * jnp.exp(-x[1] * t) - y, jnp.ones(2), (t, y))
+        >>> bool(fit.success), jnp.round(fit.x, 2), jnp.round(fit.standard_errors(), 2)
+        (True, Array([5.08, 0.51], dtype=float32), Array([0.07, 0.01], dtype=float32))
+
+    References: Moré, The Levenberg-Marquardt algorithm (1978), doi:10.1007/BFb0067700; Bates and Watts, A relative
+        offset orthogonality convergence criterion for nonlinear least squares, Technometrics 23 (1981),
+        doi:10.1080/00401706.1981.10486268.
+    """
+    _checks.check_callable("least_squares", "residuals", residuals)
+    x0, args = check_start("least_squares", x0, args)
+    limits = check_limits("least_squares", x0, method, loss, f_scale, gtol, rtol, max_steps)
+    return compiled(run, residuals)(x0, args, limits, method=method, loss=loss)
+
+
+def check_start(function: str, x0: Tree, args: Any) -> tuple[Tree, tuple[Any, ...]]:
+    """The start without weak types, and the data as a tuple."""
+    x0 = _checks.check_point(function, "x0", x0)
+    _checks.check_entries(function, "x0", x0)
+    _checks.check_finite(function, "x0", x0)
+    args = args if type(args) is tuple else (args,)
+    _checks.check_data(function, args)
+    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), x0), args
+
+
+def check_limits(
+    function: str, x0: Tree, method: Any, loss: Any, f_scale: Any, gtol: Any, rtol: Any, max_steps: Any
+) -> Limits:
+    """The numbers as arrays, and the words known."""
+    _checks.check_residual_method(function, method, tuple(_METHODS), isinstance(method, ResidualMethod))
+    _checks.check_choice(function, "loss", loss, Loss)
+    _checks.check_positive(function, "f_scale", f_scale)
+    if gtol is None:
+        gtol = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x0)) ** 0.5
+    for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
+        _checks.check_nonnegative(function, name, tolerance)
+    _checks.check_count(function, "max_steps", max_steps)
+    dtype = ravel(x0)[0].dtype
+    return Limits(
+        jnp.asarray(gtol, dtype),
+        jnp.asarray(rtol, dtype),
+        jnp.asarray(max_steps, jnp.int32),
+        jnp.asarray(f_scale, dtype),
+    )
+
+
+def run(
+    residuals: Callable[..., Tree],
+    x0: Tree,
+    args: tuple[Any, ...],
+    limits: Limits,
+    *,
+    method: str | ResidualMethod,
+    loss: Loss,
+) -> LeastSquaresResult:
+    """The loop itself; data and limits are operands, so that new ones find the program they need."""
+
+    def residual_fn(x: Tree) -> Tree:
+        return residuals(x, *args)
+
+    transformation = _resolve(method, residual_fn, x0)
+    update_fn: Callable[..., tuple[Tree, Any]] = transformation.update
+    dense = isinstance(transformation, DenseResidualMethod)
+
+    def linearize(x: Tree) -> Linearized:
+        return linearize_residuals("least_squares", residual_fn, x, loss=loss, scale=limits.f_scale, dense=dense)
+
+    def advance(loop: _Loop) -> _Loop:
+        linear = linearize(loop.x)
+        loop = _judge(loop, linear, limits)
+
+        def update(loop: _Loop) -> _Loop:
+            updates, state = update_fn(None, loop.state, loop.x, linearized=linear)
+            moved = (state.status == Status.RUNNING).astype(jnp.int32)
+            x = optax.apply_updates(loop.x, updates)
+            return loop._replace(x=x, state=state, status=state.status, num_steps=loop.num_steps + moved)
+
+        return jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
+
+    start = _start(transformation.init(x0), jax.eval_shape(lambda x: _point(x, linearize(x)), x0), x0, limits)
+    loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, start)
+    best = loop.best
+    degrees = num_entries(best.residuals) - num_entries(x0)
+    return LeastSquaresResult(
+        best.x, best.value, best.residuals, best.grad, loop.num_steps, loop.status, best.root, degrees
+    )
+
+
+def _resolve(method: str | ResidualMethod, residual_fn: Callable[[Tree], Tree], x0: Tree) -> ResidualMethod:
+    """The method by its name: with the Jacobian where that is small."""
+    if not isinstance(method, str):
+        return method
+    num_residuals = num_entries(trace_residuals("least_squares", residual_fn, x0).out)
+    n = num_entries(x0)
+    return _METHODS[method](n <= _DENSE_VARIABLES and n * num_residuals <= _DENSE_ENTRIES)
+
+
+def _start(state: Any, shapes: _Point, x0: Tree, limits: Limits) -> _Loop:
+    """The loop before the first evaluation; the tolerance is zero until the first offset is known."""
+    zero = jnp.asarray(0, jnp.int32)
+    infinity = jnp.full_like(limits.gtol, jnp.inf)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return _Loop(
+        x=x0,
+        state=state,
+        best=nothing._replace(value=infinity, offset=infinity),
+        largest=jnp.zeros_like(ravel(x0)[0]),
+        tolerance=jnp.zeros_like(infinity),
+        num_steps=zero,
+        idle_steps=zero,
+        status=jnp.asarray(Status.RUNNING, jnp.int32),
+    )
+
+
+def _point(x: Tree, linear: Linearized) -> _Point:
+    return _Point(
+        x=x,
+        value=linear.value,
+        residuals=linear.out,
+        grad=ravel(x)[1](linear.grad),
+        root=None if linear.factors is None else linear.factors.inverse_root(),
+        offset=offset(linear),
+        rounding=rounding_of(linear.columns, linear.x),
+        noise=linear.noise,
+    )
+
+
+def _judge(loop: _Loop, linear: Linearized, limits: Limits) -> _Loop:
+    """Update the best point and the status: is it converged, out of steps, stuck, or broken?"""
+    first = loop.best.value == jnp.inf
+    largest = jnp.maximum(loop.largest, jnp.abs(linear.x))
+    point = _point(loop.x, linear)
+    tolerance = jnp.where(first, limits.rtol * point.offset, loop.tolerance)
+    finite = jnp.isfinite(point.value) & jnp.isfinite(point.offset) & jnp.isfinite(norm(linear.grad))
+    allowed = limits.gtol * jnp.sqrt(2 * point.value) + tolerance + rounding_of(linear.columns, largest)
+    converged = finite & jnp.isfinite(allowed) & (point.offset <= allowed)
+
+    noise = jnp.where(first, 0, loop.best.noise)
+    lower = point.value < loop.best.value - noise
+    flatter = (point.value <= loop.best.value + noise) & (point.offset < loop.best.offset)
+    better = finite & (lower | flatter)
+    best = jax.tree.map(lambda new, old: jnp.where(better | converged | first, new, old), point, loop.best)
+    idle_steps = jnp.where(better, 0, loop.idle_steps + 1)
+
+    status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
+    status = jnp.where(idle_steps >= _PATIENCE, Status.STALLED, status)
+    status = jnp.where(finite, status, jnp.where(first, Status.NONFINITE_START, Status.NONFINITE))
+    status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
+    return loop._replace(best=best, largest=largest, tolerance=tolerance, idle_steps=idle_steps, status=status)

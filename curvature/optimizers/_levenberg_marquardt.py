@@ -1,0 +1,226 @@
+"""The method of Levenberg and Marquardt as a trust region in scaled variables, and two cheaper subproblems."""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from curvature import _checks
+from curvature._types import Status, Tree
+from curvature.linalg._dense import QuadraticModel, RegionStep, factor_model, norm, solve_region
+from curvature.optimizers._inexact import first_norm, inner_solve
+from curvature.optimizers._protocol import Local, Scalar, Unevaluated, Vector, trial_status, unevaluated
+from curvature.optimizers._residual_method import ResidualMethod, residual_method, scaled_local
+from curvature.optimizers._residuals import Linearized, region_model, where_positive
+from curvature.optimizers._trust_region import ACCEPT, Solver, Trial, search_radius, steihaug
+
+LeastSquaresSubproblem = Literal["exact", "dogleg", "cg"]
+
+_POOR, _GOOD = 0.25, 0.75  # Moré (1978): below the one ratio the region shrinks, above the other it grows
+_FIRST_RADIUS = 100.0  # in norms of the scaled start, as in MINPACK
+
+
+class LevenbergMarquardtState(NamedTuple):
+    """The state of ``levenberg_marquardt``: plain arrays, ready for a checkpoint.
+
+    Attributes:
+        radius: the radius for the next step, in the scaled variables; 0 before the first.
+        scale: by variable, the largest norm that its column of the Jacobian has had.
+        second_order: whether the last step has shown the Hessian to be the better model.
+        num_trials: the points that the last update tried.
+        num_inner_steps: the conjugate gradient steps of the last update; 0 where the Jacobian is formed.
+        grad_norm: the norm of the first scaled gradient, by which the inner tolerance is measured.
+        status: a ``Status``: running, or why the last update could not move.
+        stored: nothing, for optax.
+    """
+
+    radius: Float[Array, ""]
+    scale: Float[Array, " n"]
+    second_order: Bool[Array, ""]
+    num_trials: Int[Array, ""]
+    num_inner_steps: Int[Array, ""]
+    grad_norm: Float[Array, ""]
+    status: Int[Array, ""]
+    stored: Unevaluated
+
+
+def levenberg_marquardt(
+    subproblem: LeastSquaresSubproblem = "exact", *, initial_radius: float | None = None
+) -> ResidualMethod:
+    """The method of Levenberg and Marquardt: an optax transformation for sums of squares ``norm(r)^2 / 2``.
+
+    A step minimizes the linear model ``norm(J s + r)^2 / 2`` over ``norm(D s) <= radius``, which for a multiplier
+    ``mu`` is the damped step ``-(J'J + mu D^2)^-1 J'r``; ``D`` has for each variable the largest norm that its column
+    of ``J`` has had, so that the units of the variables change nothing. The region shrinks until the sum falls by a
+    fair share of what the model promised, and follows the length of good steps. Changes below the rounding of the sum
+    count as promised and delivered.
+
+    ``"exact"`` replaces ``J'J`` by the whole Hessian ``J'J + sum_i r_i H_i`` for as long as that would have foreseen
+    the last change of the sum better: Gauss-Newton is right where residuals are small, and slow or astray where they
+    are large and curved.
+
+    Use it where ``optax.lbfgs()`` stands: ``update(grad, state, params, value=, grad=, value_fn=, residual_fn=)``
+    returns the step to an accepted point. ``residual_fn(params)`` returns the residuals, any tree of floating arrays;
+    all else follows from them, so that the other arguments may be left out, and data goes to ``residual_fn`` by name.
+    If no step is found, it is zero and ``state.status`` says why.
+
+    Args:
+        subproblem: ``"exact"`` forms ``J`` and solves the subproblem to rounding by a singular value decomposition,
+            which never squares its condition. ``"dogleg"`` takes the path by the steepest descent to the Gauss-Newton
+            step, from the same decomposition. ``"cg"`` never forms ``J``: conjugate gradients on ``J'J``, stopped at
+            the boundary or at a residual that falls with the gradient; ``D`` is then estimated.
+        initial_radius: the radius of the first step, in the scaled variables; ``None`` is ``100 norm(D x)``, or
+            ``100 norm(r)`` at zero.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` whose state is a ``LevenbergMarquardtState``. The same settings
+        return the same object, so that a compiled ``least_squares`` is found again.
+
+    Raises:
+        ValueError: for an unknown subproblem or a radius out of range; from ``update`` when an argument is missing.
+
+    Cost: for each update one linearization of the residuals, one evaluation at each trial, and about
+        ``6 m n^2 + 40 n^3`` FLOPs for m residuals of n variables, with n Hessian products where the Hessian is the
+        model; or for ``"cg"`` a JVP and a VJP for each step of
+        conjugate gradients, and 8 VJPs for ``D``. No Jacobian is computed at a rejected point.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, curvature
+        >>> rosenbrock = lambda x: jnp.array([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+        >>> x, solver = jnp.array([-1.2, 1.0]), curvature.levenberg_marquardt()
+        >>> state = solver.init(x)
+        >>> for _ in range(20):
+        ...     step, state = solver.update(None, state, x, residual_fn=rosenbrock)
+        ...     x = optax.apply_updates(x, step)
+        >>> jnp.round(x, 3)
+        Array([1., 1.], dtype=float32)
+
+    References: Moré, The Levenberg-Marquardt algorithm (1978), doi:10.1007/BFb0067700; Dennis, Gay and Welsch, An
+        adaptive nonlinear least-squares algorithm (1981), section 4, doi:10.1145/355958.355965, on the choice between
+        the models, here with exact second derivatives; Nocedal and Wright, Numerical
+        Optimization, 2nd ed. (2006), section 10.3 and (4.16) for the dogleg.
+    """
+    _checks.check_choice("levenberg_marquardt", "subproblem", subproblem, LeastSquaresSubproblem)
+    if initial_radius is not None:
+        _checks.check_positive("levenberg_marquardt", "initial_radius", initial_radius)
+    return _build(subproblem, initial_radius)
+
+
+@functools.lru_cache(maxsize=64)  # so that equal settings find the compiled solve again
+def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | None) -> ResidualMethod:
+    def init(x: Vector, params: Tree) -> LevenbergMarquardtState:
+        zero = jnp.asarray(0, jnp.int32)
+        return LevenbergMarquardtState(
+            radius=jnp.asarray(0 if initial_radius is None else initial_radius, x.dtype),
+            scale=jnp.zeros_like(x),
+            second_order=jnp.asarray(False),
+            num_trials=zero,
+            num_inner_steps=zero,
+            grad_norm=jnp.asarray(0, x.dtype),
+            status=jnp.asarray(Status.RUNNING, jnp.int32),
+            stored=unevaluated(x, params),
+        )
+
+    def step(state: LevenbergMarquardtState, linear: Linearized) -> tuple[Vector, LevenbergMarquardtState]:
+        largest = jnp.maximum(state.scale, jnp.where(jnp.isfinite(linear.columns), linear.columns, 0))
+        scale = where_positive(largest)
+        local = scaled_local(linear, scale)
+        size = norm(local.grad)
+        first = first_norm(state.grad_norm, size)
+        radius = jnp.where(state.radius > 0, state.radius, _first_radius(linear, scale))
+        if subproblem == "cg":
+            solver = steihaug(local, inner_solve(local, size, first, None), radius)
+        else:
+            solver = _factored(linear, local, scale, subproblem, state.second_order)
+        last = search_radius(local, solver, radius)
+        accepted = last.ratio >= ACCEPT
+        return jnp.where(accepted, last.step / scale, 0), state._replace(
+            radius=jnp.where(accepted, _next_radius(last), _POOR * radius),
+            scale=largest,
+            second_order=_second_is_better(linear, local, scale, last, state.second_order)
+            if subproblem == "exact"
+            else state.second_order,
+            num_trials=last.count,
+            num_inner_steps=last.inner_steps,
+            grad_norm=first,
+            status=trial_status(accepted, last.value, last.predicted),
+        )
+
+    return residual_method("levenberg_marquardt", init, step, dense=subproblem != "cg")
+
+
+def _first_radius(linear: Linearized, scale: Vector) -> Scalar:
+    start = norm(scale * linear.x)
+    return _FIRST_RADIUS * jnp.where(start > 0, start, norm(linear.residual))
+
+
+def _next_radius(last: Trial) -> Scalar:
+    """Twice the length of a good step, as Moré (1978) and MINPACK have it, and never left far beyond the steps."""
+    length = norm(last.step)
+    follow = (last.ratio >= _GOOD) | ~last.on_boundary
+    return jnp.where(last.ratio < _POOR, _POOR * length, jnp.where(follow, 2 * length, last.radius))
+
+
+def _second_is_better(
+    linear: Linearized, local: Local, scale: Vector, last: Trial, before: Bool[Array, ""]
+) -> Bool[Array, ""]:
+    """Which model foresaw the change of the value better; a change within rounding changes no opinion."""
+    if linear.second is None:
+        return before
+    step = last.step / scale
+    slope = jnp.vdot(local.grad, last.step, precision="highest")
+    change = last.value - local.value
+    by_first = slope + norm(linear.push(step)) ** 2 / 2
+    by_second = slope + linear.second.along(step) / 2
+    telling = (jnp.abs(change) > local.noise) & jnp.isfinite(by_second)
+    return jnp.where(telling, jnp.abs(change - by_second) < jnp.abs(change - by_first), before)
+
+
+def _factored(
+    linear: Linearized, local: Local, scale: Vector, subproblem: str, second_order: Bool[Array, ""]
+) -> Solver:
+    """The subproblem in the singular vectors of the scaled Jacobian: each radius takes O(n^2)."""
+    assert linear.factors is not None
+    factors, second = linear.factors, linear.second
+
+    def by_jacobian() -> tuple[QuadraticModel, Scalar]:
+        return region_model(factors, scale)
+
+    def by_hessian() -> tuple[QuadraticModel, Scalar]:
+        assert second is not None
+        matrix = second.matrix() / scale[:, None] / scale[None]
+        return factor_model(matrix, local.grad), jnp.ones_like(local.value)
+
+    if subproblem == "exact" and second is not None:
+        model, peak = jax.lax.cond(second_order, by_hessian, by_jacobian)
+    else:
+        model, peak = by_jacobian()
+    solve = _dogleg if subproblem == "dogleg" else solve_region
+    none = jnp.asarray(0, jnp.int32)
+
+    def solver(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
+        region = solve(model, radius)
+        return region._replace(predicted=peak * (peak * region.predicted)), none
+
+    return Solver(none, solver)
+
+
+def _dogleg(model: QuadraticModel, radius: Scalar) -> RegionStep:
+    """The point at the radius on the path from zero by the Cauchy point to the Gauss-Newton point: N&W (4.16)."""
+    share = model.gradient / radius  # steps are measured in radii: their squares cannot overflow
+    curved = model.eigenvalues > 0
+    newton = -jnp.where(curved, share / jnp.where(curved, model.eigenvalues, 1), 0)
+    slope, bend = jnp.sum(share**2), jnp.sum(model.eigenvalues * share**2)
+    cauchy = -jnp.where(bend > 0, slope / jnp.where(bend > 0, bend, 1), 0) * share
+    inside = norm(newton) <= 1
+    beyond = norm(cauchy) >= 1
+    leg = newton - cauchy
+    along, square = jnp.sum(cauchy * leg), jnp.sum(leg**2)
+    gap = 1 - jnp.sum(cauchy**2)
+    t = gap / (along + jnp.sqrt(jnp.maximum(along**2 + square * gap, 0)))  # of norm(cauchy + t leg) = 1
+    unit = cauchy / where_positive(norm(cauchy))
+    coordinates = radius * jnp.where(inside, newton, jnp.where(beyond, unit, cauchy + t * leg))
+    predicted = -jnp.sum(coordinates * (model.gradient + model.eigenvalues * coordinates / 2))
+    return RegionStep(jnp.matmul(model.vectors, coordinates, precision="highest"), predicted, ~inside)

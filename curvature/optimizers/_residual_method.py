@@ -1,0 +1,73 @@
+"""The optax protocol of methods that work on residuals, and the variables that they scale."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvature import _checks
+from curvature._types import Tree, ravel
+from curvature.linalg._dense import Matrix
+from curvature.optimizers._protocol import Local, Vector, WithStatus, bind_extras
+from curvature.optimizers._residuals import Linearized, linearize_residuals
+
+
+class ResidualMethod(WithStatus):
+    """An optax transformation whose ``update`` takes ``residual_fn=``, or what is known of it as ``linearized=``."""
+
+
+class DenseResidualMethod(ResidualMethod):
+    """One that forms the Jacobian."""
+
+
+def residual_method(
+    name: str,
+    init: Callable[[Vector, Tree], Any],
+    step: Callable[[Any, Linearized], tuple[Vector, Any]],
+    *,
+    dense: bool,
+) -> ResidualMethod:
+    """A transformation from ``init(x, params) -> state`` and ``step(state, linearized) -> (step, state)``."""
+
+    def init_fn(params: Tree) -> Any:
+        params = _checks.check_point(name, "params", params)
+        return init(ravel(params)[0], params)
+
+    def update_fn(
+        updates: Tree,
+        state: Any,
+        params: Tree | None = None,
+        *,
+        residual_fn: Callable[..., Any] | None = None,
+        linearized: Linearized | None = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, Any]:
+        params = _checks.check_point(name, "params", _checks.require_residuals(name, "params", params))
+        if linearized is None:
+            residual_fn = bind_extras(_checks.require_residuals(name, "residual_fn", residual_fn), extra_args)
+            linearized = linearize_residuals(name, residual_fn, params, loss="linear", scale=jnp.ones(()), dense=dense)
+        vector, state = step(state, linearized)
+        return ravel(params)[1](vector), state
+
+    return (DenseResidualMethod if dense else ResidualMethod)(init_fn, update_fn)
+
+
+def scaled_local(linear: Linearized, scale: Vector) -> Local:
+    """The sum of squares in the variables ``scale * x``, with the Gauss-Newton matrix for its Hessian."""
+
+    def product(v: Vector) -> Vector:
+        return linear.pull(linear.push(v / scale)) / scale
+
+    def matrix() -> Matrix:
+        return jax.vmap(product)(jnp.eye(scale.size, dtype=scale.dtype))
+
+    return Local(
+        x=scale * linear.x,
+        value=linear.value,
+        noise=linear.noise,
+        grad=linear.grad / scale,
+        hvp=product,
+        hessian=matrix,
+        value_after=lambda step: linear.value_after(step / scale),
+    )

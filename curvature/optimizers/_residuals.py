@@ -1,0 +1,241 @@
+"""Residuals around a point: linearized once, weighted by a robust loss, and factored where that is small."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from curvature import _checks
+from curvature._types import Tree, ravel
+from curvature.linalg._dense import QuadraticModel, norm, rounding_level
+from curvature.operators._base import matrix_of_products
+from curvature.operators._jacobian_operators import push_and_pull
+from curvature.optimizers._protocol import noise_of
+from curvature.optimizers._robust import half_sum, weigh
+from curvature.transforms import linearize_grad
+from curvature.transforms._blocks import select
+from curvature.transforms._jacobian import map_basis
+from curvature.transforms._modes import Program, choose_jacobian, num_entries, trace
+
+Vector = Float[Array, " n"]
+Matrix = Float[Array, "m n"]
+Scalar = Float[Array, ""]
+Product = Callable[[Array], Array]
+
+_PROBES = 8  # random rows by which the norms of columns are estimated where no column is formed
+
+
+class Factors(NamedTuple):
+    """``J = U diag(values) V' diag(columns)``, columns of norm one inside; what is lost in rounding is zero."""
+
+    columns: Vector
+    values: Float[Array, " k"]
+    vectors: Float[Array, "n k"]
+    coordinates: Float[Array, " k"]  # U' r
+
+    def inverse_root(self) -> Float[Array, "n k"]:
+        """A matrix ``B`` with ``B B' = (J'J)^-1``; infinite in the rows of variables that ``J`` does not determine."""
+        kept = (self.values > 0)[None]
+        found = jnp.sum(jnp.where(kept, self.vectors, 0) ** 2, axis=1)  # 1 for a variable seen in full
+        seen = (self.columns > 0) & (found > 1 - jnp.finfo(found.dtype).eps ** 0.5)
+        scaled = jnp.where(kept, self.vectors / jnp.where(kept, self.values[None], 1), 0)
+        return jnp.where(seen[:, None], scaled / where_positive(self.columns)[:, None], jnp.inf)
+
+
+class Second(NamedTuple):
+    """The Hessian ``J'J + sum_i r_i H_i`` of the value, and ``v' H v`` without it."""
+
+    matrix: Callable[[], Float[Array, "n n"]]
+    along: Callable[[Vector], Scalar]
+
+
+class Linearized(NamedTuple):
+    """Residuals around a point, in flat vectors of at least single precision, their rows weighted by the loss.
+
+    ``factors`` has the Jacobian where it is formed, and ``second`` the second derivatives of the value where also these
+    can be; ``push`` and ``pull`` are products with the Jacobian.
+    """
+
+    x: Vector
+    out: Tree  # the residuals as they come
+    value: Scalar
+    noise: Scalar  # the change of the value that rounding alone can make
+    residual: Float[Array, " m"]  # J' residual is the gradient
+    grad: Vector
+    columns: Vector  # the norms of the columns of J, estimated where J is not formed; those of zero columns are zero
+    factors: Factors | None
+    second: "Second | None"
+    push: Product
+    pull: Product
+    value_after: Callable[[Vector], Scalar]
+
+
+def trace_residuals(function: str, residual_fn: Callable[[Tree], Any], x: Tree) -> Program:
+    """The residuals traced at ``x``, once they are known to be arrays of floats."""
+    program = trace(lambda x: (residual_fn(x), None), x)
+    _checks.check_residuals(function, program.out)
+    return program
+
+
+def linearize_residuals(
+    function: str, residual_fn: Callable[[Tree], Any], x: Tree, *, loss: str, scale: Scalar, dense: bool
+) -> Linearized:
+    """One evaluation of the residuals, and their derivative: a factored matrix, or products with it."""
+    program = trace_residuals(function, residual_fn, x)
+    point, unravel = ravel(x)
+    out, push, pull, matrix = (_dense_map if dense else _linear_map)(function, program)
+    scale = jnp.asarray(scale, point.dtype)
+    value, weights, residual = weigh(flat(out, point.dtype), loss, scale)
+    factors = None if matrix is None else factor(weights[:, None] * matrix, residual)
+    columns = _estimated_columns(pull, weights) if factors is None else factors.columns
+
+    def value_at(x: Vector) -> Scalar:
+        return half_sum(flat(program.fun(unravel(x))[0], point.dtype), loss, scale)
+
+    return Linearized(
+        x=point,
+        out=out,
+        value=value,
+        noise=noise_of(value) + jnp.sqrt(2 * value) * rounding_of(columns, point),
+        residual=residual,
+        grad=pull(weights * residual),
+        columns=columns,
+        factors=factors,
+        second=_second(program, value_at, point) if dense and residual.size >= point.size else None,
+        push=lambda v: weights * push(v),
+        pull=lambda w: pull(weights * w),
+        value_after=lambda step: value_at(point + step),
+    )
+
+
+def _second(program: Program, value_at: Callable[[Vector], Scalar], point: Vector) -> Second | None:
+    """Second derivatives, where forward mode can be applied twice; the matrix by the cheapest composition."""
+    if program.jaxpr is None or program.composition_blocker("fwd_over_fwd") is not None:
+        return None
+
+    def matrix() -> Float[Array, "n n"]:
+        product = linearize_grad(value_at, point)[2]
+        rows = jax.vmap(product)(jnp.eye(point.size, dtype=point.dtype))
+        return (rows + rows.T) / 2
+
+    def along(v: Vector) -> Scalar:
+        def slope(x: Vector) -> Scalar:
+            return jax.jvp(value_at, (x,), (v,))[1]
+
+        return jax.jvp(slope, (point,), (v,))[1]
+
+    return Second(matrix, along)
+
+
+def flat(tree: Tree, dtype: Any) -> Array:
+    """All entries as one vector."""
+    return ravel(tree)[0].astype(dtype)
+
+
+def rounding_of(columns: Vector, x: Vector) -> Scalar:
+    """How far rounding of ``x`` can move the residuals: ``eps sum_k norm(J_k) abs(x_k)``."""
+    return jnp.finfo(x.dtype).eps * jnp.sum(columns * jnp.abs(x))
+
+
+def _dense_map(function: str, program: Program) -> tuple[Tree, Product, Product, Matrix]:
+    """The residuals, products with their Jacobian, and it, by forward or reverse mode."""
+    dtype = ravel(program.x)[0].dtype
+
+    def fun(x: Tree) -> Tree:
+        return program.fun(x)[0]
+
+    if choose_jacobian(function, program, "auto") == "fwd":
+        out, push = jax.linearize(fun, program.x)
+        matrix = matrix_of_products(map_basis(push, program.x, "auto"), num_entries(program.x)).T
+    else:
+        out, pull = jax.vjp(fun, program.x)
+        matrix = matrix_of_products(map_basis(lambda w: pull(w)[0], out, "auto"), num_entries(out))
+    matrix = matrix.astype(dtype)
+    return out, lambda v: _matmul(matrix, v), lambda w: _matmul(matrix.T, w), matrix
+
+
+def _linear_map(function: str, program: Program) -> tuple[Tree, Product, Product, None]:
+    """The residuals and products with their Jacobian, which is never formed."""
+    out, push, pull = push_and_pull(function, "residuals", program, select("", "", program.x, ""))
+    point, unravel = ravel(program.x)
+    residual, restore = ravel(out)
+
+    def push_flat(v: Array) -> Array:
+        return flat(push(unravel(v)), point.dtype)
+
+    def pull_flat(w: Array) -> Array:
+        return flat(pull(restore(w.astype(residual.dtype))), point.dtype)
+
+    return out, push_flat, pull_flat, None
+
+
+def _estimated_columns(pull: Product, weights: Array) -> Vector:
+    """The norms of the columns of ``J`` from ``E (J'z)_j^2 = norm(J_j)^2`` over a few vectors of random signs.
+
+    They scale the variables and decide nothing, so that a fixed key will do.
+    """
+    signs = jax.random.rademacher(jax.random.key(0), (_PROBES, weights.size), weights.dtype)
+    samples = jax.vmap(lambda z: pull(weights * z))(signs)
+    return _column_norms(samples) / _PROBES**0.5
+
+
+def _column_norms(matrix: Matrix) -> Vector:
+    """The Euclidean norms of the columns, safe from overflow and underflow of the squares."""
+    exponents = jnp.frexp(jnp.max(jnp.abs(matrix), axis=0))[1]
+    return jnp.ldexp(jnp.linalg.norm(jnp.ldexp(matrix, -exponents[None]), axis=0), exponents)
+
+
+def factor(matrix: Matrix, residual: Array) -> Factors:
+    """The singular value decomposition of ``J`` with its columns brought to norm one; ``J'J`` is never formed.
+
+    Singular values below ``max(m, n)`` roundings of the largest are zero, and so is what the residuals have there.
+
+    Cost: about 6 m n^2 + 20 n^3 FLOPs for m >= n.
+    """
+    columns = _column_norms(matrix)
+    left, values, right = jnp.linalg.svd(matrix / where_positive(columns)[None], full_matrices=False)
+    kept = values > max(matrix.shape) * jnp.finfo(matrix.dtype).eps * values[0]
+    coordinates = jnp.where(kept, _matmul(left.T, residual), 0)
+    return Factors(columns, jnp.where(kept, values, 0), right.T, coordinates)
+
+
+def where_positive(norms: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Norms as divisors: 1 for those that are zero, along which nothing moves."""
+    return jnp.where(norms > 0, norms, 1)
+
+
+def region_model(factors: Factors, scale: Vector) -> tuple[QuadraticModel, Scalar]:
+    """``norm(J q / scale + r)^2 / 2`` in the scaled variables ``q``, divided by the square of a peak, and the peak.
+
+    Directions that ``factor`` has dropped have neither curvature nor slope, so no step goes along them.
+
+    Cost: about 20 n^3 FLOPs.
+    """
+    rows = factors.values[:, None] * factors.vectors.T * (factors.columns / scale)[None]
+    left, values, right = jnp.linalg.svd(rows, full_matrices=False)
+    coordinates = _matmul(left.T, factors.coordinates)
+    noise = (values <= rounding_level(values)) & (jnp.abs(coordinates) <= rounding_level(coordinates))
+    values, coordinates = jnp.where(noise, 0, values), jnp.where(noise, 0, coordinates)
+    peak = where_positive(values[0])
+    values, coordinates = values[::-1] / peak, coordinates[::-1] / peak
+    return QuadraticModel(values**2, right[::-1].T, values * coordinates), peak
+
+
+def offset(local: Linearized) -> Scalar:
+    """``norm(P r)``: how much of the residuals the linear model can still remove.
+
+    ``P`` projects on the range of ``J``; where that is not formed, on the image of the scaled gradient, which is the
+    first direction of conjugate gradients.
+    """
+    if local.factors is not None:
+        return norm(local.factors.coordinates)
+    scale = where_positive(local.columns)
+    gradient = local.grad / scale
+    image = norm(local.push(gradient / scale))
+    return norm(gradient) * (norm(gradient) / where_positive(image))
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision="highest")

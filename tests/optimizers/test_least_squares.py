@@ -1,0 +1,241 @@
+"""least_squares, curve_fit and their methods: published minima, covariances, true statuses, any scale and any shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+
+import curvature
+from benchmarks.mgh import PROBLEMS
+from curvature import Status
+from tests.oracles import assert_close
+
+CHOSEN = ["freudenstein-roth", "meyer", "powell singular", "brown-dennis"]
+METHODS = ["levenberg-marquardt", "dogleg", "gauss-newton"]
+T = np.linspace(0.0, 3.0, 12)
+Y = 2.5 * np.exp(-1.3 * T) + 0.4 + 0.02 * np.sin(17.0 * T)
+MATRIX = np.random.default_rng(0).normal(size=(9, 4)) * np.array([1.0, 1e-6, 1e5, 1.0])
+TARGET = np.random.default_rng(1).normal(size=9)
+
+
+def decay(x, t, y):
+    return x[0] * jnp.exp(-x[1] * t) + x[2] - y
+
+
+def linear(x, matrix, target):
+    return matrix @ x - target
+
+
+def rosenbrock(x):
+    return jnp.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.name in CHOSEN], ids=lambda p: p.name)
+def test_published_minima(problem):
+    fit = curvature.least_squares(problem.residuals, jnp.asarray(problem.start))
+    assert fit.success
+    best = min(problem.minima, key=lambda value: abs(value - 2 * float(fit.value)))
+    np.testing.assert_allclose(2 * fit.value, best, rtol=1e-8, atol=1e-16)
+    assert_close(fit.residuals, problem.residuals(fit.x), roundings=1e5)  # of the data, which they are differences of
+    assert_close(fit.value, jnp.sum(fit.residuals**2) / 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_linear_problems_take_a_step_and_have_their_closed_form(method):
+    fit = curvature.least_squares(linear, jnp.zeros(4), (MATRIX, TARGET), method=method)
+    assert fit.success
+    assert fit.num_steps == 1
+    scale = np.linalg.norm(MATRIX, axis=0)  # the closed form needs scaled columns: their squares differ by 1e22
+    inverse = np.linalg.inv((MATRIX / scale).T @ (MATRIX / scale))
+    solution = np.linalg.lstsq(MATRIX / scale, TARGET)[0]
+    assert_close(fit.x * scale, solution, roundings=1e3)
+    variance = np.sum((MATRIX / scale @ solution - TARGET) ** 2) / (9 - 4)
+    assert_close(fit.covariance() * np.outer(scale, scale), variance * inverse, roundings=1e4)
+    assert_close(fit.standard_errors() * scale, np.sqrt(variance * np.diag(inverse)), roundings=1e4)
+
+
+def test_covariance_of_nonlinear_fits_is_that_of_scipy():
+    params, covariance = curvature.curve_fit(
+        lambda p, t: p["a"] * jnp.exp(-p["rate"] * t) + p["shift"], T, Y, {"a": 1.0, "rate": 1.0, "shift": 0.0}
+    )
+    theirs = scipy.optimize.curve_fit(
+        lambda t, a, rate, shift: a * np.exp(-rate * t) + shift, T, Y, (1.0, 1.0, 0.0), ftol=1e-14, xtol=1e-14
+    )
+    np.testing.assert_allclose([params["a"], params["rate"], params["shift"]], theirs[0], rtol=1e-7)
+    np.testing.assert_allclose(covariance, theirs[1], rtol=1e-5)
+
+
+def test_a_fit_without_success_has_no_covariance():
+    _, covariance = curvature.curve_fit(
+        lambda p, t: p[0] * jnp.exp(-p[1] * t) + p[2], T, Y, jnp.array([1.0, 50.0, 0.0]), max_steps=1
+    )
+    assert jnp.all(jnp.isnan(covariance))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "soft_l1",
+        "huber",
+        pytest.param("cauchy", marks=pytest.mark.slow),
+        pytest.param("arctan", marks=pytest.mark.slow),
+    ],
+)
+def test_robust_losses_are_those_of_scipy(loss):
+    outliers = Y + np.where(np.arange(12) % 5 == 2, 2.0, 0.0)
+    start = np.array([2.0, 1.0, 0.2])
+    fit = curvature.least_squares(decay, start, (T, outliers), loss=loss, f_scale=0.1)
+    theirs = scipy.optimize.least_squares(
+        lambda x: x[0] * np.exp(-x[1] * T) + x[2] - outliers, start, loss=loss, f_scale=0.1, ftol=1e-14, xtol=1e-12
+    )
+    assert fit.success
+    np.testing.assert_allclose(fit.value, theirs.cost, rtol=1e-8)
+    np.testing.assert_allclose(fit.x, theirs.x, rtol=1e-5)
+
+    def half_sum(x):
+        return curvature.least_squares(decay, x, (T, outliers), loss=loss, f_scale=0.1, max_steps=0).value
+
+    step = 1e-6 * np.array([1.0, -1.0, 1.0])
+    at_start = curvature.least_squares(decay, start, (T, outliers), loss=loss, f_scale=0.1, max_steps=0)
+    slope = (half_sum(start + step) - half_sum(start - step)) / 2
+    np.testing.assert_allclose(at_start.grad @ step, slope, rtol=1e-6)
+
+
+def test_units_change_nothing():
+    def scaled(x, units, unit):
+        return unit * rosenbrock(x * units)
+
+    start = np.array([-1.2, 1.0])
+    plain = curvature.least_squares(scaled, start, (np.ones(2), 1.0))
+    for units, unit in ((np.array([2.0**40, 2.0**-30]), 1.0), (np.ones(2), 2.0**-60), (np.ones(2), 2.0**60)):
+        other = curvature.least_squares(scaled, start / units, (units, unit))
+        assert other.success
+        assert other.num_steps == plain.num_steps
+        assert_close(other.x * units, plain.x, roundings=1e4)
+
+
+def test_many_starts_each_report_their_own_status():
+    starts = np.random.default_rng(0).uniform(-3, 3, size=(50, 2))
+    starts[7] = np.nan
+    starts[11] = 1.0
+    fits = jax.jit(jax.vmap(lambda x: curvature.least_squares(rosenbrock, x, max_steps=60)))(starts)
+    assert fits.status[7] == Status.NONFINITE_START
+    assert fits.num_steps[11] == 0
+    others = np.arange(50) != 7
+    assert jnp.all(fits.success[others])
+    np.testing.assert_allclose(fits.x[others], 1.0, rtol=1e-7)
+    assert fits.covariance().shape == (50, 2, 2)
+    assert fits.standard_errors().shape == (50, 2)
+
+
+def test_success_is_never_claimed_without_the_test():
+    def status(residuals, x0, **options):
+        fit = curvature.least_squares(residuals, jnp.asarray(x0), **options)
+        assert jnp.all(jnp.isfinite(fit.x))
+        return Status(int(fit.status))
+
+    decreasing = lambda x: jnp.exp(-x)  # the least sum is at infinity
+    assert status(decreasing, [0.0], max_steps=20) == Status.MAX_STEPS
+    assert status(decreasing, [-1e5]) == Status.NONFINITE_START
+    assert status(lambda x: 1 + 0 * x, [1.0, 2.0]) == Status.CONVERGED
+    # the Jacobian says down where the residuals go up
+    wrong = jax.custom_jvp(lambda x: jnp.exp(x))
+    wrong.defjvp(lambda primals, tangents: (jnp.exp(primals[0]), -jnp.exp(primals[0]) * tangents[0]))
+    assert status(lambda x: wrong(x), [0.5]) == Status.STALLED
+
+
+def test_undetermined_variables_are_left_and_have_infinite_variance():
+    def residuals(x):  # x[2] and the difference of x[0] and x[1] do not show
+        return jnp.stack([x[0] + x[1] - 3, 2 * (x[0] + x[1]) - 6.5, x[3] - 1, x[3] - 1.5, x[3] + x[0] + x[1]])
+
+    fit = curvature.least_squares(residuals, jnp.array([1.0, 5.0, 7.0, 0.0]))
+    assert fit.success
+    assert_close(fit.x[:3], jnp.array([1.0, 5.0, 7.0]) + (fit.x[0] - 1) * jnp.array([1.0, 1.0, 0.0]))
+    covariance = fit.covariance()
+    assert jnp.all(jnp.isinf(covariance[:3]))
+    assert jnp.isfinite(covariance[3, 3])
+
+
+def test_fewer_residuals_than_variables():
+    fit = curvature.least_squares(lambda x: jnp.stack([jnp.sum(x**2) - 1, x[0] - x[1]]), jnp.array([1.0, 2.0, 3.0]))
+    assert fit.success
+    assert fit.value < 1e-20
+    assert jnp.all(jnp.isinf(fit.covariance()))
+
+
+def test_single_precision_and_trees():
+    def residuals(x, t, y):
+        return {"fit": x["a"] * jnp.exp(-x["b"][0] * t) + x["b"][1] - y, "prior": 0.01 * x["a"]}
+
+    x0 = {"a": jnp.float32(2.0), "b": jnp.array([1.0, 0.0], jnp.float32)}
+    fit = curvature.least_squares(residuals, x0, (T.astype(np.float32), Y.astype(np.float32)))
+    assert fit.success
+    assert jax.tree.structure(fit.x) == jax.tree.structure(fit.grad) == jax.tree.structure(fit.standard_errors())
+    assert fit.x["b"].dtype == fit.value.dtype == jnp.float32
+    np.testing.assert_allclose(fit.x["b"], [1.3, 0.4], atol=0.1)
+    assert fit.residuals["fit"].shape == (12,)
+
+
+@pytest.mark.parametrize("method", [curvature.levenberg_marquardt("cg"), curvature.gauss_newton("cg")])
+def test_without_the_jacobian(method):
+    fit = curvature.least_squares(decay, jnp.array([2.0, 1.0, 0.2]), (T, Y), method=method, rtol=1e-6)
+    dense = curvature.least_squares(decay, jnp.array([2.0, 1.0, 0.2]), (T, Y))
+    assert fit.success
+    np.testing.assert_allclose(fit.x, dense.x, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"covariance\(\) needs the Jacobian"):
+        fit.covariance()
+
+
+def test_large_problems_never_form_it():
+    n = 20_000
+
+    def chain(x):
+        return jnp.concatenate([10 * (x[1:] - x[:-1] ** 2), 1 - x[:-1]])
+
+    solve = jax.jit(lambda x: curvature.least_squares(chain, x))
+    compiled = solve.lower(jnp.full(n, 0.5)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 200 * n * 8
+    fit = compiled(jnp.full(n, 0.5))
+    assert fit.success
+    np.testing.assert_allclose(fit.x, 1.0, atol=1e-6)
+
+
+def test_the_same_function_and_shapes_are_traced_once():
+    traces = []
+
+    def traced(x, target):
+        traces.append(1)
+        return rosenbrock(x) - target
+
+    curvature.least_squares(traced, jnp.array([-1.2, 1.0]), (jnp.zeros(2),))
+    count = len(traces)
+    curvature.least_squares(traced, np.array([0.5, 1.0]), (jnp.ones(2),), gtol=1e-3, max_steps=7, f_scale=2.0)
+    assert len(traces) == count
+
+
+@pytest.mark.parametrize("solver", [curvature.levenberg_marquardt(), curvature.gauss_newton()], ids=["lm", "gn"])
+def test_step_by_step_as_optax_does(solver):
+    def residuals(params, data):
+        return params["w"] ** 2 + params["b"] - data
+
+    params = {"w": jnp.array([1.0, 2.0, 0.5]), "b": jnp.asarray(0.1)}
+    data = jnp.array([4.0, 1.0, 2.0])
+    loss = lambda params: jnp.sum(residuals(params, data) ** 2) / 2
+    chained = optax.chain(solver, optax.scale(1.0))
+    state = chained.init(params)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+    for _ in range(12):
+        value, grad = jax.value_and_grad(loss)(params)
+        updates, state = chained.update(
+            grad, state, params, value=value, grad=grad, value_fn=loss, residual_fn=residuals, data=data, unrelated=7
+        )
+        params = optax.apply_updates(params, updates)
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+    assert loss(params) < 1e-20
+
+
+def test_the_same_settings_are_the_same_object():
+    assert curvature.levenberg_marquardt("dogleg") is curvature.levenberg_marquardt("dogleg")
+    assert curvature.gauss_newton() is curvature.gauss_newton()
