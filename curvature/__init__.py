@@ -35,7 +35,17 @@ from curvature.operators import (
     as_scipy,
     damping,
 )
-from curvature.optimizers import MinimizeStep, NewtonState, TrustRegionState, minimize, newton, trust_region
+from curvature.optimizers import (
+    LBFGSBState,
+    MinimizeStep,
+    NewtonState,
+    TrustRegionState,
+    lbfgsb,
+    minimize,
+    newton,
+    projected_newton,
+    trust_region,
+)
 from curvature.transforms import (
     GradMoments,
     MatrixView,
@@ -73,6 +83,7 @@ __all__ = [
     "HessianOperator",
     "JacobianOperator",
     "KroneckerOperator",
+    "LBFGSBState",
     "LinearOperator",
     "MatrixOperator",
     "MatrixView",
@@ -107,6 +118,7 @@ __all__ = [
     "jacobian",
     "lanczos",
     "laplacian",
+    "lbfgsb",
     "linearize_grad",
     "logdet",
     "matrix_view",
@@ -119,6 +131,7 @@ __all__ = [
     "per_example_grad_moments",
     "per_example_grad_norm",
     "per_example_hessian",
+    "projected_newton",
     "solve",
     "sparse_hessian",
     "sparse_jacobian",

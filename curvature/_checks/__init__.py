@@ -5,6 +5,12 @@ tracing, before any computation.
 """
 
 from curvature._checks._batches import UNMAPPED, check_batch, check_lanes, check_prefix, is_none
+from curvature._checks._bounds import (
+    check_bound,
+    check_bounded_method,
+    check_order_of_bounds,
+    check_pair_of_bounds,
+)
 from curvature._checks._functions import (
     check_aux_output,
     check_callable,
@@ -72,6 +78,8 @@ __all__ = [
     "check_aux_output",
     "check_batch",
     "check_blocks",
+    "check_bound",
+    "check_bounded_method",
     "check_callable",
     "check_choice",
     "check_chunk_size",
@@ -98,7 +106,9 @@ __all__ = [
     "check_nonnegative",
     "check_one_source",
     "check_order",
+    "check_order_of_bounds",
     "check_output_size",
+    "check_pair_of_bounds",
     "check_outputs_of_examples",
     "check_path",
     "check_path_pair",

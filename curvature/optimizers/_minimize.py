@@ -13,7 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from curvature import _checks
 from curvature._types import MinimizeResult, Objective, Status, Tree, ravel
+from curvature.optimizers._bounds import Box, box_of, project, projected_gradient_norm
+from curvature.optimizers._lbfgsb import lbfgsb
 from curvature.optimizers._newton import newton
+from curvature.optimizers._projected_newton import projected_newton
 from curvature.optimizers._protocol import (
     DenseSecondOrder,
     FirstOrder,
@@ -34,6 +37,12 @@ _METHODS: dict[str, Callable[[], SecondOrder]] = {
     "newton": newton,
     "trust-region": lambda: trust_region("cg"),
     "trust-exact": lambda: trust_region("exact"),
+}
+# With bounds: functions of a lower and an upper one.
+_BOUNDED_METHODS: dict[str, Callable[[Tree, Tree], WithStatus]] = {
+    "trust-region": projected_newton,
+    "trust-exact": functools.partial(projected_newton, subproblem="exact"),
+    "l-bfgs": lbfgsb,
 }
 _DENSE_ENTRIES = 100  # up to here "auto" forms the Hessian
 _PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond rounding, before a method has stalled
@@ -83,6 +92,7 @@ def minimize(
     rtol: ArrayLike = 0.0,
     max_steps: ArrayLike = 1000,
     hessian: Callable[..., Tree] | None = None,
+    bounds: tuple[Tree, Tree] | None = None,
     callback: Callable[[MinimizeStep], None] | None = None,
 ) -> MinimizeResult:
     """Minimize ``fun(x, *args)`` from ``x0`` in one compiled loop.
@@ -141,11 +151,16 @@ def minimize(
     for name, function in {"hessian": hessian, "callback": callback}.items():
         if function is not None:
             _checks.check_callable("minimize", name, function)
-    transformation = _resolve(method, x0, hessian is not None)
+    if bounds is None:
+        transformation, box = _resolve(method, x0, hessian is not None), None
+    else:
+        transformation = _resolve_bounded(method, x0, hessian is not None)
+        box = box_of("minimize", *_checks.check_pair_of_bounds("minimize", bounds), "x0", x0)
+        x0 = project(box, x0)
     dtype = ravel(x0)[0].dtype
     x0 = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), x0)  # drops weak types
     limits = _Limits(jnp.asarray(gtol, dtype), jnp.asarray(rtol, dtype), jnp.asarray(max_steps, jnp.int32))
-    return _compiled(fun)(x0, args, limits, transformation=transformation, hessian=hessian, callback=callback)
+    return _compiled(fun)(x0, args, limits, box, transformation=transformation, hessian=hessian, callback=callback)
 
 
 class _Limits(NamedTuple):
@@ -171,6 +186,15 @@ def _resolve(method: Method, x0: Tree, has_hessian: bool) -> optax.GradientTrans
     if has_hessian:
         _checks.check_hessian_used("minimize", method, isinstance(transformation, DenseSecondOrder))
     return transformation
+
+
+def _resolve_bounded(method: Method, x0: Tree, has_hessian: bool) -> Callable[[Tree, Tree], WithStatus]:
+    _checks.check_bounded_method("minimize", method, ("auto", *_BOUNDED_METHODS))
+    if method == "auto":
+        method = "trust-exact" if has_hessian or num_entries(x0) <= _DENSE_ENTRIES else "trust-region"
+    if has_hessian:
+        _checks.check_hessian_used("minimize", method, method == "trust-exact")
+    return _BOUNDED_METHODS[str(method)]
 
 
 # A cache and nothing else: it is never read but for the very function that put its program there.
@@ -201,12 +225,15 @@ def _run(
     x0: Tree,
     args: tuple[Any, ...],
     limits: _Limits,
+    box: Box | None,
     *,
-    transformation: optax.GradientTransformation,
+    transformation: optax.GradientTransformation | Callable[[Tree, Tree], WithStatus],
     hessian: Callable[..., Tree] | None,
     callback: Callable[[MinimizeStep], None] | None,
 ) -> MinimizeResult:
     """The loop itself; data and limits are operands, so that new ones find the program they need."""
+    if box is not None:
+        transformation = transformation(*box)
     has_status = isinstance(transformation, WithStatus)
     update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
 
@@ -215,6 +242,9 @@ def _run(
 
     def advance(loop: _Loop) -> _Loop:
         point, extras = _evaluate(fun, args, hessian, loop, transformation)
+        if box is not None:
+            grad_norm = projected_gradient_norm(box, point.x, point.grad)
+            point = point._replace(grad_norm=grad_norm.astype(point.grad_norm.dtype))
         if callback is not None:
             jax.debug.callback(callback, MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state))
         loop = _judge(loop, point, limits, has_status)
