@@ -44,6 +44,7 @@ from curvature.optimizers import (
     minimize,
     newton,
     projected_newton,
+    scipy_minimize,
     trust_region,
 )
 from curvature.transforms import (
@@ -132,6 +133,7 @@ __all__ = [
     "per_example_grad_norm",
     "per_example_hessian",
     "projected_newton",
+    "scipy_minimize",
     "solve",
     "sparse_hessian",
     "sparse_jacobian",

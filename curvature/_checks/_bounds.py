@@ -12,8 +12,8 @@ from curvature._checks._words import describe, is_array_like
 from curvature._types import Tree
 
 _PAIR = (
-    "a pair (lower, upper) of trees like x0, of numbers, or None; of SciPy's list of pairs it is "
-    "tuple(np.array(pairs, float).T), of its Bounds (bounds.lb, bounds.ub)"
+    "a pair (lower, upper) of trees like x0, of numbers, or None; SciPy's Bounds are (bounds.lb, bounds.ub), its pairs "
+    "an array of their lower ends and one of their upper ends"
 )
 
 

@@ -4,6 +4,7 @@ from curvature.optimizers._lbfgsb import LBFGSBState, lbfgsb
 from curvature.optimizers._minimize import MinimizeStep, minimize
 from curvature.optimizers._newton import NewtonState, newton
 from curvature.optimizers._projected_newton import projected_newton
+from curvature.optimizers._scipy import scipy_minimize
 from curvature.optimizers._trust_region import TrustRegionState, trust_region
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "minimize",
     "newton",
     "projected_newton",
+    "scipy_minimize",
     "trust_region",
 ]

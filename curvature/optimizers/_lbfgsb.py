@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import Status, Tree, ravel
-from curvature.linalg._dense import norm
+from curvature.linalg._dense import RegionStep, norm
 from curvature.linalg._system import dot
 from curvature.optimizers._bounds import Box, StepBox, around, box_of, downhill, flat, stay_inside
 from curvature.optimizers._box_region import BoxModel, conjugate_gradients, minimize_in_box
@@ -26,7 +26,7 @@ from curvature.optimizers._protocol import (
     trial_status,
     unevaluated,
 )
-from curvature.optimizers._trust_region import _ACCEPT, _POOR, _next_radius
+from curvature.optimizers._trust_region import _ACCEPT, _POOR, _next_radius, _Trial
 
 _FORCING = 1e-3  # the relative residual on a face: products with the matrix cost no evaluation
 
@@ -65,18 +65,12 @@ class LBFGSBState(NamedTuple):
     stored: Any
 
 
-class _Trial(NamedTuple):
-    """One radius tried: the step, what the model promised, what came, and what is remembered of it."""
+class _Tried(NamedTuple):
+    """One radius tried, the gradient there, and what is remembered of it."""
 
-    radius: Scalar
-    step: Vector
-    value: Scalar
+    trial: _Trial
     grad: Vector
     memory: LBFGSBMemory
-    predicted: Scalar
-    on_boundary: Bool[Array, ""]
-    ratio: Scalar
-    count: Int[Array, ""]
 
 
 def lbfgsb(lower: Tree = None, upper: Tree = None, *, memory_size: int = 10) -> FirstOrder:
@@ -153,62 +147,55 @@ def _init(memory_size: int, x: Vector, params: Tree) -> LBFGSBState:
 
 
 def _step(box: Box, state: LBFGSBState, slope: Slope) -> tuple[Vector, Scalar, Vector, LBFGSBState]:
-    last = _search_radius(box, state, slope)
+    last, grad, memory = _search_radius(box, state, slope)
     accepted = last.ratio >= _ACCEPT
-    step, value, grad = (
-        jnp.where(accepted, new, old)
-        for new, old in ((last.step, 0 * last.step), (last.value, slope.value), (last.grad, slope.grad))
+    state = state._replace(
+        radius=jnp.where(accepted, _next_radius(last), _POOR * state.radius),
+        memory=memory,
+        num_trials=last.count,
+        status=trial_status(accepted, last.value, last.predicted),
     )
-    return (
-        step,
-        value,
-        grad,
-        state._replace(
-            radius=jnp.where(accepted, _next_radius(last), _POOR * state.radius),
-            memory=last.memory,
-            num_trials=last.count,
-            status=trial_status(accepted, last.value, last.predicted),
-        ),
-    )
+    value, grad = jnp.where(accepted, last.value, slope.value), jnp.where(accepted, grad, slope.grad)
+    return jnp.where(accepted, last.step, 0), value, grad, state
 
 
-def _search_radius(box: Box, state: LBFGSBState, slope: Slope) -> _Trial:
+def _search_radius(box: Box, state: LBFGSBState, slope: Slope) -> _Tried:
     """Shrink the region until the model's step is accepted; every trial has a gradient, and is remembered."""
     noise = slope.noise + jnp.finfo(slope.noise.dtype).tiny
     steps = around(box, slope.x)
 
-    def running(trial: _Trial) -> Bool[Array, ""]:
+    def running(tried: _Tried) -> Bool[Array, ""]:
+        trial = tried.trial
         hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
         return (trial.count == 0) | (~(trial.ratio >= _ACCEPT) & ~hopeless & (trial.count < MAX_TRIALS))
 
-    def attempt(trial: _Trial) -> _Trial:
-        shrunk = norm(trial.step) * shrink_factor(slope.value, dot(slope.grad, trial.step), trial.value)
-        radius = jnp.where(trial.count == 0, trial.radius, shrunk)
-        step, predicted, on_boundary = _model_step(trial.memory, steps, slope.grad, radius)
+    def attempt(tried: _Tried) -> _Tried:
+        last = tried.trial
+        shrunk = norm(last.step) * shrink_factor(slope.value, dot(slope.grad, last.step), last.value)
+        radius = jnp.where(last.count == 0, last.radius, shrunk)
+        (step, predicted, on_boundary), inner_steps = _model_step(tried.memory, steps, slope.grad, radius)
         step = stay_inside(box, slope.x, step)
         value, grad = slope.value_and_grad_after(step)
         ratio = (slope.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
         finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
         ratio = jnp.where(finite, ratio, -jnp.inf).astype(radius.dtype)
-        memory = _remember(trial.memory, step, grad - slope.grad)
-        return _Trial(radius, step, value, grad, memory, predicted, on_boundary, ratio, trial.count + 1)
+        trial = _Trial(radius, step, value, predicted, on_boundary, ratio, last.count + 1, inner_steps)
+        return _Tried(trial, grad, _remember(tried.memory, step, grad - slope.grad))
 
-    zero = jnp.zeros_like(slope.grad[0])
-    start = _Trial(
-        state.radius + zero, jnp.zeros_like(slope.grad), slope.value, slope.grad, state.memory, zero,
-        jnp.zeros_like(zero, bool), zero, jnp.zeros_like(zero, jnp.int32),
-    )  # fmt: skip
-    return jax.lax.while_loop(running, attempt, start)
+    zero, none = jnp.zeros_like(slope.grad[0]), jnp.zeros_like(slope.grad[0], jnp.int32)
+    nowhere, no = jnp.zeros_like(slope.grad), jnp.zeros_like(zero, bool)
+    start = _Trial(state.radius + zero, nowhere, slope.value, zero, no, zero, none, none)
+    return jax.lax.while_loop(running, attempt, _Tried(start, slope.grad, state.memory))
 
 
 def _model_step(
     memory: LBFGSBMemory, steps: StepBox, grad: Vector, radius: Scalar
-) -> tuple[Vector, Scalar, Bool[Array, ""]]:
+) -> tuple[RegionStep, Int[Array, ""]]:
     """Minimize the model within box and radius; before anything is known it leads to the boundary."""
     scale = jnp.where(memory.scale > 0, memory.scale, norm(downhill(steps, grad)) / radius)
     model = BoxModel(grad, _product(memory._replace(scale=scale)), None, steps)
     limit = jnp.asarray(4 * len(memory.steps) + 10, jnp.int32)
-    return minimize_in_box(model, radius, conjugate_gradients(jnp.asarray(_FORCING, grad.dtype), limit))[0]
+    return minimize_in_box(model, radius, conjugate_gradients(jnp.asarray(_FORCING, grad.dtype), limit))
 
 
 def _product(memory: LBFGSBMemory) -> Callable[[Vector], Vector]:
@@ -218,7 +205,7 @@ def _product(memory: LBFGSBMemory) -> Callable[[Vector], Vector]:
     stays positive semidefinite where the middle matrix of the compact form would be singular.
     """
     size = len(memory.steps)
-    order = (memory.newest + 1 + jnp.arange(size)) % size
+    order = (memory.newest + 1 + jnp.arange(size, dtype=jnp.int32)) % size
     pairs = memory.steps[order], memory.changes[order]
 
     def add(
@@ -233,7 +220,7 @@ def _product(memory: LBFGSBMemory) -> Callable[[Vector], Vector]:
         return memory.scale * v + jnp.matmul(ahead, b, precision="highest") - jnp.matmul(back, a, precision="highest")
 
     none = jnp.zeros_like(memory.steps)
-    (a, b), _ = jax.lax.scan(add, (none, none), (jnp.arange(size), *pairs))
+    (a, b), _ = jax.lax.scan(add, (none, none), (jnp.arange(size, dtype=jnp.int32), *pairs))
     return functools.partial(apply, a, b)
 
 

@@ -54,7 +54,7 @@ class MinimizeStep(NamedTuple):
     Attributes:
         num_steps: the steps taken so far.
         value: the objective.
-        grad_norm: the largest absolute entry of its gradient.
+        grad_norm: the largest absolute entry of its gradient; with bounds of the projected one.
         state: the state of the method: what the step that led here has left, and what the next one starts from.
     """
 
@@ -113,6 +113,12 @@ def minimize(
         max_steps: the most steps.
         hessian: ``hessian(x, *args)`` forms the Hessian, as ``curvature.hessian(fun)`` would, for the methods that form
             one; then ``fun`` needs no second derivative.
+        bounds: ``(lower, upper)``, each a tree like ``x0`` or a prefix of one, where a number stands for all entries
+            below it; ``None`` and infinities are no bound. ``x0`` is projected into the box, which no iterate and no
+            trial point leaves, and converged means that the projected gradient passes,
+            ``max|P(x - grad) - x| <= gtol + rtol * (the same at x0)``. For ``"trust-exact"``, ``"trust-region"`` and
+            ``"auto"``, which become ``projected_newton``, and ``"l-bfgs"``, which becomes ``lbfgsb``. Bounds are
+            operands too.
         callback: called on the host with a ``MinimizeStep`` at every iterate, the first and the last included. Not for
             ``vmap``, where it would be called for lanes that have stopped.
 
@@ -121,10 +127,10 @@ def minimize(
         gradient; ``status`` says which, ``success`` and ``message`` say it in other words.
 
     Raises:
-        TypeError: when ``fun`` is not callable or not scalar, when a leaf of ``x0`` is not of a real floating dtype, or
-            when no composition of modes can differentiate ``fun``.
+        TypeError: when ``fun`` is not callable or not scalar, ``bounds`` is no pair, a leaf of ``x0`` is not of a real
+            floating dtype, or no composition of modes can differentiate ``fun``.
         ValueError: when ``x0`` is known to hold NaN or infinity, when the method is unknown or has no use for
-            ``hessian``, or a number is out of range.
+            ``hessian`` or ``bounds``, bounds do not match ``x0`` or cross, or a number is out of range.
 
     Cost: for each step one linearization of the gradient and what the method adds; the objective is evaluated once
         more for each point the method tries. The optax transformations take a gradient a step, or none where a line
@@ -137,6 +143,12 @@ def minimize(
         >>> result = curvature.minimize(rosenbrock, jnp.zeros(3), (1e-3,), gtol=0, rtol=1e-5)
         >>> bool(result.success), jnp.round(result.x, 2)
         (True, Array([1., 1., 1.], dtype=float32))
+        >>> result = curvature.minimize(rosenbrock, jnp.zeros(3), (1.0,), bounds=(None, 0.5))
+        >>> bool(result.success), jnp.round(result.x, 2)
+        (True, Array([0.5 , 0.26, 0.07], dtype=float32))
+
+    References: Conn, Gould and Toint, Trust-Region Methods (2000), section 12.1.4, doi:10.1137/1.9780898719857, and
+        Byrd, Lu, Nocedal and Zhu (1995), equation (6.1), doi:10.1137/0916069, for the projected gradient.
     """
     _checks.check_callable("minimize", "fun", fun)
     x0 = _checks.check_point("minimize", "x0", x0)
