@@ -1,10 +1,10 @@
 """Warm ``minimize`` against SciPy's method of the same name, on the same compiled functions.
 
-``python -m benchmarks.against_scipy --pairs trust-exact/trust-exact --seconds 170`` needs sif2jax. The problems are those
-of CUTEst without constraints and with at most 50 variables, in double precision. SciPy is handed jitted functions of flat
-vectors as they are: value and gradient in one, a Hessian product, or the Hessian. Both sides end at the same tolerance of
-the gradient, as far as SciPy's method tests one. They take turns on each problem, so that a machine that is busy for a
-while is busy for both, and each counts by its median.
+``python -m benchmarks.against_scipy --pairs trust-exact/trust-exact --seconds 170`` needs sif2jax. The problems are
+those of CUTEst without constraints, of at most 50 variables, in double precision. SciPy is handed jitted functions of
+flat vectors as they are: value and gradient in one, a Hessian product, or the Hessian. Both sides end at the same
+tolerance of the gradient, as far as SciPy's method tests one. They take turns on each problem, so that a machine that
+is busy for a while is busy for both, and each counts by its median.
 """
 
 import argparse

@@ -50,7 +50,7 @@ def check_bound(function: str, name: str, bound: Any, unbounded: float, x_name: 
 
 def _bound_leaf(
     function: str, name: str, path: str, leaf: Any, unbounded: float, x_name: str, x_leaf: jax.Array
-) -> jax.Array:
+) -> jax.Array | np.ndarray:
     leaf = unbounded if leaf is None else leaf
     dtype = jnp.result_type(leaf) if is_array_like(leaf) else None
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
@@ -60,13 +60,15 @@ def _bound_leaf(
             f"{function}: {name}{path} has shape {jnp.shape(leaf)}, expected a number or {x_leaf.shape} to match "
             f"{x_name}{path}."
         )
-    return jnp.broadcast_to(jnp.asarray(leaf, x_leaf.dtype), x_leaf.shape)
+    if isinstance(leaf, jax.Array):
+        return jnp.broadcast_to(jnp.asarray(leaf, x_leaf.dtype), x_leaf.shape)
+    return np.broadcast_to(np.asarray(leaf, x_leaf.dtype), x_leaf.shape)  # no kernel for what is a number
 
 
 def check_order_of_bounds(function: str, lower: Tree, upper: Tree) -> None:
     """Refuse bounds that leave no point between them, wherever the values are known."""
     for (path, low), high in zip(tree_flatten_with_path(lower)[0], jax.tree.leaves(upper), strict=True):
-        if any(isinstance(leaf, Tracer) or not leaf.is_fully_addressable for leaf in (low, high)):
+        if any(isinstance(leaf, Tracer) or not getattr(leaf, "is_fully_addressable", True) for leaf in (low, high)):
             continue
         low, high = (np.asarray(leaf, np.float64) for leaf in (low, high))
         bad = ~((low <= high) & (low < np.inf) & (high > -np.inf))

@@ -168,7 +168,6 @@ def minimize(
     else:
         transformation = _resolve_bounded(method, x0, hessian is not None)
         box = box_of("minimize", *_checks.check_pair_of_bounds("minimize", bounds), "x0", x0)
-        x0 = project(box, x0)
     dtype = ravel(x0)[0].dtype
     x0 = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), x0)  # drops weak types
     limits = _Limits(jnp.asarray(gtol, dtype), jnp.asarray(rtol, dtype), jnp.asarray(max_steps, jnp.int32))
@@ -245,7 +244,7 @@ def _run(
 ) -> MinimizeResult:
     """The loop itself; data and limits are operands, so that new ones find the program they need."""
     if box is not None:
-        transformation = transformation(*box)
+        x0, transformation = project(box, x0), transformation(*box)
     has_status = isinstance(transformation, WithStatus)
     update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
 
