@@ -52,7 +52,7 @@ def _bound_leaf(
     function: str, name: str, path: str, leaf: Any, unbounded: float, x_name: str, x_leaf: jax.Array
 ) -> jax.Array | np.ndarray:
     leaf = unbounded if leaf is None else leaf
-    dtype = jnp.result_type(leaf) if is_array_like(leaf) else None
+    dtype = jnp.result_type(leaf) if is_array_like(leaf) else jnp.dtype(bool)
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{function}: {name}{path} is {describe(leaf)}, expected an array of real numbers.")
     if jnp.shape(leaf) not in ((), x_leaf.shape):

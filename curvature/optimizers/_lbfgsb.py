@@ -10,9 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import Status, Tree, ravel
-from curvature.linalg._dense import RegionStep, norm
+from curvature.linalg._dense import norm
 from curvature.linalg._system import dot
-from curvature.optimizers._bounds import Box, StepBox, around, box_of, downhill, flat, stay_inside
+from curvature.optimizers._bounds import Box, around, box_of, downhill, flat, stay_inside
 from curvature.optimizers._box_region import BoxModel, conjugate_gradients, minimize_in_box
 from curvature.optimizers._protocol import (
     MAX_TRIALS,
@@ -28,6 +28,7 @@ from curvature.optimizers._protocol import (
 )
 from curvature.optimizers._trust_region import _ACCEPT, _POOR, _next_radius, _Trial
 
+_DAMPING = 0.1  # N&W take 0.2 in section 18.3
 _FORCING = 1e-3  # the relative residual on a face: products with the matrix cost no evaluation
 
 
@@ -77,10 +78,10 @@ def lbfgsb(lower: Tree = None, upper: Tree = None, *, memory_size: int = 10) -> 
     """L-BFGS within ``lower <= x <= upper``: an optax transformation that needs gradients only.
 
     A step minimizes ``f + g's + s'Bs / 2`` over the box and a trust region, with the BFGS matrix ``B`` of the last
-    ``memory_size`` steps and of a multiple of the identity. This is the model of L-BFGS-B. The way to its minimizer is
+    ``memory_size`` steps and of a multiple of the identity, which is L-BFGS-B's model. The way to its minimizer is
     that of ``projected_newton``, where L-BFGS-B walks the breakpoints of the path one by one, which a vector machine
     would do in as many steps; and a region replaces the line search, so that each trial is one value and gradient and,
-    whether taken or not, teaches ``B`` the curvature along it.
+    whether taken or not, teaches ``B`` the curvature along it, damped where that is not positive.
 
     Every point it tries is in the box, which the objective never leaves. ``params`` must be in it to begin with. If
     there is no step, it is zero and ``state.status`` says why.
@@ -115,7 +116,8 @@ def lbfgsb(lower: Tree = None, upper: Tree = None, *, memory_size: int = 10) -> 
         Array([0.5 , 0.25], dtype=float32)
 
     References: Byrd, Lu, Nocedal and Zhu (1995), doi:10.1137/0916069; Lin and Moré (1999),
-        doi:10.1137/S1052623498345075; Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), section 7.2.
+        doi:10.1137/S1052623498345075; Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), sections 7.2
+        and 18.3.
     """
     _checks.check_count("lbfgsb", "memory_size", memory_size, least=1)
     init = functools.partial(_init, memory_size)
@@ -163,6 +165,8 @@ def _search_radius(box: Box, state: LBFGSBState, slope: Slope) -> _Tried:
     """Shrink the region until the model's step is accepted; every trial has a gradient, and is remembered."""
     noise = slope.noise + jnp.finfo(slope.noise.dtype).tiny
     steps = around(box, slope.x)
+    limit = jnp.asarray(4 * len(state.memory.steps) + 10, jnp.int32)
+    solve_face = conjugate_gradients(jnp.asarray(_FORCING, slope.grad.dtype), limit)
 
     def running(tried: _Tried) -> Bool[Array, ""]:
         trial = tried.trial
@@ -173,14 +177,16 @@ def _search_radius(box: Box, state: LBFGSBState, slope: Slope) -> _Tried:
         last = tried.trial
         shrunk = norm(last.step) * shrink_factor(slope.value, dot(slope.grad, last.step), last.value)
         radius = jnp.where(last.count == 0, last.radius, shrunk)
-        (step, predicted, on_boundary), inner_steps = _model_step(tried.memory, steps, slope.grad, radius)
+        product = _product(tried.memory, norm(downhill(steps, slope.grad)) / radius)
+        model = BoxModel(slope.grad, product, None, steps)
+        (step, predicted, on_boundary), inner_steps = minimize_in_box(model, radius, solve_face)
         step = stay_inside(box, slope.x, step)
         value, grad = slope.value_and_grad_after(step)
         ratio = (slope.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
         finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
         ratio = jnp.where(finite, ratio, -jnp.inf).astype(radius.dtype)
         trial = _Trial(radius, step, value, predicted, on_boundary, ratio, last.count + 1, inner_steps)
-        return _Tried(trial, grad, _remember(tried.memory, step, grad - slope.grad))
+        return _Tried(trial, grad, _remember(tried.memory, product, step, grad - slope.grad))
 
     zero, none = jnp.zeros_like(slope.grad[0]), jnp.zeros_like(slope.grad[0], jnp.int32)
     nowhere, no = jnp.zeros_like(slope.grad), jnp.zeros_like(zero, bool)
@@ -188,23 +194,14 @@ def _search_radius(box: Box, state: LBFGSBState, slope: Slope) -> _Tried:
     return jax.lax.while_loop(running, attempt, _Tried(start, slope.grad, state.memory))
 
 
-def _model_step(
-    memory: LBFGSBMemory, steps: StepBox, grad: Vector, radius: Scalar
-) -> tuple[RegionStep, Int[Array, ""]]:
-    """Minimize the model within box and radius; before anything is known it leads to the boundary."""
-    scale = jnp.where(memory.scale > 0, memory.scale, norm(downhill(steps, grad)) / radius)
-    model = BoxModel(grad, _product(memory._replace(scale=scale)), None, steps)
-    limit = jnp.asarray(4 * len(memory.steps) + 10, jnp.int32)
-    return minimize_in_box(model, radius, conjugate_gradients(jnp.asarray(_FORCING, grad.dtype), limit))
-
-
-def _product(memory: LBFGSBMemory) -> Callable[[Vector], Vector]:
+def _product(memory: LBFGSBMemory, first: Scalar) -> Callable[[Vector], Vector]:
     """The product with the BFGS matrix ``B = c I + sum_i (b_i b_i' - a_i a_i')``, oldest pair first.
 
+    Before anything is known ``c`` is ``first``, which leads to the boundary.
     ``b_i = y_i / sqrt(y_i's_i)`` and ``a_i = B_i s_i / sqrt(s_i'B_i s_i)``, N&W (7.24) unrolled: it solves nothing, and
     stays positive semidefinite where the middle matrix of the compact form would be singular.
     """
-    size = len(memory.steps)
+    size, scale = len(memory.steps), jnp.where(memory.scale > 0, memory.scale, first)
     order = (memory.newest + 1 + jnp.arange(size, dtype=jnp.int32)) % size
     pairs = memory.steps[order], memory.changes[order]
 
@@ -217,7 +214,7 @@ def _product(memory: LBFGSBMemory) -> Callable[[Vector], Vector]:
 
     def apply(a: Array, b: Array, v: Vector) -> Vector:
         ahead, back = (jnp.matmul(rows, v, precision="highest") for rows in (b, a))
-        return memory.scale * v + jnp.matmul(ahead, b, precision="highest") - jnp.matmul(back, a, precision="highest")
+        return scale * v + jnp.matmul(ahead, b, precision="highest") - jnp.matmul(back, a, precision="highest")
 
     none = jnp.zeros_like(memory.steps)
     (a, b), _ = jax.lax.scan(add, (none, none), (jnp.arange(size, dtype=jnp.int32), *pairs))
@@ -229,17 +226,21 @@ def _unit(vector: Vector, square: Scalar) -> Vector:
     return jnp.where(square > 0, vector / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-def _remember(memory: LBFGSBMemory, step: Vector, change: Vector) -> LBFGSBMemory:
-    """The memory with one pair more, scaled to a step of length 1, if its curvature is positive beyond rounding."""
+def _remember(memory: LBFGSBMemory, product: Callable[[Vector], Vector], step: Vector, change: Vector) -> LBFGSBMemory:
+    """The memory with one pair more, damped to a curvature of at least ``_DAMPING`` times that of ``B``.
+
+    So ``B`` stays positive definite where the objective is not convex, and falls geometrically along steps on which it
+    promises too much curvature, as a line search would lengthen them. N&W (18.14) and (18.15), on a step of length 1.
+    """
     length = norm(step)
     step, change = (vector / jnp.where(length > 0, length, 1) for vector in (step, change))
-    curvature, size = dot(step, change), norm(change)
-    usable = jnp.isfinite(size) & (curvature > jnp.finfo(step.dtype).eps * size)
-    row = (memory.newest + 1) % len(memory.steps)
-    new = LBFGSBMemory(
-        steps=memory.steps.at[row].set(step),
-        changes=memory.changes.at[row].set(change),
-        newest=row,
-        scale=size / jnp.where(usable, curvature / jnp.where(size > 0, size, 1), 1),
-    )
-    return jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, memory)
+    expected = product(step)
+    most, curvature = dot(step, expected), dot(step, change)
+    damped = curvature < _DAMPING * most
+    share = jnp.where(damped, (1 - _DAMPING) * most / jnp.where(damped, most - curvature, 1), 1)
+    change = jnp.where(damped, share * change + (1 - share) * expected, change)
+    curvature, row = dot(step, change), (memory.newest + 1) % len(memory.steps)
+    usable = jnp.all(jnp.isfinite(change)) & (curvature > 0)
+    scale = dot(change / jnp.where(usable, curvature, 1), change)
+    rows = memory.steps.at[row].set(step), memory.changes.at[row].set(change)
+    return jax.tree.map(lambda new, old: jnp.where(usable, new, old), LBFGSBMemory(*rows, row, scale), memory)

@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
 from curvature._types import MinimizeResult, Objective, Status, Tree, ravel
-from curvature.optimizers._bounds import Box, box_of, project, projected_gradient_norm
-from curvature.optimizers._lbfgsb import lbfgsb
+from curvature.optimizers._bounded import Resolved, resolve_bounded, start_within
+from curvature.optimizers._bounds import Box, box_of, projected_gradient_norm
 from curvature.optimizers._newton import newton
-from curvature.optimizers._projected_newton import projected_newton
 from curvature.optimizers._protocol import (
     DenseSecondOrder,
     FirstOrder,
@@ -37,12 +37,6 @@ _METHODS: dict[str, Callable[[], SecondOrder]] = {
     "newton": newton,
     "trust-region": lambda: trust_region("cg"),
     "trust-exact": lambda: trust_region("exact"),
-}
-# With bounds: functions of a lower and an upper one.
-_BOUNDED_METHODS: dict[str, Callable[[Tree, Tree], WithStatus]] = {
-    "trust-region": projected_newton,
-    "trust-exact": functools.partial(projected_newton, subproblem="exact"),
-    "l-bfgs": lbfgsb,
 }
 _DENSE_ENTRIES = 100  # up to here "auto" forms the Hessian
 _PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond rounding, before a method has stalled
@@ -164,14 +158,14 @@ def minimize(
         if function is not None:
             _checks.check_callable("minimize", name, function)
     if bounds is None:
-        transformation, box = _resolve(method, x0, hessian is not None), None
+        resolved, box = _resolve(method, x0, hessian is not None), None
     else:
-        transformation = _resolve_bounded(method, x0, hessian is not None)
+        resolved = resolve_bounded(method, num_entries(x0) <= _DENSE_ENTRIES, hessian is not None)
         box = box_of("minimize", *_checks.check_pair_of_bounds("minimize", bounds), "x0", x0)
-    dtype = ravel(x0)[0].dtype
-    x0 = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), x0)  # drops weak types
-    limits = _Limits(jnp.asarray(gtol, dtype), jnp.asarray(rtol, dtype), jnp.asarray(max_steps, jnp.int32))
-    return _compiled(fun)(x0, args, limits, box, transformation=transformation, hessian=hessian, callback=callback)
+    x0 = jax.tree.map(_strongly_typed, x0)
+    dtype = _dtype_of_vector(x0)
+    limits = _Limits(_operand(gtol, dtype), _operand(rtol, dtype), _operand(max_steps, jnp.int32))
+    return _compiled(fun)(x0, args, limits, box, method=resolved, hessian=hessian, callback=callback)
 
 
 class _Limits(NamedTuple):
@@ -180,6 +174,21 @@ class _Limits(NamedTuple):
     gtol: Float[Array, ""]
     rtol: Float[Array, ""]
     max_steps: Int[Array, ""]
+
+
+def _operand(number: ArrayLike, dtype: Any) -> Any:
+    """The number in that dtype; by NumPy if it is not in JAX's hands, for a kernel takes longer than a small solve."""
+    return jnp.asarray(number, dtype) if isinstance(number, jax.Array) else np.asarray(number, dtype)
+
+
+def _strongly_typed(leaf: Array) -> Array:
+    return jax.lax.convert_element_type(leaf, leaf.dtype) if jax.typeof(leaf).weak_type else leaf
+
+
+def _dtype_of_vector(x: Tree) -> Any:
+    """The dtype of ``ravel(x)``, without forming it."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves(x)), jnp.float32)
 
 
 def _default_gtol(x0: Tree) -> float:
@@ -199,15 +208,6 @@ def _resolve(method: Method, x0: Tree, has_hessian: bool) -> optax.GradientTrans
     return transformation
 
 
-def _resolve_bounded(method: Method, x0: Tree, has_hessian: bool) -> Callable[[Tree, Tree], WithStatus]:
-    _checks.check_bounded_method("minimize", method, ("auto", *_BOUNDED_METHODS))
-    if method == "auto":
-        method = "trust-exact" if has_hessian or num_entries(x0) <= _DENSE_ENTRIES else "trust-region"
-    if has_hessian:
-        _checks.check_hessian_used("minimize", method, method == "trust-exact")
-    return _BOUNDED_METHODS[str(method)]
-
-
 # A cache and nothing else: it is never read but for the very function that put its program there.
 _PROGRAMS: weakref.WeakKeyDictionary[Objective, Callable[..., MinimizeResult]] = weakref.WeakKeyDictionary()
 
@@ -218,7 +218,7 @@ def _compiled(fun: Objective) -> Callable[..., MinimizeResult]:
     What cannot be looked up, a bound method (made anew at each mention) or a callable that holds arrays, is compiled at
     every call.
     """
-    static = ("transformation", "hessian", "callback")
+    static = ("method", "hessian", "callback")
     try:
         if fun not in _PROGRAMS:
             _PROGRAMS[fun] = jax.jit(functools.partial(_run_alive, weakref.ref(fun)), static_argnames=static)
@@ -238,13 +238,12 @@ def _run(
     limits: _Limits,
     box: Box | None,
     *,
-    transformation: optax.GradientTransformation | Callable[[Tree, Tree], WithStatus],
+    method: Resolved,
     hessian: Callable[..., Tree] | None,
     callback: Callable[[MinimizeStep], None] | None,
 ) -> MinimizeResult:
     """The loop itself; data and limits are operands, so that new ones find the program they need."""
-    if box is not None:
-        x0, transformation = project(box, x0), transformation(*box)
+    transformation, x0 = start_within(box, method, x0)
     has_status = isinstance(transformation, WithStatus)
     update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
 
