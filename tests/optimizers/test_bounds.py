@@ -187,6 +187,7 @@ def test_degenerate_boxes_and_starts(method):
     assert jnp.all(jnp.isfinite(unbounded.x))
 
 
+@pytest.mark.slow
 @methods
 def test_an_objective_that_is_nan_on_the_bound(method):
     barrier = lambda x: jnp.sum(x * jnp.log(x) + 3 * x)  # NaN at 0, which is its bound; least at exp(-4)
