@@ -188,7 +188,8 @@ def summary(pair: str, duels: list[Duel], total: int) -> str:
     return (
         f"{pair:28} {middle:.0f} times as fast (quartiles {low:.0f} - {high:.0f}, least {min(solved):.1f}; "
         f"fastest turns {fastest:.0f}) on the {len(solved)} problems that both solved, "
-        f"{np.mean(np.array(solved) >= WANTED):.0%} of them at least {WANTED} times; {everywhere:.0f} on all {len(duels)} of {total} tried; cold {cold:.2f} s"
+        f"{np.mean(np.array(solved) >= WANTED):.0%} of them at least {WANTED} times; "
+        f"{everywhere:.0f} on all {len(duels)} of {total} tried; cold {cold:.2f} s"
     )
 
 
