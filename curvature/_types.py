@@ -107,7 +107,7 @@ class MinimizeResult:
 
     @property
     def success(self) -> Bool[Array, "*lanes"]:
-        """Whether ``max|grad| <= gtol + rtol * max|grad at x0|`` holds at ``x``."""
+        """Whether ``max|grad| <= gtol + rtol * max|grad at x0|`` holds at ``x``; with bounds, of projected ones."""
         return self.status == Status.CONVERGED
 
     @property

@@ -517,6 +517,93 @@ CASES = {
     ),
     "cg-rtol": (lambda: curvature.cg(lambda v: v, 1.0, rtol=-1), ValueError, r"cg: rtol=-1"),
     "cg-max-steps": (lambda: curvature.cg(lambda v: v, 1.0, max_steps=-3), ValueError, r"cg: max_steps=-3"),
+    # bounds
+    "minimize-bounds-not-a-pair": (
+        lambda: curvature.minimize(square, np.ones(3), bounds=0.5),
+        TypeError,
+        r"minimize: bounds is 0\.5 of type float, expected a pair \(lower, upper\) of trees",
+    ),
+    "minimize-bounds-scipy-pairs": (
+        lambda: curvature.minimize(square, np.ones(2), bounds=[(0.0, 1.0), (0.0, None)]),
+        ValueError,
+        r"minimize: lower does not have the tree structure of x0, nor that of a prefix of it\. Got .*expected a number",
+    ),
+    "minimize-bounds-shape": (
+        lambda: curvature.minimize(loss, X, bounds=(None, {"w": np.ones(3), "b": None})),
+        ValueError,
+        r"minimize: upper\['w'\] has shape \(3,\), expected a number or \(4,\) to match x0\['w'\]",
+    ),
+    "minimize-bounds-string": (
+        lambda: curvature.minimize(square, np.ones(2), bounds=("0", None)),
+        TypeError,
+        r"minimize: lower is '0' of type str, expected an array of real numbers",
+    ),
+    "minimize-bounds-cross": (
+        lambda: curvature.minimize(square, np.ones(2), bounds=(np.array([0.0, 1.0]), np.array([1.0, 0.5]))),
+        ValueError,
+        r"minimize: lower is 1\.0 and upper is 0\.5 at index \(1,\), expected lower <= upper",
+    ),
+    "minimize-bounds-nan": (
+        lambda: curvature.minimize(square, np.ones(2), bounds=(np.nan, None)),
+        ValueError,
+        r"minimize: lower is nan and upper is inf at index \(0,\)",
+    ),
+    "minimize-bounds-method": (
+        lambda: curvature.minimize(square, np.ones(2), method="newton", bounds=(0.0, None)),
+        ValueError,
+        r"minimize: method='newton' takes no bounds; those that do are 'auto', 'trust-region', 'trust-exact', 'l-bfgs'",
+    ),
+    "minimize-bounds-optax": (
+        lambda: curvature.minimize(square, np.ones(2), method=optax.sgd(0.1), bounds=(0.0, None)),
+        ValueError,
+        r"minimize: method=.* takes no bounds",
+    ),
+    "projected-newton-subproblem": (
+        lambda: curvature.projected_newton(subproblem="newton"),
+        ValueError,
+        r"projected_newton: subproblem='newton' is unknown, expected one of 'exact', 'cg'",
+    ),
+    "projected-newton-infinite": (
+        lambda: curvature.projected_newton(lower=np.inf).init(np.ones(2)),
+        ValueError,
+        r"projected_newton: lower is inf and upper is inf at index \(0,\), .*a finite number between them",
+    ),
+    "lbfgsb-memory": (
+        lambda: curvature.lbfgsb(0.0, memory_size=0),
+        ValueError,
+        r"lbfgsb: memory_size=0, expected an integer >= 1",
+    ),
+    "lbfgsb-update-without-params": (
+        lambda: curvature.lbfgsb(0.0).update(X, curvature.lbfgsb(0.0).init(X)),
+        ValueError,
+        r"lbfgsb: update\(\) needs params=",
+    ),
+    # SciPy's methods
+    "scipy-traced": (
+        lambda: jax.jit(lambda x: curvature.scipy_minimize(square, x).fun)(np.ones(2)),
+        TypeError,
+        r"scipy_minimize: x0 is traced, expected a value; call it outside jit",
+    ),
+    "scipy-unknown-method": (
+        lambda: curvature.scipy_minimize(square, np.ones(2), method="l-bfgs"),
+        ValueError,
+        r"scipy_minimize: method='l-bfgs' is unknown, expected one of 'Nelder-Mead'.*'L-BFGS-B'",
+    ),
+    "scipy-bounds-method": (
+        lambda: curvature.scipy_minimize(square, np.ones(2), method="BFGS", bounds=(0.0, None)),
+        ValueError,
+        r"scipy_minimize: method='BFGS' takes no bounds; those that do are 'Nelder-Mead'",
+    ),
+    "scipy-vector-output": (
+        lambda: curvature.scipy_minimize(lambda x: x**2, np.ones(2)),
+        TypeError,
+        r"scipy_minimize: fun returns shape \(2,\), expected a scalar",
+    ),
+    "scipy-callback": (
+        lambda: curvature.scipy_minimize(square, np.ones(2), callback="print"),
+        TypeError,
+        r"scipy_minimize: callback is 'print' of type str, expected a function",
+    ),
     # the data of lanes and examples
     "per-example-no-batch": (
         lambda: curvature.per_example_grad(square)(np.ones(2)),

@@ -5,6 +5,12 @@ tracing, before any computation.
 """
 
 from curvature._checks._batches import UNMAPPED, check_batch, check_lanes, check_prefix, check_problems, is_none
+from curvature._checks._bounds import (
+    check_bound,
+    check_bounded_method,
+    check_order_of_bounds,
+    check_pair_of_bounds,
+)
 from curvature._checks._functions import (
     check_aux_output,
     check_callable,
@@ -83,6 +89,8 @@ __all__ = [
     "check_aux_output",
     "check_batch",
     "check_blocks",
+    "check_bound",
+    "check_bounded_method",
     "check_callable",
     "check_choice",
     "check_chunk_size",
@@ -112,8 +120,10 @@ __all__ = [
     "check_observations",
     "check_one_source",
     "check_order",
+    "check_order_of_bounds",
     "check_output_size",
     "check_outputs_of_examples",
+    "check_pair_of_bounds",
     "check_path",
     "check_path_pair",
     "check_pattern",

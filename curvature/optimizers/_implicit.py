@@ -46,33 +46,39 @@ def lift_objective(function: str, fun: Objective, x: Tree, args: tuple[Any, ...]
 
 
 def implicit_minimizer(
-    objective: Lifted, operands: Sequence[Any], x: Tree, value: Float[Array, ""]
+    objective: Lifted, operands: Sequence[Any], x: Tree, value: Float[Array, ""], free: Tree | None = None
 ) -> tuple[Tree, Float[Array, ""]]:
     """A minimizer of ``objective(x, *operands)`` by ``x`` and its value, with their derivatives by the operands.
 
     Forward and reverse mode, and derivatives of any order: the rule of the first derivative applies to itself. How
     ``x`` was found does not matter; nothing is traced before a derivative is asked for. If ``H`` is singular its
-    pseudo-inverse stands for the inverse, in variables scaled by their own curvature.
+    pseudo-inverse stands for the inverse, in variables scaled by their own curvature. Entries that are not ``free``, a
+    tree of masks like ``x``, rest.
 
     Cost: up to 1,000 entries n Hessian products and one factorization of about 9 n^3 FLOPs for all directions (in
         reverse mode, cotangents) together; beyond, a solve by conjugate gradients, then MINRES, for each of them. The
         value takes one gradient by the operands.
     """
-    return _solution(objective, *jax.lax.stop_gradient((x, value)), list(operands))
+    if free is None:
+        free = jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), x)
+    return _solution(objective, *jax.lax.stop_gradient((x, value, free)), list(operands))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _solution(objective: Lifted, x: Tree, value: Float[Array, ""], operands: Operands) -> tuple[Tree, Float[Array, ""]]:
+def _solution(
+    objective: Lifted, x: Tree, value: Float[Array, ""], free: Tree, operands: Operands
+) -> tuple[Tree, Float[Array, ""]]:
     return x, value
 
 
 @functools.partial(_solution.defjvp, symbolic_zeros=True)
 def _solution_jvp(objective: Lifted, primals: Any, tangents: Any) -> Any:
     x, value = _solution(objective, *primals)
-    moving = [i for i, tangent in enumerate(tangents[2]) if not isinstance(tangent, SymbolicZero)]
+    free, operands = primals[2:]
+    moving = [i for i, tangent in enumerate(tangents[3]) if not isinstance(tangent, SymbolicZero)]
     if not moving:
         return (x, value), jax.tree.map(jnp.zeros_like, (x, value))
-    operands, directions = primals[2], [tangents[2][i] for i in moving]
+    directions = [tangents[3][i] for i in moving]
 
     def joint(point: tuple[Tree, Operands]) -> Any:
         now = dict(zip(moving, point[1], strict=True))
@@ -82,9 +88,18 @@ def _solution_jvp(objective: Lifted, primals: Any, tangents: Any) -> Any:
     composition = choose_composition("minimize", program, "auto")
     _, (_, slopes), product, _ = linearize_program(program, composition)
     at_rest = jax.tree.map(jnp.zeros_like, program.x)
-    dx = _solve(lambda v: product((v, at_rest[1]))[0], jax.tree.map(jnp.negative, product((at_rest[0], directions))[0]))
+
+    def of_free(v: Tree) -> Tree:  # the Hessian of the free entries, and the identity of the others
+        return _where(free, product((_where(free, v), at_rest[1]))[0], v)
+
+    dx = _solve(of_free, _where(free, jax.tree.map(jnp.negative, product((at_rest[0], directions))[0])))
     parts = [jnp.vdot(slope, da, precision="highest") for slope, da in zip(slopes, directions, strict=True)]
     return (x, value), (dx, sum(part.astype(value.dtype) for part in parts))
+
+
+def _where(free: Tree, tree: Tree, otherwise: Tree | None = None) -> Tree:
+    otherwise = jax.tree.map(jnp.zeros_like, tree) if otherwise is None else otherwise
+    return jax.tree.map(jnp.where, free, tree, otherwise)
 
 
 def _solve(product: Callable[[Tree], Tree], b: Tree) -> Tree:

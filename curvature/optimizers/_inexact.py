@@ -24,10 +24,15 @@ def inner_solve(local: Local, size: Scalar, first: Scalar, max_inner_steps: int 
 
     ``size`` is the norm of the gradient, ``first`` that of the first one.
     """
-    forcing = jnp.minimum(_FORCING, jnp.sqrt(size / jnp.where(first > 0, first, 1)))
+    forcing = forcing_term(first, size)
     limit = jnp.asarray(2 * local.x.size + 10 if max_inner_steps is None else max_inner_steps, jnp.int32)
     exponent = jnp.frexp(size)[1]
     return Inner(exponent, jnp.ldexp(local.grad, -exponent), forcing * jnp.ldexp(size, -exponent), limit)
+
+
+def forcing_term(first: Scalar, size: Scalar) -> Scalar:
+    """The relative residual that is good enough where the gradient is ``size``, and was ``first`` at the start."""
+    return jnp.minimum(_FORCING, jnp.sqrt(size / jnp.where(first > 0, first, 1)))
 
 
 def first_norm(first: Scalar, size: Scalar) -> Scalar:

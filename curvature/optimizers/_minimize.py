@@ -2,90 +2,24 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from curvature import _checks
-from curvature._types import MinimizeResult, Objective, Status, Tree, ravel
-from curvature.optimizers._bfgs import bfgs
-from curvature.optimizers._cubic_newton import cubic_newton
+from curvature._types import MinimizeResult, Objective, Tree
+from curvature.optimizers._bounded import Resolved, resolve_bounded, start_within
+from curvature.optimizers._bounds import Box, box_of, rest_on_bounds
 from curvature.optimizers._implicit import implicit_minimizer, lift_objective
-from curvature.optimizers._lbfgs import lbfgs
-from curvature.optimizers._newton import newton
-from curvature.optimizers._newton_cg import newton_cg
+from curvature.optimizers._loop import Limits, MinimizeStep, Point, is_running, start_loop, stepper
+from curvature.optimizers._methods import DENSE_ENTRIES, Method, resolve
 from curvature.optimizers._programs import compiled
-from curvature.optimizers._progress import Watch, close, observe, start_watch
-from curvature.optimizers._protocol import (
-    DenseSecondOrder,
-    FirstOrder,
-    SecondOrder,
-    Stored,
-    WithStatus,
-    evaluate,
-    noise_of,
-    value_and_grad,
-)
-from curvature.optimizers._sr1 import sr1
-from curvature.optimizers._trust_region import trust_region
-from curvature.transforms._compositions import linearize_program, trace_objective
-from curvature.transforms._modes import Program, choose_composition, num_entries
-
-Method = str | optax.GradientTransformation
-
-_METHODS: dict[str, Callable[[], WithStatus]] = {
-    "bfgs": bfgs,
-    "l-bfgs": lbfgs,
-    "sr1": sr1,
-    "newton": newton,
-    "newton-cg": newton_cg,
-    "cubic-newton": cubic_newton,
-    "trust-region": lambda: trust_region("gltr"),
-    "trust-exact": lambda: trust_region("exact"),
-}
-_DENSE_ENTRIES = 100  # up to here "auto" forms the Hessian
-_PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond rounding, before a method has stalled
-
-
-class MinimizeStep(NamedTuple):
-    """What the callback of ``minimize`` is told at each iterate.
-
-    Attributes:
-        num_steps: the steps taken so far.
-        value: the objective.
-        grad_norm: the largest absolute entry of its gradient.
-        state: the state of the method: what the step that led here has left, and what the next one starts from.
-    """
-
-    num_steps: Int[Array, ""]
-    value: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    state: Any
-
-
-class _Point(NamedTuple):
-    x: Tree
-    value: Float[Array, ""]
-    grad: Tree
-    grad_norm: Float[Array, ""]
-    noise: Float[Array, ""]
-
-
-class Loop(NamedTuple):
-    """Where a solve stands: ``minimize`` carries it from step to step, ``minimize_batched`` from block to block."""
-
-    x: Tree
-    state: Any
-    best: _Point
-    tolerance: Float[Array, ""]
-    num_steps: Int[Array, ""]
-    idle_steps: Int[Array, ""]
-    status: Int[Array, ""]
-    watch: Watch = Watch()
+from curvature.optimizers._progress import close, start_watch
+from curvature.transforms._modes import num_entries
 
 
 def minimize(
@@ -98,6 +32,7 @@ def minimize(
     rtol: ArrayLike = 0.0,
     max_steps: ArrayLike = 1000,
     hessian: Callable[..., Tree] | None = None,
+    bounds: tuple[Tree, Tree] | None = None,
     callback: Callable[[MinimizeStep], None] | None = None,
     history: bool = False,
     progress: bool = False,
@@ -126,6 +61,12 @@ def minimize(
         max_steps: the most steps.
         hessian: ``hessian(x, *args)`` forms the Hessian, as ``curvature.hessian(fun)`` would, for the methods that form
             one; then ``fun`` needs no second derivative.
+        bounds: ``(lower, upper)``, each a tree like ``x0`` or a prefix of one, where a number stands for all entries
+            below it; ``None`` and infinities are no bound. ``x0`` is projected into the box, which no iterate and no
+            trial point leaves, and converged means that the projected gradient passes,
+            ``max|P(x - grad) - x| <= gtol + rtol * (the same at x0)``. For ``"trust-exact"``, ``"trust-region"`` and
+            ``"auto"``, which become ``projected_newton``, and ``"l-bfgs"``, which becomes ``lbfgsb``. Bounds are
+            operands too.
         callback: called on the host with a ``MinimizeStep`` at every iterate, the first and the last included. Not for
             ``vmap``, where it would be called for lanes that have stopped.
         history: whether to keep value and gradient norm of every point in ``result.history``. It holds two numbers for
@@ -139,10 +80,10 @@ def minimize(
         gradient; ``status`` says which, ``success`` and ``message`` say it in other words.
 
     Raises:
-        TypeError: when ``fun`` is not callable or not scalar, when a leaf of ``x0`` is not of a real floating dtype, or
-            when no composition of modes can differentiate ``fun``.
+        TypeError: when ``fun`` is not callable or not scalar, ``bounds`` is no pair, a leaf of ``x0`` is not of a real
+            floating dtype, or no composition of modes can differentiate ``fun``.
         ValueError: when ``x0`` is known to hold NaN or infinity, when the method is unknown or has no use for
-            ``hessian``, or a number is out of range.
+            ``hessian`` or ``bounds``, bounds do not match ``x0`` or cross, or a number is out of range.
 
     Cost: for each step one linearization of the gradient and what the method adds; the objective is evaluated once
         more for each point the method tries. The optax transformations take a gradient a step, or none where a line
@@ -156,6 +97,12 @@ def minimize(
         >>> result = curvature.minimize(rosenbrock, jnp.zeros(3), (1e-3,), gtol=0, rtol=1e-5)
         >>> bool(result.success), jnp.round(result.x, 2)
         (True, Array([1., 1., 1.], dtype=float32))
+        >>> result = curvature.minimize(rosenbrock, jnp.zeros(3), (1.0,), bounds=(None, 0.5))
+        >>> bool(result.success), jnp.round(result.x, 2)
+        (True, Array([0.5 , 0.26, 0.07], dtype=float32))
+
+    References: Conn, Gould and Toint, Trust-Region Methods (2000), section 12.1.4, doi:10.1137/1.9780898719857, and
+        Byrd, Lu, Nocedal and Zhu (1995), equation (6.1), doi:10.1137/0916069, for the projected gradient.
     """
     _checks.check_callable("minimize", "fun", fun)
     x0 = _checks.check_point("minimize", "x0", x0)
@@ -170,20 +117,15 @@ def minimize(
     most_steps: Any = max_steps
     if history:
         _checks.check_static_count("minimize", "max_steps", most_steps, least=0)
-    transformation = resolve("minimize", method, x0, hessian)
-    x0 = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), x0)  # drops weak types
+    if bounds is None:
+        resolved, box = resolve("minimize", method, x0, hessian), None
+    else:
+        resolved = resolve_bounded(method, num_entries(x0) <= DENSE_ENTRIES, hessian is not None)
+        box = box_of("minimize", *_checks.check_pair_of_bounds("minimize", bounds), "x0", x0)
     return compiled(_run, fun)(
-        x0, args, limits, transformation=transformation, hessian=hessian, callback=callback,
+        strongly_typed(x0), args, limits, box, method=resolved, hessian=hessian, callback=callback,
         history_length=int(most_steps) + 1 if history else 0, progress=bool(progress),
     )  # fmt: skip
-
-
-class Limits(NamedTuple):
-    """Arrays, whatever numbers the user gave, so that other numbers find the same program."""
-
-    gtol: Float[Array, ""]
-    rtol: Float[Array, ""]
-    max_steps: Int[Array, ""]
 
 
 def limits_of(function: str, x0: Tree, gtol: ArrayLike | None, rtol: ArrayLike, max_steps: ArrayLike) -> Limits:
@@ -193,24 +135,27 @@ def limits_of(function: str, x0: Tree, gtol: ArrayLike | None, rtol: ArrayLike, 
     for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
         _checks.check_nonnegative(function, name, tolerance)
     _checks.check_count(function, "max_steps", max_steps)
-    dtype = ravel(x0)[0].dtype
-    return Limits(jnp.asarray(gtol, dtype), jnp.asarray(rtol, dtype), jnp.asarray(max_steps, jnp.int32))
+    dtype = _dtype_of_vector(x0)
+    absolute: Any = gtol
+    return Limits(_operand(absolute, dtype), _operand(rtol, dtype), _operand(max_steps, jnp.int32))
 
 
-def resolve(
-    function: str, method: Method, x0: Tree, hessian: Callable[..., Tree] | None
-) -> optax.GradientTransformation:
-    """The transformation that a method names."""
-    if isinstance(method, optax.GradientTransformation):
-        transformation = method
-    else:
-        _checks.check_method(function, method, ("auto", *_METHODS))
-        small = num_entries(x0) <= _DENSE_ENTRIES
-        automatic = "trust-exact" if hessian is not None or small else "trust-region"
-        transformation = _METHODS[automatic if method == "auto" else method]()
-    if hessian is not None:
-        _checks.check_hessian_used(function, method, isinstance(transformation, DenseSecondOrder))
-    return transformation
+def _operand(number: ArrayLike, dtype: Any) -> Any:
+    """The number in that dtype; by NumPy if it is not in JAX's hands, for a kernel takes longer than a small solve."""
+    return jnp.asarray(number, dtype) if isinstance(number, jax.Array) else np.asarray(number, dtype)
+
+
+def strongly_typed(x: Tree) -> Tree:
+    """The tree without weak types, which would change in a loop."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype) if jax.typeof(leaf).weak_type else leaf, x
+    )
+
+
+def _dtype_of_vector(x: Tree) -> Any:
+    """The dtype of ``ravel(x)``, without forming it."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves(x)), jnp.float32)
 
 
 def _run(
@@ -218,8 +163,9 @@ def _run(
     x0: Tree,
     args: tuple[Any, ...],
     limits: Limits,
+    box: Box | None,
     *,
-    transformation: optax.GradientTransformation,
+    method: Resolved,
     hessian: Callable[..., Tree] | None,
     callback: Callable[[MinimizeStep], None] | None,
     history_length: int,
@@ -230,153 +176,36 @@ def _run(
     Derivatives are taken of the solution, so nothing that goes through the loop has any.
     """
     objective, operands = lift_objective("minimize", fun, x0, args)
-    x0, args, limits, data = jax.lax.stop_gradient((x0, args, limits, operands))
+    x0, args, limits, data, walls = jax.lax.stop_gradient((x0, args, limits, operands, box))
     value_fn = functools.partial(_at, objective, data)
-    advance = stepper(value_fn, args, limits, transformation, hessian, callback)
+    transformation, x0 = start_within(walls, method, x0)
+    advance = stepper(value_fn, args, limits, transformation, hessian, callback, walls)
     start = start_loop(value_fn, x0, limits, transformation)
     start = start._replace(watch=start_watch(limits.gtol, history_length, progress))
     loop = jax.lax.while_loop(is_running, advance, start)
     best, watch = loop.best, loop.watch
     close(watch, loop.num_steps, best.value, best.grad_norm, loop.tolerance)
-    x, value = implicit_minimizer(objective, operands, best.x, best.value)
+    if box is None:
+        x, value = implicit_minimizer(objective, operands, best.x, best.value)
+    else:
+        x, value = _minimizer_within(box, objective, operands, best)
     return MinimizeResult(x, value, best.grad, loop.num_steps, loop.status, watch.history)
+
+
+def _minimizer_within(
+    box: Box, objective: Callable[..., Any], operands: Sequence[Any], best: Point
+) -> tuple[Tree, Float[Array, ""]]:
+    """``implicit_minimizer`` whose entries on a bound move with it, and the free ones with them."""
+    free, shift = rest_on_bounds(box, best.x, best.grad)
+    leaves, structure = jax.tree.flatten(shift)
+
+    def shifted(x: Tree, *operands: Any) -> Any:
+        moved = jax.tree.map(jnp.add, x, structure.unflatten(operands[: len(leaves)]))
+        return objective(moved, *operands[len(leaves) :])
+
+    x, value = implicit_minimizer(shifted, [*leaves, *operands], best.x, best.value, free)
+    return jax.tree.map(jnp.add, x, shift), value
 
 
 def _at(objective: Callable[..., Any], operands: Sequence[Any], x: Tree) -> Any:
     return objective(x, *operands)
-
-
-def is_running(loop: Loop) -> Bool[Array, ""]:
-    """Whether the loop has not ended yet."""
-    return loop.status == Status.RUNNING
-
-
-def stepper(
-    value_fn: Callable[[Tree], Any],
-    args: tuple[Any, ...],
-    limits: Limits,
-    transformation: optax.GradientTransformation,
-    hessian: Callable[..., Tree] | None,
-    callback: Callable[[MinimizeStep], None] | None = None,
-) -> Callable[[Loop], Loop]:
-    """The body of the loop: judge the point, and go to the next unless it ends here."""
-    has_status = isinstance(transformation, WithStatus)
-    update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
-
-    def objective(x: Tree, args: Any = None) -> Any:  # optax's line searches refuse what it does not take
-        return value_fn(x)
-
-    def advance(loop: Loop) -> Loop:
-        point, extras = _evaluate(value_fn, args, hessian, loop, transformation)
-        if callback is not None:
-            jax.debug.callback(callback, MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state))
-        loop = _judge(loop, point, limits, has_status)
-        watch = observe(loop.watch, loop.num_steps, point.value, point.grad_norm, loop.tolerance)
-        loop = loop._replace(watch=watch)
-
-        def update(loop: Loop) -> Loop:
-            updates, state = update_fn(
-                point.grad, loop.state, loop.x, grad=point.grad, value_fn=objective, args=args, **extras
-            )
-            status = state.status if has_status else loop.status
-            moved = (status == Status.RUNNING).astype(jnp.int32)
-            x = optax.apply_updates(loop.x, updates)
-            return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved)
-
-        loop = jax.lax.cond(is_running(loop), update, lambda loop: loop, loop)
-        return jax.lax.stop_gradient(loop)  # what the method or the Hessian may have closed over
-
-    return advance
-
-
-def start_loop(
-    value_fn: Callable[[Tree], Any], x0: Tree, limits: Limits, transformation: optax.GradientTransformation
-) -> Loop:
-    """The loop before the first judgment; the tolerance is ``gtol`` until the first gradient is known."""
-    state: Any = transformation.init(x0)
-    if isinstance(transformation, FirstOrder):
-        state = state._replace(stored=Stored(*evaluate("minimize", value_fn, x0)))
-    zero = jnp.asarray(0, jnp.int32)
-    infinity = jnp.full_like(limits.gtol, jnp.inf)
-    return Loop(
-        x=x0,
-        state=jax.lax.stop_gradient(state),
-        best=_Point(x0, infinity, jax.tree.map(jnp.zeros_like, x0), infinity, infinity),
-        tolerance=limits.gtol,
-        num_steps=zero,
-        idle_steps=zero,
-        status=jnp.asarray(Status.RUNNING, jnp.int32),
-    )
-
-
-def _evaluate(
-    value_fn: Callable[[Tree], Any],
-    args: tuple[Any, ...],
-    hessian: Callable[..., Tree] | None,
-    loop: Loop,
-    transformation: optax.GradientTransformation,
-) -> tuple[_Point, dict[str, Any]]:
-    """The objective at the current point, once, and what else the method's update takes."""
-    extras: dict[str, Any] = {}
-    if isinstance(transformation, FirstOrder):
-        value, grad = loop.state.stored
-        return _point(loop, value, grad), {"value": value}
-    program = trace_objective("minimize", "fun", value_fn, loop.x, ())
-    if hessian is not None:
-        value, grad = value_and_grad("minimize", program)
-        extras["hessian_fn"] = lambda x: hessian(x, *args)
-    elif isinstance(transformation, SecondOrder):
-        composition = choose_composition("minimize", program, "auto")
-        value, grad, extras["hvp_fn"], _ = linearize_program(program, composition)
-    else:
-        value, grad = _stored_or_fresh(program, loop)
-    extras["value"] = value = jnp.asarray(value)
-    return _point(loop, value, grad), extras
-
-
-def _point(loop: Loop, value: Float[Array, ""], grad: Tree) -> _Point:
-    dtype = loop.tolerance.dtype
-    grad_norm = jnp.max(jnp.abs(ravel(grad)[0]))
-    return _Point(loop.x, value.astype(dtype), grad, grad_norm, noise_of(value).astype(dtype))
-
-
-def _stored_or_fresh(program: Program, loop: Loop) -> tuple[Float[Array, ""], Tree]:
-    """Value and gradient, from the state if a line search that comes last has left those of the point it chose.
-
-    Of one that does not come last they are not: what follows it in the chain changes the step.
-    """
-    last = loop.state
-    while isinstance(last, tuple) and last and not hasattr(last, "_fields"):
-        last = last[-1]
-    value, grad = getattr(last, "value", None), getattr(last, "grad", None)
-    if value is None or jax.tree.structure(grad) != jax.tree.structure(loop.x):
-        return value_and_grad("minimize", program)
-    dtype = program.out.dtype
-    return jax.lax.cond(
-        jnp.isfinite(value), lambda: (jnp.asarray(value, dtype), grad), lambda: value_and_grad("minimize", program)
-    )
-
-
-def _judge(loop: Loop, point: _Point, limits: Limits, has_status: bool) -> Loop:
-    """Update the best point and the status: is it converged, out of steps, stuck, or broken?
-
-    Stuck is asked only of methods that descend at every step; others may wander and recover.
-    """
-    first = loop.best.value == jnp.inf
-    tolerance = loop.tolerance + jnp.where(first, limits.rtol * point.grad_norm, 0)
-    finite = jnp.isfinite(point.value) & jnp.isfinite(point.grad_norm)
-    converged = finite & (point.grad_norm <= tolerance)
-
-    noise = jnp.where(first, 0, loop.best.noise)
-    lower = point.value < loop.best.value - noise
-    flatter = (point.value <= loop.best.value + noise) & (point.grad_norm < loop.best.grad_norm)
-    better = finite & (lower | flatter)
-    best = jax.tree.map(lambda new, old: jnp.where(better | converged | first, new, old), point, loop.best)
-    idle_steps = jnp.where(better, 0, loop.idle_steps + 1)
-
-    status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
-    if has_status:
-        status = jnp.where(idle_steps >= _PATIENCE, Status.STALLED, status)
-    status = jnp.where(finite, status, jnp.where(first, Status.NONFINITE_START, Status.NONFINITE))
-    status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
-    return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, status=status)

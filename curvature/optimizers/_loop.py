@@ -1,0 +1,211 @@
+"""The loop that drives any optax transformation: evaluate, judge, step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from curvature._types import Status, Tree, ravel
+from curvature.optimizers._bounds import Box, projected_gradient_norm
+from curvature.optimizers._progress import Watch, observe
+from curvature.optimizers._protocol import (
+    FirstOrder,
+    SecondOrder,
+    Stored,
+    WithStatus,
+    evaluate,
+    noise_of,
+    value_and_grad,
+)
+from curvature.transforms._compositions import linearize_program, trace_objective
+from curvature.transforms._modes import Program, choose_composition
+
+_PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond rounding, before a method has stalled
+
+
+class MinimizeStep(NamedTuple):
+    """What the callback of ``minimize`` is told at each iterate.
+
+    Attributes:
+        num_steps: the steps taken so far.
+        value: the objective.
+        grad_norm: the largest absolute entry of its gradient; with bounds of the projected one.
+        state: the state of the method: what the step that led here has left, and what the next one starts from.
+    """
+
+    num_steps: Int[Array, ""]
+    value: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    state: Any
+
+
+class Limits(NamedTuple):
+    """Arrays, whatever numbers the user gave, so that other numbers find the same program."""
+
+    gtol: Float[Array, ""]
+    rtol: Float[Array, ""]
+    max_steps: Int[Array, ""]
+
+
+class Point(NamedTuple):
+    x: Tree
+    value: Float[Array, ""]
+    grad: Tree
+    grad_norm: Float[Array, ""]
+    noise: Float[Array, ""]
+
+
+class Loop(NamedTuple):
+    """Where a solve stands: ``minimize`` carries it from step to step, ``minimize_batched`` from block to block."""
+
+    x: Tree
+    state: Any
+    best: Point
+    tolerance: Float[Array, ""]
+    num_steps: Int[Array, ""]
+    idle_steps: Int[Array, ""]
+    status: Int[Array, ""]
+    watch: Watch = Watch()
+
+
+def is_running(loop: Loop) -> Bool[Array, ""]:
+    """Whether the loop has not ended yet."""
+    return loop.status == Status.RUNNING
+
+
+def stepper(
+    value_fn: Callable[[Tree], Any],
+    args: tuple[Any, ...],
+    limits: Limits,
+    transformation: optax.GradientTransformation,
+    hessian: Callable[..., Tree] | None,
+    callback: Callable[[MinimizeStep], None] | None = None,
+    box: Box | None = None,
+) -> Callable[[Loop], Loop]:
+    """The body of the loop: judge the point, and go to the next unless it ends here."""
+    has_status = isinstance(transformation, WithStatus)
+    update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
+
+    def objective(x: Tree, args: Any = None) -> Any:  # optax's line searches refuse what it does not take
+        return value_fn(x)
+
+    def advance(loop: Loop) -> Loop:
+        point, extras = _evaluate(value_fn, args, hessian, loop, transformation)
+        if box is not None:
+            grad_norm = projected_gradient_norm(box, point.x, point.grad)
+            point = point._replace(grad_norm=grad_norm.astype(point.grad_norm.dtype))
+        if callback is not None:
+            jax.debug.callback(callback, MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state))
+        loop = _judge(loop, point, limits, has_status)
+        watch = observe(loop.watch, loop.num_steps, point.value, point.grad_norm, loop.tolerance)
+        loop = loop._replace(watch=watch)
+
+        def update(loop: Loop) -> Loop:
+            updates, state = update_fn(
+                point.grad, loop.state, loop.x, grad=point.grad, value_fn=objective, args=args, **extras
+            )
+            status = state.status if has_status else loop.status
+            moved = (status == Status.RUNNING).astype(jnp.int32)
+            x = optax.apply_updates(loop.x, updates)
+            return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved)
+
+        loop = jax.lax.cond(is_running(loop), update, lambda loop: loop, loop)
+        return jax.lax.stop_gradient(loop)  # what the method or the Hessian may have closed over
+
+    return advance
+
+
+def start_loop(
+    value_fn: Callable[[Tree], Any], x0: Tree, limits: Limits, transformation: optax.GradientTransformation
+) -> Loop:
+    """The loop before the first judgment; the tolerance is ``gtol`` until the first gradient is known."""
+    state: Any = transformation.init(x0)
+    if isinstance(transformation, FirstOrder):
+        state = state._replace(stored=Stored(*evaluate("minimize", value_fn, x0)))
+    zero = jnp.asarray(0, jnp.int32)
+    infinity = jnp.full_like(limits.gtol, jnp.inf)
+    return Loop(
+        x=x0,
+        state=jax.lax.stop_gradient(state),
+        best=Point(x0, infinity, jax.tree.map(jnp.zeros_like, x0), infinity, infinity),
+        tolerance=limits.gtol,
+        num_steps=zero,
+        idle_steps=zero,
+        status=jnp.asarray(Status.RUNNING, jnp.int32),
+    )
+
+
+def _evaluate(
+    value_fn: Callable[[Tree], Any],
+    args: tuple[Any, ...],
+    hessian: Callable[..., Tree] | None,
+    loop: Loop,
+    transformation: optax.GradientTransformation,
+) -> tuple[Point, dict[str, Any]]:
+    """The objective at the current point, once, and what else the method's update takes."""
+    extras: dict[str, Any] = {}
+    if isinstance(transformation, FirstOrder):
+        value, grad = loop.state.stored
+        return _point(loop, value, grad), {"value": value}
+    program = trace_objective("minimize", "fun", value_fn, loop.x, ())
+    if hessian is not None:
+        value, grad = value_and_grad("minimize", program)
+        extras["hessian_fn"] = lambda x: hessian(x, *args)
+    elif isinstance(transformation, SecondOrder):
+        composition = choose_composition("minimize", program, "auto")
+        value, grad, extras["hvp_fn"], _ = linearize_program(program, composition)
+    else:
+        value, grad = _stored_or_fresh(program, loop)
+    extras["value"] = value = jnp.asarray(value)
+    return _point(loop, value, grad), extras
+
+
+def _point(loop: Loop, value: Float[Array, ""], grad: Tree) -> Point:
+    dtype = loop.tolerance.dtype
+    grad_norm = jnp.max(jnp.abs(ravel(grad)[0]))
+    return Point(loop.x, value.astype(dtype), grad, grad_norm, noise_of(value).astype(dtype))
+
+
+def _stored_or_fresh(program: Program, loop: Loop) -> tuple[Float[Array, ""], Tree]:
+    """Value and gradient, from the state if a line search that comes last has left those of the point it chose.
+
+    Of one that does not come last they are not: what follows it in the chain changes the step.
+    """
+    last = loop.state
+    while isinstance(last, tuple) and last and not hasattr(last, "_fields"):
+        last = last[-1]
+    value, grad = getattr(last, "value", None), getattr(last, "grad", None)
+    if value is None or jax.tree.structure(grad) != jax.tree.structure(loop.x):
+        return value_and_grad("minimize", program)
+    dtype = program.out.dtype
+    return jax.lax.cond(
+        jnp.isfinite(value), lambda: (jnp.asarray(value, dtype), grad), lambda: value_and_grad("minimize", program)
+    )
+
+
+def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
+    """Update the best point and the status: is it converged, out of steps, stuck, or broken?
+
+    Stuck is asked only of methods that descend at every step; others may wander and recover.
+    """
+    first = loop.best.value == jnp.inf
+    tolerance = loop.tolerance + jnp.where(first, limits.rtol * point.grad_norm, 0)
+    finite = jnp.isfinite(point.value) & jnp.isfinite(point.grad_norm)
+    converged = finite & (point.grad_norm <= tolerance)
+
+    noise = jnp.where(first, 0, loop.best.noise)
+    lower = point.value < loop.best.value - noise
+    flatter = (point.value <= loop.best.value + noise) & (point.grad_norm < loop.best.grad_norm)
+    better = finite & (lower | flatter)
+    best = jax.tree.map(lambda new, old: jnp.where(better | converged | first, new, old), point, loop.best)
+    idle_steps = jnp.where(better, 0, loop.idle_steps + 1)
+
+    status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
+    if has_status:
+        status = jnp.where(idle_steps >= _PATIENCE, Status.STALLED, status)
+    status = jnp.where(finite, status, jnp.where(first, Status.NONFINITE_START, Status.NONFINITE))
+    status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
+    return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, status=status)
