@@ -78,7 +78,7 @@ def krylov_model(
     growth = jax.lax.while_loop(
         lambda growth: ~growth.done, lambda growth: _grow(growth, product, tolerance, radius), start
     )
-    used = jnp.arange(m) < growth.step
+    used = jnp.arange(m, dtype=jnp.int32) < growth.step
     padding = jnp.max(jnp.abs(growth.diagonal))  # decoupled, without a share of the gradient, and not the lowest
     off_diagonal = growth.off_diagonal[1:]
     T = jnp.diag(jnp.where(used, growth.diagonal, padding)) + jnp.diag(off_diagonal, 1) + jnp.diag(off_diagonal, -1)

@@ -53,16 +53,16 @@ def bfgs(update: Update = "ssbroyden") -> FirstOrder:
 
         H+ = (H - H y y'H / y'Hy + phi v v') / tau + s s' / y's,    v = sqrt(y'Hy) (s / y's - H y / y'Hy)
 
-    so that ``H+ y = s``. BFGS itself has ``phi = tau = 1``. The line search satisfies the strong Wolfe conditions, or, where
-    rounding hides the value, decides by the slope. When it fails, H starts again from the identity. Nothing depends on
-    the scale of the objective.
+    so that ``H+ y = s``. BFGS itself has ``phi = tau = 1``. The line search satisfies the strong Wolfe conditions, or,
+    where rounding hides the value, decides by the slope. When it fails, H starts again from the identity. Nothing
+    depends on the scale of the objective.
 
     Use it where ``optax.lbfgs()`` stands; ``optax.value_and_grad_from_state`` finds value and gradient in the state.
 
     Args:
         update: ``"bfgs"``; ``"ssbfgs"``, which divides by ``tau = min(1, y's / s'Bs)`` and so forgets curvature that is
-            too large; or ``"ssbroyden"``, which chooses ``phi`` too. It is the default because it goes furthest on badly
-            conditioned objectives: ``python -m benchmarks.cutest`` compares them.
+            too large; or ``"ssbroyden"``, which chooses ``phi`` too, and is the default because it goes furthest on
+            badly conditioned objectives, as ``python -m benchmarks.cutest`` shows.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` whose state is a ``BFGSState``.
@@ -154,7 +154,9 @@ def _learn(
     updated = (H - jnp.outer(Hy, Hy) / yHy + phi * yHy * jnp.outer(v, v)) / tau + jnp.outer(step, step) / ys
     H = jnp.where(useful, updated, H)
     identity = jnp.eye(step.size, dtype=step.dtype)
-    return jnp.where(search.accepted, H, identity), jnp.where(search.accepted, num_updates + useful, 0)
+    return jnp.where(search.accepted, H, identity), jnp.where(
+        search.accepted, num_updates + useful.astype(jnp.int32), 0
+    )
 
 
 def _weights(update: Update, b: Scalar, h: Scalar, n: int) -> tuple[Scalar, Scalar]:

@@ -16,6 +16,7 @@ from curvature.optimizers._protocol import (
     SecondOrder,
     Unevaluated,
     Vector,
+    first_length,
     second_order,
     trial_status,
     unevaluated,
@@ -85,8 +86,8 @@ def cubic_newton() -> SecondOrder:
         >>> jnp.round(x, 3) + 0.0
         Array([0., 1.], dtype=float32)
 
-    References: Nesterov and Polyak (2006), doi:10.1007/s10107-006-0706-8; Cartis, Gould and Toint (2011), algorithm 2.1,
-        doi:10.1007/s10107-009-0286-5.
+    References: Nesterov and Polyak (2006), doi:10.1007/s10107-006-0706-8; Cartis, Gould and Toint (2011), algorithm
+        2.1, doi:10.1007/s10107-009-0286-5.
     """
     return second_order("cubic_newton", _init, _step, dense=True)
 
@@ -103,8 +104,8 @@ def _init(x: Vector, params: Tree) -> CubicNewtonState:
 
 def _step(state: CubicNewtonState, local: Local) -> tuple[Vector, CubicNewtonState]:
     size = norm(local.grad)
-    unit = jnp.maximum(1, norm(local.x))  # where there is no curvature the first step is that long
-    weight = jnp.where(state.weight > 0, state.weight, size / unit**2)
+    first = size / first_length(local.x) ** 2  # where there is no curvature the first step is that long
+    weight = jnp.where(state.weight > 0, state.weight, first)
     last = _search_weight(local, factor_model(local.hessian(), local.grad), weight)
     accepted = last.ratio >= _ACCEPT
     return jnp.where(accepted, last.step, 0), state._replace(

@@ -67,12 +67,12 @@ class LBFGSState(NamedTuple):
 def lbfgs(memory_size: int = 20) -> FirstOrder:
     """L-BFGS: an optax transformation for smooth objectives of any size; gradients only.
 
-    The direction is ``-H g`` with the inverse Hessian that the last m updates make of ``(y's / y'y) I``, in compact form:
-    a few products with the memory and two triangular solves of size m. The updates are those of the self-scaled BFGS
-    method: where a step shows less curvature than the memory had along it, ``tau = y's / s'Bs < 1``, all that was known
-    before is scaled down by ``tau``. The memory is a ring: a step writes one row. The line search satisfies the strong Wolfe conditions, or, where rounding hides the value, decides by the slope, so that
-    single precision ends by its gradient. When it fails, the memory is emptied. Nothing depends on the scale of the
-    objective.
+    The direction is ``-H g`` with the inverse Hessian that the last m updates make of ``(y's / y'y) I``, in compact
+    form: a few products with the memory and two triangular solves of size m. The updates are those of the self-scaled
+    BFGS method: where a step shows less curvature than the memory had along it, ``tau = y's / s'Bs < 1``, all that was
+    known before is scaled down by ``tau``. The memory is a ring: a step writes one row. The line search satisfies the
+    strong Wolfe conditions, or, where rounding hides the value, decides by the slope, so that single precision ends by
+    its gradient. When it fails, the memory is emptied. Nothing depends on the scale of the objective.
 
     Use it where ``optax.lbfgs()`` stands; ``optax.value_and_grad_from_state`` finds value and gradient in the state.
 

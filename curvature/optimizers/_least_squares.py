@@ -14,17 +14,19 @@ from curvature._types import Status, Tree, ravel
 from curvature.linalg._dense import norm
 from curvature.optimizers._fit import LeastSquaresResult
 from curvature.optimizers._gauss_newton import gauss_newton
+from curvature.optimizers._implicit import implicit_minimizer, lift_objective
 from curvature.optimizers._levenberg_marquardt import levenberg_marquardt
 from curvature.optimizers._programs import compiled
 from curvature.optimizers._residual_method import DenseResidualMethod, ResidualMethod
 from curvature.optimizers._residuals import (
     Linearized,
+    flat,
     linearize_residuals,
     offset,
     rounding_of,
     trace_residuals,
 )
-from curvature.optimizers._robust import Loss
+from curvature.optimizers._robust import Loss, half_sum
 from curvature.transforms._modes import num_entries
 
 _METHODS: dict[str, Callable[[bool], ResidualMethod]] = {
@@ -181,7 +183,18 @@ def run(
     method: str | ResidualMethod,
     loss: Loss,
 ) -> LeastSquaresResult:
-    """The loop itself; data and limits are operands, so that new ones find the program they need."""
+    """The loop itself; data and limits are operands, so that new ones find the program they need.
+
+    Derivatives are taken of the solution, so nothing that goes through the loop has any.
+    """
+    limits = jax.lax.stop_gradient(limits)
+
+    def cost(x: Tree, *args: Any) -> Array:
+        return half_sum(flat(residuals(x, *args), limits.gtol.dtype), loss, limits.f_scale)
+
+    trace_residuals("least_squares", lambda x: residuals(x, *args), x0)
+    objective, operands = lift_objective("least_squares", cost, x0, args)
+    x0, args = jax.lax.stop_gradient((x0, args))
 
     def residual_fn(x: Tree) -> Tree:
         return residuals(x, *args)
@@ -203,15 +216,15 @@ def run(
             x = optax.apply_updates(loop.x, updates)
             return loop._replace(x=x, state=state, status=state.status, num_steps=loop.num_steps + moved)
 
-        return jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
+        loop = jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
+        return jax.lax.stop_gradient(loop)  # what the residuals may have closed over
 
     start = _start(transformation.init(x0), jax.eval_shape(lambda x: _point(x, linearize(x)), x0), x0, limits)
     loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, start)
     best = loop.best
     degrees = num_entries(best.residuals) - num_entries(x0)
-    return LeastSquaresResult(
-        best.x, best.value, best.residuals, best.grad, loop.num_steps, loop.status, best.root, degrees
-    )
+    x, value = implicit_minimizer(objective, operands, best.x, best.value)
+    return LeastSquaresResult(x, value, best.residuals, best.grad, loop.num_steps, loop.status, best.root, degrees)
 
 
 def _resolve(method: str | ResidualMethod, residual_fn: Callable[[Tree], Tree], x0: Tree) -> ResidualMethod:

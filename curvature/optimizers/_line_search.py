@@ -7,12 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from curvature.linalg._dense import norm
-from curvature.optimizers._protocol import MAX_TRIALS, Local, Scalar, Slope, Vector, shrink_factor
+from curvature.optimizers._protocol import MAX_TRIALS, Local, Scalar, Slope, Vector, first_length, shrink_factor
 
 _ARMIJO = 1e-4  # N&W (3.6a)
 _WOLFE = 0.9  # N&W (3.7b): the share of the slope that may be left
 _EXPANSION = (2.0, 10.0)  # how much longer the next trial is while every one is too short
-_FIRST = 0.01
 _MARGIN = 0.1  # a trial keeps this share of the bracket away from its ends
 _BISECT = 3  # every so many trials the bracket is halved, whatever the cubic says
 
@@ -110,11 +109,8 @@ def wolfe_search(local: Slope, direction: Vector, first: Scalar) -> LineSearch:
 
 
 def first_step_size(local: Slope) -> Scalar:
-    """For steepest descent, whose direction says nothing of its length: a hundredth of ``max(1, norm(x))``.
-
-    The unit is our own choice; where it is too short the search goes on from there.
-    """
-    return _FIRST * jnp.maximum(1, norm(local.x)) / norm(local.grad)
+    """For steepest descent, whose direction says nothing of its length; the search goes on from there."""
+    return first_length(local.x) / norm(local.grad)
 
 
 def _attempt(search: LineSearch, local: Slope, direction: Vector, start: LinePoint) -> LineSearch:

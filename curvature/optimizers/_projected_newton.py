@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 
 from curvature import _checks
 from curvature._types import Status, Tree, ravel
-from curvature.linalg._dense import RegionStep, norm
+from curvature.linalg._dense import RegionStep
 from curvature.optimizers._bounds import Box, around, box_of, flat, projected_gradient_norm, stay_inside
 from curvature.optimizers._box_region import BoxModel, FaceSolver, by_eigenvectors, conjugate_gradients, minimize_in_box
 from curvature.optimizers._inexact import first_norm, forcing_term
@@ -18,6 +18,7 @@ from curvature.optimizers._protocol import (
     Scalar,
     SecondOrder,
     Vector,
+    first_length,
     second_order,
     trial_status,
     unevaluated,
@@ -101,7 +102,7 @@ def projected_newton(lower: Tree = None, upper: Tree = None, *, subproblem: Face
 def _init(x: Vector, params: Tree) -> TrustRegionState:
     zero = jnp.asarray(0, jnp.int32)
     return TrustRegionState(
-        radius=jnp.maximum(1, norm(x)),
+        radius=first_length(x),
         num_trials=zero,
         num_inner_steps=zero,
         grad_norm=jnp.asarray(0, x.dtype),

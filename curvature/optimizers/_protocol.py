@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import Objective, Status, Tree, ravel
+from curvature.linalg._dense import norm
 from curvature.transforms import linearize_grad
 from curvature.transforms._blocks import matrix_of, side_by_side
 from curvature.transforms._compositions import trace_objective
@@ -229,6 +230,15 @@ def bind_extras(value_fn: Callable[..., Any], extras: dict[str, Any]) -> Callabl
         names = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL}
         extras = {name: extra for name, extra in extras.items() if name in names}
     return functools.partial(value_fn, **extras)
+
+
+def first_length(x: Vector) -> Scalar:
+    """How long a first step may be when nothing is known of the scale of ``x``: a hundredth of ``max(1, norm(x))``.
+
+    The unit is our own choice. It is small because a step that is too short costs a few evaluations, and one that is
+    too long may end on a plateau.
+    """
+    return jnp.maximum(1, norm(x)) / 100
 
 
 def noise_of(value: Scalar) -> Scalar:

@@ -17,6 +17,7 @@ from curvature.optimizers._protocol import (
     Slope,
     Stored,
     Vector,
+    first_length,
     first_order,
     search_status,
     unevaluated,
@@ -69,8 +70,8 @@ def sr1() -> FirstOrder:
         B+ = B + r r' / r's,    r = y - B s
 
     unless ``abs(r's) <= 1e-8 norm(r) norm(s)``. Rejected trials teach it too. The subproblem is solved to rounding, and
-    the region shrinks until a trial is accepted. When none is, B starts again from zero. Nothing depends on the scale of
-    the objective.
+    the region shrinks until a trial is accepted. When none is, B starts again from zero. Nothing depends on the scale
+    of the objective.
 
     Use it where ``optax.lbfgs()`` stands; ``optax.value_and_grad_from_state`` finds value and gradient in the state.
 
@@ -105,7 +106,7 @@ def _init(x: Vector, params: Tree) -> SR1State:
     return SR1State(
         hessian=jnp.zeros((x.size, x.size), x.dtype),
         num_updates=zero,
-        radius=0.1 * jnp.maximum(1, norm(x)),
+        radius=first_length(x),
         num_trials=zero,
         status=jnp.asarray(Status.RUNNING, jnp.int32),
         stored=Stored(*unevaluated(x, params)),
@@ -149,7 +150,7 @@ def _step(state: SR1State, local: Slope) -> tuple[Vector, Scalar, Vector, SR1Sta
 def _attempt(trial: _Trial, local: Slope) -> _Trial:
     """Minimize the model in the region, look, learn, and judge."""
     noise = local.noise + jnp.finfo(local.noise.dtype).tiny
-    step, predicted, on_boundary = solve_region(factor_model(trial.hessian, local.grad), trial.radius)
+    step, predicted, _ = solve_region(factor_model(trial.hessian, local.grad), trial.radius)
     value, grad = local.value_and_grad_after(step)
     finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
     ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
@@ -160,7 +161,17 @@ def _attempt(trial: _Trial, local: Slope) -> _Trial:
     grown = jnp.minimum(grown, jnp.finfo(grown.dtype).max / 8)
     radius = jnp.where(ratio < _POOR, jnp.where(finite, 0.5, 0.1) * jnp.minimum(length, trial.radius), grown)
     accepted = ratio >= _ACCEPT
-    return _Trial(hessian, trial.num_updates + learned, radius, step, value, grad, predicted, accepted, trial.count + 1)
+    return _Trial(
+        hessian,
+        trial.num_updates + learned.astype(jnp.int32),
+        radius,
+        step,
+        value,
+        grad,
+        predicted,
+        accepted,
+        trial.count + 1,
+    )
 
 
 def _learn(B: Matrix, num_updates: Int[Array, ""], step: Vector, change: Vector) -> tuple[Matrix, Bool[Array, ""]]:

@@ -21,6 +21,7 @@ from curvature.optimizers._protocol import (
     SecondOrder,
     Unevaluated,
     Vector,
+    first_length,
     second_order,
     shrink_factor,
     trial_status,
@@ -32,6 +33,7 @@ Subproblem = Literal["exact", "gltr", "cg"]
 ACCEPT = 1e-4  # N&W algorithm 4.1: the least ratio of actual to predicted reduction that is a step,
 POOR, _GOOD = 0.25, 0.75  # below which the region shrinks, above which it grows
 _GROWTH = 4.0
+_DOUBLING = 2.0  # of a region within one update
 
 
 class TrustRegionState(NamedTuple):
@@ -83,7 +85,8 @@ def trust_region(
     """Newton's method in a trust region: an optax transformation for smooth objectives, convex or not.
 
     A step minimizes the model ``f + g's + s'Hs / 2`` over ``norm(s) <= radius``; the region shrinks until the value
-    falls by a fair share of what the model promised, and grows where the model is good. Changes of the value below
+    falls by a fair share of what the model promised, and grows where the model is good: at once, for as long as that
+    lowers the value, where another radius takes no product. Changes of the value below
     10 roundings of it count as promised and delivered, so that single precision ends by its gradient and not in noise.
     Nothing depends on the scale of the objective.
 
@@ -94,7 +97,8 @@ def trust_region(
         subproblem: ``"cg"`` never forms the Hessian: conjugate gradients stopped at the boundary, on negative curvature
             (which they follow to the boundary), or at a residual that falls with the gradient. ``"exact"`` forms it,
             and solves the subproblem to rounding by one eigendecomposition, the hard case included.
-        initial_radius: the radius of the first step, in the units of ``params``; ``None`` is ``max(1, norm(params))``.
+        initial_radius: the radius of the first step, in the units of ``params``; ``None`` is
+            ``max(1, norm(params)) / 100``.
         max_inner_steps: the most conjugate gradient steps at one radius; ``None`` is 2 n + 10.
 
     Returns:
@@ -135,7 +139,7 @@ def trust_region(
 
 def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inner_steps: int | None) -> SecondOrder:
     def init(x: Vector, params: Tree) -> TrustRegionState:
-        radius = jnp.maximum(1, norm(x)) if initial_radius is None else jnp.asarray(initial_radius, x.dtype)
+        radius = first_length(x) if initial_radius is None else jnp.asarray(initial_radius, x.dtype)
         zero = jnp.asarray(0, jnp.int32)
         return TrustRegionState(
             radius=radius,
@@ -150,7 +154,7 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
         solver = _solver(subproblem, local, size, first, state.radius, max_inner_steps)
-        last = search_radius(local, solver, state.radius)
+        last = search_radius(local, solver, state.radius, grows=subproblem != "cg")
         accepted = last.ratio >= ACCEPT
         return jnp.where(accepted, last.step, 0), state._replace(
             radius=jnp.where(accepted, next_radius(last), POOR * state.radius),
@@ -213,24 +217,36 @@ def steihaug(local: Local, inner: Inner, radius: Scalar) -> Solver:
     return Solver(jnp.zeros_like(exponent), solve)
 
 
-def search_radius(local: Local, solver: Solver, radius: Scalar) -> Trial:
-    """Shrink the region until the model's step is accepted; only the value is evaluated at each trial."""
+class _Search(NamedTuple):
+    """The last radius tried, and the best of those that were accepted."""
+
+    trial: Trial
+    best: Trial
+    done: Bool[Array, ""]
+
+
+def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool = False) -> Trial:
+    """Shrink the region until the model's step is accepted; only the value is evaluated at each trial.
+
+    Where the first step is accepted, ends on the boundary and is as good as promised, a region that ``grows`` is tried
+    larger and larger for as long as that lowers the value: the internal doubling of Dennis and Schnabel (1996),
+    algorithm A6.4.5, doi:10.1137/1.9781611971200. It pays where another radius costs little beside another Hessian.
+    """
     noise = local.noise + jnp.finfo(local.noise.dtype).tiny
 
-    def running(trial: Trial) -> Bool[Array, ""]:
-        hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
-        return (trial.count == 0) | (~(trial.ratio >= ACCEPT) & ~hopeless & (trial.count < MAX_TRIALS))
-
-    def attempt(trial: Trial) -> Trial:
+    def attempt(search: _Search) -> _Search:
+        trial, best = search.trial, search.best
+        growing = best.ratio >= ACCEPT
         slope = jnp.vdot(local.grad, trial.step, precision="highest")
         shrunk = norm(trial.step) * shrink_factor(local.value, slope, trial.value)
-        radius = jnp.where(trial.count == 0, trial.radius, shrunk)
+        radius = jnp.where(trial.count == 0, trial.radius, jnp.where(growing, _DOUBLING * trial.radius, shrunk))
         (step, predicted, on_boundary), inner_steps = solver.solve(radius)
         value = local.value_after(step)
         ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
         ratio = jnp.where(jnp.isfinite(value), ratio, -jnp.inf).astype(radius.dtype)
         inner_steps += trial.inner_steps
-        return Trial(radius, step, value, predicted, on_boundary, ratio, trial.count + 1, inner_steps)
+        trial = Trial(radius, step, value, predicted, on_boundary, ratio, trial.count + 1, inner_steps)
+        return _judge(trial, best, growing, local.noise, grows)
 
     zero, none = jnp.zeros_like(local.grad[0]), jnp.zeros_like(local.grad[0], jnp.int32)
     start = Trial(
@@ -239,11 +255,27 @@ def search_radius(local: Local, solver: Solver, radius: Scalar) -> Trial:
         value=local.value,
         predicted=zero,
         on_boundary=jnp.zeros_like(zero, bool),
-        ratio=zero,
+        ratio=jnp.full_like(zero, -jnp.inf),
         count=none,
         inner_steps=none + solver.num_shared,
     )
-    return jax.lax.while_loop(running, attempt, start)
+    search = _Search(start, start, jnp.zeros_like(zero, bool))
+    search = jax.lax.while_loop(lambda search: ~search.done, attempt, search)
+    accepted = search.best.ratio >= ACCEPT
+    last = jax.tree.map(lambda best, trial: jnp.where(accepted, best, trial), search.best, search.trial)
+    return last._replace(count=search.trial.count, inner_steps=search.trial.inner_steps)
+
+
+def _judge(trial: Trial, best: Trial, growing: Bool[Array, ""], noise: Scalar, grows: bool) -> _Search:
+    """Accept the trial, or keep what was accepted before; end unless another radius is worth a value."""
+    better = (trial.ratio >= ACCEPT) & (~growing | (trial.value < best.value - noise))
+    kept = best._replace(on_boundary=best.on_boundary & ~growing)  # a larger region did not pay: it stays as it is
+    best = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, kept)
+    promising = (trial.ratio > _GOOD) & trial.on_boundary & (trial.radius < jnp.finfo(trial.radius.dtype).max / 64)
+    goes_on = better & promising & (growing | (trial.count == 1)) & grows
+    hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
+    done = ((growing | better) & ~goes_on) | hopeless | (trial.count >= MAX_TRIALS)
+    return _Search(trial, best, done)
 
 
 def next_radius(last: Trial) -> Scalar:

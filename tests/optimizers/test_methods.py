@@ -1,0 +1,188 @@
+"""The methods of minimize beyond Newton's: what each promises, against closed forms and slow oracles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import curvature
+from curvature import Status
+from curvature.linalg._dense import factor_model, solve_cubic, solve_region
+from curvature.linalg._krylov_model import krylov_model, solve_krylov_region
+from curvature.optimizers._lbfgs import Pairs, inverse_product, remember
+from tests.optimizers.problems import PROBLEMS, rosenbrock, wood
+from tests.oracles import assert_close
+
+METHODS = ["bfgs", "l-bfgs", "sr1", "newton-cg", "cubic-newton"]
+methods = pytest.mark.parametrize("method", METHODS)
+
+
+def symmetric(rng, n, scale=1.0):
+    matrix = rng.normal(size=(n, n))
+    return scale * (matrix + matrix.T)
+
+
+@methods
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.fun in (wood, rosenbrock)], ids=lambda p: p.name)
+def test_classical_problems_in_both_precisions(method, problem, dtype):
+    result = curvature.minimize(problem.fun, jnp.asarray(problem.start, dtype), method=method)
+    assert result.status == Status.CONVERGED
+    assert jnp.max(jnp.abs(result.grad)) <= float(jnp.finfo(dtype).eps) ** 0.5
+    assert np.max(np.abs(np.asarray(result.x, float) - problem.minimizer)) < (1e-6 if dtype == jnp.float64 else 1e-2)
+    assert result.num_steps <= 130
+
+
+@methods
+def test_the_scale_of_the_objective_changes_nothing(method):
+    def scaled(x, scale):
+        return scale * rosenbrock(x)
+
+    plain, tiny, huge = (
+        curvature.minimize(scaled, jnp.array([-1.2, 1.0]), (scale,), method=method, gtol=0.0, rtol=1e-8)
+        for scale in (1.0, 2.0**-30, 2.0**40)  # powers of two: no rounding differs
+    )
+    assert plain.success
+    assert plain.num_steps == tiny.num_steps == huge.num_steps
+    assert_close(tiny.x, plain.x, roundings=1e4)
+
+
+@methods
+def test_many_starts_each_report_their_own_status(method):
+    starts = np.random.default_rng(0).uniform(-2, 2, size=(50, 2))
+    starts[7], starts[11] = np.nan, [1.0, 1.0]
+    result = jax.vmap(lambda x: curvature.minimize(rosenbrock, x, method=method))(jnp.asarray(starts))
+    assert result.status[7] == Status.NONFINITE_START
+    assert (result.status[11], result.num_steps[11]) == (Status.CONVERGED, 0)
+    rest = np.delete(np.arange(50), [7])
+    assert jnp.all(result.status[rest] == Status.CONVERGED)
+    assert jnp.max(jnp.abs(result.x[rest] - 1)) < 1e-6
+
+
+@methods
+def test_where_the_objective_has_no_value_the_step_shrinks(method):
+    result = curvature.minimize(lambda x: x[0] - jnp.log(x[0]) + (x[1] - 2) ** 2, jnp.array([9.0, 0.0]), method=method)
+    assert result.success
+    assert_close(result.x, jnp.array([1.0, 2.0]), roundings=1e9)
+
+
+@pytest.mark.parametrize("method", ["bfgs", "l-bfgs", "sr1"])
+def test_quasi_newton_methods_take_one_gradient_a_trial(method):
+    calls = []
+
+    def counted(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return rosenbrock(x)
+
+    trials = []
+    result = curvature.minimize(
+        counted, jnp.array([-1.2, 1.0]), method=method, callback=lambda step: trials.append(int(step.state.num_trials))
+    )
+    jax.effects_barrier()
+    assert result.success
+    assert len(calls) == 1 + sum(trials)
+
+
+@methods
+def test_a_linear_objective_falls_to_minus_infinity(method):
+    result = curvature.minimize(lambda x: jnp.sum(x), jnp.ones(3, jnp.float32), method=method)
+    assert result.status in (Status.UNBOUNDED, Status.MAX_STEPS)
+    assert not result.success
+
+
+@pytest.mark.parametrize("update", ["bfgs", "ssbfgs", "ssbroyden"])
+def test_an_updated_inverse_is_positive_and_satisfies_the_secant_equation(update):
+    solver = curvature.bfgs(update)
+    x = jnp.array([-1.2, 1.0])
+    state = solver.init(x)
+    for _ in range(4):
+        value, grad = jax.value_and_grad(rosenbrock)(x)
+        step, state = solver.update(grad, state, x, value=value, value_fn=rosenbrock)
+        x = x + step
+        change = state.stored.grad - grad
+        assert_close(state.inverse_hessian @ change, step, roundings=1e4)
+        assert jnp.all(jnp.linalg.eigvalsh(state.inverse_hessian) > 0)
+
+
+def test_the_compact_memory_is_the_product_of_its_updates():
+    rng, n, m = np.random.default_rng(0), 5, 3
+    matrix = np.eye(n) + symmetric(rng, n) @ symmetric(rng, n).T
+    matrix = (matrix + matrix.T) / 2 + 100 * np.eye(n)
+    empty, zeros = jnp.zeros((m, n)), jnp.zeros((m, m))
+    pairs, seen = Pairs(empty, empty, zeros, zeros, jnp.ones(m), jnp.asarray(0, jnp.int32)), []
+    for k in range(5):
+        s = rng.normal(size=n)
+        y, tau = matrix @ s, 1.0 if k % 2 else 1 / 3
+        pairs = remember(pairs, jnp.asarray(s), jnp.asarray(y), jnp.asarray(s @ y / tau))
+        seen = [*seen, (s, y, tau)][-m:]
+        H = seen[-1][0] @ seen[-1][1] / (seen[-1][1] @ seen[-1][1]) * np.prod([tau for *_, tau in seen[1:]]) * np.eye(n)
+        for i, (s, y, tau) in enumerate(seen):
+            V = np.eye(n) - np.outer(y, s) / (s @ y)
+            H = V.T @ H @ V / (tau if i else 1) + np.outer(s, s) / (s @ y)
+        vector = rng.normal(size=n)
+        assert_close(inverse_product(pairs, jnp.asarray(vector)), H @ vector, roundings=1e5)
+
+
+def test_a_pair_without_curvature_is_not_remembered():
+    empty, zeros = jnp.zeros((2, 3)), jnp.zeros((2, 2))
+    pairs = Pairs(empty, empty, zeros, zeros, jnp.ones(2), jnp.asarray(0, jnp.int32))
+    assert remember(pairs, jnp.ones(3), -jnp.ones(3), jnp.asarray(1.0)).count == 0
+
+
+def test_sr1_learns_the_hessian_of_a_quadratic():
+    matrix = symmetric(np.random.default_rng(1), 3) + 10 * np.eye(3)
+    solver, x = curvature.sr1(), jnp.array([3.0, -2.0, 1.0])
+    quadratic = lambda x: x @ jnp.asarray(matrix) @ x / 2
+    state = solver.init(x)
+    for _ in range(4):
+        value, grad = jax.value_and_grad(quadratic)(x)
+        step, state = solver.update(grad, state, x, value=value, value_fn=quadratic)
+        x = x + step
+    assert_close(state.hessian, matrix, roundings=1e6)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_cubic_model_is_minimized_wherever_its_minimizer_is(hard):
+    solve = jax.jit(lambda H, g, w: solve_cubic(factor_model(H, g), w).step)
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        scale, weight = 10.0 ** rng.integers(-4, 4, size=2)
+        H, g = symmetric(rng, 4, scale), rng.normal(size=4) * 10.0 ** rng.integers(-5, 5)
+        if hard:  # no part of the gradient lies along the lowest eigenvector
+            vectors = np.linalg.eigh(H)[1]
+            g = vectors[:, 1:] @ vectors[:, 1:].T @ g
+        s = np.asarray(solve(jnp.asarray(H), jnp.asarray(g), jnp.asarray(weight)))
+        mu, size = weight * np.linalg.norm(s), np.linalg.norm(H, 2)
+        assert np.linalg.norm(H @ s + mu * s + g) <= 1e-9 * (np.linalg.norm(g) + size * np.linalg.norm(s))
+        assert np.linalg.eigvalsh(H)[0] + mu >= -1e-9 * size
+
+
+@pytest.mark.parametrize("eigenvalue", [0.0, -1.0, 2.0])
+def test_the_region_of_a_multiple_eigenvalue_sees_the_whole_gradient(eigenvalue):
+    """With ``H = l I`` the step is along ``-g`` whichever of its entries vanish."""
+    model = factor_model(eigenvalue * jnp.eye(3), jnp.array([0.0, 3.0, 0.0]))
+    expected = -1.5 if eigenvalue > 0 else -1.75
+    assert_close(solve_region(model, jnp.asarray(1.75)).step, jnp.array([0.0, expected, 0.0]), roundings=1e4)
+
+
+@pytest.mark.parametrize("radius", [0.1, 1e3])
+@pytest.mark.parametrize("definite", [True, False])
+def test_the_krylov_model_of_the_whole_space_is_the_exact_one(radius, definite):
+    rng = np.random.default_rng(3)
+    H = jnp.asarray(symmetric(rng, 6) + (20.0 if definite else 0.0) * np.eye(6))
+    g = jnp.asarray(rng.normal(size=6))
+    krylov = krylov_model(lambda v: H @ v, g, jnp.asarray(1e-12), jnp.asarray(100, jnp.int32), jnp.asarray(radius))
+    got, want = solve_krylov_region(krylov, jnp.asarray(radius)), solve_region(factor_model(H, g), jnp.asarray(radius))
+    assert_close(got.step, want.step, roundings=1e5)
+    assert_close(got.predicted, want.predicted, roundings=1e5)
+    assert got.on_boundary == want.on_boundary
+
+
+def test_the_krylov_space_stops_where_the_model_is_good_enough():
+    diagonal = jnp.linspace(1.0, 2.0, 50)
+    g = jnp.ones(50)
+    krylov = krylov_model(
+        lambda v: diagonal * v, g, jnp.asarray(0.05), jnp.asarray(100, jnp.int32), jnp.asarray(jnp.inf)
+    )
+    step = solve_krylov_region(krylov, jnp.asarray(1e6)).step
+    assert krylov.num_steps < 5
+    assert jnp.linalg.norm(diagonal * step + g) <= 0.05
