@@ -144,10 +144,11 @@ def solve_cubic(model: QuadraticModel, weight: Scalar) -> RegionStep:
     u = _solve_cubic_secular(gradient, base, shift, weight)
     coordinates, radius = -_divide(gradient, base + u), (shift + u) / weight
 
-    indefinite = lowest < -rounding_level(eigenvalues)
-    rest = radius * jnp.sqrt(jnp.maximum(1 - jnp.sum((coordinates[1:] / jnp.where(radius > 0, radius, 1)) ** 2), 0))
+    squares = (coordinates / jnp.where(radius > 0, radius, 1)) ** 2
+    hard = (lowest < -rounding_level(eigenvalues)) & (1 - jnp.sum(squares) > jnp.sqrt(jnp.finfo(radius.dtype).eps))
+    rest = radius * jnp.sqrt(jnp.maximum(1 - jnp.sum(squares[1:]), 0))
     along_lowest = jnp.where(gradient[0] > 0, -rest, rest)
-    coordinates = coordinates.at[0].set(jnp.where(indefinite, along_lowest, coordinates[0]))
+    coordinates = coordinates.at[0].set(jnp.where(hard, along_lowest, coordinates[0]))
     predicted = -jnp.sum(coordinates * (gradient + eigenvalues * coordinates / 2))
     return RegionStep(_matmul(model.vectors, coordinates), predicted, shift + u > rounding_level(eigenvalues))
 

@@ -182,7 +182,7 @@ def inverse_product(pairs: Pairs, vector: Vector) -> Vector:
     chronological = jnp.argsort(-age)
     R = (jnp.where(later, pairs.sy, 0) + jnp.diag(diagonal))[chronological][:, chronological]
 
-    def solve(rhs: Vector, transposed: int) -> Vector:
+    def solve(rhs: Array, transposed: int) -> Array:
         solution = jax.scipy.linalg.solve_triangular(R, rhs[chronological], trans=transposed)
         return jnp.where(known, jnp.zeros_like(rhs).at[chronological].set(solution), 0)
 
@@ -192,5 +192,5 @@ def inverse_product(pairs: Pairs, vector: Vector) -> Vector:
     return gamma * vector + _matvec(pairs.steps.T, p) - gamma * _matvec(pairs.changes.T, q)
 
 
-def _matvec(matrix: Array, vector: Vector) -> Vector:
+def _matvec(matrix: Array, vector: Array) -> Array:
     return jnp.matmul(matrix, vector, precision="highest")

@@ -44,6 +44,7 @@ def search_values(local: Local, direction: Vector, slope: Scalar, grows: Bool[Ar
         value = local.value_after(size * direction)
         lower = jnp.isfinite(value) & (value <= local.value + _ARMIJO * size * slope + local.noise)
         growing = grows & lower & (value < search.best_value) & (grown | (search.count == 0))
+        growing = growing & (search.count + 1 < MAX_TRIALS)
         return ValueSearch(
             step_size=jnp.where(grown & ~growing, search.best_size, size),
             value=jnp.where(grown & ~growing, search.best_value, value),

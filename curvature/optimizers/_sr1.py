@@ -160,17 +160,16 @@ def _attempt(trial: _Trial, local: Slope) -> _Trial:
     grown = jnp.where((ratio > _GOOD) & (length > 0.8 * trial.radius), 2 * trial.radius, trial.radius)
     grown = jnp.minimum(grown, jnp.finfo(grown.dtype).max / 8)
     radius = jnp.where(ratio < _POOR, jnp.where(finite, 0.5, 0.1) * jnp.minimum(length, trial.radius), grown)
-    accepted = ratio >= _ACCEPT
     return _Trial(
-        hessian,
-        trial.num_updates + learned.astype(jnp.int32),
-        radius,
-        step,
-        value,
-        grad,
-        predicted,
-        accepted,
-        trial.count + 1,
+        hessian=hessian,
+        num_updates=trial.num_updates + learned.astype(jnp.int32),
+        radius=radius,
+        step=step,
+        value=value,
+        grad=grad,
+        predicted=predicted,
+        accepted=ratio >= _ACCEPT,
+        count=trial.count + 1,
     )
 
 

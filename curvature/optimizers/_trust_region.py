@@ -95,8 +95,10 @@ def trust_region(
 
     Args:
         subproblem: ``"cg"`` never forms the Hessian: conjugate gradients stopped at the boundary, on negative curvature
-            (which they follow to the boundary), or at a residual that falls with the gradient. ``"exact"`` forms it,
-            and solves the subproblem to rounding by one eigendecomposition, the hard case included.
+            (which they follow to the boundary), or at a residual that falls with the gradient. ``"gltr"`` does not
+            either, but keeps a basis of the Krylov space, of up to 100 vectors, and minimizes over that on the boundary
+            too, at any radius without further products: what ``minimize`` takes. ``"exact"`` forms the Hessian, and
+            solves the subproblem to rounding by one eigendecomposition, the hard case included.
         initial_radius: the radius of the first step, in the units of ``params``; ``None`` is
             ``max(1, norm(params)) / 100``.
         max_inner_steps: the most conjugate gradient steps at one radius; ``None`` is 2 n + 10.
@@ -110,7 +112,8 @@ def trust_region(
 
     Cost: for each update one linearization of the gradient, one value at each trial, and at each trial as many Hessian
         products as there are conjugate gradient steps; or for ``"exact"`` n Hessian products and about 9 n^3 FLOPs in
-        all, and memory for 3 n^2 numbers. No Hessian is computed at a rejected point.
+        all, and memory for 3 n^2 numbers. ``"gltr"`` adds memory for up to 100 vectors. No Hessian is computed at a
+        rejected point.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, curvature
@@ -269,7 +272,8 @@ def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool =
 def _judge(trial: Trial, best: Trial, growing: Bool[Array, ""], noise: Scalar, grows: bool) -> _Search:
     """Accept the trial, or keep what was accepted before; end unless another radius is worth a value."""
     better = (trial.ratio >= ACCEPT) & (~growing | (trial.value < best.value - noise))
-    kept = best._replace(on_boundary=best.on_boundary & ~growing)  # a larger region did not pay: it stays as it is
+    worse = growing & ~(trial.ratio > _GOOD)  # then the region stays as it is
+    kept = best._replace(on_boundary=best.on_boundary & ~worse)
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, kept)
     promising = (trial.ratio > _GOOD) & trial.on_boundary & (trial.radius < jnp.finfo(trial.radius.dtype).max / 64)
     goes_on = better & promising & (growing | (trial.count == 1)) & grows

@@ -57,7 +57,7 @@ def test_a_thousand_starts_each_report_their_own_status(method):
     starts = np.random.default_rng(0).uniform(-3, 3, size=(1000, 2))
     starts[7] = np.nan
     starts[11] = [1.0, 1.0]
-    solve = jax.jit(jax.vmap(lambda x: curvature.minimize(rosenbrock, x, method=method, max_steps=30)))
+    solve = jax.jit(jax.vmap(lambda x: curvature.minimize(rosenbrock, x, method=method, max_steps=35)))
     result = solve(jnp.asarray(starts))
     assert result.status.shape == result.num_steps.shape == (1000,)
     assert result.status[7] == Status.NONFINITE_START
@@ -67,7 +67,7 @@ def test_a_thousand_starts_each_report_their_own_status(method):
     assert jnp.sum(solved) > 800
     assert len(set(result.num_steps.tolist())) > 5
     assert jnp.max(jnp.abs(jnp.where(solved[:, None], result.x - 1, 0))) < 1e-5
-    assert jnp.all(jnp.where(result.status == Status.MAX_STEPS, result.num_steps == 30, True))
+    assert jnp.all(jnp.where(result.status == Status.MAX_STEPS, result.num_steps == 35, True))
     assert result.message[7] == Status.NONFINITE_START.message
     alone = curvature.minimize(rosenbrock, jnp.asarray(starts[3]), method=method, max_steps=30)
     assert alone.num_steps == result.num_steps[3]
@@ -251,7 +251,7 @@ def test_the_callback_sees_every_iterate_in_order():
     result = curvature.minimize(rosenbrock, jnp.array([-1.2, 1.0]), callback=steps.append)
     jax.effects_barrier()
     assert [int(step.num_steps) for step in steps] == list(range(int(result.num_steps) + 1))
-    np.testing.assert_allclose(steps[-1].value, result.value, rtol=1e-9)  # rounding leaves 1e-20 of 24
+    np.testing.assert_allclose(steps[-1].value, result.value, rtol=1e-9, atol=1e-20)  # what rounding leaves of 24
     assert np.all(np.diff([float(step.value) for step in steps]) <= 0)
 
 
