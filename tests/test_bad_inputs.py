@@ -438,7 +438,7 @@ CASES = {
     "trust-region-subproblem": (
         lambda: curvature.trust_region("dogleg"),
         ValueError,
-        r"trust_region: subproblem='dogleg' is unknown, expected one of 'exact', 'cg'",
+        r"trust_region: subproblem='dogleg' is unknown, expected one of 'exact', 'gltr', 'cg'",
     ),
     "trust-region-radius": (
         lambda: curvature.trust_region(initial_radius=0.0),

@@ -19,6 +19,7 @@ def run(code: str) -> str:
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_pinn(tmp_path):
     for module in ("matplotlib", "rich"):
         pytest.importorskip(module)
@@ -30,6 +31,7 @@ def test_pinn(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_private_digits():
     for module in ("sklearn", "rich"):
         pytest.importorskip(module)
@@ -57,6 +59,7 @@ print(*found.values())
     assert min(others) > 0.5
 
 
+@pytest.mark.slow
 def test_which_mode():
     pytest.importorskip("rich")
     printed = run("from examples import which_mode; which_mode.main()")

@@ -23,7 +23,7 @@ from curvature.optimizers._protocol import (
 )
 
 _ACCEPT, _GOOD = 0.1, 0.75  # Cartis, Gould and Toint (2011), algorithm 2.1: ratios for a step, and for a lesser weight
-_LESS = (0.1, 0.5)  # by which a weight falls after a good step, and grows after none
+_LESS = (0.01, 0.5)  # by which a weight falls after a good step, and grows after none
 _MORE = (2.0, 100.0)
 
 
@@ -79,10 +79,13 @@ def cubic_newton() -> SecondOrder:
         >>> f = lambda x: jnp.sum(jnp.cosh(x - jnp.arange(2.0)))
         >>> x, solver = jnp.zeros(2), curvature.cubic_newton()
         >>> state = solver.init(x)
-        >>> for _ in range(6):
-        ...     value, grad = jax.value_and_grad(f)(x)
-        ...     step, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=f)
-        ...     x = optax.apply_updates(x, step)
+        >>> @jax.jit
+        ... def step(x, state):
+        ...     value, grad = optax.value_and_grad_from_state(f)(x, state=state)
+        ...     updates, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=f)
+        ...     return optax.apply_updates(x, updates), state
+        >>> for _ in range(11):
+        ...     x, state = step(x, state)
         >>> jnp.round(x, 3) + 0.0
         Array([0., 1.], dtype=float32)
 

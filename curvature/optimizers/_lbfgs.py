@@ -93,10 +93,13 @@ def lbfgs(memory_size: int = 20) -> FirstOrder:
         >>> f = lambda x: jnp.sum(jnp.cosh(x - jnp.arange(3.0)))
         >>> x, solver = jnp.zeros(3), curvature.lbfgs()
         >>> state = solver.init(x)
-        >>> for _ in range(10):
+        >>> @jax.jit
+        ... def step(x, state):
         ...     value, grad = optax.value_and_grad_from_state(f)(x, state=state)
-        ...     step, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=f)
-        ...     x = optax.apply_updates(x, step)
+        ...     updates, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=f)
+        ...     return optax.apply_updates(x, updates), state
+        >>> for _ in range(12):
+        ...     x, state = step(x, state)
         >>> jnp.round(x, 3) + 0.0
         Array([0., 1., 2.], dtype=float32)
 

@@ -108,10 +108,13 @@ def lbfgsb(lower: Tree = None, upper: Tree = None, *, memory_size: int = 10) -> 
         >>> rosenbrock = lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
         >>> x, solver = jnp.array([-1.2, 1.0]), curvature.lbfgsb(upper=jnp.array([0.5, jnp.inf]))
         >>> state = solver.init(x)
-        >>> for _ in range(40):
-        ...     value, grad = jax.value_and_grad(rosenbrock)(x)
-        ...     step, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=rosenbrock)
-        ...     x = optax.apply_updates(x, step)
+        >>> @jax.jit
+        ... def step(x, state):
+        ...     value, grad = optax.value_and_grad_from_state(rosenbrock)(x, state=state)
+        ...     updates, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=rosenbrock)
+        ...     return optax.apply_updates(x, updates), state
+        >>> for _ in range(42):
+        ...     x, state = step(x, state)
         >>> jnp.round(x, 3)
         Array([0.5 , 0.25], dtype=float32)
 

@@ -87,13 +87,16 @@ def levenberg_marquardt(
         conjugate gradients, and 8 VJPs for ``D``. No Jacobian is computed at a rejected point.
 
     Example:
-        >>> import jax.numpy as jnp, optax, curvature
+        >>> import jax, jax.numpy as jnp, optax, curvature
         >>> rosenbrock = lambda x: jnp.array([10 * (x[1] - x[0] ** 2), 1 - x[0]])
         >>> x, solver = jnp.array([-1.2, 1.0]), curvature.levenberg_marquardt()
         >>> state = solver.init(x)
+        >>> @jax.jit
+        ... def step(x, state):
+        ...     updates, state = solver.update(None, state, x, residual_fn=rosenbrock)
+        ...     return optax.apply_updates(x, updates), state
         >>> for _ in range(20):
-        ...     step, state = solver.update(None, state, x, residual_fn=rosenbrock)
-        ...     x = optax.apply_updates(x, step)
+        ...     x, state = step(x, state)
         >>> jnp.round(x, 3)
         Array([1., 1.], dtype=float32)
 

@@ -75,10 +75,13 @@ def newton_cg(*, max_inner_steps: int | None = None) -> SecondOrder:
         >>> f = lambda x: jnp.sum(jnp.cosh(x - jnp.arange(3.0)))
         >>> x, solver = jnp.zeros(3), curvature.newton_cg()
         >>> state = solver.init(x)
-        >>> for _ in range(6):
-        ...     value, grad = jax.value_and_grad(f)(x)
-        ...     step, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=f)
-        ...     x = optax.apply_updates(x, step)
+        >>> @jax.jit
+        ... def step(x, state):
+        ...     value, grad = optax.value_and_grad_from_state(f)(x, state=state)
+        ...     updates, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=f)
+        ...     return optax.apply_updates(x, updates), state
+        >>> for _ in range(8):
+        ...     x, state = step(x, state)
         >>> jnp.round(x, 3) + 0.0
         Array([0., 1., 2.], dtype=float32)
 

@@ -70,10 +70,13 @@ def projected_newton(lower: Tree = None, upper: Tree = None, *, subproblem: Face
         >>> rosenbrock = lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
         >>> x, solver = jnp.array([-1.2, 1.0]), curvature.projected_newton(upper=jnp.array([0.5, jnp.inf]))
         >>> state = solver.init(x)
-        >>> for _ in range(20):
+        >>> @jax.jit
+        ... def step(x, state):
         ...     value, grad = jax.value_and_grad(rosenbrock)(x)
-        ...     step, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=rosenbrock)
-        ...     x = optax.apply_updates(x, step)
+        ...     updates, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=rosenbrock)
+        ...     return optax.apply_updates(x, updates), state
+        >>> for _ in range(20):
+        ...     x, state = step(x, state)
         >>> jnp.round(x, 3)
         Array([0.5 , 0.25], dtype=float32)
 

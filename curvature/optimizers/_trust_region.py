@@ -120,10 +120,13 @@ def trust_region(
         >>> rosenbrock = lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
         >>> x, solver = jnp.array([-1.2, 1.0]), curvature.trust_region("exact")
         >>> state = solver.init(x)
-        >>> for _ in range(25):
+        >>> @jax.jit
+        ... def step(x, state):
         ...     value, grad = jax.value_and_grad(rosenbrock)(x)
-        ...     step, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=rosenbrock)
-        ...     x = optax.apply_updates(x, step)
+        ...     updates, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=rosenbrock)
+        ...     return optax.apply_updates(x, updates), state
+        >>> for _ in range(25):
+        ...     x, state = step(x, state)
         >>> jnp.round(x, 3)
         Array([1., 1.], dtype=float32)
 

@@ -129,6 +129,7 @@ def test_derivatives_by_the_right_hand_side_and_by_the_operator(method, transfor
     assert_trees_close(got, want, roundings=1e6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cg", "woodbury"])
 def test_second_derivatives_of_a_solution(method):
     b = jax.tree.map(jnp.ones_like, X)

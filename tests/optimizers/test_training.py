@@ -366,6 +366,7 @@ def test_kfac_is_block_gauss_newton_on_a_deep_linear_model():
         assert_close(flat(step[name]), expected, roundings=1e5)
 
 
+@pytest.mark.slow
 def test_kfac_minimizes_the_exact_model_in_the_plane_of_direction_and_last_step():
     """Martens and Grosse, section 7, by a dense matrix; the factors are means over all batches, then decay."""
     method = curvature.kfac(network, cross_entropy, batch(0), damping=0.5, decay=0.6, invert_every=1, adapt_every=None)
@@ -459,6 +460,7 @@ def test_adahessian_averages_over_the_space_of_a_kernel():
     assert_close(u, weights / np.mean(weights, axis=(0, 1), keepdims=True), roundings=1e9)  # eps is 1e-8
 
 
+@pytest.mark.slow
 def test_estimates_of_the_diagonal_are_unbiased():
     """Within four standard errors for every entry, from 400 estimates."""
     params, data = start(), batch(0)

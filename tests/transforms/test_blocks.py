@@ -137,6 +137,7 @@ def test_the_view_is_the_matrix_in_the_order_of_ravel_pytree(dtype):
     assert_close(view["", "head"], dense[:, :1], dtype)
 
 
+@pytest.mark.slow
 def test_the_view_passes_through_transforms_without_retracing():
     traces = []
 

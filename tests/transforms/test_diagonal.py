@@ -76,6 +76,7 @@ def largest_array(jaxpr):
     return max(sizes)
 
 
+@pytest.mark.slow
 def test_twenty_thousand_parameters_take_one_chunk_of_memory():
     n, chunk = 20_000, 50
     x = jnp.zeros(n)

@@ -268,6 +268,7 @@ def test_a_rule_that_cannot_be_read_twice_is_evaluated_wide():
     assert_close(curvature.hessian(f)(w, x), jax.hessian(f)(w, x))
 
 
+@pytest.mark.slow
 def test_explain_says_so():
     p, args = parameters(jnp.float32), data(jnp.float32)
     report = curvature.explain(cross_entropy, p, *args)
