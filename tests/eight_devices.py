@@ -84,7 +84,8 @@ def test_sharded_data_gives_what_one_device_gives(mesh, inputs):
     product = jax.jit(lambda x, v, a: curvature.hvp(loss, x, v, a))
     assert_close(product(X, v, sharded), product(X, v, inputs))
     assert_close(jax.jit(curvature.hessian(loss))(X, sharded), jax.hessian(loss)(X, inputs))
-    assert_close(curvature.minimize(loss, X, (sharded,)).x, curvature.minimize(loss, X, (inputs,)).x, roundings=1e8)
+    one, many = (curvature.minimize(loss, X, (a,)).x for a in (inputs, sharded))
+    assert_close(X + many, X + one)  # the minimizer is 0: measured by where the solves started
 
 
 def test_pmap_composes(inputs):
