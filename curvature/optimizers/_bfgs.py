@@ -4,12 +4,12 @@ import functools
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import Status, Tree
 from curvature.linalg._dense import norm
-from curvature.optimizers._line_search import LineSearch, first_step_size, wolfe_search
+from curvature.optimizers._line_search import Descent, descend
 from curvature.optimizers._protocol import (
     FirstOrder,
     Matrix,
@@ -113,53 +113,39 @@ def _init(x: Vector, params: Tree) -> BFGSState:
 
 
 def _step(update: Update, state: BFGSState, local: Slope) -> tuple[Vector, Scalar, Vector, BFGSState]:
-    direction = -_matvec(state.inverse_hessian, local.grad)
-    descends = jnp.vdot(direction, local.grad, precision="highest") < 0
-    fresh = (state.num_updates == 0) | ~descends
-    direction = jnp.where(fresh, -local.grad, direction)
-    first = jnp.where(fresh, first_step_size(local), 1)
-    search = wolfe_search(local, direction, first)
-    step = jnp.where(search.accepted, search.trial.t, 0) * direction
-    H = jnp.where(fresh, jnp.eye(step.size, dtype=step.dtype), state.inverse_hessian)
-    H, num_updates = _learn(update, H, jnp.where(fresh, 0, state.num_updates), step, search, local)
-    value = jnp.where(search.accepted, search.trial.value, local.value)
-    grad = jnp.where(search.accepted, search.grad, local.grad)
-    return (
-        step,
-        value,
-        grad,
-        state._replace(
-            inverse_hessian=H,
-            num_updates=num_updates,
-            step_size=search.trial.t,
-            num_trials=search.count,
-            status=search_status(search.accepted, ~fresh, search.trial.value, search.trial.slope),
-        ),
+    found = descend(local, -_matvec(state.inverse_hessian, local.grad), state.num_updates > 0)
+    identity = jnp.eye(local.grad.size, dtype=local.grad.dtype)
+    accepted = found.search.accepted
+    H = jnp.where(found.fresh, identity, state.inverse_hessian)
+    num_updates = jnp.where(found.fresh, 0, state.num_updates)
+    learned, useful = _learn(update, H, num_updates, found, found.grad - local.grad)
+    state = state._replace(
+        inverse_hessian=jnp.where(accepted, learned, identity),
+        num_updates=jnp.where(accepted, num_updates + useful.astype(jnp.int32), 0),
+        step_size=found.search.trial.t,
+        num_trials=found.search.count,
+        status=search_status(accepted, ~found.fresh, found.search.trial.value, found.search.trial.slope),
     )
+    return found.step, found.value, found.grad, state
 
 
 def _learn(
-    update: Update, H: Matrix, num_updates: Int[Array, ""], step: Vector, search: LineSearch, local: Slope
-) -> tuple[Matrix, Int[Array, ""]]:
-    """The approximation after an accepted step; after a failed search the identity."""
-    y = search.grad - local.grad
+    update: Update, H: Matrix, num_updates: Int[Array, ""], found: Descent, y: Vector
+) -> tuple[Matrix, Bool[Array, ""]]:
+    """The approximation after a step that changed the gradient by ``y``, and whether that was of use."""
+    step = found.step
     ys, yy = jnp.vdot(y, step, precision="highest"), jnp.vdot(y, y, precision="highest")
-    useful = search.accepted & (ys > jnp.finfo(ys.dtype).eps * norm(y) * norm(step))
+    useful = ys > jnp.finfo(ys.dtype).eps * norm(y) * norm(step)
     ys, yy = jnp.where(useful, ys, 1), jnp.where(useful & (yy > 0), yy, 1)
     H = jnp.where(num_updates == 0, ys / yy, 1) * H  # N&W (6.20)
     Hy = _matvec(H, y)
     yHy = jnp.vdot(y, Hy, precision="highest")
     yHy = jnp.where(yHy > 0, yHy, 1)
-    sBs = -search.trial.t * jnp.vdot(step, local.grad, precision="highest")
-    phi, tau = _weights(update, sBs / ys, yHy / ys, step.size)
+    phi, tau = _weights(update, found.expected / ys, yHy / ys, step.size)
     phi, tau = jnp.where(num_updates == 0, 1, phi), jnp.where(num_updates == 0, 1, tau)
     v = step / ys - Hy / yHy
     updated = (H - jnp.outer(Hy, Hy) / yHy + phi * yHy * jnp.outer(v, v)) / tau + jnp.outer(step, step) / ys
-    H = jnp.where(useful, updated, H)
-    identity = jnp.eye(step.size, dtype=step.dtype)
-    return jnp.where(search.accepted, H, identity), jnp.where(
-        search.accepted, num_updates + useful.astype(jnp.int32), 0
-    )
+    return jnp.where(useful, updated, H), useful
 
 
 def _weights(update: Update, b: Scalar, h: Scalar, n: int) -> tuple[Scalar, Scalar]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from curvature import _checks
 from curvature._types import Status, Tree
 from curvature.linalg._dense import norm
-from curvature.optimizers._line_search import first_step_size, wolfe_search
+from curvature.optimizers._line_search import descend
 from curvature.optimizers._protocol import (
     FirstOrder,
     Scalar,
@@ -123,28 +123,16 @@ def _init(memory_size: int, x: Vector, params: Tree) -> LBFGSState:
 
 
 def _step(state: LBFGSState, local: Slope) -> tuple[Vector, Scalar, Vector, LBFGSState]:
-    direction = -inverse_product(state.pairs, local.grad)
-    slope = jnp.vdot(direction, local.grad, precision="highest")
-    fresh = (state.pairs.count == 0) | ~(slope < 0)
-    direction = jnp.where(fresh, -local.grad, direction)
-    search = wolfe_search(local, direction, jnp.where(fresh, first_step_size(local), 1))
-    accepted, size = search.accepted, search.trial.t
-    step = jnp.where(accepted, size, 0) * direction
-    grad = jnp.where(accepted, search.grad, local.grad)
-    pairs = state.pairs._replace(count=jnp.where(fresh | ~accepted, 0, state.pairs.count))
-    expected = -size * jnp.vdot(step, local.grad, precision="highest")  # s'Bs, as B s = -size g
-    value = jnp.where(accepted, search.trial.value, local.value)
-    return (
-        step,
-        value,
-        grad,
-        state._replace(
-            pairs=remember(pairs, step, grad - local.grad, expected),
-            step_size=size,
-            num_trials=search.count,
-            status=search_status(accepted, ~fresh, search.trial.value, search.trial.slope),
-        ),
+    found = descend(local, -inverse_product(state.pairs, local.grad), state.pairs.count > 0)
+    accepted = found.search.accepted
+    pairs = state.pairs._replace(count=jnp.where(found.fresh | ~accepted, 0, state.pairs.count))
+    state = state._replace(
+        pairs=remember(pairs, found.step, found.grad - local.grad, found.expected),
+        step_size=found.search.trial.t,
+        num_trials=found.search.count,
+        status=search_status(accepted, ~found.fresh, found.search.trial.value, found.search.trial.slope),
     )
+    return found.step, found.value, found.grad, state
 
 
 def remember(pairs: Pairs, step: Vector, change: Vector, expected: Scalar) -> Pairs:

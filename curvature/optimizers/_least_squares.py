@@ -192,14 +192,14 @@ def run(
     def cost(x: Tree, *args: Any) -> Array:
         return half_sum(flat(residuals(x, *args), limits.gtol.dtype), loss, limits.f_scale)
 
-    trace_residuals("least_squares", lambda x: residuals(x, *args), x0)
+    num_residuals = num_entries(trace_residuals("least_squares", lambda x: residuals(x, *args), x0).out)
     objective, operands = lift_objective("least_squares", cost, x0, args)
     x0, args = jax.lax.stop_gradient((x0, args))
 
     def residual_fn(x: Tree) -> Tree:
         return residuals(x, *args)
 
-    transformation = _resolve(method, residual_fn, x0)
+    transformation = _resolve(method, num_residuals, num_entries(x0))
     update_fn: Callable[..., tuple[Tree, Any]] = transformation.update
     dense = isinstance(transformation, DenseResidualMethod)
 
@@ -222,17 +222,15 @@ def run(
     start = _start(transformation.init(x0), jax.eval_shape(lambda x: _point(x, linearize(x)), x0), x0, limits)
     loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, start)
     best = loop.best
-    degrees = num_entries(best.residuals) - num_entries(x0)
+    degrees = num_residuals - num_entries(x0)
     x, value = implicit_minimizer(objective, operands, best.x, best.value)
     return LeastSquaresResult(x, value, best.residuals, best.grad, loop.num_steps, loop.status, best.root, degrees)
 
 
-def _resolve(method: str | ResidualMethod, residual_fn: Callable[[Tree], Tree], x0: Tree) -> ResidualMethod:
+def _resolve(method: str | ResidualMethod, num_residuals: int, n: int) -> ResidualMethod:
     """The method by its name: with the Jacobian where that is small."""
     if not isinstance(method, str):
         return method
-    num_residuals = num_entries(trace_residuals("least_squares", residual_fn, x0).out)
-    n = num_entries(x0)
     return _METHODS[method](n <= _DENSE_VARIABLES and n * num_residuals <= _DENSE_ENTRIES)
 
 

@@ -109,7 +109,36 @@ def wolfe_search(local: Slope, direction: Vector, first: Scalar) -> LineSearch:
     )
 
 
-def first_step_size(local: Slope) -> Scalar:
+class Descent(NamedTuple):
+    """A quasi-Newton step: zero, and where it started, if the search failed."""
+
+    step: Vector
+    value: Scalar
+    grad: Vector
+    expected: Scalar  # the curvature s'Bs that the memory had along the step
+    fresh: Bool[Array, ""]  # whether the memory was empty, or had to be dropped
+    search: LineSearch
+
+
+def descend(local: Slope, direction: Vector, remembers: Bool[Array, ""]) -> Descent:
+    """Search along ``direction``, or along steepest descent where nothing is remembered or it does not descend."""
+    slope = jnp.vdot(direction, local.grad, precision="highest")
+    fresh = ~remembers | ~(slope < 0)
+    direction = jnp.where(fresh, -local.grad, direction)
+    search = wolfe_search(local, direction, jnp.where(fresh, _first_step_size(local), 1))
+    accepted = search.accepted
+    step = jnp.where(accepted, search.trial.t, 0) * direction
+    return Descent(
+        step=step,
+        value=jnp.where(accepted, search.trial.value, local.value),
+        grad=jnp.where(accepted, search.grad, local.grad),
+        expected=-search.trial.t * jnp.vdot(step, local.grad, precision="highest"),  # as B s = -t g
+        fresh=fresh,
+        search=search,
+    )
+
+
+def _first_step_size(local: Slope) -> Scalar:
     """For steepest descent, whose direction says nothing of its length; the search goes on from there."""
     return first_length(local.x) / norm(local.grad)
 
