@@ -9,6 +9,7 @@ what waits for a core is not the solve; their ratio stands beside.
 """
 
 import argparse
+import contextlib
 import random
 import statistics
 import time
@@ -34,6 +35,10 @@ PAIRS = (
 GTOL = 1e-5
 MAX_STEPS = 1000
 WANTED = 20  # times as fast
+
+
+class PeerFailure(Exception):
+    """SciPy raised instead of returning a result."""
 
 
 class Duel(NamedTuple):
@@ -104,7 +109,10 @@ def fight(ours: str, theirs: str, problems: list[Any], seconds: float, rounds: i
     for name, problem, best in problems:
         if time.perf_counter() > end:
             return
-        yield duel(name, problem, best, ours, theirs, rounds)
+        try:
+            yield duel(name, problem, best, ours, theirs, rounds)
+        except PeerFailure as failure:
+            print(f"  {name:12} not solved by SciPy, which raised {failure}", flush=True)
 
 
 def duel(name: str, problem: Any, best: float | None, ours: str, theirs: str, rounds: int) -> Duel:
@@ -153,10 +161,19 @@ def scipy_call(fun: Callable[..., Any], x0: np.ndarray, args: Any, method: str) 
     options = {"maxiter": MAX_STEPS, **({} if method == "Newton-CG" else {"gtol": GTOL})}
 
     def call() -> Any:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), failures_named():
             return scipy.optimize.minimize(objective, x0, jac=True, method=method, options=options, **derivatives)
 
     return call
+
+
+@contextlib.contextmanager
+def failures_named() -> Iterator[None]:
+    """What SciPy raises, at a NaN for one, is the end of its solve and not of the benchmark."""
+    try:
+        yield
+    except (ValueError, np.linalg.LinAlgError) as error:
+        raise PeerFailure(f"{type(error).__name__}: {error}") from error
 
 
 def clock(call: Callable[[], Any]) -> tuple[float, Any]:

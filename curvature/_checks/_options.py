@@ -80,7 +80,7 @@ def check_nonnegative(function: str, name: str, value: Any) -> None:
     """Refuse a negative, NaN or non-numeric tolerance; tracers pass."""
     if isinstance(value, Tracer):
         return
-    if isinstance(value, bool) or not is_array_like(value) or jnp.shape(value) != () or not value >= 0:
+    if isinstance(value, bool) or not is_array_like(value) or np.ndim(value) or not value >= 0:
         raise ValueError(f"{function}: {name}={value!r}, expected a number >= 0.")
 
 
@@ -112,9 +112,14 @@ def check_count(function: str, name: str, value: Any, least: int = 0) -> None:
     """Refuse anything but an integer of at least ``least``; tracers pass."""
     if isinstance(value, Tracer):
         return
-    whole = is_array_like(value) and jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.integer)
-    if not whole or value < least:
+    if not _is_integer(value) or value < least:
         raise ValueError(f"{function}: {name}={value!r}, expected an integer >= {least}.")
+
+
+def _is_integer(value: Any) -> bool:
+    if type(value) is int:
+        return True
+    return is_array_like(value) and not np.ndim(value) and jnp.issubdtype(jnp.result_type(value), jnp.integer)
 
 
 def require_extra(function: str, name: str, value: T | None) -> T:

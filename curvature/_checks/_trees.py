@@ -27,7 +27,8 @@ def check_point(function: str, name: str, tree: Tree) -> Tree:
 def _floating_leaf(function: str, name: str, leaf: Any) -> jax.Array:
     if not is_array_like(leaf):
         raise TypeError(f"{function}: {name} is {describe(leaf)}, expected an array of floats; {_HINT}.")
-    dtype = jnp.result_type(leaf)
+    is_array = isinstance(leaf, jax.Array)  # most are, and promotion and conversion would take longer than a step
+    dtype = leaf.dtype if is_array else jnp.result_type(leaf)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
             f"{function}: {name} has dtype {dtype}; complex leaves are not supported. Differentiate by the real and "
@@ -35,7 +36,7 @@ def _floating_leaf(function: str, name: str, leaf: Any) -> jax.Array:
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{function}: {name} has dtype {dtype}, expected a floating dtype; cast it, or {_HINT}.")
-    return jnp.asarray(leaf)
+    return leaf if is_array else jnp.asarray(leaf)
 
 
 def check_entries(function: str, name: str, tree: Tree) -> None:

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 
+_ARRAY_LIKE = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+
+
 def is_array_like(leaf: Any) -> bool:
     """Whether JAX takes it for an array or a number."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
+    return isinstance(leaf, _ARRAY_LIKE)
 
 
 def describe(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Newton steps from a dense symmetric matrix that need not be positive definite."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -92,41 +93,47 @@ def solve_region(model: QuadraticModel, radius: Scalar) -> RegionStep:
     gaps = eigenvalues - lowest  # the unknown is t = lowest + mu >= 0, so that l + mu = gaps + t has no cancellation
     floor = jnp.maximum(lowest, 0)
     share = gradient / radius  # all steps are measured in radii: their squares cannot overflow
-    inside = jnp.all((gaps + floor > 0) | (share == 0)) & (_norm_of_step(share, gaps, floor) <= 1)
-    t = jnp.where(inside, floor, _solve_secular(share, gaps, floor))
+    inside = jnp.all((gaps + floor > 0) | (share == 0)) & (norm(_divide(share, gaps + floor)) <= 1)
+    t = jnp.where(inside, floor, _solve_secular(share, gaps, floor, inside))
     coordinates = -_divide(share, gaps + t)
 
     indefinite = lowest < -rounding_level(eigenvalues)
     rest = jnp.sqrt(jnp.maximum(1 - jnp.sum(coordinates[1:] ** 2), 0))  # differs from the entry in the hard case only
     along_lowest = jnp.where(share[0] > 0, -rest, rest)
-    coordinates = radius * coordinates.at[0].set(jnp.where(indefinite, along_lowest, coordinates[0]))
+    coordinates = radius * _with_lowest(coordinates, along_lowest, indefinite)
     predicted = -jnp.sum(coordinates * (gradient + eigenvalues * coordinates / 2))
     return RegionStep(_matmul(model.vectors, coordinates), predicted, ~inside | indefinite)
 
 
-def _solve_secular(share: Vector, gaps: Vector, floor: Scalar) -> Scalar:
+def _solve_secular(share: Vector, gaps: Vector, floor: Scalar, inside: Bool[Array, ""]) -> Scalar:
     """The ``t >= floor`` with ``norm(share / (gaps + t)) = 1``, by Newton on ``1 / norm``, from the left.
+
+    Where the step is known to end ``inside``, there is none and nothing is done.
 
     From the left the iterates increase to the root and never pass it, CGT lemma 7.3.2, so no safeguard is needed but
     for rounding.
     """
     tolerance = jnp.finfo(share.dtype).eps ** 0.75
 
-    def excess(t: Scalar) -> Scalar:
-        return _norm_of_step(share, gaps, t) - 1
-
-    def running(carry: tuple[Scalar, Int[Array, ""]]) -> Bool[Array, ""]:
-        t, count = carry
-        return (excess(t) > tolerance) & (count < _MAX_SECULAR_STEPS)
-
-    def newton(carry: tuple[Scalar, Int[Array, ""]]) -> tuple[Scalar, Int[Array, ""]]:
-        t, count = carry
+    def newton(t: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
         step = _divide(share, gaps + t)
+        excess = norm(step) - 1
         slope = jnp.sum(_divide(step**2, gaps + t))
-        return t + jnp.sum(step**2) / slope * excess(t), count + 1  # N&W (4.44)
+        return t + jnp.sum(step**2) / slope * excess, excess > tolerance  # N&W (4.44)
 
     start = jnp.maximum(floor, _lowest_share(share, gaps))  # a lowest coordinate alone reaches the boundary there
-    return jax.lax.while_loop(running, newton, (start, jnp.zeros_like(start, jnp.int32)))[0]
+    return _climb(newton, start, ~inside)
+
+
+def _climb(newton: Callable[[Scalar], tuple[Scalar, Bool[Array, ""]]], start: Scalar, needed: Bool[Array, ""]) -> Scalar:
+    """The last iterate of ``newton(t) -> (next t, whether t is still left of the root)``, evaluated once for each."""
+
+    def step(carry: tuple[Scalar, Int[Array, ""], Bool[Array, ""]]) -> tuple[Scalar, Int[Array, ""], Bool[Array, ""]]:
+        t, count, _ = carry
+        following, left = newton(t)
+        return jnp.where(left, following, t), count + 1, left & (count + 1 < _MAX_SECULAR_STEPS)
+
+    return jax.lax.while_loop(lambda carry: carry[2], step, (start, jnp.zeros_like(start, jnp.int32), needed))[0]
 
 
 def solve_cubic(model: QuadraticModel, weight: Scalar) -> RegionStep:
@@ -148,7 +155,7 @@ def solve_cubic(model: QuadraticModel, weight: Scalar) -> RegionStep:
     hard = (lowest < -rounding_level(eigenvalues)) & (1 - jnp.sum(squares) > jnp.sqrt(jnp.finfo(radius.dtype).eps))
     rest = radius * jnp.sqrt(jnp.maximum(1 - jnp.sum(squares[1:]), 0))
     along_lowest = jnp.where(gradient[0] > 0, -rest, rest)
-    coordinates = coordinates.at[0].set(jnp.where(hard, along_lowest, coordinates[0]))
+    coordinates = _with_lowest(coordinates, along_lowest, hard)
     predicted = -jnp.sum(coordinates * (gradient + eigenvalues * coordinates / 2))
     return RegionStep(_matmul(model.vectors, coordinates), predicted, shift + u > rounding_level(eigenvalues))
 
@@ -160,26 +167,25 @@ def _solve_cubic_secular(gradient: Vector, base: Vector, shift: Scalar, weight: 
     """
     tolerance = jnp.finfo(gradient.dtype).eps ** 0.75
 
-    def pull(u: Scalar) -> Scalar:  # weight norm(s) / mu: above 1 to the left of the root
-        mu = shift + u
-        return jnp.where(mu > 0, weight * norm(_divide(gradient, base + u)) / jnp.where(mu > 0, mu, 1), 0)
-
-    def running(carry: tuple[Scalar, Int[Array, ""]]) -> Bool[Array, ""]:
-        u, count = carry
-        return (pull(u) - 1 > tolerance) & (count < _MAX_SECULAR_STEPS)
-
-    def newton(carry: tuple[Scalar, Int[Array, ""]]) -> tuple[Scalar, Int[Array, ""]]:
-        u, count = carry
-        step = _divide(gradient, base + u)
-        slope = jnp.sum(_divide((step / norm(step)) ** 2, base + u))
-        return u + (pull(u) - 1) / (slope + pull(u) / (shift + u)), count + 1
+    def newton(u: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
+        step, mu = _divide(gradient, base + u), shift + u
+        size = norm(step)
+        pull = jnp.where(mu > 0, weight * size / jnp.where(mu > 0, mu, 1), 0)  # weight norm(s) / mu: above 1 on the left
+        slope = jnp.sum(_divide((step / size) ** 2, base + u))
+        return u + (pull - 1) / (slope + pull / mu), pull - 1 > tolerance
 
     lowest_share = _lowest_share(gradient, base - base[0])
     alone = _positive_root(base[0] + shift, weight * lowest_share)  # were a lowest coordinate all there is,
     largest = base[-1]
     together = _positive_root(largest + shift, weight * norm(gradient) - largest * shift)  # or the highest curvature
     start = jnp.maximum(alone, together)
-    return jax.lax.while_loop(running, newton, (start, jnp.zeros_like(start, jnp.int32)))[0]
+    return _climb(newton, start, jnp.ones_like(start, bool))
+
+
+def _with_lowest(coordinates: Vector, lowest: Scalar, replaced: Bool[Array, ""]) -> Vector:
+    """The coordinates with another one along the lowest eigenvector where it is ``replaced``."""
+    first = jnp.arange(coordinates.size) == 0  # ``at[0].set`` would be a kernel of its own
+    return jnp.where(first & replaced, lowest, coordinates)
 
 
 def _lowest_share(gradient: Vector, gaps: Vector) -> Scalar:
@@ -191,10 +197,6 @@ def _positive_root(b: Scalar, c: Scalar) -> Scalar:
     """The ``u >= 0`` with ``u^2 + b u = c``, without cancellation; 0 where ``c`` is not positive."""
     root = b + jnp.sqrt(b**2 + 4 * jnp.maximum(c, 0))
     return jnp.where((c > 0) & (root > 0), 2 * c / jnp.where(root > 0, root, 1), 0)
-
-
-def _norm_of_step(share: Vector, gaps: Vector, t: Scalar) -> Scalar:
-    return norm(_divide(share, gaps + t))
 
 
 def norm(vector: Vector) -> Scalar:
@@ -211,7 +213,7 @@ def exponent_of(vector: Vector) -> Int[Array, ""]:
 
 def _divide(a: Vector, b: Vector) -> Vector:
     """``a / b``, and 0 where ``b`` is 0, which the callers reach only where ``a`` is 0 too."""
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
+    return jnp.where(b > 0, a / b, 0)
 
 
 def rounding_level(eigenvalues: Vector) -> Scalar:

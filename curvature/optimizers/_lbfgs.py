@@ -145,12 +145,15 @@ def remember(pairs: Pairs, step: Vector, change: Vector, expected: Scalar) -> Pa
     useful = curvature > jnp.finfo(step.dtype).eps * norm(step) * norm(change)
     scales = (pairs.count > 0) & (curvature < expected)
     scale = jnp.where(scales, curvature / jnp.where(scales, expected, 1), 1)
-    steps, changes = pairs.steps.at[place].set(step), pairs.changes.at[place].set(change)
-    sy = pairs.sy.at[place].set(_matvec(changes, step)).at[:, place].set(_matvec(steps, change))
+
+    def write(rows: Array, row: Array) -> Array:  # what is no use leaves the row as it is, without a copy of the others
+        return rows.at[place].set(jnp.where(useful, row, rows[place]))
+
+    steps, changes = write(pairs.steps, step), write(pairs.changes, change)
+    sy = write(write(pairs.sy, _matvec(changes, step)).T, _matvec(steps, change)).T
     yy = _matvec(changes, change)
-    yy = pairs.yy.at[place].set(yy).at[:, place].set(yy)
-    written = Pairs(steps, changes, sy, yy, pairs.scales.at[place].set(scale), pairs.count + 1)
-    return jax.tree.map(lambda new, old: jnp.where(useful, new, old), written, pairs)
+    yy = write(write(pairs.yy, yy).T, yy)
+    return Pairs(steps, changes, sy, yy, write(pairs.scales, scale), pairs.count + useful.astype(jnp.int32))
 
 
 def inverse_product(pairs: Pairs, vector: Vector) -> Vector:
@@ -160,22 +163,23 @@ def inverse_product(pairs: Pairs, vector: Vector) -> Vector:
 
         H = gamma (I - S R^-T Y') (I - Y R^-1 S') + S R^-T diag(c) D R^-1 S'
     """
-    order = jnp.arange(len(pairs.steps), dtype=jnp.int32)
-    age = (pairs.count - 1 - order) % len(pairs.steps)  # 0 is the newest
+    most = len(pairs.steps)
+    order = jnp.arange(most, dtype=jnp.int32)
+    age = (pairs.count - 1 - order) % most  # 0 is the newest
     known = age < pairs.count
     both = known[:, None] & known[None, :]
     diagonal = jnp.where(known, jnp.diagonal(pairs.sy), 1)
-    newest = (pairs.count - 1) % len(pairs.steps)
+    newest = (pairs.count - 1) % most
     gamma = jnp.where(pairs.count > 0, pairs.sy[newest, newest] / pairs.yy[newest, newest], 1)
     later = both & (age[None, :] < age[:, None])  # the column is later than the row
     growth = jnp.where(later, -jnp.log(pairs.scales)[None, :], 0).sum(axis=1)
     growth = jnp.exp(jnp.minimum(growth, -_MOST_GROWTH * jnp.log(jnp.finfo(growth.dtype).eps)))
-    chronological = jnp.argsort(-age)
+    chronological = (pairs.count + order) % most  # the places from the oldest, of age m - 1, to the newest
     R = (jnp.where(later, pairs.sy, 0) + jnp.diag(diagonal))[chronological][:, chronological]
 
     def solve(rhs: Array, transposed: int) -> Array:
         solution = jax.scipy.linalg.solve_triangular(R, rhs[chronological], trans=transposed)
-        return jnp.where(known, jnp.zeros_like(rhs).at[chronological].set(solution), 0)
+        return jnp.where(known, solution[most - 1 - age], 0)
 
     q = solve(jnp.where(known, _matvec(pairs.steps, vector), 0), 0)
     projected = _matvec(jnp.where(both, pairs.yy, 0), q) - _matvec(pairs.changes, vector)

@@ -130,12 +130,12 @@ def minimize(
 
 def limits_of(function: str, x0: Tree, gtol: ArrayLike | None, rtol: ArrayLike, max_steps: ArrayLike) -> Limits:
     """The limits, checked; ``gtol=None`` is the square root of the rounding unit."""
+    dtype, rounding_unit = _of_vector(*(leaf.dtype for leaf in jax.tree.leaves(x0)))
     if gtol is None:
-        gtol = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x0)) ** 0.5
+        gtol = rounding_unit**0.5
     for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
         _checks.check_nonnegative(function, name, tolerance)
     _checks.check_count(function, "max_steps", max_steps)
-    dtype = _dtype_of_vector(x0)
     absolute: Any = gtol
     return Limits(_operand(absolute, dtype), _operand(rtol, dtype), _operand(max_steps, jnp.int32))
 
@@ -152,10 +152,12 @@ def strongly_typed(x: Tree) -> Tree:
     )
 
 
-def _dtype_of_vector(x: Tree) -> Any:
-    """The dtype of ``ravel(x)``, without forming it."""
+@functools.cache
+def _of_vector(*dtypes: Any) -> tuple[Any, float]:
+    """The dtype of ``ravel(x)`` by those of the leaves, and the rounding unit of the coarsest of them."""
     with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves(x)), jnp.float32)
+        dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+    return jnp.dtype(dtype), max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
 
 
 def _run(

@@ -20,7 +20,7 @@ def compiled(program: Callable[..., Any], fun: Objective) -> Callable[..., Any]:
     Keyword arguments are static. What cannot be looked up, a bound method (made anew at each mention) or a callable
     that holds arrays, is compiled at every call.
     """
-    static = [name for name, p in inspect.signature(program).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    static = _keyword_only(program)
     try:
         programs = _PROGRAMS.setdefault(fun, {})
         if program not in programs:
@@ -29,6 +29,12 @@ def compiled(program: Callable[..., Any], fun: Objective) -> Callable[..., Any]:
         return programs[program]
     except TypeError:  # not hashable, or not weakly referable
         return jax.jit(functools.partial(program, fun), static_argnames=static)
+
+
+@functools.cache
+def _keyword_only(program: Callable[..., Any]) -> tuple[str, ...]:
+    """The names, looked up once: ``inspect`` takes as long as a small solve."""
+    return tuple(name for name, p in inspect.signature(program).parameters.items() if p.kind is p.KEYWORD_ONLY)
 
 
 def _run_alive(program: Callable[..., Any], reference: Callable[[], Any], *operands: Any, **how: Any) -> Any:
