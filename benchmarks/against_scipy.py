@@ -37,7 +37,7 @@ MAX_STEPS = 1000
 WANTED = 20  # times as fast
 
 
-class PeerFailure(Exception):
+class PeerError(Exception):
     """SciPy raised instead of returning a result."""
 
 
@@ -111,7 +111,7 @@ def fight(ours: str, theirs: str, problems: list[Any], seconds: float, rounds: i
             return
         try:
             yield duel(name, problem, best, ours, theirs, rounds)
-        except PeerFailure as failure:
+        except PeerError as failure:
             print(f"  {name:12} not solved by SciPy, which raised {failure}", flush=True)
 
 
@@ -173,7 +173,7 @@ def failures_named() -> Iterator[None]:
     try:
         yield
     except (ValueError, np.linalg.LinAlgError) as error:
-        raise PeerFailure(f"{type(error).__name__}: {error}") from error
+        raise PeerError(f"{type(error).__name__}: {error}") from error
 
 
 def clock(call: Callable[[], Any]) -> tuple[float, Any]:

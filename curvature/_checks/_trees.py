@@ -50,9 +50,9 @@ def check_finite(function: str, name: str, tree: Tree) -> None:
     for path, leaf in tree_flatten_with_path(tree)[0]:
         if isinstance(leaf, Tracer) or not leaf.is_fully_addressable:
             continue
-        bad = ~np.isfinite(np.asarray(leaf, np.float64))
-        if bad.any():
-            index = tuple(map(int, np.argwhere(bad)[0]))
+        finite = np.isfinite(np.asarray(leaf))
+        if not finite.all():
+            index = tuple(map(int, np.argwhere(~finite)[0]))
             raise ValueError(
                 f"{function}: {name}{keystr(path)} is {np.asarray(leaf)[index]} at index {index}, "
                 "expected finite numbers to start from."

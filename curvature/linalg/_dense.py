@@ -125,8 +125,14 @@ def _solve_secular(share: Vector, gaps: Vector, floor: Scalar, inside: Bool[Arra
     return _climb(newton, start, ~inside)
 
 
-def _climb(newton: Callable[[Scalar], tuple[Scalar, Bool[Array, ""]]], start: Scalar, needed: Bool[Array, ""]) -> Scalar:
-    """The last iterate of ``newton(t) -> (next t, whether t is still left of the root)``, evaluated once for each."""
+def _climb(
+    newton: Callable[[Scalar], tuple[Scalar, Bool[Array, ""]]], start: Scalar, needed: Bool[Array, ""]
+) -> Scalar:
+    """Iterate ``newton(t) -> (next t, whether t is still left of the root)`` from ``start`` to the first not left.
+
+    The norm that ends the iteration is the one that its step is made of, so an iterate takes one. What is not
+    ``needed`` is left at the start.
+    """
 
     def step(carry: tuple[Scalar, Int[Array, ""], Bool[Array, ""]]) -> tuple[Scalar, Int[Array, ""], Bool[Array, ""]]:
         t, count, _ = carry
@@ -170,7 +176,7 @@ def _solve_cubic_secular(gradient: Vector, base: Vector, shift: Scalar, weight: 
     def newton(u: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
         step, mu = _divide(gradient, base + u), shift + u
         size = norm(step)
-        pull = jnp.where(mu > 0, weight * size / jnp.where(mu > 0, mu, 1), 0)  # weight norm(s) / mu: above 1 on the left
+        pull = jnp.where(mu > 0, weight * size / jnp.where(mu > 0, mu, 1), 0)  # above 1 on the left
         slope = jnp.sum(_divide((step / size) ** 2, base + u))
         return u + (pull - 1) / (slope + pull / mu), pull - 1 > tolerance
 

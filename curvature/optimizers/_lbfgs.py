@@ -147,7 +147,8 @@ def remember(pairs: Pairs, step: Vector, change: Vector, expected: Scalar) -> Pa
     scale = jnp.where(scales, curvature / jnp.where(scales, expected, 1), 1)
 
     def write(rows: Array, row: Array) -> Array:  # what is no use leaves the row as it is, without a copy of the others
-        return rows.at[place].set(jnp.where(useful, row, rows[place]))
+        old = jax.lax.dynamic_index_in_dim(rows, place, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(useful, row, old), place, 0)
 
     steps, changes = write(pairs.steps, step), write(pairs.changes, change)
     sy = write(write(pairs.sy, _matvec(changes, step)).T, _matvec(steps, change)).T

@@ -133,11 +133,19 @@ def limits_of(function: str, x0: Tree, gtol: ArrayLike | None, rtol: ArrayLike, 
     dtype, rounding_unit = _of_vector(*(leaf.dtype for leaf in jax.tree.leaves(x0)))
     if gtol is None:
         gtol = rounding_unit**0.5
+    plain = all(type(number) in (int, float) for number in (gtol, rtol, max_steps))
+    build: Any = _limits_once if plain else _limits  # arrays cannot be looked up
+    return build(function, dtype, gtol, rtol, max_steps)
+
+
+def _limits(function: str, dtype: Any, gtol: ArrayLike, rtol: ArrayLike, max_steps: ArrayLike) -> Limits:
     for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
         _checks.check_nonnegative(function, name, tolerance)
     _checks.check_count(function, "max_steps", max_steps)
-    absolute: Any = gtol
-    return Limits(_operand(absolute, dtype), _operand(rtol, dtype), _operand(max_steps, jnp.int32))
+    return Limits(_operand(gtol, dtype), _operand(rtol, dtype), _operand(max_steps, jnp.int32))
+
+
+_limits_once = functools.lru_cache(typed=True)(_limits)  # numbers are mostly those of the call before
 
 
 def _operand(number: ArrayLike, dtype: Any) -> Any:

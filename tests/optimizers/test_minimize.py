@@ -5,6 +5,7 @@ import weakref
 from typing import NamedTuple
 
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -301,6 +302,40 @@ def test_the_objective_may_differ_from_its_point_in_precision(method):
         assert result.success
         assert result.x.dtype == x0.dtype
         np.testing.assert_allclose(np.asarray(result.x, float), data, atol=0.05)
+
+
+@pytest.mark.parametrize(("method", "most"), [("trust-exact", 570), ("bfgs", 640), ("l-bfgs", 880)])
+def test_the_program_stays_small(method, most):
+    # what the first call of a small problem takes is compilation, which goes by the number of operations
+    def count(jaxpr):
+        bodies = [body for eqn in jaxpr.eqns for body in jex.core.jaxprs_in_params(eqn.params)]
+        return len(jaxpr.eqns) + sum(map(count, bodies))
+
+    program = jax.make_jaxpr(lambda x: curvature.minimize(rosenbrock, x, method=method))(jnp.zeros(3))
+    assert count(program.jaxpr) <= most
+
+
+def test_calling_again_traces_and_compiles_nothing():
+    events = []
+
+    def solve():
+        return curvature.minimize(rosenbrock, x0, gtol=1e-6, rtol=1e-6, max_steps=100)
+
+    def listen(event, seconds, **_):
+        events.append(event)
+
+    x0 = jnp.zeros(2)
+    first = solve()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        again = solve()
+        compiled = list(events)
+        jax.jit(lambda x: x + 1)(x0)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+    assert events, "the listener hears nothing: the count would show nothing"
+    np.testing.assert_array_equal(again.x, first.x)
 
 
 @methods
