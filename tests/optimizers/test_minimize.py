@@ -321,7 +321,7 @@ def test_calling_again_traces_and_compiles_nothing():
     def solve():
         return curvature.minimize(rosenbrock, x0, gtol=1e-6, rtol=1e-6, max_steps=100)
 
-    def listen(event, seconds, **_):
+    def listen(event, duration_secs, **_):
         events.append(event)
 
     x0 = jnp.zeros(2)
