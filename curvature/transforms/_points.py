@@ -8,7 +8,7 @@ points m that are evaluated no sooner than l, summed over examples b,
 
 and the blocks of m before l follow by symmetry. That takes one direction for each entry of ``z_l``, not for each entry
 of ``u_l``; what is left is a product of matrices, ``sum_b (a_l[i] a_m[I]) D d_m[J; j]``, whose left factor is formed
-first, so that nothing of size b I J j ever is.
+first, so that nothing of size b I J j ever is. For m = l both factors are symmetric, and a quarter of it will do.
 """
 
 from collections.abc import Callable, Iterator, Sequence
