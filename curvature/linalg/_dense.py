@@ -24,7 +24,7 @@ def positive_definite_solve(matrix: Matrix, b: Vector) -> Vector:
     """
     scale = scaling(matrix)
     scaled, rhs = matrix / jnp.outer(scale, scale), b / scale
-    factor = jnp.linalg.cholesky(scaled)
+    factor = jnp.linalg.cholesky(scaled, symmetrize_input=False)
     factored = jnp.all(jnp.isfinite(factor))  # cholesky reports failure as NaN
 
     def by_cholesky(operands: tuple[Matrix, Matrix, Vector]) -> Vector:

@@ -8,7 +8,7 @@ points m that are evaluated no sooner than l, summed over examples b,
 
 and the blocks of m before l follow by symmetry. That takes one direction for each entry of ``z_l``, not for each entry
 of ``u_l``; what is left is a product of matrices, ``sum_b (a_l[i] a_m[I]) D d_m[J; j]``, whose left factor is formed
-first, so that nothing of size b I J j ever is.
+first, so that nothing of size b I J j ever is. For m = l both factors are symmetric, and a quarter of it will do.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -117,7 +117,7 @@ def bytes_per_example(points: Points) -> int:
     sizes = [point.variable.aval.size for point in points.points]
     inputs = [sum(use.site.sizes[2] for use in point.uses) for point in points.points]
     widths = [sum(sizes[k:]) * sizes[k] + sum(inputs[k + 1 :]) * sizes[k] for k in range(len(sizes))]
-    outers = [inputs[k] * max(a for a in inputs[k:]) for k in range(len(sizes))]
+    outers = [inputs[k] * max(inputs[k + 1 :], default=0) for k in range(len(sizes))]
     itemsize = max((point.variable.aval.dtype.itemsize for point in points.points), default=1)
     return itemsize * max((w + o for w, o in zip(widths, outers, strict=True)), default=1)
 
@@ -156,6 +156,7 @@ def _point_of(jaxpr: Jaxpr, site: Site) -> Variable:
 # ---- second derivatives ------------------------------------------------------------------------------------------
 
 _FORMED_BYTES = 4 * 2**20  # what is formed at once before a product of matrices: ours, what a cache holds
+_LEAST_SYMMETRIC = 3  # outputs; with fewer, forming the products of inputs takes longer than symmetry saves: ours
 
 Blocks = dict[tuple[Variable, Variable], Array]
 Wanted = Callable[[Variable, Variable], bool]
@@ -280,7 +281,11 @@ def _rows(point: Point, m: int, here: _State, along: _State, left: Array, same: 
     result: dict[int, Array] = {}
     if plain:
         inputs = [here.inputs[m, n] for n in plain]
-        together = _contract(jnp.concatenate(inputs, 1), left, moved_d, symmetric=same)
+        together = (
+            _contract_symmetric(left, moved_d)
+            if same and moved_d.shape[1] >= _LEAST_SYMMETRIC
+            else _contract(jnp.concatenate(inputs, 1), left, moved_d)
+        )
         cuts = np.cumsum([a.shape[1] for a in inputs])[:-1]
         result.update(zip(plain, jnp.split(together, cuts), strict=True))
     for n, use in enumerate(point.uses):
@@ -295,25 +300,39 @@ def _rows(point: Point, m: int, here: _State, along: _State, left: Array, same: 
     return [result[n] for n in range(len(point.uses))]
 
 
-def _contract(c: Array, left: Array, moved: Array, symmetric: bool = False) -> Float[Array, "p q i j"]:
-    """``sum_b c[b, p] left[b, i] moved[b, q, j]`` as one product of matrices, of which the smaller is formed first.
-
-    Where ``moved`` is symmetric in q and j and goes first, half of it does.
-    """
+def _contract(c: Array, left: Array, moved: Array) -> Float[Array, "p q i j"]:
+    """``sum_b c[b, p] left[b, i] moved[b, q, j]`` as one product of matrices, of which the smaller is formed first."""
     (batch, p), i, (q, j) = c.shape, left.shape[1], moved.shape[1:]
-    upper = np.triu_indices(q) if symmetric else np.indices((q, j)).reshape(2, -1)
-    if p <= len(upper[0]):
+    if p <= q * j:
         outer = (c[:, :, None] * left[:, None, :]).reshape(batch, -1)
         return jnp.swapaxes((outer.T @ moved.reshape(batch, -1)).reshape(p, i, q, j), 1, 2)
-    lanes = moved[:, upper[0], upper[1]].T
     rows, lefts = c.T, left.T
     size = max(1, _FORMED_BYTES // (lefts.size * lefts.dtype.itemsize))
-    products = vmap(lambda lane: (lefts * lane[None]) @ rows.T, chunk_size=size)(lanes)
-    if symmetric:
-        number = np.zeros((q, j), int)
-        number[upper] = number.T[upper] = np.arange(len(upper[0]))
-        products = products[number.reshape(-1)]
+    products = vmap(lambda lane: (lefts * lane[None]) @ rows.T, chunk_size=size)(moved.reshape(batch, -1).T)
     return jnp.transpose(products.reshape(q, j, i, p), (3, 0, 2, 1))
+
+
+def _contract_symmetric(c: Array, moved: Array) -> Float[Array, "p q i j"]:
+    """``sum_b c[b, p] c[b, i] moved[b, q, j]`` for a ``moved`` symmetric in q and j: a quarter of the product.
+
+    Of both pairs only ``p <= i`` and ``q <= j`` are multiplied. The products of inputs are formed a few rows at a time,
+    so that they never leave the cache: written out they would take as long as the product of matrices.
+    """
+    batch, p = c.shape
+    pairs, number = _unordered_pairs(p)
+    outputs, number_of_outputs = _unordered_pairs(moved.shape[1])
+    rows, lanes = c.T, moved[:, *outputs]
+    size = max(p, _FORMED_BYTES // (batch * c.dtype.itemsize))
+    products = vmap(lambda k, i: (rows[k] * rows[i]) @ lanes, chunk_size=size)(*pairs)
+    return jnp.swapaxes(products[number][:, :, number_of_outputs], 1, 2)
+
+
+def _unordered_pairs(size: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """The pairs ``i <= j``, and the symmetric matrix of their numbers."""
+    pairs = np.triu_indices(size)
+    number = np.zeros((size, size), np.int32)
+    number[pairs] = number.T[pairs] = np.arange(len(pairs[0]))
+    return pairs, number
 
 
 def _add(

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import curvature
+from curvature.transforms import _points
 from tests.losses import LOSSES, B, in_precision
 from tests.oracles import assert_close, assert_trees_close, dense_blocks
 
@@ -68,6 +70,28 @@ def test_single_precision_stays_single_and_close(name):
     want = jax.jit(jax.hessian(mean_of(loss)))(params, *batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(jnp.float32)}
     assert_close(dense_blocks(got, params), dense_blocks(want, params), jnp.float32, roundings=1e3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_mean_hessian_of_softmax_regression_in_closed_form(dtype, monkeypatch):
+    """``mean_b a a' (x) (diag(s) - s s')``, the products of inputs formed at once and seven at a time."""
+    rng = np.random.default_rng(4)
+    a, s = rng.normal(size=(9, 7)), rng.normal(size=(7, 5))
+    w, inputs, label = jnp.asarray(s, dtype), jnp.asarray(a, dtype), jnp.arange(9) % 5
+
+    def loss(w, a, label):
+        return optax.losses.softmax_cross_entropy_with_integer_labels(a @ w, label)
+
+    s = np.asarray(jax.nn.softmax(a @ s, axis=1))
+    curved = np.einsum("bj,jl->bjl", s, np.eye(5)) - np.einsum("bj,bl->bjl", s, s)
+    want = np.einsum("bi,bk,bjl->ijkl", a, a, curved) / 9
+    hessian = curvature.mean_hessian(loss)
+    got = hessian(w, inputs, label)
+    assert got.dtype == dtype
+    assert_close(got, want, dtype)
+    np.testing.assert_array_equal(got, np.transpose(got, (2, 3, 0, 1)))  # symmetric to the last bit
+    monkeypatch.setattr(_points, "_FORMED_BYTES", 0)
+    assert_close(hessian(w, inputs, label), want, dtype)
 
 
 def test_half_precision_weights_add_up_in_single():
