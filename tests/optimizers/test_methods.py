@@ -202,6 +202,18 @@ def test_the_krylov_space_stops_where_the_model_is_good_enough():
     assert jnp.linalg.norm(diagonal * step + g) <= 0.05
 
 
+def test_single_precision_fits_a_polynomial_whose_coefficients_differ_in_scale():
+    """The powers of 1.8 to the fourteenth: beside the largest curvature, rounding hides that of the constant."""
+    t = np.linspace(-1.8, 1.8, 23)
+    powers = t[:, None] ** np.arange(0, 15, 2)
+    rows, y = jnp.asarray(powers, jnp.float32), jnp.asarray(10 * np.cos(3 * t) + 50, jnp.float32)
+    least = np.sum((powers @ np.linalg.lstsq(powers, np.asarray(y, float))[0] - np.asarray(y, float)) ** 2)
+    fun = lambda x: jnp.sum((jnp.matmul(rows, x, precision="highest") - y) ** 2)
+    result = curvature.minimize(fun, jnp.ones(8, jnp.float32), method="trust-exact", gtol=0)
+    assert result.status == Status.STALLED
+    assert float(result.value) <= least + 1e-3
+
+
 class Drift(NamedTuple):
     status: Array
 
