@@ -13,7 +13,7 @@ from curvature import Status
 from curvature.linalg._dense import factor_model, solve_cubic, solve_region
 from curvature.linalg._krylov_model import krylov_model, solve_krylov_region
 from curvature.optimizers._lbfgs import Pairs, inverse_product, remember
-from curvature.optimizers._protocol import WithStatus
+from curvature.optimizers._protocol import WithStatus, _localize, resolved
 from tests.optimizers.problems import PROBLEMS, rosenbrock, wood
 from tests.oracles import assert_close
 
@@ -202,16 +202,15 @@ def test_the_krylov_space_stops_where_the_model_is_good_enough():
     assert jnp.linalg.norm(diagonal * step + g) <= 0.05
 
 
-def test_single_precision_fits_a_polynomial_whose_coefficients_differ_in_scale():
-    """The powers of 1.8 to the fourteenth: beside the largest curvature, rounding hides that of the constant."""
-    t = np.linspace(-1.8, 1.8, 23)
-    powers = t[:, None] ** np.arange(0, 15, 2)
-    rows, y = jnp.asarray(powers, jnp.float32), jnp.asarray(10 * np.cos(3 * t) + 50, jnp.float32)
-    least = np.sum((powers @ np.linalg.lstsq(powers, np.asarray(y, float))[0] - np.asarray(y, float)) ** 2)
-    fun = lambda x: jnp.sum((jnp.matmul(rows, x, precision="highest") - y) ** 2)
-    result = curvature.minimize(fun, jnp.ones(8, jnp.float32), method="trust-exact", gtol=0)
-    assert result.status == Status.STALLED
-    assert float(result.value) <= least + 1e-3
+def test_curvature_that_rounding_hides_is_scaled_up_to_its_square_root(dtype):
+    """At shares 1, ``sqrt(eps)``, a hundredth of that, and none of the largest curvature."""
+    root = float(jnp.finfo(dtype).eps) ** 0.5
+    diagonal = jnp.array([4.0, 4 * root, 0.04 * root, 0.0], dtype)
+    fun = lambda x: jnp.vdot(diagonal, x**2) / 2
+    local, d = resolved(_localize("", x := jnp.ones(4, dtype), fun(x), diagonal, fun, None, None))
+    assert_close(d, jnp.array([1.0, 1.0, 0.1, root**0.5], dtype), dtype)
+    assert_close(local.hessian(), jnp.diag(jnp.array([4.0, 4 * root, 4 * root, 0.0], dtype)), dtype)
+    assert_close(local.value_after(jnp.array([0, 0, 0.1, 0], dtype)), fun(jnp.array([1, 1, 2, 1], dtype)), dtype)
 
 
 class Drift(NamedTuple):
@@ -221,7 +220,7 @@ class Drift(NamedTuple):
 @pytest.mark.parametrize(("share", "status", "steps"), [(0.999, Status.STALLED, 100), (0.99, Status.MAX_STEPS, 300)])
 def test_steps_that_bring_less_than_rounding_each_end(share, status, steps):
     """The value is 1 throughout; the gradient halves in 69 steps of a share of 0.99, in 693 of 0.999."""
-    update = lambda grad, state, x, **extra: ((share - 1) * x, state)
+    update = lambda updates, state, x, **extra: ((share - 1) * x, state)
     drift = WithStatus(lambda x: Drift(jnp.asarray(Status.RUNNING, jnp.int32)), update)
     fun = lambda x: 1 + 1e-30 * x**2
     result = curvature.minimize(fun, 1.0, method=drift, gtol=0, max_steps=300)
