@@ -1,6 +1,7 @@
 """Unconstrained CUTEst problems: who reaches the best known value, in how many steps, and who says so truly.
 
-``python -m benchmarks.cutest --methods trust-exact bfgs --dtype float64 --max-n 50`` needs sif2jax.
+``python -m benchmarks.cutest --methods trust-exact bfgs --dtype float64 --max-n 50`` needs sif2jax. All of its
+problems: ``--methods trust-region l-bfgs --max-n 100000 --max-steps 200 --seconds-per-problem 60``.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import curvature
 from curvature import Status
 
 BEST = Path(__file__).with_name("cutest_n50_best.json")
+_PILOT = 3  # steps, by which the seconds of one are judged
 METHODS = ("trust-exact", "trust-region", "newton", "newton-cg", "cubic-newton", "bfgs", "l-bfgs", "sr1")
 
 
@@ -32,6 +34,9 @@ class Run(NamedTuple):
     grad_norm: float
     cold: float
     solved: bool | None
+    finite: bool  # the returned point, its value and its gradient, unless the status says that they are not
+    cut: bool  # by the limit of time, before that of steps
+    claim: float  # where it says converged: the gradient, recomputed in double precision, over the tolerance
 
 
 def main() -> None:
@@ -41,6 +46,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
     parser.add_argument("--max-n", type=int, default=50)
     parser.add_argument("--max-steps", type=int, default=1000)
+    parser.add_argument("--seconds-per-problem", type=float, help="allow fewer steps where these take longer")
     parser.add_argument("--problems", nargs="+", help="names, instead of all")
     parser.add_argument("--all", action="store_true", help="print every run")
     options = parser.parse_args()
@@ -50,7 +56,11 @@ def main() -> None:
     for method in options.methods:
         runs = []
         for name, problem, best in problems:
-            runs.append(run := solve(name, problem, best, method, options))
+            try:
+                runs.append(run := solve(name, problem, best, method, options))
+            except Exception as error:  # a problem that cannot be evaluated must not end the others
+                print(f"  {method:14} {name:12} raised {type(error).__name__}: {str(error)[:200]}", flush=True)
+                continue
             if options.all or not run.solved:
                 print(
                     f"  {method:14} {run.name:12} n {run.n:5} {run.status.name:15} {run.steps:5} steps "
@@ -81,26 +91,47 @@ def solve(name: str, problem: Any, best: float | None, method: str, options: arg
     def fun(x: Any, args: Any) -> Any:
         return problem.objective(x, args)
 
-    start = time.perf_counter()
-    result = jax.block_until_ready(curvature.minimize(fun, x0, (args,), method=method, max_steps=options.max_steps))
-    cold = time.perf_counter() - start
+    def timed(max_steps: int) -> tuple[Any, float]:
+        start = time.perf_counter()
+        result = curvature.minimize(fun, x0, (args,), method=method, max_steps=max_steps)
+        return jax.block_until_ready(result), time.perf_counter() - start
+
+    max_steps = options.max_steps
+    if options.seconds_per_problem is not None:  # the limit of steps is an operand: one program serves all calls
+        timed(_PILOT)
+        seconds = timed(_PILOT)[1] / _PILOT
+        max_steps = min(max_steps, max(_PILOT, int(options.seconds_per_problem / seconds)))
+    result, cold = timed(max_steps)
     value = float(result.value)
     grad_norm = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(result.grad))
     tolerance = 1e-6 if dtype == jnp.float64 else 1e-3
     solved = None if best is None else bool(value - best <= tolerance * max(1, abs(best)))
     n = sum(leaf.size for leaf in jax.tree.leaves(x0))
-    return Run(name, n, Status(int(result.status)), int(result.num_steps), value, grad_norm, cold, solved)
+    status = Status(int(result.status))
+    numbers = jax.tree.leaves((result.x, result.value, result.grad))
+    finite = status == Status.NONFINITE_START or all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in numbers)
+    cut = status == Status.MAX_STEPS and max_steps < options.max_steps
+    claim = 0.0
+    if status == Status.CONVERGED:
+        with jax.enable_x64(True):
+            x = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), result.x)
+            grad = jax.jit(jax.grad(fun))(x, args)
+            claim = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(grad)) / jnp.finfo(dtype).eps ** 0.5
+    return Run(name, n, status, int(result.num_steps), value, grad_norm, cold, solved, finite, cut, float(claim))
 
 
 def summary(method: str, runs: list[Run]) -> str:
-    """Solved, claimed without being so, median steps and cold seconds, of one method."""
+    """What became of the problems, and at what cost, in one line."""
     solved = [run for run in runs if run.solved]
     false = [run.name for run in runs if run.status == Status.CONVERGED and run.solved is False]
     steps = statistics.median(run.steps for run in solved) if solved else 0
     cold = statistics.median(run.cold for run in runs)
+    claims = {run.name: round(run.claim, 1) for run in runs if run.claim > 1.01}
+    nan, cut = [run.name for run in runs if not run.finite], sum(run.cut for run in runs)
     return (
         f"{method:14} solved {len(solved)}/{len(runs)}  success elsewhere {false}  median steps {steps}  "
-        f"longest {max(run.steps for run in runs)}  cold {cold:.2f} s, at most {max(run.cold for run in runs):.1f}"
+        f"longest {max(run.steps for run in runs)}  gradient over tolerance, in double precision {claims}  NaN {nan}  "
+        f"cut by the clock {cut}  cold {cold:.2f} s, at most {max(run.cold for run in runs):.1f}"
     )
 
 

@@ -55,12 +55,15 @@ def krylov_model(
     Where the curvature is positive and the minimizer inside the region, that is when the residual is at most
     ``tolerance``. Once the boundary or negative curvature is met, the space grows to twice its size and 8 more, for the
     minimizer on the boundary: Gould, Lucidi, Roma and Toint (1999), doi:10.1137/S1052623497322735, with all of the
-    basis kept orthonormal. The entries of ``gradient`` are of order 1.
+    basis kept orthonormal. Up to 100 entries the basis has room for all there is to find, and the space grows until
+    rounding ends it: a residual that is small along stiff directions says nothing of the soft ones, and to leave those
+    out ends badly conditioned objectives on a plateau. The entries of ``gradient`` are of order 1.
 
     Cost: a product and about 8 m n FLOPs a step, then one eigendecomposition of size m = min(n, 100); memory m n.
     """
     example = jnp.zeros_like(gradient)
     m = min(gradient.size, _MAX_BASIS)
+    complete = m == gradient.size
     rows = jnp.broadcast_to(example, (m, gradient.size))
     size = norm(gradient)
     zero, none = jnp.zeros_like(size), jnp.zeros_like(size, jnp.int32)
@@ -76,7 +79,7 @@ def krylov_model(
         done=~(size > 0),
     )
     growth = jax.lax.while_loop(
-        lambda growth: ~growth.done, lambda growth: _grow(growth, product, tolerance, radius), start
+        lambda growth: ~growth.done, lambda growth: _grow(growth, product, tolerance, radius, complete), start
     )
     used = jnp.arange(m, dtype=jnp.int32) < growth.step
     padding = jnp.max(jnp.abs(growth.diagonal))  # decoupled, without a share of the gradient, and not the lowest
@@ -91,7 +94,7 @@ def solve_krylov_region(krylov: KrylovModel, radius: Scalar) -> RegionStep:
     return inner._replace(step=jnp.matmul(inner.step, krylov.basis, precision="highest"))
 
 
-def _grow(growth: _Growth, product: VectorMap, tolerance: Scalar, radius: Scalar) -> _Growth:
+def _grow(growth: _Growth, product: VectorMap, tolerance: Scalar, radius: Scalar, complete: bool) -> _Growth:
     """One step of Lanczos, and of what conjugate gradients would make of it."""
     i, coupling = growth.step, norm(growth.rest)
     row = growth.rest / coupling
@@ -106,9 +109,9 @@ def _grow(growth: _Growth, product: VectorMap, tolerance: Scalar, radius: Scalar
 
     step = i + 1
     leaves = walk.outside & ~growth.walk.outside
-    limit = jnp.where(leaves, jnp.minimum(growth.limit, 2 * step + 8), growth.limit)
+    limit = jnp.where(leaves & (not complete), jnp.minimum(growth.limit, 2 * step + 8), growth.limit)
     exhausted = ~(beta > _LOST * jnp.finfo(rest.dtype).eps * size)
-    solved = ~walk.outside & (walk.residual <= tolerance)
+    solved = ~walk.outside & (walk.residual <= tolerance) & (not complete)
     return _Growth(
         basis=basis,
         diagonal=growth.diagonal.at[i].set(alpha),

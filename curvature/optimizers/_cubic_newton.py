@@ -17,6 +17,7 @@ from curvature.optimizers._protocol import (
     Unevaluated,
     Vector,
     first_length,
+    resolved,
     second_order,
     trial_status,
     unevaluated,
@@ -106,12 +107,13 @@ def _init(x: Vector, params: Tree) -> CubicNewtonState:
 
 
 def _step(state: CubicNewtonState, local: Local) -> tuple[Vector, CubicNewtonState]:
+    local, d = resolved(local)
     size = norm(local.grad)
     first = size / first_length(local.x) ** 2  # where there is no curvature the first step is that long
     weight = jnp.where(state.weight > 0, state.weight, first)
     last = _search_weight(local, factor_model(local.hessian(), local.grad), weight)
     accepted = last.ratio >= _ACCEPT
-    return jnp.where(accepted, last.step, 0), state._replace(
+    return jnp.where(accepted, last.step / d, 0), state._replace(
         weight=_next_weight(last, size),
         num_trials=last.count,
         status=trial_status(accepted, last.value, last.predicted),

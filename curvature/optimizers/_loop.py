@@ -24,6 +24,7 @@ from curvature.transforms._compositions import linearize_program, trace_objectiv
 from curvature.transforms._modes import Program, choose_composition
 
 _PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond rounding, before a method has stalled
+_WINDOW = 100  # steps that together must lower the value by more than their roundings, or halve the gradient
 
 
 class MinimizeStep(NamedTuple):
@@ -58,6 +59,14 @@ class Point(NamedTuple):
     noise: Float[Array, ""]
 
 
+class Mark(NamedTuple):
+    """The last progress that no luck explains: the value, the smallest gradient, and when."""
+
+    value: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    num_steps: Int[Array, ""]
+
+
 class Loop(NamedTuple):
     """Where a solve stands: ``minimize`` carries it from step to step, ``minimize_batched`` from block to block."""
 
@@ -67,6 +76,7 @@ class Loop(NamedTuple):
     tolerance: Float[Array, ""]
     num_steps: Int[Array, ""]
     idle_steps: Int[Array, ""]
+    mark: Mark
     status: Int[Array, ""]
     watch: Watch = Watch()
 
@@ -134,6 +144,7 @@ def start_loop(
         tolerance=limits.gtol,
         num_steps=zero,
         idle_steps=zero,
+        mark=Mark(infinity, infinity, zero),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
     )
 
@@ -189,7 +200,10 @@ def _stored_or_fresh(program: Program, loop: Loop) -> tuple[Float[Array, ""], Tr
 def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
     """Update the best point and the status: is it converged, out of steps, stuck, or broken?
 
-    Stuck is asked only of methods that descend at every step; others may wander and recover.
+    Stuck is asked only of methods that descend at every step; others may wander and recover. They are when a row of
+    steps lowers neither the value, by more than its rounding, nor the gradient; or when the steps of a longer row lower
+    the value by less than a rounding each, and have not halved the gradient: among so many, a lower value now and then
+    is what rounding brings up by itself.
     """
     first = loop.best.value == jnp.inf
     tolerance = loop.tolerance + jnp.where(first, limits.rtol * point.grad_norm, 0)
@@ -202,10 +216,21 @@ def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
     better = finite & (lower | flatter)
     best = jax.tree.map(lambda new, old: jnp.where(better | converged | first, new, old), point, loop.best)
     idle_steps = jnp.where(better, 0, loop.idle_steps + 1)
+    mark = _mark(loop, point)
 
     status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
     if has_status:
-        status = jnp.where(idle_steps >= _PATIENCE, Status.STALLED, status)
+        stuck = (idle_steps >= _PATIENCE) | (loop.num_steps - mark.num_steps >= _WINDOW)
+        status = jnp.where(stuck, Status.STALLED, status)
     status = jnp.where(finite, status, jnp.where(first, Status.NONFINITE_START, Status.NONFINITE))
     status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
-    return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, status=status)
+    return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, mark=mark, status=status)
+
+
+def _mark(loop: Loop, point: Point) -> Mark:
+    """Here and now, if the way from the last mark is more than rounding could have made."""
+    mark = loop.mark
+    lower = point.value < mark.value - _WINDOW * point.noise
+    flatter = point.grad_norm < mark.grad_norm / 2
+    here = Mark(jnp.minimum(point.value, mark.value), jnp.minimum(point.grad_norm, mark.grad_norm), loop.num_steps)
+    return jax.tree.map(lambda new, old: jnp.where(lower | flatter, new, old), here, mark)

@@ -241,6 +241,30 @@ def first_length(x: Vector) -> Scalar:
     return jnp.maximum(1, norm(x)) / 100
 
 
+def resolved(local: Local) -> tuple[Local, Vector]:
+    """The objective in variables ``d x`` in which no curvature drowns in the rounding of another, and ``d``.
+
+    An eigendecomposition knows eigenvalues to ``eps`` of the largest. With ``h`` the diagonal of the Hessian over its
+    largest entry, in absolute values, ``d = sqrt(clip(h / sqrt(eps), sqrt(eps), 1))``: where the variables differ by
+    less than ``h = sqrt(eps)`` it is 1, and beyond it brings those that hardly curve back to there. The bounds are our
+    own choice; a region in ``d x`` stays one in ``x`` to a bounded factor, as the theory of trust regions asks.
+    """
+    hessian = local.hessian()
+    curvature = jnp.abs(jnp.diagonal(hessian))
+    largest = jnp.max(curvature)
+    root = float(jnp.finfo(curvature.dtype).eps) ** 0.5
+    share = jnp.where(largest > 0, curvature / jnp.where(largest > 0, largest, 1), 1)
+    d = jnp.sqrt(jnp.clip(share / root, root, 1))
+    scaled = local._replace(
+        x=d * local.x,
+        grad=local.grad / d,
+        hvp=lambda v: local.hvp(v / d) / d,
+        hessian=lambda: hessian / (d[:, None] * d[None, :]),
+        value_after=lambda step: local.value_after(step / d),
+    )
+    return scaled, d
+
+
 def noise_of(value: Scalar) -> Scalar:
     """The change of the value that rounding alone can make."""
     return _NOISE * jnp.finfo(value.dtype).eps * jnp.abs(value)

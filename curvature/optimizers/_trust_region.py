@@ -22,6 +22,7 @@ from curvature.optimizers._protocol import (
     Unevaluated,
     Vector,
     first_length,
+    resolved,
     second_order,
     shrink_factor,
     trial_status,
@@ -98,7 +99,9 @@ def trust_region(
             (which they follow to the boundary), or at a residual that falls with the gradient. ``"gltr"`` does not
             either, but keeps a basis of the Krylov space, of up to 100 vectors, and minimizes over that on the boundary
             too, at any radius without further products: what ``minimize`` takes. ``"exact"`` forms the Hessian, and
-            solves the subproblem to rounding by one eigendecomposition, the hard case included.
+            solves the subproblem to rounding by one eigendecomposition, the hard case included; variables that curve
+            less than the square root of the rounding unit beside the largest are scaled up to that, so that rounding
+            does not hide them.
         initial_radius: the radius of the first step, in the units of ``params``; ``None`` is
             ``max(1, norm(params)) / 100``.
         max_inner_steps: the most conjugate gradient steps at one radius; ``None`` is 2 n + 10.
@@ -159,10 +162,11 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
     def step(state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
+        local, d = resolved(local) if subproblem == "exact" else (local, jnp.ones_like(local.x))
         solver = _solver(subproblem, local, size, first, state.radius, max_inner_steps)
         last = search_radius(local, solver, state.radius, grows=subproblem != "cg")
         accepted = last.ratio >= ACCEPT
-        return jnp.where(accepted, last.step, 0), state._replace(
+        return jnp.where(accepted, last.step / d, 0), state._replace(
             radius=jnp.where(accepted, next_radius(last), POOR * state.radius),
             num_trials=last.count,
             num_inner_steps=last.inner_steps,

@@ -1,15 +1,19 @@
 """The methods of minimize beyond Newton's: what each promises, against closed forms and slow oracles."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Array
 
 import curvature
 from curvature import Status
 from curvature.linalg._dense import factor_model, solve_cubic, solve_region
 from curvature.linalg._krylov_model import krylov_model, solve_krylov_region
 from curvature.optimizers._lbfgs import Pairs, inverse_product, remember
+from curvature.optimizers._protocol import WithStatus, _localize, resolved
 from tests.optimizers.problems import PROBLEMS, rosenbrock, wood
 from tests.oracles import assert_close
 
@@ -177,12 +181,47 @@ def test_the_krylov_model_of_the_whole_space_is_the_exact_one(radius, definite):
     assert got.on_boundary == want.on_boundary
 
 
+def test_a_krylov_space_of_few_entries_is_complete_whatever_the_tolerance():
+    """A residual of a half says nothing of the directions of low curvature; here they are the whole step."""
+    diagonal, g = jnp.geomspace(1.0, 1e4, 20), jnp.ones(20)
+    krylov = krylov_model(
+        lambda v: diagonal * v, g, jnp.asarray(0.5), jnp.asarray(100, jnp.int32), jnp.asarray(jnp.inf)
+    )
+    assert krylov.num_steps == 20
+    assert_close(solve_krylov_region(krylov, jnp.asarray(1e6)).step, -g / diagonal, roundings=1e8)
+
+
 def test_the_krylov_space_stops_where_the_model_is_good_enough():
-    diagonal = jnp.linspace(1.0, 2.0, 50)
-    g = jnp.ones(50)
+    diagonal = jnp.linspace(1.0, 2.0, 150)
+    g = jnp.ones(150)
     krylov = krylov_model(
         lambda v: diagonal * v, g, jnp.asarray(0.05), jnp.asarray(100, jnp.int32), jnp.asarray(jnp.inf)
     )
     step = solve_krylov_region(krylov, jnp.asarray(1e6)).step
     assert krylov.num_steps < 5
     assert jnp.linalg.norm(diagonal * step + g) <= 0.05
+
+
+def test_curvature_that_rounding_hides_is_scaled_up_to_its_square_root(dtype):
+    """At shares 1, ``sqrt(eps)``, a hundredth of that, and none of the largest curvature."""
+    root = float(jnp.finfo(dtype).eps) ** 0.5
+    diagonal = jnp.array([4.0, 4 * root, 0.04 * root, 0.0], dtype)
+    fun = lambda x: jnp.vdot(diagonal, x**2) / 2
+    local, d = resolved(_localize("", x := jnp.ones(4, dtype), fun(x), diagonal, fun, None, None))
+    assert_close(d, jnp.array([1.0, 1.0, 0.1, root**0.5], dtype), dtype)
+    assert_close(local.hessian(), jnp.diag(jnp.array([4.0, 4 * root, 4 * root, 0.0], dtype)), dtype)
+    assert_close(local.value_after(jnp.array([0, 0, 0.1, 0], dtype)), fun(jnp.array([1, 1, 2, 1], dtype)), dtype)
+
+
+class Drift(NamedTuple):
+    status: Array
+
+
+@pytest.mark.parametrize(("share", "status", "steps"), [(0.999, Status.STALLED, 100), (0.99, Status.MAX_STEPS, 300)])
+def test_steps_that_bring_less_than_rounding_each_end(share, status, steps):
+    """The value is 1 throughout; the gradient halves in 69 steps of a share of 0.99, in 693 of 0.999."""
+    update = lambda updates, state, x, **extra: ((share - 1) * x, state)
+    drift = WithStatus(lambda x: Drift(jnp.asarray(Status.RUNNING, jnp.int32)), update)
+    fun = lambda x: 1 + 1e-30 * x**2
+    result = curvature.minimize(fun, 1.0, method=drift, gtol=0, max_steps=300)
+    assert (result.status, result.num_steps) == (status, steps)
