@@ -20,6 +20,7 @@ class KrylovModel(NamedTuple):
     basis: Float[Array, "m n"]  # orthonormal rows; unused ones are zero
     model: QuadraticModel  # of the tridiagonal matrix
     num_steps: Int[Array, ""]
+    too_small: Bool[Array, ""]  # no more rows, and the minimizer is inside the region and not good enough
 
 
 class _Walk(NamedTuple):
@@ -82,7 +83,10 @@ def krylov_model(
     padding = jnp.max(jnp.abs(growth.diagonal))  # decoupled, without a share of the gradient, and not the lowest
     off_diagonal = growth.off_diagonal[1:]
     T = jnp.diag(jnp.where(used, growth.diagonal, padding)) + jnp.diag(off_diagonal, 1) + jnp.diag(off_diagonal, -1)
-    return KrylovModel(growth.basis, factor_model(T, jnp.zeros_like(rows[:, 0]).at[0].set(size)), growth.step)
+    model = factor_model(T, jnp.zeros_like(rows[:, 0]).at[0].set(size))
+    full = (growth.step == m) & (m < gradient.size) & (m < max_steps)
+    too_small = full & ~growth.walk.outside & (growth.walk.residual > tolerance)
+    return KrylovModel(growth.basis, model, growth.step, too_small)
 
 
 def solve_krylov_region(krylov: KrylovModel, radius: Scalar) -> RegionStep:
@@ -98,10 +102,13 @@ def _grow(growth: _Growth, product: VectorMap, tolerance: Scalar, radius: Scalar
     image = product(row)
     alpha = jnp.vdot(row, image, precision="highest")
     basis = growth.basis.at[i].set(row)
-    rest = orthogonal_to(basis, image[None])[0]
     size = jnp.maximum(growth.size, norm(image))
-    beta = norm(rest)
     before = jnp.where(i > 0, coupling, 0)
+    if len(basis) < row.size:
+        rest = image - alpha * row - before * basis[jnp.maximum(i - 1, 0)]
+    else:
+        rest = orthogonal_to(basis, image[None])[0]
+    beta = norm(rest)
     walk = _walk_on(growth.walk, alpha, before, beta, radius)
 
     step = i + 1

@@ -195,15 +195,18 @@ def _exact(local: Local) -> Solver:
 
 
 def _gltr(local: Local, inner: Inner, radius: Scalar) -> Solver:
-    """A Krylov space, once; then each radius takes O(m n)."""
+    """A Krylov space, once; then each radius takes O(m n), unless the space has to grow beyond what is kept of it."""
     exponent = inner.exponent
     scaled = jnp.ldexp(radius, -exponent)
     krylov = krylov_model(local.hvp, inner.gradient, inner.tolerance, inner.limit, scaled)
+    without_basis = steihaug(local, inner._replace(limit=jnp.where(krylov.too_small, inner.limit, 0)), radius)
 
     def solve(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
         step, predicted, on_boundary = solve_krylov_region(krylov, jnp.ldexp(radius, -exponent))
         predicted = jnp.ldexp(jnp.ldexp(predicted, exponent), exponent)
-        return RegionStep(jnp.ldexp(step, exponent), predicted, on_boundary), jnp.zeros_like(krylov.num_steps)
+        known = RegionStep(jnp.ldexp(step, exponent), predicted, on_boundary)
+        further, inner_steps = without_basis.solve(radius)
+        return jax.tree.map(lambda a, b: jnp.where(krylov.too_small, a, b), further, known), inner_steps
 
     return Solver(krylov.num_steps, solve)
 
