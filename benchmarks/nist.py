@@ -9,7 +9,7 @@ certified. The data are in ``nist_strd.json``.
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ from curvature import Status
 CERTIFIED = 11  # digits
 WANTED = 6  # digits of the parameters
 MAX_STEPS = 1000
-STARTS = ("start_1", "start_2")
+STARTS = ("start 1", "start 2")
+PEER = "SciPy lm"
 EXACT_DATA = "Lanczos1"  # whose sum of squares, 1e-25, is less than rounding leaves in double precision
 
 Model = Callable[[Any, Any], Any]
@@ -56,9 +57,6 @@ class Dataset(NamedTuple):
     parameters: np.ndarray
     deviations: np.ndarray
     sum_of_squares: float
-
-    def residuals(self, b: Any, x: Any, y: Any) -> Any:
-        return self.model(b, x) - y
 
 
 class Digits(NamedTuple):
@@ -185,6 +183,15 @@ MODELS: dict[str, Model] = {
 }
 
 
+def residuals_of(model: Model) -> Callable[[Any, Any, Any], Any]:
+    """The residuals of a model, for all of its datasets."""
+    return lambda b, x, y: model(b, x) - y
+
+
+RESIDUALS = {model: residuals_of(model) for model in MODELS.values()}
+COMPILED = {model: (jax.jit(residuals), jax.jit(jax.jacfwd(residuals))) for model, residuals in RESIDUALS.items()}
+
+
 def load() -> dict[str, Dataset]:
     """The datasets by name."""
     stored = json.loads(Path(__file__).with_name("nist_strd.json").read_text())["datasets"]
@@ -230,17 +237,6 @@ def ours(method: str) -> Callable[[Dataset, np.ndarray], Digits]:
     return fit
 
 
-def residuals_of(model: Model) -> Callable[[Any, Any, Any], Any]:
-    """The residuals of a model, for all of its datasets."""
-    return lambda b, x, y: model(b, x) - y
-
-
-RESIDUALS = {model: residuals_of(model) for model in MODELS.values()}
-COMPILED = {
-    model: (jax.jit(residuals), jax.jit(jax.jacfwd(residuals))) for model, residuals in RESIDUALS.items()
-}
-
-
 def scipy_lm(data: Dataset, start: np.ndarray) -> Digits:
     """MINPACK by way of SciPy, its variables scaled, residuals and Jacobian compiled, run to the end of precision."""
     residuals, jacobian = COMPILED[data.model]
@@ -273,17 +269,78 @@ def scipy_lm(data: Dataset, start: np.ndarray) -> Digits:
 SOLVERS: dict[str, Callable[[Dataset, np.ndarray], Digits]] = {
     "levenberg-marquardt": ours("levenberg-marquardt"),
     "dogleg": ours("dogleg"),
-    "SciPy lm": scipy_lm,
+    PEER: scipy_lm,
 }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Fit everything, print what agrees, and say what holds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--datasets", nargs="+", help="parts of names, instead of all")
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
+    options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    for name, data in load().items():
-        rss=float(jnp.sum(RESIDUALS[data.model](data.parameters,data.x,data.y)**2))
-        print(f"{name:10}", f"{agreement(rss,data.sum_of_squares):5.1f}", end=" ")
-        for s,f in SOLVERS.items():
-            for start in data.starts:
-                d=f(data,start)
-                print(f"| {d.success:d} {d.steps:4} {d.parameters:4.1f} {d.deviations:4.1f} {d.sum_of_squares:4.1f}",end=" ")
-        print(flush=True)
+    screen = console()
+    chosen = [d for d in load().values() if not options.datasets or any(part in d.name for part in options.datasets)]
+    found: dict[str, dict[tuple[str, str], Digits]] = {name: {} for name in options.solvers}
+    with screen.status("") as status:
+        for data in chosen:
+            for name in options.solvers:
+                for label, start in zip(STARTS, data.starts, strict=True):
+                    status.update(f"{data.name}, {name}")
+                    found[name][data.name, label] = SOLVERS[name](data, start)
+    for name, rows in found.items():
+        print_digits(screen, name, chosen, rows)
+    screen.print("The claims, as measured in this run:")
+    for line in verdicts(found):
+        screen.print(line, soft_wrap=True)
+
+
+def print_digits(
+    screen: Console, solver: str, chosen: Iterable[Dataset], rows: Mapping[tuple[str, str], Digits]
+) -> None:
+    """A line for each dataset: steps and digits from the far start, then from the near one."""
+    columns = ["", "level"]
+    for label in ("far", "near"):
+        columns += [f"{label}\nsteps", f"{label}\nb", f"{label}\ns.d.", f"{label}\nsum"]
+    table = plain_table(solver, columns, "Digits of parameters, deviations and sum; ! is a fit that claims no success.")
+    for data in chosen:
+        cells = []
+        for label in STARTS:
+            fit = rows[data.name, label]
+            cells.append(f"{fit.steps}{'' if fit.success else '!'}")
+            cells += [f"{digits:.1f}" for digits in (fit.parameters, fit.deviations, fit.sum_of_squares)]
+        table.add_row(data.name, data.level, *cells)
+    screen.print(table)
+
+
+def verdicts(found: Mapping[str, Mapping[tuple[str, str], Digits]]) -> list[str]:
+    """Each claim, with what was measured of it and the fits that fall short."""
+    solved = {name: [key for key, fit in rows.items() if fit.parameters >= WANTED] for name, rows in found.items()}
+    lines = []
+    for name, rows in found.items():
+        short = [" ".join(key) for key in rows if key not in solved[name]]
+        text = f"{name}: {WANTED} digits of the parameters in {len(solved[name])} of {len(rows)} fits"
+        lines.append(_claim(not short, f"{text} (not {', '.join(short)})" if short else text))
+    ours = "levenberg-marquardt"
+    if ours not in found:
+        return lines
+    if PEER in found:
+        lines.append(_claim(len(solved[ours]) >= len(solved[PEER]), f"{ours} solves at least as many as {PEER}"))
+    others = [fit for key, fit in found[ours].items() if key in solved[ours] and key[0] != EXACT_DATA]
+    least = min((min(fit.deviations, fit.sum_of_squares) for fit in others), default=math.nan)
+    text = (
+        f"{WANTED} digits of deviations and sums too, where parameters have them (least: {least:.1f}; but {EXACT_DATA})"
+    )
+    lines.append(_claim(least >= WANTED, text))
+    false = [" ".join(key) for key, fit in found[ours].items() if fit.success and fit.parameters < WANTED]
+    lines.append(_claim(not false, f"no success claimed elsewhere: {', '.join(false) or 'none'}"))
+    return lines
+
+
+def _claim(holds: bool, text: str) -> str:
+    return f"{'holds' if holds else 'FAILS'}  {text}"
+
+
+if __name__ == "__main__":
+    main()

@@ -55,10 +55,14 @@ def krylov_model(
 
     Where the curvature is positive and the minimizer inside the region, that is when the residual is at most
     ``tolerance``. Once the boundary or negative curvature is met, the space grows to twice its size and 8 more, for the
-    minimizer on the boundary: Gould, Lucidi, Roma and Toint (1999), doi:10.1137/S1052623497322735, with all of the
-    basis kept orthonormal. The entries of ``gradient`` are of order 1.
+    minimizer on the boundary: Gould, Lucidi, Roma and Toint (1999), doi:10.1137/S1052623497322735. The entries of
+    ``gradient`` are of order 1.
 
-    Cost: a product and about 8 m n FLOPs a step, then one eigendecomposition of size m = min(n, 100); memory m n.
+    Up to 100 entries all of the basis is kept orthonormal. Beyond, a row is orthogonal to the two before it and to
+    rounding no more, as in conjugate gradients: they need no more, and all else would cost many times the products.
+
+    Cost: a product and about 8 m n FLOPs a step, or 5 n beyond 100 entries; then one eigendecomposition of size
+        m = min(n, 100); memory m n.
     """
     example = jnp.zeros_like(gradient)
     m = min(gradient.size, _MAX_BASIS)
@@ -104,7 +108,7 @@ def _grow(growth: _Growth, product: VectorMap, tolerance: Scalar, radius: Scalar
     basis = growth.basis.at[i].set(row)
     size = jnp.maximum(growth.size, norm(image))
     before = jnp.where(i > 0, coupling, 0)
-    if len(basis) < row.size:
+    if len(basis) < row.size:  # less than the whole space
         rest = image - alpha * row - before * basis[jnp.maximum(i - 1, 0)]
     else:
         rest = orthogonal_to(basis, image[None])[0]

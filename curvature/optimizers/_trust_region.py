@@ -97,7 +97,8 @@ def trust_region(
         subproblem: ``"cg"`` never forms the Hessian: conjugate gradients stopped at the boundary, on negative curvature
             (which they follow to the boundary), or at a residual that falls with the gradient. ``"gltr"`` does not
             either, but keeps a basis of the Krylov space, of up to 100 vectors, and minimizes over that on the boundary
-            too, at any radius without further products: what ``minimize`` takes. ``"exact"`` forms the Hessian, and
+            too, at any radius without further products: what ``minimize`` takes. Where 100 vectors do not reach that
+            residual inside the region, conjugate gradients go on without them. ``"exact"`` forms the Hessian, and
             solves the subproblem to rounding by one eigendecomposition, the hard case included.
         initial_radius: the radius of the first step, in the units of ``params``; ``None`` is
             ``max(1, norm(params)) / 100``.
