@@ -20,6 +20,7 @@ class KrylovModel(NamedTuple):
     basis: Float[Array, "m n"]  # orthonormal rows; unused ones are zero
     model: QuadraticModel  # of the tridiagonal matrix
     num_steps: Int[Array, ""]
+    too_small: Bool[Array, ""]  # no more rows, and the minimizer is inside the region and not good enough
 
 
 class _Walk(NamedTuple):
@@ -54,12 +55,16 @@ def krylov_model(
 
     Where the curvature is positive and the minimizer inside the region, that is when the residual is at most
     ``tolerance``. Once the boundary or negative curvature is met, the space grows to twice its size and 8 more, for the
-    minimizer on the boundary: Gould, Lucidi, Roma and Toint (1999), doi:10.1137/S1052623497322735, with all of the
-    basis kept orthonormal. Up to 100 entries the basis has room for all there is to find, and the space grows until
-    rounding ends it: a residual that is small along stiff directions says nothing of the soft ones, and to leave those
-    out ends badly conditioned objectives on a plateau. The entries of ``gradient`` are of order 1.
+    minimizer on the boundary: Gould, Lucidi, Roma and Toint (1999), doi:10.1137/S1052623497322735. The entries of
+    ``gradient`` are of order 1.
 
-    Cost: a product and about 8 m n FLOPs a step, then one eigendecomposition of size m = min(n, 100); memory m n.
+    Up to 100 entries all of the basis is kept orthonormal and has room for all there is to find, and the space grows
+    until rounding ends it: a residual that is small along stiff directions says nothing of the soft ones, and to leave
+    those out ends badly conditioned objectives on a plateau. Beyond, a row is orthogonal to the two before it and to
+    rounding no more, as in conjugate gradients: they need no more, and all else would cost many times the products.
+
+    Cost: a product and about 8 m n FLOPs a step, or 5 n beyond 100 entries; then one eigendecomposition of size
+        m = min(n, 100); memory m n.
     """
     example = jnp.zeros_like(gradient)
     m = min(gradient.size, _MAX_BASIS)
@@ -85,7 +90,10 @@ def krylov_model(
     padding = jnp.max(jnp.abs(growth.diagonal))  # decoupled, without a share of the gradient, and not the lowest
     off_diagonal = growth.off_diagonal[1:]
     T = jnp.diag(jnp.where(used, growth.diagonal, padding)) + jnp.diag(off_diagonal, 1) + jnp.diag(off_diagonal, -1)
-    return KrylovModel(growth.basis, factor_model(T, jnp.zeros_like(rows[:, 0]).at[0].set(size)), growth.step)
+    model = factor_model(T, jnp.zeros_like(rows[:, 0]).at[0].set(size))
+    full = (growth.step == m) & (m < gradient.size) & (m < max_steps)
+    too_small = full & ~growth.walk.outside & (growth.walk.residual > tolerance)
+    return KrylovModel(growth.basis, model, growth.step, too_small)
 
 
 def solve_krylov_region(krylov: KrylovModel, radius: Scalar) -> RegionStep:
@@ -101,10 +109,13 @@ def _grow(growth: _Growth, product: VectorMap, tolerance: Scalar, radius: Scalar
     image = product(row)
     alpha = jnp.vdot(row, image, precision="highest")
     basis = growth.basis.at[i].set(row)
-    rest = orthogonal_to(basis, image[None])[0]
     size = jnp.maximum(growth.size, norm(image))
-    beta = norm(rest)
     before = jnp.where(i > 0, coupling, 0)
+    if len(basis) < row.size:  # less than the whole space
+        rest = image - alpha * row - before * basis[jnp.maximum(i - 1, 0)]
+    else:
+        rest = orthogonal_to(basis, image[None])[0]
+    beta = norm(rest)
     walk = _walk_on(growth.walk, alpha, before, beta, radius)
 
     step = i + 1

@@ -98,7 +98,8 @@ def trust_region(
         subproblem: ``"cg"`` never forms the Hessian: conjugate gradients stopped at the boundary, on negative curvature
             (which they follow to the boundary), or at a residual that falls with the gradient. ``"gltr"`` does not
             either, but keeps a basis of the Krylov space, of up to 100 vectors, and minimizes over that on the boundary
-            too, at any radius without further products: what ``minimize`` takes. ``"exact"`` forms the Hessian, and
+            too, at any radius without further products: what ``minimize`` takes. Where 100 vectors do not reach that
+            residual inside the region, conjugate gradients go on without them. ``"exact"`` forms the Hessian, and
             solves the subproblem to rounding by one eigendecomposition, the hard case included; variables that curve
             less than the square root of the rounding unit beside the largest are scaled up to that, so that rounding
             does not hide them.
@@ -199,15 +200,18 @@ def _exact(local: Local) -> Solver:
 
 
 def _gltr(local: Local, inner: Inner, radius: Scalar) -> Solver:
-    """A Krylov space, once; then each radius takes O(m n)."""
+    """A Krylov space, once; then each radius takes O(m n), unless the space has to grow beyond what is kept of it."""
     exponent = inner.exponent
     scaled = jnp.ldexp(radius, -exponent)
     krylov = krylov_model(local.hvp, inner.gradient, inner.tolerance, inner.limit, scaled)
+    without_basis = steihaug(local, inner._replace(limit=jnp.where(krylov.too_small, inner.limit, 0)), radius)
 
     def solve(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
         step, predicted, on_boundary = solve_krylov_region(krylov, jnp.ldexp(radius, -exponent))
         predicted = jnp.ldexp(jnp.ldexp(predicted, exponent), exponent)
-        return RegionStep(jnp.ldexp(step, exponent), predicted, on_boundary), jnp.zeros_like(krylov.num_steps)
+        known = RegionStep(jnp.ldexp(step, exponent), predicted, on_boundary)
+        further, inner_steps = without_basis.solve(radius)
+        return jax.tree.map(lambda a, b: jnp.where(krylov.too_small, a, b), further, known), inner_steps
 
     return Solver(krylov.num_steps, solve)
 

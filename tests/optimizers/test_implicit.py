@@ -52,6 +52,26 @@ def test_derivatives_of_a_ridge_solution_by_its_penalty(solve):
         np.testing.assert_allclose(derivative, jax.jacfwd(exact)(PENALTY), rtol=1e-11)
 
 
+def test_derivatives_of_a_ridge_solution_by_least_squares():
+    """Forward, reverse and the Hessian."""
+
+    def residuals(w, penalty, inputs, targets):
+        return (inputs @ w - targets) / 3, jnp.sqrt(penalty) * w
+
+    def solve(penalty):
+        return curvature.least_squares(residuals, jnp.zeros(3), (penalty, INPUTS, TARGETS)).x
+
+    @jax.jit
+    def all_derivatives(penalty):
+        return jax.jacfwd(solve)(penalty), jax.jacrev(solve)(penalty), jax.jacfwd(jax.jacrev(solve))(penalty)
+
+    forward, reverse, second = all_derivatives(PENALTY)
+    exact = jax.jacfwd(closed_form)
+    np.testing.assert_allclose(forward, exact(PENALTY), rtol=1e-11)
+    np.testing.assert_allclose(reverse, exact(PENALTY), rtol=1e-11)
+    np.testing.assert_allclose(second, jax.jacfwd(exact)(PENALTY), rtol=1e-11)
+
+
 def test_the_value_has_derivatives_by_the_envelope_theorem():
     value = lambda penalty: by_argument(penalty).value
     exact = lambda penalty: ridge(closed_form(penalty), penalty, INPUTS, TARGETS)
@@ -158,3 +178,34 @@ def test_the_objective_is_traced_once_and_no_rule_before_a_derivative_is_asked_f
     assert len(traces) == 1
     curvature.minimize(traced, jnp.ones(2), (2.0,), method="newton")
     assert len(traces) == 1
+
+
+def test_within_bounds_the_free_variables_move_by_the_reduced_system_and_the_others_with_their_bounds():
+    rng = np.random.default_rng(7)
+    root, b, upper = rng.normal(size=(6, 4)), 1.5 * rng.normal(size=4), np.full(4, 0.5)
+
+    def objective(x, shift, b):
+        return jnp.sum((root @ x) ** 2) / 2 + shift / 2 * jnp.sum(x**2) - b @ x
+
+    def solve(shift, b, upper):
+        return curvature.minimize(objective, jnp.zeros(4), (shift, b), bounds=(-0.5, upper), gtol=1e-12).x
+
+    @jax.jit
+    def all_derivatives(*data):
+        first = jax.jacrev(solve, argnums=(0, 1, 2))
+        return solve(*data), first(*data), jax.jacfwd(first)(*data)
+
+    x, ours, by_shift = all_derivatives(0.1, b, upper)
+    free, at_upper = np.abs(x) < 0.5, x == 0.5
+    np.testing.assert_array_equal([free.sum(), at_upper.sum()], [2, 1])
+
+    def reduced(shift, b, upper):
+        matrix = root.T @ root + shift * jnp.eye(4)
+        rest = jnp.where(at_upper, upper, jnp.where(free, 0.0, -0.5))
+        moved = jnp.linalg.solve(matrix[free][:, free], (b - matrix @ rest)[free])
+        return rest.at[free].set(moved)
+
+    exact = jax.jacrev(reduced, argnums=(0, 1, 2))
+    wanted = exact(0.1, b, upper), jax.jacfwd(exact)(0.1, b, upper)
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-8), (ours, by_shift), wanted)
+    np.testing.assert_array_equal(ours[1][~free], 0)

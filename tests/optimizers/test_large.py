@@ -1,0 +1,32 @@
+"""A thousand variables: the gradient test is passed, and memory grows as the variables do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import curvature
+from benchmarks.large import METHODS, PROBLEMS, temporary_bytes
+from curvature import Status
+
+methods = pytest.mark.parametrize("method", METHODS)
+
+
+@methods
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_thousand_variables_reach_the_tolerance(name, method):
+    problem = PROBLEMS[name](1_000)
+    result = curvature.minimize(problem.fun, problem.x0, problem.args, method=method, max_steps=50_000)
+    assert Status(int(result.status)) == Status.CONVERGED
+    grad = jax.grad(problem.fun)(result.x, *problem.args)
+    largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(grad))
+    assert largest <= 1.01 * np.sqrt(np.finfo(np.float64).eps)
+    if method == "trust-region":  # the condition takes conjugate gradients far beyond the basis that is kept
+        assert result.num_steps < 60
+
+
+@methods
+def test_memory_is_linear_in_the_number_of_variables(method):
+    small, large = (temporary_bytes(PROBLEMS["Rosenbrock"](n), method) for n in (1_000, 4_000))
+    assert (large - small) / 3_000 <= 1_100  # bytes a variable: some hundred vectors
+    assert large <= 4.1 * small
