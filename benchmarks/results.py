@@ -20,6 +20,7 @@ class Results:
         rates: the machine's measured rates, by precision.
         outcomes: by id.
         complete: whether the run came to its end.
+        started: when it began, for the reader; a run that is taken up again keeps it.
     """
 
     environment: dict[str, Any]
@@ -27,6 +28,7 @@ class Results:
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     complete: bool = False
+    started: str = ""
 
     def suites(self) -> dict[str, dict[str, Outcome]]:
         """The outcomes of each suite; the first part of an id names it."""
@@ -43,7 +45,7 @@ class Results:
         """Write it, whole or not at all."""
         file.parent.mkdir(parents=True, exist_ok=True)
         entry = {
-            "format": FORMAT, "complete": self.complete, "environment": self.environment, "options": self.options,
+            "format": FORMAT, "complete": self.complete, "started": self.started, "environment": self.environment, "options": self.options,
             "rates": self.rates, "outcomes": {id: outcome.to_json() for id, outcome in self.outcomes.items()},
         }  # fmt: skip
         partial = file.with_suffix(".partial")
@@ -61,4 +63,6 @@ def load(file: Path) -> Results:
     if entry.get("format") != FORMAT:
         raise ValueError(f"{file} has format {entry.get('format')!r}, this version reads {FORMAT}; run it again")
     outcomes = {id: Outcome.from_json(outcome) for id, outcome in entry["outcomes"].items()}
-    return Results(entry["environment"], entry["options"], entry["rates"], outcomes, entry["complete"])
+    return Results(
+        entry["environment"], entry["options"], entry["rates"], outcomes, entry["complete"], entry.get("started", "")
+    )

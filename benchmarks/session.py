@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import datetime
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,10 @@ def run(options: argparse.Namespace) -> int:
                 screen.print(f"{case.id:56} {case.title}", soft_wrap=True)
             return 0
         found = begin(file, choice, options.suite, fresh=options.fresh)
-        go(screen, found, chosen, choice, file)
+        try:
+            go(screen, found, chosen, choice, file)
+        except KeyboardInterrupt:
+            return interrupted(screen, found, chosen, file)
     old = results.load(options.compare) if options.compare else None
     report.write(found, options.output, old, screen)
     wrong = [claim.text for outcome in found.outcomes.values() for claim in outcome.claims
@@ -37,6 +41,17 @@ def run(options: argparse.Namespace) -> int:
     for text in wrong:
         screen.print(f"WRONG  {text}", style="bold red", soft_wrap=True)
     return 1 if wrong else 0
+
+
+def interrupted(screen: Console, found: Results, chosen: list[tuple[str, Case]], file: Path) -> int:
+    """Say how to go on; the exit code is that of a program stopped from the keyboard."""
+    found.save(file)
+    screen.print(
+        f"Stopped. {len(found.outcomes)} of {len(chosen)} cases are in {file}: the same command does the rest, and "
+        "with --only-report it makes the report of what is there.",
+        soft_wrap=True,
+    )
+    return 130
 
 
 def cases(choice: Choice, wanted: list[str] | None) -> Iterator[tuple[str, Case]]:
@@ -70,7 +85,7 @@ def begin(file: Path, choice: Choice, suites: list[str] | None, *, fresh: bool) 
         "quick": choice.quick, "dtype": choice.dtype, "device": choice.device, "models": list(choice.models),
         "suites": list(suites or SUITES),
     }  # fmt: skip
-    new = Results(environment, options)
+    new = Results(environment, options, started=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")
     if file.exists() and not fresh:
         old = results.load(file)
         if not old.complete and old.same_run(new):

@@ -175,12 +175,12 @@ def plain_table(title: str, columns: Iterable[str], caption: str | None = None) 
     return result
 
 
-def digits(number: float) -> str:
-    """Three significant digits, at most three of them after the point, and no exponent."""
+def digits(number: float, decimals: int = 3) -> str:
+    """Three significant digits, at most ``decimals`` of them after the point, and no exponent."""
     if number == 0 or not math.isfinite(number):
         return f"{number:.2f}"
     after_point = 2 - math.floor(math.log10(abs(number)))
-    return f"{number:.{min(max(after_point, 0), 3)}f}"
+    return f"{number:.{min(max(after_point, 0), decimals)}f}"
 
 
 def console() -> Console:
