@@ -132,7 +132,8 @@ def standings(outcomes: Mapping[str, Outcome]) -> list[Standing]:
                 name = standing(row, own)
                 setattr(found[peer], name, getattr(found[peer], name) + 1)
     order = list(peers.PACKAGES)
-    return sorted(found.values(), key=lambda one: order.index(one.peer) if one.peer in order else len(order))
+    met = [one for one in found.values() if one.ratios or one.wrong or one.failed or one.absent]
+    return sorted(met, key=lambda one: order.index(one.peer) if one.peer in order else len(order))
 
 
 def rates(results: Results, suite: str) -> dict[str, float]:

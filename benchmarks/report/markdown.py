@@ -1,5 +1,6 @@
 """``summary.md``: the report without its pictures, for a repository's pages."""
 
+import html
 from collections.abc import Iterator, Mapping
 
 from benchmarks.cases import OURS, Outcome
@@ -34,7 +35,7 @@ def grid(heads: list[str], lines: list[list[str]], text: int = 1) -> str:
 
 
 def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
+    return html.escape(cell, quote=False).replace("|", "\\|").replace("\n", " ")
 
 
 def _standings(results: Results) -> str:
@@ -79,7 +80,7 @@ def _suite(results: Results, suite: str, outcomes: Mapping[str, Outcome]) -> Ite
 
 
 def _case(results: Results, suite: str, id: str, outcome: Outcome) -> Iterator[str]:
-    yield f"<details><summary>{outcome.title} <code>{id}</code></summary>"
+    yield f"<details><summary>{html.escape(outcome.title)} <code>{id}</code></summary>"
     if outcome.caption:
         yield outcome.caption
     if outcome.rows:

@@ -6,12 +6,13 @@ import math
 import re
 import textwrap
 from collections import Counter
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks import peers
 from benchmarks.cases import OURS, Line, Plot
@@ -25,6 +26,7 @@ COLORS = {
     "grid": ("#e3e6ea", "#343b45"),
     "paper": ("#fefefe", "#15181d"),
     "ours": ("#d1360f", "#ff7a50"),
+    "also_ours": ("#7d1226", "#ffb3a0"),
     "blue": ("#1f6fb5", "#6cb4f0"),
     "green": ("#12876b", "#45c9a5"),
     "purple": ("#8a4fb3", "#c99aec"),
@@ -35,7 +37,8 @@ COLORS = {
     "brown": ("#8a5a3c", "#d1a284"),
 }
 _HUES = ("blue", "green", "purple", "gold", "sky", "rose", "olive", "brown")
-_MARKERS = "sD^vPXdp"
+_MARKERS = "sD^vPXp"
+_OWN = ("ours", "also_ours")
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 # The same library has the same color and marker in every picture.
 _LIBRARIES = [peer for peer in peers.PACKAGES if peer != OURS]
@@ -52,7 +55,8 @@ def draw(plot: Plot) -> Figure | None:
         return None
     labels = {line.label: textwrap.fill(line.label, 34) for line, _, _ in lines}
     longest = max(len(part) for label in labels.values() for part in label.split("\n"))
-    right = 0.55 + 0.6 * _SIZE / 72 * longest
+    marks = any(line.style == "marks" for line, _, _ in lines)
+    right = (0.75 if marks else 0.45) + 0.6 * _SIZE / 72 * longest
     width, height = _LEFT + _AXES[0] + right, _BOTTOM + _AXES[1] + _TOP
     figure = Figure((width, height))
     axes = figure.add_axes((_LEFT / width, _BOTTOM / height, _AXES[0] / width, _AXES[1] / height))
@@ -60,7 +64,7 @@ def draw(plot: Plot) -> Figure | None:
     for (line, x, y), look in zip(lines, _looks([line for line, _, _ in lines]), strict=True):
         axes.plot(x, y, label=labels[line.label], **look)
     _ticks(axes, plot)
-    if any(line.style == "marks" for line, _, _ in lines):
+    if marks:
         axes.legend(
             loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=_SIZE, labelcolor=_ink("ink")
         )
@@ -103,7 +107,8 @@ def _ticks(axes: Axes, plot: Plot) -> None:
             low, high = sorted(axis.get_view_interval())
             decades = math.log10(high / low)
             subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
-            axis.set_major_locator(LogLocator(10, subs=subs, numticks=8 if decades > 6 else 12))
+            few = AutoLocator() if decades < 0.6 else LogLocator(10, subs=subs, numticks=8 if decades > 6 else 12)
+            axis.set_major_locator(few)
             axis.set_minor_formatter(NullFormatter())
         axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
 
@@ -115,7 +120,7 @@ def tick(value: float) -> str:
     size = abs(value)
     for least, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= least * 0.9999:
-            return f"{value / least:.4g}{unit}" if size < 1e16 else f"{value:.0e}"
+            return f"{value / least:.3g}{unit}" if size < 1e16 else f"{value:.0e}"
     if size >= 1e-3:
         return f"{value:.4g}"
     power = math.floor(math.log10(size) + 1e-9)
@@ -126,41 +131,34 @@ def tick(value: float) -> str:
     return f"10{exponent}" if abs(factor - 1) < 1e-6 else f"{factor:.3g}\u00b710{exponent}"
 
 
-def _looks(lines: list[Line]) -> list[dict]:
-    """Color by library, dashes by how many lines of it came before; ours strong and on top."""
-    seen: Counter = Counter()
+def _looks(lines: list[Line]) -> list[dict[str, Any]]:
+    """How each line is drawn: a library has its color and marker, and dashes tell its lines apart."""
+    seen: Counter[str | None] = Counter()
     others = itertools.count(len(_LIBRARIES))
     found = []
     for line in lines:
-        library = library_of(line.label)
-        own = library == OURS
-        index = _LIBRARIES.index(library) if library in _LIBRARIES else next(others)
-        color = _ink("ours" if own else _HUES[index % len(_HUES)])
-        marker = "o" if own else _MARKERS[index % len(_MARKERS)]
-        look = {
-            "color": color,
-            "markersize": 5.5 if own else 4.5,
-            "zorder": 4 if own else 3,
-            "linewidth": 2.4 if own else 1.4,
-        }
-        if line.style == "marks":
-            look |= {
-                "marker": marker,
-                "linestyle": "none",
-                "markeredgewidth": 1.0,
-                "markerfacecolor": color if own else "none",
-            }
-        elif line.style == "dashed":
-            look |= {"color": _ink("faint"), "linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 2}
-        else:
-            few = len(line.x) <= 25
-            look |= {"linestyle": _DASHES[seen[library] % 4] if library else "-", "marker": marker,
-                     "markevery": 1 if few else max(len(line.x) // 8, 1)}  # fmt: skip
-            look |= {"drawstyle": "steps-post"} if line.style == "steps" else {}
-        if line.style != "dashed":
-            seen[library] += 1
-        found.append(look)
+        library = "" if line.style == "dashed" else library_of(line.label)
+        index = next(others) if library is None else 0
+        found.append(_look(line, library, index, seen[library]))
+        seen[library] += 1
     return found
+
+
+def _look(line: Line, library: str | None, index: int, before: int) -> dict[str, Any]:
+    """Of one line; ours is thick, and below the others, so that it hides none that is level with it."""
+    if line.style == "dashed":
+        return {"color": _ink("faint"), "linestyle": _DASHES[1 + before % 3], "linewidth": 1.3, "zorder": 2}
+    own = library == OURS
+    index = _LIBRARIES.index(library) if library in _LIBRARIES else index
+    color = _ink(_OWN[before % 2] if own else _HUES[index % len(_HUES)])
+    marker = "o" if own else _MARKERS[index % len(_MARKERS)]
+    look = {"color": color, "marker": marker, "zorder": 3 if own else 4, "markersize": 7 if own else 4.5}
+    if line.style == "marks":
+        return look | {"linestyle": "none", "markeredgewidth": 1.0, "markerfacecolor": color if own else "none"}
+    dashes = _DASHES[(before // 2 if own else before if library else 0) % len(_DASHES)]
+    every = 1 if len(line.x) <= 25 else len(line.x) // 8
+    style = {"drawstyle": "steps-post"} if line.style == "steps" else {}
+    return look | style | {"linestyle": dashes, "linewidth": 3.2 if own else 1.4, "markevery": every}
 
 
 def library_of(label: str) -> str | None:
@@ -222,7 +220,7 @@ def svg(figure: Figure, name: str) -> str:
     )
     for color, (hexadecimal, _) in COLORS.items():
         text = text.replace(hexadecimal, f"var(--{color})")
-    text = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1system-ui, sans-serif", text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
     return text.strip()
 
 
@@ -247,8 +245,8 @@ def roofline(results: Results) -> Plot | None:
     low, high = min(intensities) / 2, max(intensities) * 4
     ridge = peak / bandwidth
     roofs = [
-        Line("measured bandwidth", [low, ridge], [low * bandwidth, peak], "dashed"),
-        Line("measured matmul rate", [ridge, high], [peak, peak], "dashed"),
+        Line(f"bandwidth, {tick(bandwidth)}B/s", [low, ridge], [low * bandwidth, peak], "dashed"),
+        Line(f"matmul rate, {tick(peak)}FLOP/s", [ridge, high], [peak, peak], "dashed"),
     ]
     return Plot(
         "roofline", "Roofline", "intensity, FLOP per byte accessed (XLA's counts)", "achieved FLOP/s", [*roofs, *marks],

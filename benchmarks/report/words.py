@@ -82,7 +82,7 @@ def summary(results: Results) -> str:
 
 STANDINGS = [
     "cases",
-    "mean, \u00d7 ours",
+    "mean, × ours",
     "least",
     "most",
     "ours ahead",
@@ -100,9 +100,8 @@ def standings(results: Results) -> list[tuple[str, list[str]]]:
     for one in facts.standings(results.outcomes):
         if one.peer == OURS:
             continue
-        spread = (
-            [digits(one.mean or 0), digits(min(one.ratios)), digits(max(one.ratios))] if one.ratios else ["", "", ""]
-        )
+        figures = (one.mean or 0.0, min(one.ratios), max(one.ratios)) if one.ratios else ()
+        spread = [*map(digits, figures), "", "", ""][:3]
         counts = [one.ahead, one.level, one.behind, one.wrong, one.failed, one.absent]
         rows.append((one.peer, [str(len(one.ratios)), *spread, *(str(count or "") for count in counts)]))
     return rows
