@@ -45,7 +45,8 @@ class Results:
         """Write it, whole or not at all."""
         file.parent.mkdir(parents=True, exist_ok=True)
         entry = {
-            "format": FORMAT, "complete": self.complete, "started": self.started, "environment": self.environment, "options": self.options,
+            "format": FORMAT, "complete": self.complete, "started": self.started,
+            "environment": self.environment, "options": self.options,
             "rates": self.rates, "outcomes": {id: outcome.to_json() for id, outcome in self.outcomes.items()},
         }  # fmt: skip
         partial = file.with_suffix(".partial")

@@ -1,5 +1,6 @@
 """The other libraries: which are installed, in which version, and how each is told to use as many threads as all."""
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -39,8 +40,14 @@ def versions() -> dict[str, str | None]:
 def _version(peer: str) -> str | None:
     if not is_installed(peer):
         return None
-    distributions = importlib.metadata.packages_distributions().get(PACKAGES[peer][0], [PACKAGES[peer][1]])
+    distributions = _distributions().get(PACKAGES[peer][0], [PACKAGES[peer][1]])
     return importlib.metadata.version(distributions[0])
+
+
+@functools.cache
+def _distributions() -> dict[str, list[str]]:
+    """The installed distributions by module, which takes a second to find out."""
+    return dict(importlib.metadata.packages_distributions())
 
 
 def pin_threads(count: int) -> None:

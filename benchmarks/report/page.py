@@ -131,7 +131,7 @@ def _row(row: Row, cells: list[str], notes: bool) -> str:
     badge = f' <span class="badge">{words.STATUS[row.status]}</span>' if row.status in words.STATUS else ""
     inner = f"<td class=text>{escape(row.name)}{badge}</td>" + "".join(_cell("td", cell, "") for cell in cells)
     note = f'<td class="text note">{escape(row.note)}</td>' if notes else ""
-    kind = f"{row.status} own" if row.peer == OURS else row.status
+    kind = "ok own" if row.peer == OURS and row.status == "ok" else row.status
     return f'<tr class="{kind}">{inner}{note}</tr>'
 
 

@@ -206,7 +206,10 @@ def _ink(name: str) -> str:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as an element of a page: no file of its own, ids of its own, colors from the page's variables."""
+    """The figure as an element of a page, with ids of its own.
+
+    Its colors are variables of the page, with those of white paper for whoever takes it out of there.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg")
@@ -219,7 +222,7 @@ def svg(figure: Figure, name: str) -> str:
         re.sub(r'\bid="', f'id="{name}-', text).replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
     )
     for color, (hexadecimal, _) in COLORS.items():
-        text = text.replace(hexadecimal, f"var(--{color})")
+        text = text.replace(hexadecimal, f"var(--{color},{hexadecimal})")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
     return text.strip()
 

@@ -81,17 +81,8 @@ def summary(results: Results) -> str:
 
 
 STANDINGS = [
-    "cases",
-    "mean, × ours",
-    "least",
-    "most",
-    "ours ahead",
-    "level",
-    "ours behind",
-    "wrong",
-    "failed",
-    "absent",
-]
+    "cases", "mean, \u00d7 ours", "least", "most", "ours ahead", "level", "ours behind", "wrong", "failed", "absent",
+]  # fmt: skip
 
 
 def standings(results: Results) -> list[tuple[str, list[str]]]:
