@@ -1,5 +1,6 @@
 """The report of a run: lines in the terminal, a page, and markdown, all made from what ``results.json`` holds."""
 
+import textwrap
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -21,7 +22,7 @@ def short_lines(id: str, outcome: Outcome) -> list[RenderableType]:
     said: list[RenderableType] = [Text.assemble((outcome.title, "bold"), f"  {id}, {outcome.seconds:.0f} s")]
     if outcome.rows:
         found = tables.table(outcome, brief=True)
-        screen = plain_table("", ["", *(head.replace(" ", "\n") for head in found.columns)])
+        screen = plain_table("", ["", *(textwrap.fill(head, 11) for head in found.columns)])
         screen.title = None
         for row, cells in found.lines:
             screen.add_row(_name(row), *cells, style=_LOOKS.get(row.status, "bold" if row.peer == OURS else ""))

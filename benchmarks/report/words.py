@@ -6,7 +6,7 @@ from benchmarks.report import facts
 from benchmarks.results import Results
 from benchmarks.timing import digits
 
-STATUS = {"wrong": "WRONG", "failed": "failed", "absent": "absent", "floor": "a part of the work"}
+STATUS = {"wrong": "WRONG", "failed": "failed", "absent": "absent", "floor": "a part"}
 
 HOW_TO_READ = (
     "**\u00d7 ours** is the median time divided by that of the first row of ours: above 1, ours is faster.",
@@ -20,7 +20,7 @@ HOW_TO_READ = (
     "share may exceed 100%. Programs with loops have none: XLA counts the body of a loop once.",
     "**error** is the largest difference from the reference, relative to its largest entry.",
     "**WRONG**: the answer differs from the reference, and was not timed. **failed**: it raised. **absent**: not "
-    "installed.",
+    "installed. **a part**: it does some of the work only, to show what that costs.",
 )
 BY_FASTEST = "By the fastest right answer of each library in each case; ours is the row that ratios are to."
 
@@ -73,6 +73,8 @@ def summary(results: Results) -> str:
     found = [outcome for outcome in results.outcomes.values() if facts.ours(outcome)]
     late = {entry.id for entry in facts.behind(results.outcomes)}
     wrong = sum(row.status == "wrong" for outcome in results.outcomes.values() for row in outcome.rows)
+    if not found:
+        return "No race of this run has a right answer of ours."
     return (
         f"Of {len(found)} races, ours is ahead of or level with every row of every other library in "
         f"{len(found) - len(late)}, and behind one in {len(late)}. {wrong or 'No'} answer{'s' * (wrong != 1)} "
