@@ -98,7 +98,7 @@ def plots(outcomes) -> list[Plot]:
     ]
     return [
         Plot("time", "The Hessian grows as n to the 1.7", "parameters n", "time, ms", times, caption="Medians."),
-        Plot("profile", "Dolan-Mor\u00e9: who solves how many", "work, \u00d7 the best (log scale)",
+        Plot("profile", "Dolan-Moré: who solves how many", "work, \u00d7 the best (log scale)",
              "share of problems solved", profiles, y_log=False),
         Plot("curves", "Training", "step", "excess loss", curves, x_log=False),
         Plot("empty", "Nothing ran", "x", "y", [Line("jax", [1.0], [0.0])]),

@@ -1,6 +1,7 @@
 """The report of a made-up run: everything is in it, in one file, and what differs from an earlier run is told."""
 
 import copy
+import itertools
 import re
 from html.parser import HTMLParser
 
@@ -10,6 +11,7 @@ from benchmarks import report
 from benchmarks.cases import Line, Plot
 from benchmarks.report import facts, plots
 from benchmarks.report.compare import compare
+from benchmarks.suites import SUITES
 from benchmarks.timing import console
 from tests.benchmarks import made_up
 
@@ -43,12 +45,14 @@ class Balanced(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.fixture
-def written(only, tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """The page and the summary of the made-up run."""
-    only(made_up.SUITE)
-    report.write(made_up.results(), tmp_path, None, console())
-    return (tmp_path / "index.html").read_text(), (tmp_path / "summary.md").read_text()
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SUITES, "toy", made_up.SUITE)
+        report.write(made_up.results(), folder, None, console())
+    return (folder / "index.html").read_text(), (folder / "summary.md").read_text()
 
 
 def test_the_page_stands_alone(written):
@@ -212,7 +216,7 @@ def test_labels_of_ends_do_not_overlap():
     ordered = plots.spread([0.1, 0.9, 0.91, 0.99], [0.1] * 4)
     assert ordered[0] == 0.1
     assert ordered[-1] <= 1.0
-    assert min(b - a for a, b in zip(ordered, ordered[1:], strict=False)) >= 0.1 - 1e-12
+    assert min(b - a for a, b in itertools.pairwise(ordered)) >= 0.1 - 1e-12
 
 
 def test_a_line_with_gaps_is_drawn():
