@@ -20,8 +20,9 @@ from benchmarks.timing import console
 def run(options: argparse.Namespace) -> int:
     """Everything that ``python -m benchmarks`` does, once the threads are set."""
     screen, file = console(), options.output / "results.json"
+    old = load(options.compare) if options.compare else None  # before it may be written over
     if options.only_report:
-        found = results.load(file)
+        found = load(file)
     else:
         choice = Choice(options.quick, options.dtype, options.device, tuple(options.models), options.threads)
         chosen = list(cases(choice, options.suite))
@@ -34,13 +35,24 @@ def run(options: argparse.Namespace) -> int:
             go(screen, found, chosen, choice, file)
         except KeyboardInterrupt:
             return interrupted(screen, found, chosen, file)
-    old = results.load(options.compare) if options.compare else None
     report.write(found, options.output, old, screen)
     wrong = [claim.text for outcome in found.outcomes.values() for claim in outcome.claims
              if claim.correctness and not claim.holds]  # fmt: skip
     for text in wrong:
         screen.print(f"WRONG  {text}", style="bold red", soft_wrap=True)
     return 1 if wrong else 0
+
+
+def load(file: Path) -> Results:
+    """The results in a file that the command line names.
+
+    Raises:
+        SystemExit: if it is not there, or of another format.
+    """
+    try:
+        return results.load(file)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"no results are read: {error}") from error
 
 
 def interrupted(screen: Console, found: Results, chosen: list[tuple[str, Case]], file: Path) -> int:

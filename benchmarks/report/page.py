@@ -1,7 +1,7 @@
 """``index.html``: one file with everything in it, for a screen, a phone, a talk or paper."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -42,12 +42,16 @@ def _sections(results: Results, comparison: Comparison | None) -> Iterator[tuple
     yield (
         "behind",
         "Where we are behind",
-        (grid(words.BEHIND, late, text=2) if late else f"<p>{escape(words.NOT_BEHIND)}</p>"),
+        (
+            grid(words.BEHIND, late, text=2, cases=[line[0] for line in late])
+            if late
+            else f"<p>{escape(words.NOT_BEHIND)}</p>"
+        ),
     )
     if comparison is not None:
         yield "changes", "What changed", _changes(comparison)
     for suite, outcomes in results.suites().items():
-        yield suite, words.title(suite), "".join(_suite(results, suite, outcomes))
+        yield f"suite-{suite}", words.title(suite), "".join(_suite(results, suite, outcomes))
     roofline = plots.roofline(results)
     if roofline is not None:
         yield "roofline", "Roofline", _picture(roofline, "all")
@@ -62,19 +66,37 @@ def _inline(text: str) -> str:
     return re.sub(r"`(.+?)`", r"<code>\1</code>", text)
 
 
-def grid(heads: list[str], lines: list[list[str]], text: int = 1, kind: str = "") -> str:
-    """A table that scrolls by itself where it is too wide; the first ``text`` columns and notes are flush left."""
+def grid(heads: list[str], lines: list[list[str]], text: int = 1, kind: str = "", cases: Sequence[str] = ()) -> str:
+    """A table that scrolls by itself where it is too wide.
+
+    Args:
+        heads: of the columns.
+        lines: the cells.
+        text: how many columns from the left are flush left; notes are, too.
+        kind: a class of the style.
+        cases: the id of a case for each line, which its first cell links to.
+    """
     sides = ["text" if i < text or head in ("", "note") else "" for i, head in enumerate(heads)]
     top = "".join(_cell("th", head, side) for head, side in zip(heads, sides, strict=True)) if any(heads) else ""
+    links = [f"#{anchor(case)}" for case in cases] or [""] * len(lines)
     body = "".join(
-        "<tr>" + "".join(_cell("td", cell, side) for cell, side in zip(line, sides, strict=True)) + "</tr>"
-        for line in lines
+        "<tr>"
+        + _cell("td", line[0], sides[0], link)
+        + "".join(_cell("td", cell, side) for cell, side in zip(line[1:], sides[1:], strict=True))
+        + "</tr>"
+        for line, link in zip(lines, links, strict=True)
     )
     return f'<div class="wide"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cell(tag: str, cell: str, side: str) -> str:
-    return f"<{tag}{f' class={side}' if side else ''}>{escape(cell)}</{tag}>"
+def _cell(tag: str, cell: str, side: str, link: str = "") -> str:
+    inner = f'<a href="{escape(link)}">{escape(cell)}</a>' if link else escape(cell)
+    return f"<{tag}{f' class={side}' if side else ''}>{inner}</{tag}>"
+
+
+def anchor(name: str) -> str:
+    """A name as an id of the page."""
+    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def _changes(comparison: Comparison) -> str:
@@ -95,21 +117,21 @@ def _suite(results: Results, suite: str, outcomes: Mapping[str, Outcome]) -> Ite
     heads, lines = tables.overview(outcomes)
     if len(lines) > 1:
         yield "<h3>All races: the best right row of each library, time \u00d7 ours</h3>"
-        yield grid(["", *heads], [[title, *cells] for _, title, cells in lines])
+        yield grid(["", *heads], [[title, *cells] for _, title, cells in lines], cases=[id for id, _, _ in lines])
     for id, outcome in outcomes.items():
         yield from _case(results, suite, id, outcome)
 
 
 def _picture(plot: Plot, suite: str) -> str:
     figure = plots.draw(plot)
-    inner = plots.svg(figure, f"{suite}-{plot.name}") if figure else "<p>This run has no row to draw.</p>"
+    inner = plots.svg(figure, anchor(f"{suite}-{plot.name}")) if figure else "<p>This run has no row to draw.</p>"
     title = f"<h3>{escape(plot.title)}</h3>"
     caption = f"<figcaption>{escape(plot.caption)}</figcaption>" if plot.caption else ""
     return f'<figure>{title}<div class="wide">{inner}</div>{caption}</figure>'
 
 
 def _case(results: Results, suite: str, id: str, outcome: Outcome) -> Iterator[str]:
-    yield f'<article><h3>{escape(outcome.title)}</h3><p class="id">{escape(id)}</p>'
+    yield f'<article id="{anchor(id)}"><h3>{escape(outcome.title)}</h3><p class="id">{escape(id)}</p>'
     if outcome.caption:
         yield f"<p>{escape(outcome.caption)}</p>"
     if outcome.rows:
@@ -119,7 +141,7 @@ def _case(results: Results, suite: str, id: str, outcome: Outcome) -> Iterator[s
 
 
 def _rows(table: tables.Table) -> str:
-    """The table of a case, with the bar of each ratio and the reason of each row that has no time."""
+    """The table of a case, with the reason of each row that has no time."""
     notes = table.has_notes
     top = "".join(_cell("th", head, "") for head in table.columns)
     top = f"<th class=text></th>{top}" + ("<th class=text>note</th>" if notes else "")

@@ -18,6 +18,7 @@ from benchmarks import peers
 from benchmarks.cases import OURS, Line, Plot
 from benchmarks.report import facts
 from benchmarks.results import Results
+from benchmarks.timing import digits
 
 # By name: on white paper, on black. The page has them as variables, so that pictures follow its scheme.
 COLORS = {
@@ -248,11 +249,12 @@ def roofline(results: Results) -> Plot | None:
     low, high = min(intensities) / 2, max(intensities) * 4
     ridge = peak / bandwidth
     roofs = [
-        Line(f"bandwidth, {tick(bandwidth)}B/s", [low, ridge], [low * bandwidth, peak], "dashed"),
-        Line(f"matmul rate, {tick(peak)}FLOP/s", [ridge, high], [peak, peak], "dashed"),
+        Line(f"bandwidth, {digits(bandwidth / 1e9)} GB/s", [low, ridge], [low * bandwidth, peak], "dashed"),
+        Line(f"matmul rate, {digits(peak / 1e9)} GFLOP/s", [ridge, high], [peak, peak], "dashed"),
     ]
     return Plot(
-        "roofline", "Roofline", "intensity, FLOP per byte accessed (XLA's counts)", "achieved FLOP/s", [*roofs, *marks],
+        "roofline", "What the compiled programs reach of what the machine can",
+        "intensity, FLOP per byte accessed (XLA's counts)", "achieved FLOP/s", [*roofs, *marks],
         caption="Each mark is a compiled program without a loop, at XLA's own count of its FLOPs and bytes. A mark "
         "above the slanted roof works from cache: XLA counts accesses, not misses. Far below both roofs, what costs is "
         "neither arithmetic nor memory, but small operations one after the other.",

@@ -62,6 +62,7 @@ def test_the_page_stands_alone(written):
     assert parser.open == []
     assert len(parser.ids) == len(set(parser.ids))
     assert all(link.startswith("#") and link[1:] in parser.ids for link in parser.links)
+    assert "#toy-trouble-mlp" in parser.links
     assert not re.search(r"https?://|@import|url\((?!#)", page)
 
 

@@ -177,6 +177,21 @@ def test_another_format_is_refused(tmp_path):
         results.load(tmp_path / "results.json")
 
 
+def test_a_file_that_is_not_there_is_named_before_anything_runs(cut_off, run):
+    for option in (["--compare", "none.json"], ["--only-report", "--output", "nowhere"]):
+        with pytest.raises(SystemExit, match=r"no results are read: .*No such file"):
+            run(*option)
+    assert cut_off.ran == ["one", "two"]
+
+
+def test_a_run_is_compared_with_the_file_it_writes_over(only, run, report, tmp_path):
+    only(suite(race(OURS, contestant("jax", "jax", X))))
+    run()
+    only(suite(race(OURS, contestant("jax", "jax", X**2))))
+    run("--compare", str(tmp_path / "results.json"))
+    assert "| status | toy/square/mlp | jax | wrong | ok |  |" in report().summary
+
+
 def test_two_cases_with_one_id_are_refused(only, run):
     only(suite(race(OURS), race(OURS)))
     with pytest.raises(SystemExit, match="two cases have the id toy/square/mlp"):
