@@ -46,13 +46,14 @@ clean: ## remove .venv, caches and build products
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each by itself: a library that cannot be installed is absent from the report, and keeps no other out of it. Builds
-# for the CPU come first, since those that the index offers to Linux bring gigabytes of CUDA along.
-CPU_TORCH := --retries 1 --timeout 20 --index-url https://download.pytorch.org/whl/cpu torch
+# for the CPU come first, since those that the index offers to Linux bring gigabytes of CUDA along. curvlinops needs
+# torchvision, which would replace torch by one that fits it: the two are chosen together.
+CPU_TORCH := --retries 1 --timeout 20 --index-url https://download.pytorch.org/whl/cpu
 .venv/peers: | $(STAMP)
 	@echo 'Installing the libraries to compare with, about 0.5 GB to download; without builds for the CPU alone, 4 GB.'
 	@install() { $(RUN) pip install -q --disable-pip-version-check "$$@"; }; \
 	absent() { echo "$$1 could not be installed: the report will have it as absent. make peers tries again."; }; \
-	install $(CPU_TORCH) 2>/dev/null || install torch || absent torch; \
+	install $(CPU_TORCH) torch torchvision 2>/dev/null || install torch torchvision || absent torch; \
 	install tensorflow-cpu 2>/dev/null || install tensorflow || absent tensorflow; \
 	$(RUN) pip show -qq torch && { install curvlinops-for-pytorch || absent curvlinops-for-pytorch; }; \
 	install sif2jax || absent sif2jax
