@@ -76,8 +76,8 @@ def summary(results: Results) -> str:
     if not found:
         return "No race of this run has a right answer of ours."
     return (
-        f"Of {len(found)} races, ours is ahead of or level with every row of every other library in "
-        f"{len(found) - len(late)}, and behind one in {len(late)}. {wrong or 'No'} answer{'s' * (wrong != 1)} "
+        f"Ours is ahead of or level with every row of every other library in {len(found) - len(late)} of {len(found)} "
+        f"races, and behind one in {len(late)}. {wrong or 'No'} answer{'s' * (wrong != 1)} "
         f"{'was' if wrong == 1 else 'were'} wrong."
     )
 
