@@ -7,7 +7,7 @@ STAMP := .venv/installed-$(VERSION)
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format check bench clean
+.PHONY: help demo test test-slow lint format check bench peers clean
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3.13]'
@@ -34,12 +34,30 @@ format: $(STAMP) ## format the code and fix what can be fixed
 
 check: lint test ## lint, then test: what every commit passes
 
-bench: $(STAMP) ## run the benchmarks
-	@$(RUN) benchmarks
+bench: $(STAMP) | .venv/peers ## race every library; BENCH="--quick --suite modes" passes options
+	@$(RUN) benchmarks $(BENCH)
+
+peers: $(STAMP) ## install the large libraries that bench compares with (0.5 GB; make bench does it once)
+	@rm -f .venv/peers
+	@$(MAKE) --no-print-directory .venv/peers
 
 clean: ## remove .venv, caches and build products
 	rm -rf .venv .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each by itself: a library that cannot be installed is absent from the report, and keeps no other out of it. Builds
+# for the CPU come first, since those that the index offers to Linux bring gigabytes of CUDA along. curvlinops needs
+# torchvision, which would replace torch by one that fits it: the two are chosen together.
+CPU_TORCH := --retries 1 --timeout 20 --index-url https://download.pytorch.org/whl/cpu
+.venv/peers: | $(STAMP)
+	@echo 'Installing the libraries to compare with, about 0.5 GB to download; without builds for the CPU alone, 4 GB.'
+	@install() { $(RUN) pip install -q --disable-pip-version-check "$$@"; }; \
+	absent() { echo "$$1 could not be installed: the report will have it as absent. make peers tries again."; }; \
+	install $(CPU_TORCH) torch torchvision 2>/dev/null || install torch torchvision || absent torch; \
+	install tensorflow-cpu 2>/dev/null || install tensorflow || absent tensorflow; \
+	$(RUN) pip show -qq torch && { install curvlinops-for-pytorch || absent curvlinops-for-pytorch; }; \
+	install sif2jax || absent sif2jax
+	@touch $@
 
 # The stamp goes before the installation starts and comes back when it has succeeded. An environment that
 # has one is only brought up to date; any other is made anew.

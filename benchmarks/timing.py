@@ -31,6 +31,8 @@ class Row:
         compile_seconds: tracing, lowering and compiling together; None where the caller compiled.
         temporary_bytes: what XLA sets aside for intermediates, beyond arguments and results; None if it does not say.
         flops: XLA's count of the compiled program, which takes the body of a loop once; None if it does not say.
+        bytes_accessed: what XLA counts as read and written, with the same reservation.
+        has_loop: whether the compiled program loops, so that those counts are too small.
         program: a fingerprint of the program before XLA optimizes it: contestants that share it are one program.
         error: the first line of what it raised.
     """
@@ -41,6 +43,8 @@ class Row:
     compile_seconds: float | None = None
     temporary_bytes: int | None = None
     flops: float | None = None
+    bytes_accessed: float | None = None
+    has_loop: bool = False
     program: str | None = None
     error: str | None = None
 
@@ -64,14 +68,14 @@ def compare(
         if report is not None:
             report(f"compiling {name}")
         try:
-            rows[name], calls[name] = _prepare(name, function, args)
+            rows[name], calls[name] = prepare(name, function, args)
         except Exception as error:  # whatever a contestant raises is a result
-            rows[name] = Row(name, error=_first_line(error))
+            rows[name] = Row(name, error=first_line(error))
     timed = measure(calls, budget=budget, rounds=rounds, report=report)
     return {name: _merge(row, timed[name]) if name in timed else row for name, row in rows.items()}
 
 
-def _prepare(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Row, Callable[[], Any]]:
+def prepare(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Row, Callable[[], Any]]:
     """Compile a function for its arguments.
 
     Returns:
@@ -86,11 +90,14 @@ def _prepare(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> 
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    costs = costs if isinstance(costs, dict) else {}
     row = Row(
         name,
         compile_seconds=seconds,
         temporary_bytes=getattr(memory, "temp_size_in_bytes", None),
-        flops=costs.get("flops") if isinstance(costs, dict) else None,
+        flops=costs.get("flops"),
+        bytes_accessed=costs.get("bytes accessed"),
+        has_loop=" while(" in compiled.as_text(),
         program=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
     )
     return row, lambda: compiled(*args)
@@ -118,13 +125,13 @@ def measure(
                 else:
                     samples[name] += [_clock(call) for _ in range(repeats[name])]
             except Exception as error:  # whatever a contestant raises is a result
-                errors[name] = _first_line(error)
+                errors[name] = first_line(error)
     failed = {name: Row(name, error=error) for name, error in errors.items()}
     return {name: failed.get(name) or _summarize(name, samples[name]) for name in calls}
 
 
 def _merge(compiled: Row, timed: Row) -> Row:
-    """What ``_prepare`` and ``measure`` have found about one contestant."""
+    """What ``prepare`` and ``measure`` have found about one contestant."""
     return replace(compiled, seconds=timed.seconds, spread=timed.spread, error=timed.error)
 
 
@@ -168,12 +175,12 @@ def plain_table(title: str, columns: Iterable[str], caption: str | None = None) 
     return result
 
 
-def digits(number: float) -> str:
-    """Three significant digits, at most three of them after the point, and no exponent."""
+def digits(number: float, decimals: int = 3) -> str:
+    """Three significant digits, at most ``decimals`` of them after the point, and no exponent."""
     if number == 0 or not math.isfinite(number):
         return f"{number:.2f}"
     after_point = 2 - math.floor(math.log10(abs(number)))
-    return f"{number:.{min(max(after_point, 0), 3)}f}"
+    return f"{number:.{min(max(after_point, 0), decimals)}f}"
 
 
 def console() -> Console:
@@ -198,5 +205,6 @@ def _summarize(name: str, samples: list[float]) -> Row:
     return Row(name, median, (low, high))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception is and begins with."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -1,0 +1,68 @@
+"""The other libraries: which are installed, in which version, and how each is told to use as many threads as all."""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+
+# What a contestant names as its peer -> (the module, the distribution).
+PACKAGES = {
+    "curvature": ("curvature", "curvature-jax"),
+    "jax": ("jax", "jax"),
+    "torch": ("torch", "torch"),
+    "tensorflow": ("tensorflow", "tensorflow"),
+    "autograd": ("autograd", "autograd"),
+    "folx": ("folx", "folx"),
+    "asdex": ("asdex", "asdex"),
+    "optax": ("optax", "optax"),
+    "optimistix": ("optimistix", "optimistix"),
+    "jaxopt": ("jaxopt", "jaxopt"),
+    "scipy": ("scipy", "scipy"),
+    "curvlinops": ("curvlinops", "curvlinops-for-pytorch"),
+    "scikit-learn": ("sklearn", "scikit-learn"),
+    "sif2jax": ("sif2jax", "sif2jax"),
+}
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+
+
+def is_installed(peer: str) -> bool:
+    """Whether the library can be imported."""
+    return importlib.util.find_spec(PACKAGES[peer][0]) is not None
+
+
+def versions() -> dict[str, str | None]:
+    """The version of each library; None for one that is absent."""
+    return {peer: _version(peer) for peer in PACKAGES}
+
+
+def _version(peer: str) -> str | None:
+    if not is_installed(peer):
+        return None
+    distributions = _distributions().get(PACKAGES[peer][0], [PACKAGES[peer][1]])
+    return importlib.metadata.version(distributions[0])
+
+
+@functools.cache
+def _distributions() -> dict[str, list[str]]:
+    """The installed distributions by module, which takes a second to find out."""
+    return dict(importlib.metadata.packages_distributions())
+
+
+def pin_threads(count: int) -> None:
+    """Give everyone the same cores, before any of them has been imported.
+
+    XLA counts the cores that its process may run on, so it is these that are restricted where the system can; the
+    others read a variable of the environment. ``torch`` and ``tensorflow`` are told again when they are imported.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    for variable in _THREAD_VARIABLES:
+        os.environ[variable] = str(count)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def num_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,151 @@
+"""What changed between two runs, once the speed of the machine has been taken out."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks.cases import OURS, Claim, Outcome, Row
+from benchmarks.report import facts
+from benchmarks.results import Results
+
+_MACHINE = ("processor", "device", "platform", "threads", "memory_gib", "system", "python")
+_ORDER = ("status", "claim", "slower", "faster", "gone", "new")
+
+
+@dataclass
+class Change:
+    """A row that differs by more than its quartiles.
+
+    Attributes:
+        kind: ``"status"``, ``"claim"``, ``"slower"``, ``"faster"``, ``"gone"`` or ``"new"``.
+        id: of the case.
+        name: of the contestant; of a claim, its text.
+        before, after: the ratio to ours, or the status, as text.
+        factor: time after by time before, over the same factor of the machine.
+    """
+
+    kind: str
+    id: str
+    name: str
+    before: str = ""
+    after: str = ""
+    factor: float | None = None
+
+
+@dataclass
+class Comparison:
+    """The changes, and what a reader must know to trust them.
+
+    Attributes:
+        machine: the factor of the time of unchanged peers, by its geometric mean; None if there are none.
+        peers: over how many rows that mean was taken.
+        differences: of machine, options and packages, as sentences.
+        changes: changes of status first, then the largest factor first.
+        commits: before and after.
+    """
+
+    machine: float | None
+    peers: int
+    differences: list[str]
+    changes: list[Change]
+    commits: tuple[str, str]
+
+    def lines(self) -> list[str]:
+        """What stands above the table."""
+        said = [f"From commit {self.commits[0] or 'unknown'} to {self.commits[1] or 'unknown'}."]
+        if self.machine is None:
+            said.append("No row of an unchanged peer is in both runs: times are compared as they are.")
+        else:
+            said.append(
+                f"The {self.peers} rows of unchanged peers took {self.machine:.2f} times as long as before (geometric "
+                "mean); the times below are divided by that."
+            )
+        return said + self.differences + ([] if self.changes else ["Nothing changed by more than its quartiles."])
+
+
+def compare(old: Results, new: Results) -> Comparison:
+    """Hold a run against an earlier one."""
+    both = list(_pairs(old, new))
+    unchanged = [
+        new_row.metrics["seconds"] / old_row.metrics["seconds"]
+        for _, old_row, new_row in both
+        if old_row.peer != OURS
+        and old.environment["packages"].get(old_row.peer) == new.environment["packages"].get(old_row.peer)
+        and _has_time(old_row, new_row)
+    ]
+    machine = math.exp(sum(map(math.log, unchanged)) / len(unchanged)) if unchanged else None
+    changes = [*_statuses(both), *_claims(old, new), *_times(both, machine or 1.0), *_coming_and_going(old, new)]
+    changes.sort(key=lambda c: (_ORDER.index(c.kind), -abs(math.log(c.factor)) if c.factor else 0.0))
+    commits = (old.environment.get("commit", ""), new.environment.get("commit", ""))
+    return Comparison(machine, len(unchanged), list(_differences(old, new)), changes, commits)
+
+
+def _pairs(old: Results, new: Results) -> Iterator[tuple[str, Row, Row]]:
+    """The rows that both runs have."""
+    for id, outcome in new.outcomes.items():
+        before = {row.name: row for row in old.outcomes.get(id, Outcome()).rows}
+        yield from ((id, before[row.name], row) for row in outcome.rows if row.name in before)
+
+
+def _has_time(*rows: Row) -> bool:
+    return all(row.status in ("ok", "floor") and facts.number(row, "seconds") for row in rows)
+
+
+def _statuses(both: list[tuple[str, Row, Row]]) -> Iterator[Change]:
+    for id, old, new in both:
+        if old.status != new.status:
+            yield Change("status", id, new.name, old.status, new.status)
+
+
+def _claims(old: Results, new: Results) -> Iterator[Change]:
+    """Claims that hold now and did not, or the reverse; those of correctness show in the status of their rows."""
+    words = {True: "holds", False: "FAILS"}
+    for id, outcome in new.outcomes.items():
+        before = {claim.text: claim for claim in old.outcomes.get(id, Outcome()).claims}
+        for claim in outcome.claims:
+            was: Claim | None = before.get(claim.text)
+            if was is not None and was.holds != claim.holds and not claim.correctness:
+                yield Change("claim", id, claim.text, words[was.holds], words[claim.holds])
+
+
+def _times(both: list[tuple[str, Row, Row]], machine: float) -> Iterator[Change]:
+    """Times whose quartiles lie apart and whose medians differ by over 5%, both on the new machine's clock."""
+    for id, old, new in both:
+        if not _has_time(old, new):
+            continue
+        times = {name: facts.number(old, name) for name in ("seconds", "low", "high")}
+        scaled = Row(old.name, old.peer, metrics={k: None if v is None else v * machine for k, v in times.items()})
+        factor = new.metrics["seconds"] / scaled.metrics["seconds"]
+        if not facts.MARGIN <= factor <= 1 / facts.MARGIN and facts.apart(scaled, new):
+            yield Change("slower" if factor > 1 else "faster", id, new.name, _ratio(old), _ratio(new), factor)
+
+
+def _coming_and_going(old: Results, new: Results) -> Iterator[Change]:
+    """Rows that only one of the runs has; a case that one of them did not run is told once."""
+    for kind, here, there in (("gone", old, new), ("new", new, old)):
+        for id, outcome in here.outcomes.items():
+            if id not in there.outcomes:
+                yield Change(kind, id, "the whole case")
+                continue
+            names = {row.name for row in there.outcomes[id].rows}
+            yield from (Change(kind, id, row.name, "", row.status) for row in outcome.rows if row.name not in names)
+
+
+def _ratio(row: Row) -> str:
+    ratio = facts.number(row, "ratio")
+    return row.status if ratio is None else f"{ratio:.2f}"
+
+
+def _differences(old: Results, new: Results) -> Iterator[str]:
+    here, there = new.environment, old.environment
+    machine = [f"{key} {there.get(key)} \u2192 {here.get(key)}" for key in _MACHINE if there.get(key) != here.get(key)]
+    if machine:
+        yield f"The machines differ: {'; '.join(machine)}."
+    before, after = there.get("packages", {}), here.get("packages", {})
+    moved = [f"{name} {before.get(name)} \u2192 {after[name]}" for name in after if before.get(name) != after[name]]
+    if moved:
+        yield f"Packages differ: {'; '.join(moved)}."
+    options = [f"{key} {old.options.get(key)} \u2192 {new.options[key]}" for key in new.options
+               if old.options.get(key) != new.options[key]]  # fmt: skip
+    if options:
+        yield f"The options differ: {'; '.join(options)}."

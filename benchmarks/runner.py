@@ -1,0 +1,151 @@
+"""Runs cases: holds each answer against the reference, then lets those that are right take turns."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import peers
+from benchmarks.cases import OURS, Case, Claim, Contestant, Outcome, Race, Row
+from benchmarks.timing import Row as Timing
+from benchmarks.timing import first_line, measure, prepare
+
+Report = Callable[[str], Any]
+
+
+def run(case: Case, report: Report) -> Outcome:
+    """What comes of a case; an exception of a whole study is an outcome as well."""
+    start = time.perf_counter()
+    try:
+        outcome = race(case, report) if isinstance(case, Race) else case.run(report)
+    except Exception as error:
+        outcome = Outcome(claims=[Claim(f"did not run: {first_line(error)}", holds=False, correctness=True)])
+    outcome.title, outcome.model, outcome.sizes = case.title, case.model, dict(case.sizes)
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+def race(case: Race, report: Report) -> Outcome:
+    """Prepare, check, time; a row for every contestant, whatever became of it."""
+    reference = arrays(case.reference())
+    contestants = list(case.contestants())
+    rows: dict[str, Row] = {}
+    timings: dict[str, Timing] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for contestant in contestants:
+        report(f"compiling {contestant.name}")
+        row = rows[contestant.name] = Row(contestant.name, contestant.peer)
+        if not peers.is_installed(contestant.peer):
+            row.status, row.note = "absent", f"{contestant.peer} is not installed"
+            continue
+        try:
+            timings[contestant.name], call, answer = start(contestant)
+            if contestant.floor:
+                row.status = "floor"
+            else:
+                check(row, answer, reference, case.tolerance)
+        except Exception as error:  # whatever a contestant raises is a result
+            row.status, row.note = "failed", first_line(error)
+        if row.status in ("ok", "floor"):
+            calls[contestant.name] = call
+    timed = measure(calls, budget=case.budget, rounds=case.rounds, report=report)
+    for contestant in contestants:
+        if contestant.name in timed:
+            fill(rows[contestant.name], contestant, timings[contestant.name], timed[contestant.name])
+    relate(list(rows.values()))
+    mark_twins(list(rows.values()))
+    outcome = Outcome(rows=list(rows.values()), claims=correctness(rows), caption=case.caption)
+    outcome.claims += case.claims(outcome)
+    return outcome
+
+
+def start(contestant: Contestant) -> tuple[Timing, Callable[[], Any], Any]:
+    """What is known before the first turn, the call, and its answer as arrays."""
+    if contestant.function is not None:
+        timing, call = prepare(contestant.name, contestant.function, contestant.args)
+        return timing, call, arrays(contestant.read(jax.block_until_ready(call())))
+    assert contestant.make is not None, f"{contestant.name} has neither function nor make"
+    begin = time.perf_counter()
+    call = contestant.make()
+    answer = call()  # whoever compiles at the first call compiles now
+    timing = Timing(contestant.name, compile_seconds=time.perf_counter() - begin)
+    return timing, call, arrays(contestant.read(answer))
+
+
+def arrays(answer: Any) -> list[np.ndarray]:
+    """The leaves of an answer, on the host, in double precision."""
+    return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(answer)]
+
+
+def check(row: Row, answer: list[np.ndarray], reference: list[np.ndarray], tolerance: float) -> None:
+    """Write down how far an answer is from the reference, and whether that is too far."""
+    shapes, wanted = [a.shape for a in answer], [r.shape for r in reference]
+    if shapes != wanted:
+        row.status, row.note = "wrong", f"the answer has shapes {shapes}, the reference {wanted}"
+        return
+    error = max((distance(a, r) for a, r in zip(answer, reference, strict=True)), default=0.0)
+    row.metrics["error"] = error
+    if not error <= tolerance:  # a NaN is wrong as well
+        row.status, row.note = "wrong", f"differs from the reference by {error:.1e} of it; {tolerance:.0e} is allowed"
+
+
+def distance(answer: np.ndarray, reference: np.ndarray) -> float:
+    """The largest difference, relative to the largest entry of the reference."""
+    scale = np.max(np.abs(reference), initial=0.0)
+    return float(np.max(np.abs(answer - reference), initial=0.0) / (scale or 1.0))
+
+
+def fill(row: Row, contestant: Contestant, compiled: Timing, timed: Timing) -> None:
+    """Write down what the turns have shown."""
+    if timed.error is not None:
+        row.status, row.note = "failed", timed.error
+        return
+    pieces, (low, high) = contestant.pieces, timed.spread
+    metrics: dict[str, Any] = {
+        "ratio": math.nan, "seconds": timed.seconds / pieces, "low": low / pieces, "high": high / pieces,
+        "compile_seconds": compiled.compile_seconds, "temporary_bytes": compiled.temporary_bytes,
+        "flops": None if compiled.has_loop else compiled.flops,
+        "bytes": None if compiled.has_loop else compiled.bytes_accessed,
+        "program": compiled.program,
+    }  # fmt: skip
+    row.metrics = metrics | row.metrics
+
+
+def relate(rows: list[Row]) -> None:
+    """The ratio of each time to that of the first of ours that was right."""
+    timed = [row for row in rows if "seconds" in row.metrics]
+    ours = next((row for row in timed if row.peer == OURS and row.status == "ok"), None)
+    for row in timed:
+        row.metrics["ratio"] = None if ours is None else row.metrics["seconds"] / ours.metrics["seconds"]
+
+
+def mark_twins(rows: list[Row]) -> None:
+    """Say of each of ours with which other row it shares its program: what differs between them is the clock."""
+    for row in rows:
+        program = row.metrics.pop("program", None)
+        if program is not None:
+            row.metrics["program"] = str(program)[:12]
+    for row in rows:
+        twins = [
+            other.name
+            for other in rows
+            if other is not row and row.metrics.get("program") == other.metrics.get("program") is not None
+        ]
+        if row.peer == OURS and twins and not row.note:
+            row.note = f"the same program as {twins[0]}"
+
+
+def correctness(rows: dict[str, Row]) -> list[Claim]:
+    """What a quick run asserts: that every one of our rows has an answer, and a right one."""
+    return [
+        Claim(
+            f"{row.name} {'agrees with the reference' if row.status in ('ok', 'floor') else row.status + ': ' + row.note}",
+            row.status in ("ok", "floor"),
+            correctness=True,
+        )
+        for row in rows.values()
+        if row.peer == OURS
+    ]

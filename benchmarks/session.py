@@ -1,0 +1,137 @@
+"""One run of the suites: choose the cases, run those that have no outcome yet, save after each, report."""
+
+import argparse
+import collections
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import machine, report, results, runner
+from benchmarks.cases import Case, Choice
+from benchmarks.results import Results
+from benchmarks.suites import SUITES
+from benchmarks.timing import console
+
+
+def run(options: argparse.Namespace) -> int:
+    """Everything that ``python -m benchmarks`` does, once the threads are set."""
+    screen, file = console(), options.output / "results.json"
+    old = load(options.compare) if options.compare else None  # before it may be written over
+    if options.only_report:
+        found = load(file)
+    else:
+        choice = Choice(options.quick, options.dtype, options.device, tuple(options.models), options.threads)
+        chosen = list(cases(choice, options.suite))
+        if options.list:
+            for _, case in chosen:
+                screen.print(f"{case.id:56} {case.title}", soft_wrap=True)
+            return 0
+        found = begin(file, choice, options.suite, fresh=options.fresh)
+        try:
+            go(screen, found, chosen, choice, file)
+        except KeyboardInterrupt:
+            return interrupted(screen, found, chosen, file)
+    report.write(found, options.output, old, screen)
+    wrong = [claim.text for outcome in found.outcomes.values() for claim in outcome.claims
+             if claim.correctness and not claim.holds]  # fmt: skip
+    for text in wrong:
+        screen.print(f"WRONG  {text}", style="bold red", soft_wrap=True)
+    return 1 if wrong else 0
+
+
+def load(file: Path) -> Results:
+    """The results in a file that the command line names.
+
+    Raises:
+        SystemExit: if it is not there, or of another format.
+    """
+    try:
+        return results.load(file)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"no results are read: {error}") from error
+
+
+def interrupted(screen: Console, found: Results, chosen: list[tuple[str, Case]], file: Path) -> int:
+    """Say how to go on; the exit code is that of a program stopped from the keyboard."""
+    found.save(file)
+    screen.print(
+        f"Stopped. {len(found.outcomes)} of {len(chosen)} cases are in {file}: the same command does the rest, and "
+        "with --only-report it makes the report of what is there.",
+        soft_wrap=True,
+    )
+    return 130
+
+
+def cases(choice: Choice, wanted: list[str] | None) -> Iterator[tuple[str, Case]]:
+    """The chosen cases with the names of their suites.
+
+    Raises:
+        SystemExit: if a suite or a model is unknown, or two cases share an id.
+    """
+    unknown = [name for name in wanted or [] if name not in SUITES]
+    if unknown:
+        raise SystemExit(f"there is no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    found = [
+        (name, case)
+        for name, suite in SUITES.items()
+        if not wanted or name in wanted
+        for case in suite.cases(choice)
+        if choice.wants(case.model)
+    ]
+    twice = [id for id, count in collections.Counter(case.id for _, case in found).items() if count > 1]
+    if twice:
+        raise SystemExit(f"two cases have the id {twice[0]}")
+    if not found:
+        raise SystemExit(f"no case is of {', '.join(choice.models)}; --list shows the cases")
+    yield from found
+
+
+def begin(file: Path, choice: Choice, suites: list[str] | None, *, fresh: bool) -> Results:
+    """A new run, or the one in the file, if that was cut off and is the same."""
+    environment = machine.environment(choice.threads)
+    options = {
+        "quick": choice.quick, "dtype": choice.dtype, "device": choice.device, "models": list(choice.models),
+        "suites": list(suites or SUITES),
+    }  # fmt: skip
+    new = Results(environment, options, started=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")
+    if file.exists() and not fresh:
+        old = results.load(file)
+        if not old.complete and old.same_run(new):
+            return old
+    return new
+
+
+def go(screen: Console, found: Results, chosen: list[tuple[str, Case]], choice: Choice, file: Path) -> None:
+    """Run the cases without an outcome, one after the other."""
+    todo = [(suite, case) for suite, case in chosen if case.id not in found.outcomes]
+    if len(todo) < len(chosen):
+        screen.print(f"{len(chosen) - len(todo)} of {len(chosen)} cases are done already; --fresh begins anew.")
+    columns = (TextColumn("{task.fields[suite]:12}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("{task.description}"))  # fmt: skip
+    with Progress(*columns, console=screen, transient=True) as progress:
+        task = progress.add_task("", total=len(chosen), completed=len(chosen) - len(todo), suite="")
+        if choice.dtype not in found.rates:
+            progress.update(task, description="measuring the machine")
+            with jax.enable_x64(choice.dtype == "float64"):
+                found.rates[choice.dtype] = machine.rates(choice.dtype, choice.device)
+        for suite, case in todo:
+
+            def say(line: str, title: str = case.title) -> None:
+                progress.update(task, description=f"{title}: {line}"[:100])
+
+            progress.update(task, suite=suite)
+            say("starting")
+            double = getattr(SUITES[suite], "DTYPE", choice.dtype) == "float64"
+            with jax.enable_x64(double):
+                found.outcomes[case.id] = outcome = runner.run(case, say)
+            found.save(file)
+            progress.advance(task)
+            for line in report.short_lines(case.id, outcome):
+                progress.console.print(line, soft_wrap=True)
+            jax.clear_caches()
+    found.complete = True
+    found.save(file)

@@ -1,0 +1,7 @@
+"""The suites, in the order they run."""
+
+from types import ModuleType
+
+from benchmarks.suites import modes
+
+SUITES: dict[str, ModuleType] = {"modes": modes}

@@ -1,0 +1,225 @@
+"""The report of a made-up run: everything is in it, in one file, and what differs from an earlier run is told."""
+
+import copy
+import itertools
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from benchmarks import report
+from benchmarks.cases import Line, Plot
+from benchmarks.report import facts, plots
+from benchmarks.report.compare import compare
+from benchmarks.suites import SUITES
+from benchmarks.timing import console
+from tests.benchmarks import made_up
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that is not closed, or an id given twice; collects the targets of links."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.links = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        assert not {"src", "srcset"} & set(attributes), tag
+        assert tag not in ("script", "link", "iframe")
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        if "href" in attributes:
+            self.links.append(attributes["href"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The page and the summary of the made-up run."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SUITES, "toy", made_up.SUITE)
+        report.write(made_up.results(), folder, None, console())
+    return (folder / "index.html").read_text(), (folder / "summary.md").read_text()
+
+
+def test_the_page_stands_alone(written):
+    page, _ = written
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == []
+    assert len(parser.ids) == len(set(parser.ids))
+    assert all(link.startswith("#") and link[1:] in parser.ids for link in parser.links)
+    assert "#toy-trouble-mlp" in parser.links
+    assert not re.search(r"https?://|@import|url\((?!#)", page)
+
+
+def test_the_page_has_its_pictures_in_the_colors_of_the_page(written):
+    page, _ = written
+    assert page.count("<svg") == 4  # three of the suite, and the roofline; the fourth of the suite has no point
+    assert "This run has no row to draw." in page
+    assert "stroke: var(--ours,#d1360f)" in page
+    assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
+    for id in re.findall(r"url\(#([^)]+)\)", page):
+        assert f'id="{id}"' in page
+
+
+def test_the_page_tells_everything(written):
+    page, _ = written
+    for text in ("A &lt;processor&gt;", "torch 2.13.0", "abc1234", "2026-01-02 03:04 UTC", "120 GFLOP/s, 15.0 GB/s"):
+        assert text in page
+    assert "<td class=text>Absent</td><td class=text>folx</td>" in page
+    assert "<strong>Is ours level with jax.hessian?</strong> jax.hessian takes 1.02 times as long." in page
+    assert '<span class="badge">FAILS</span> half the memory of jax.hessian: 0.7' in page
+    assert '<span class="badge">holds</span> costs under 3 gradients: 2.1' in page
+    assert "agrees with the reference" not in page
+    assert "<th>peak MiB</th>" in page
+
+
+def test_rows_are_sorted_by_time_and_those_without_one_come_last(written):
+    page, _ = written
+    table = page[page.index("toy/trouble/mlp</p>") :]
+    names = ["floor: the gradient", "jax, &lt;by hand&gt;", "autograd, within", "curvature.hessian", "torch, planted"]
+    places = [table.index(name) for name in names]
+    assert places == sorted(places)
+
+
+def test_the_summary_is_markdown_with_ratios(written):
+    _, summary = written
+    assert "| Hessian, MLP, 1000 parameters | 5.01 | 1.02 | 3.10 | 9.50 | 40.0 |  |" in summary
+    assert "| Hessian, in trouble | 2.00 | 0.500 | wrong | failed | 0.980 | absent |" in summary
+    assert "tensorflow \\| tape (failed)" in summary
+    assert "- **FAILS**: half the memory of jax.hessian: 0.7" in summary
+    for table in re.findall(r"(?:^\|.*\n)+", summary, re.MULTILINE):
+        bars = [len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()]
+        assert len(set(bars)) == 1, table
+
+
+def test_we_are_behind_only_beyond_noise():
+    found = facts.behind(made_up.results().outcomes)
+    assert [(entry.id, entry.peer.name) for entry in found] == [("toy/trouble/mlp", "jax, <by hand>")]
+    assert found[0].note == "gives up a factor of two for symmetry"
+
+
+def test_overlapping_quartiles_are_level():
+    outcome = made_up.troubled()
+    ours, peer = outcome.rows[:2]
+    peer.metrics["high"] = ours.metrics["low"]
+    assert facts.standing(peer, ours) == "level"
+
+
+def test_a_suite_that_cannot_conclude_does_not_cost_the_report(only, tmp_path):
+    only(made_up.SimpleNamespace(TITLE="Toy", QUESTION="", findings=lambda o: o["nothing"], plots=lambda o: 1 / 0))
+    report.write(made_up.results(), tmp_path, None, console())
+    page = (tmp_path / "index.html").read_text()
+    assert "The findings of this suite could not be made: KeyError" in page
+    assert "The plots of this suite could not be made: ZeroDivisionError" in page
+
+
+def test_short_lines_name_what_is_wrong(capsys):
+    for line in report.short_lines("toy/trouble/mlp", made_up.troubled()):
+        console().print(line)
+    said = capsys.readouterr().out
+    assert "torch, planted  WRONG" in said
+    assert "torch, planted: differs from the reference by 5.0e-01 of it" in said
+    assert "FAILS  half the memory" in said
+
+
+def slowed(results, factor, peer_factor, name="curvature.hessian"):
+    """The run on a machine ``peer_factor`` times as slow, with one contestant slower by ``factor``."""
+    new = copy.deepcopy(results)
+    for outcome in new.outcomes.values():
+        for row in outcome.rows:
+            for key in {"seconds", "low", "high"} & set(row.metrics):
+                row.metrics[key] *= factor if row.name == name else peer_factor
+    return new
+
+
+def test_a_slower_machine_is_no_change():
+    old = made_up.results()
+    found = compare(old, slowed(old, 1.7, 1.7))
+    assert found.machine == pytest.approx(1.7)
+    assert found.changes == []
+    assert "Nothing changed by more than its quartiles." in found.lines()
+
+
+def test_a_slower_contestant_is_found_on_a_slower_machine():
+    old = made_up.results()
+    new = slowed(old, 3.4, 1.7)
+    found = compare(old, new)
+    changes = [change for change in found.changes if change.name == "curvature.hessian"]
+    assert {change.kind for change in changes} == {"slower"}
+    assert [change.factor for change in changes] == pytest.approx([2.0] * 5)
+
+
+def test_changes_within_the_quartiles_are_none():
+    old = made_up.results()
+    assert compare(old, slowed(old, 1.03, 1.0)).changes == []
+
+
+def test_statuses_come_first_and_rows_come_and_go():
+    old, new = made_up.results(), made_up.results()
+    del old.outcomes["toy/cutest/all"], new.outcomes["toy/hessian/mlp/n=100"]
+    old.outcomes["toy/trouble/mlp"].rows[3].status = "ok"
+    new.outcomes["toy/trouble/mlp"].claims[1].holds = False
+    del new.outcomes["toy/trouble/mlp"].rows[-1]
+    found = compare(old, new)
+    assert [(c.kind, c.id, c.name) for c in found.changes] == [
+        ("status", "toy/trouble/mlp", "torch, planted"),
+        ("claim", "toy/trouble/mlp", "costs under 3 gradients: 2.1"),
+        ("gone", "toy/hessian/mlp/n=100", "the whole case"),
+        ("gone", "toy/trouble/mlp", "floor: the gradient"),
+        ("new", "toy/cutest/all", "the whole case"),
+    ]
+
+
+def test_machines_that_differ_are_named(only, tmp_path, capsys):
+    only(made_up.SUITE)
+    old = made_up.results()
+    old.environment = old.environment | {"threads": 8, "packages": old.environment["packages"] | {"jax": "0.10.0"}}
+    old.outcomes["toy/trouble/mlp"].rows[3].status = "ok"
+    report.write(made_up.results(), tmp_path, old, console())
+    for text in (capsys.readouterr().out, (tmp_path / "index.html").read_text(), (tmp_path / "summary.md").read_text()):
+        assert "The machines differ: threads 8 \u2192 2." in text
+        assert "Packages differ: jax 0.10.0 \u2192 0.10.2." in text
+        assert "torch, planted" in text
+
+
+def test_the_unchanged_peers_leave_out_those_of_another_version():
+    old = made_up.results()
+    old.environment["packages"] = old.environment["packages"] | {"jax": "0.10.0"}
+    assert compare(old, made_up.results()).peers == 4 * 4 + 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.05, "0.05"), (3000, "3k"), (1e6, "1M"), (1e-7, "10\u207b\u2077"), (2, "2")]
+)
+def test_ticks_are_readable(value, text):
+    assert plots.tick(value) == text
+
+
+def test_labels_of_ends_do_not_overlap():
+    places = plots.spread([0.9, 0.91, 0.92, 0.1], [0.1] * 4)
+    assert len(places) == 4
+    ordered = plots.spread([0.1, 0.9, 0.91, 0.99], [0.1] * 4)
+    assert ordered[0] == 0.1
+    assert ordered[-1] <= 1.0
+    assert min(b - a for a, b in itertools.pairwise(ordered)) >= 0.1 - 1e-12
+
+
+def test_a_line_with_gaps_is_drawn():
+    line = Line("curvature.hvp", [1.0, 2.0, 3.0], [None, 1.0, float("nan")])
+    assert plots.draw(Plot("gaps", "Gaps", "n", "ms", [line])) is not None
