@@ -30,7 +30,7 @@ def for_jax() -> Operations:
         filter=lambda images, kernel: jax.lax.conv_general_dilated(
             images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         ),
-        gelu=jax.nn.gelu, repeat=repeat, second_derivative=second_derivative,
+        gelu=jax.nn.gelu, constant=lambda array, like: jnp.asarray(array, like.dtype), repeat=repeat, second_derivative=second_derivative,
     )  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def for_torch() -> Operations:
         sum=_over_axes(torch.sum), mean=_over_axes(torch.mean), concat=torch.cat,
         logsumexp=lambda x, axis: torch.logsumexp(x, dim=axis), softmax=lambda x, axis: torch.softmax(x, dim=axis),
         convolve=convolve, filter=filter, gelu=lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        constant=lambda array, like: torch.as_tensor(array, dtype=like.dtype),
         repeat=_repeat, second_derivative=second_derivative,
     )  # fmt: skip
 
@@ -69,7 +70,8 @@ def for_tensorflow() -> Operations:
         sum=tf.reduce_sum, mean=tf.reduce_mean, concat=tf.concat, logsumexp=tf.reduce_logsumexp,
         softmax=tf.nn.softmax, convolve=lambda images, kernel: tf.nn.conv2d(images, kernel, 2, "SAME"),
         filter=lambda images, kernel: tf.nn.conv2d(images, kernel, 1, "SAME"),
-        gelu=lambda x: tf.nn.gelu(x, approximate=True), repeat=_repeat,
+        gelu=lambda x: tf.nn.gelu(x, approximate=True),
+        constant=lambda array, like: tf.constant(array, like.dtype), repeat=_repeat,
     )  # fmt: skip
 
 
