@@ -2,6 +2,6 @@
 
 from types import ModuleType
 
-from benchmarks.suites import laplacian, modes, per_example
+from benchmarks.suites import laplacian, modes, per_example, sparse
 
-SUITES: dict[str, ModuleType] = {"modes": modes, "per_example": per_example, "laplacian": laplacian}
+SUITES: dict[str, ModuleType] = {"modes": modes, "per_example": per_example, "laplacian": laplacian, "sparse": sparse}
