@@ -4,6 +4,7 @@ Each is a ``benchmarks.models.Model`` as well, by one formula for every library.
 layer and what leaves it, from which Kronecker factors are made by hand.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def pooled(ops: Operations, images: Array) -> Array:
 def perceptron(sizes: tuple[int, ...] = (128, 256, 256, 10), examples: int = 512) -> Network:
     """A tanh network with biases."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for number, (rows, columns) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for number, (rows, columns) in enumerate(itertools.pairwise(sizes)):
         shapes |= {f"w{number}": (rows, columns), f"b{number}": (columns,)}
     layers = tuple(Layer(f"w{number}", f"b{number}", number + 2 < len(sizes)) for number in range(len(sizes) - 1))
     inputs = np.random.default_rng(1).normal(size=(examples, sizes[0]))

@@ -61,4 +61,5 @@ def comparison(outcome: Outcome) -> str:
         for row in outcome.rows
         if row.status == "ok" and row.peer != "curvature" and row.metrics.get("ratio") is not None
     ]
-    return f"{outcome.title}: times ours, {', '.join(others)}." if others else f"{outcome.title}: nobody to compare with."
+    told = f"times ours, {', '.join(others)}" if others else "nobody to compare with"
+    return f"{outcome.title}: {told}."

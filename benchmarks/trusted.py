@@ -1,4 +1,4 @@
-"""Products with curvature matrices in double precision, each from its definition: what every operator is held against."""
+"""Products with curvature matrices in double precision, each from its definition, to hold operators against."""
 
 from collections.abc import Callable
 from typing import Any
@@ -97,11 +97,8 @@ def inputs_and_scores(network: Network, p: Params, x: jax.Array) -> tuple[list[j
     The outer products of the pseudo-gradients by what leaves a layer, summed over classes, are the exact Fisher matrix.
     """
     ops = operations.for_jax()
-    entered = [
-        rows[:, None] if rows.ndim == 2 else patches(rows) for rows in forward(ops, network.layers, p, x)[1]
-    ]
-    places = [(*(rows.shape[1:3] if rows.ndim == 4 else ()), p[layer.bias].size)
-              for layer, rows in zip(network.layers, forward(ops, network.layers, p, x)[1], strict=True)]  # fmt: skip
+    inputs = forward(ops, network.layers, p, x)[1]
+    places = [(*rows.shape[1:-1], p[layer.bias].size) for layer, rows in zip(network.layers, inputs, strict=True)]
 
     def of_example(image: jax.Array) -> list[jax.Array]:
         zeros = [jnp.zeros(shape) for shape in places]
@@ -114,6 +111,7 @@ def inputs_and_scores(network: Network, p: Params, x: jax.Array) -> tuple[list[j
         jacobians = jax.jacrev(logits)(zeros)
         return [jnp.einsum("kc,kto->cto", roots, j.reshape(len(q), -1, j.shape[-1])) for j in jacobians]
 
+    entered = [rows[:, None] if rows.ndim == 2 else patches(rows) for rows in inputs]
     return entered, jax.lax.map(of_example, x)
 
 
@@ -139,7 +137,7 @@ def factored(a: jax.Array, g: jax.Array, v: jax.Array, reduce: bool) -> jax.Arra
 
 
 def corrected(a: jax.Array, g: jax.Array, v: jax.Array, reduce: bool) -> jax.Array:
-    """The same with the second moments of each example's gradient as eigenvalues, in the eigenvectors of the factors."""
+    """The same with second moments of single gradients as eigenvalues, in the eigenvectors of the factors."""
     left, right = (jnp.linalg.eigh(factor)[1] for factor in factors(a, g, reduce))
     moments = jnp.mean(jnp.sum(jnp.einsum("nti,ncto->ncio", a @ left, g @ right) ** 2, axis=1), axis=0)
     return left @ (moments * (left.T @ v @ right)) @ right.T

@@ -30,7 +30,8 @@ def for_jax() -> Operations:
         filter=lambda images, kernel: jax.lax.conv_general_dilated(
             images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         ),
-        gelu=jax.nn.gelu, constant=lambda array, like: jnp.asarray(array, like.dtype), repeat=repeat, second_derivative=second_derivative,
+        gelu=jax.nn.gelu, constant=lambda array, like: jnp.asarray(array, like.dtype),
+        repeat=repeat, second_derivative=second_derivative,
     )  # fmt: skip
 
 

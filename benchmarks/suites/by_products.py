@@ -1,4 +1,4 @@
-"""What operators find by products alone: extreme eigenvalues, the density of all of them, solutions. Of ``operators``."""
+"""Of ``operators``: what is found by products alone, extreme eigenvalues, the density of all of them, solutions."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ EIGSH, SCIPY = "curvature.eigsh", "scipy, eigsh"
 
 def cases(choice: Choice) -> Iterator[Case]:
     """Eigenvalues of a Hessian, the density of another, a definite and an indefinite system."""
-    network = partial(perceptron, (20, 24, 16, 10), 128) if choice.quick else partial(perceptron, (64, 200, 32, 10), 256)
+    sizes, examples = ((20, 24, 16, 10), 128) if choice.quick else ((64, 200, 32, 10), 256)
+    network = partial(perceptron, sizes, examples)
     n = network().model.num_parameters
     race = Race(
         f"operators/eigenvalues/mlp/n={n}",
@@ -159,8 +160,8 @@ def arpack(operator: Any) -> np.ndarray:
     import scipy.sparse.linalg
 
     start = np.random.default_rng(0).normal(size=operator.shape[0]).astype(operator.dtype)
-    values = scipy.sparse.linalg.eigsh(operator, k=EIGENVALUES, which="LA", return_eigenvectors=False, tol=1e-6, v0=start)
-    return np.sort(values)[::-1]
+    options: dict[str, Any] = {"k": EIGENVALUES, "which": "LA", "return_eigenvectors": False, "tol": 1e-6, "v0": start}
+    return np.sort(scipy.sparse.linalg.eigsh(operator, **options))[::-1]
 
 
 def scipy_eigenvalues(network: Network) -> np.ndarray:
@@ -192,7 +193,8 @@ def density(report: Callable[[str], Any]) -> Outcome:
     find = jax.jit(partial(curvature.spectral_density, num_samples=32)).lower(op, key=jax.random.key(3)).compile()
     dense = jax.jit(lambda op: jnp.linalg.eigvalsh(op.as_matrix())).lower(op).compile()
     report("timing")
-    timings = runner.measure({"ours": lambda: find(op, key=jax.random.key(3)), "dense": lambda: dense(op)}, budget=1.0, rounds=3)
+    calls = {"ours": lambda: find(op, key=jax.random.key(3)), "dense": lambda: dense(op)}
+    timings = runner.measure(calls, budget=1.0, rounds=3)
     found = find(op, key=jax.random.key(3))
     spectrum = np.linalg.eigvalsh(np.asarray(jax.jit(lambda op: op.as_matrix())(op), float))
     grid, estimate, error = (np.asarray(array, float) for array in found[:3])

@@ -1,4 +1,4 @@
-"""The Laplacian of a network by its inputs, at many points at once, over growing dimension; and training a PINN by it."""
+"""The Laplacian of a network by its inputs, at many points at once, over growing dimension; and in a PINN's loss."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

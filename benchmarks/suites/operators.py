@@ -223,9 +223,7 @@ def by_form(contestant: Contestant, pieces: Pieces) -> Contestant:
         found = contestant.read(product)
         return sum(float(jnp.sum(jnp.asarray(found[name]) * pieces.v[name])) for name in found)
 
-    return Contestant(
-        contestant.name, contestant.peer, contestant.function, contestant.args, contestant.make, read
-    )
+    return Contestant(contestant.name, contestant.peer, contestant.function, contestant.args, contestant.make, read)
 
 
 def kronecker(pieces: Pieces, way: str) -> Iterator[Contestant]:
@@ -289,8 +287,6 @@ def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
     missing = "Not measured in this run."
     return [
         Finding("How many gradients is a product?", " ".join(costs) or missing, list(products)),
-        Finding(
-            "And in other libraries?", " ".join(map(comparison, products.values())) or missing, list(products)
-        ),
+        Finding("And in other libraries?", " ".join(map(comparison, products.values())) or missing, list(products)),
         *by_products.findings(outcomes),
     ]

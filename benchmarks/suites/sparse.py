@@ -73,8 +73,8 @@ def membrane_hessian(x: Vector) -> Sparse:
     """``D' diag(12 (D x)^2) D``, with a row of D for each edge."""
     side = round(x.size**0.5)
     steps = scipy.sparse.diags_array([-np.ones(side - 1), np.ones(side - 1)], offsets=[0, 1], shape=(side - 1, side))
-    across = [scipy.sparse.kron(steps, scipy.sparse.eye_array(side)), scipy.sparse.kron(scipy.sparse.eye_array(side), steps)]
-    edges = scipy.sparse.vstack(across).tocsr()
+    one = scipy.sparse.eye_array(side)
+    edges = scipy.sparse.vstack([scipy.sparse.kron(steps, one), scipy.sparse.kron(one, steps)]).tocsr()
     return scipy.sparse.csr_array(edges.T @ scipy.sparse.diags_array(12 * (edges @ x) ** 2) @ edges)
 
 
