@@ -64,7 +64,7 @@ def solve_case(
     return Race(
         f"operators/solve-{name}/mlp/n={n}", f"Solve {title}, {n:,} variables", "mlp", contestants, reference,
         WANTED_SOLUTION, {"n": n}, budget=0.25 if choice.quick else 1.0, rounds=3 if choice.quick else 5,
-        caption=f"Each iterates to {RTOL:.0e} in its own sense of it; curvature.solve takes the method it chooses itself.",
+        caption=f"Each iterates to {RTOL:.0e} in its own sense of it; curvature.solve chooses its method.",
     )  # fmt: skip
 
 
