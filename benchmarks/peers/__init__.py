@@ -18,6 +18,7 @@ PACKAGES = {
     "optax": ("optax", "optax"),
     "optimistix": ("optimistix", "optimistix"),
     "jaxopt": ("jaxopt", "jaxopt"),
+    "lineax": ("lineax", "lineax"),
     "scipy": ("scipy", "scipy"),
     "curvlinops": ("curvlinops", "curvlinops-for-pytorch"),
     "scikit-learn": ("sklearn", "scikit-learn"),

@@ -27,6 +27,10 @@ def for_jax() -> Operations:
         convolve=lambda images, kernel: jax.lax.conv_general_dilated(
             images, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         ),
+        filter=lambda images, kernel: jax.lax.conv_general_dilated(
+            images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        gelu=jax.nn.gelu, constant=lambda array, like: jnp.asarray(array, like.dtype),
         repeat=repeat, second_derivative=second_derivative,
     )  # fmt: skip
 
@@ -40,6 +44,10 @@ def for_torch() -> Operations:
         padded = torch.nn.functional.pad(images.permute(0, 3, 1, 2), (0, 1, 0, 1))
         return torch.nn.functional.conv2d(padded, kernel.permute(3, 2, 0, 1), stride=2).permute(0, 2, 3, 1)
 
+    def filter(images: Array, kernel: Array) -> Array:
+        channels = images.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1)
+        return torch.nn.functional.conv2d(*channels, padding="same").permute(0, 2, 3, 1)
+
     def second_derivative(function: Callable[[Array], Array], x: Array) -> Array:
         ones = torch.ones_like(x)
         return torch.func.jvp(lambda x: torch.func.jvp(function, (x,), (ones,))[1], (x,), (ones,))[1]
@@ -48,7 +56,9 @@ def for_torch() -> Operations:
         tanh=torch.tanh, exp=torch.exp, sin=torch.sin, sqrt=torch.sqrt, einsum=torch.einsum, reshape=torch.reshape,
         sum=_over_axes(torch.sum), mean=_over_axes(torch.mean), concat=torch.cat,
         logsumexp=lambda x, axis: torch.logsumexp(x, dim=axis), softmax=lambda x, axis: torch.softmax(x, dim=axis),
-        convolve=convolve, repeat=_repeat, second_derivative=second_derivative,
+        convolve=convolve, filter=filter, gelu=lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        constant=lambda array, like: torch.as_tensor(array, dtype=like.dtype),
+        repeat=_repeat, second_derivative=second_derivative,
     )  # fmt: skip
 
 
@@ -60,7 +70,9 @@ def for_tensorflow() -> Operations:
         tanh=tf.tanh, exp=tf.exp, sin=tf.sin, sqrt=tf.sqrt, einsum=tf.einsum, reshape=tf.reshape,
         sum=tf.reduce_sum, mean=tf.reduce_mean, concat=tf.concat, logsumexp=tf.reduce_logsumexp,
         softmax=tf.nn.softmax, convolve=lambda images, kernel: tf.nn.conv2d(images, kernel, 2, "SAME"),
-        repeat=_repeat,
+        filter=lambda images, kernel: tf.nn.conv2d(images, kernel, 1, "SAME"),
+        gelu=lambda x: tf.nn.gelu(x, approximate=True),
+        constant=lambda array, like: tf.constant(array, like.dtype), repeat=_repeat,
     )  # fmt: skip
 
 

@@ -2,6 +2,12 @@
 
 from types import ModuleType
 
-from benchmarks.suites import modes
+from benchmarks.suites import laplacian, modes, operators, per_example, sparse
 
-SUITES: dict[str, ModuleType] = {"modes": modes}
+SUITES: dict[str, ModuleType] = {
+    "modes": modes,
+    "per_example": per_example,
+    "laplacian": laplacian,
+    "sparse": sparse,
+    "operators": operators,
+}

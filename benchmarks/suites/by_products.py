@@ -1,0 +1,353 @@
+"""Of ``operators``: what is found by products alone, extreme eigenvalues, the density of all of them, solutions."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+
+import curvature
+from benchmarks import runner, trusted
+from benchmarks.cases import Case, Choice, Claim, Contestant, Finding, Line, Outcome, Plot, Race, Row, Study, Task
+from benchmarks.models import cross_entropy
+from benchmarks.networks import Network, perceptron
+from benchmarks.peers import operations
+from benchmarks.reading import comparison
+
+WANTED_EIGENVALUES = 1e-4  # of the largest
+WANTED_DISTANCE = 0.05  # half the absolute difference of two densities, integrated: 1 if they have nothing in common
+WANTED_SOLUTION = 1e-3  # of its largest entry; residuals are asked to be 1e-5 of the right-hand side
+RTOL = 1e-5
+EIGENVALUES = 10
+EIGSH, SCIPY = "curvature.eigsh", "scipy, eigsh"
+
+
+def cases(choice: Choice) -> Iterator[Case]:
+    """Eigenvalues of a Hessian, the density of another, a definite and an indefinite system."""
+    sizes, examples = ((20, 24, 16, 10), 128) if choice.quick else ((64, 200, 32, 10), 256)
+    network = partial(perceptron, sizes, examples)
+    n = network().model.num_parameters
+    race = Race(
+        f"operators/eigenvalues/mlp/n={n}",
+        f"Ten largest eigenvalues of a Hessian, {n:,} parameters",
+        "mlp",
+        lambda: eigenvalue_contestants(network()),
+        lambda: scipy_eigenvalues(network()),
+        WANTED_EIGENVALUES,
+        budget=0.3 if choice.quick else 3.0,
+        rounds=3,
+        caption="The trusted answer is SciPy's, in double precision.",
+    )
+    yield Study(race.id, race.title, race.model, partial(eigenvalues, race, network), {"n": n})
+    yield Study("operators/density/mlp/n=1008", "Spectral density of a Hessian, 1,008 parameters", "mlp", density,
+                {"n": 1008})  # fmt: skip
+    small = partial(perceptron, (20, 16, 10) if choice.quick else (30, 48, 10), 256)
+    yield solve_case(
+        choice, "definite", "(Gauss-Newton + 0.01 I) x = gradient", small().model.num_parameters,
+        lambda: definite_contestants(small()), lambda: definite_reference(small()),
+    )  # fmt: skip
+    size = 300 if choice.quick else 1000
+    yield solve_case(
+        choice, "indefinite", "dense symmetric A x = b, eigenvalues in [-10, -1] and [1, 10]", size,
+        lambda: indefinite_contestants(size), lambda: np.linalg.solve(*indefinite(size)),
+    )  # fmt: skip
+
+
+def solve_case(
+    choice: Choice, name: str, title: str, n: int, contestants: Callable[[], Any], reference: Callable[[], Any]
+) -> Race:
+    """A race for the solution of one system."""
+    return Race(
+        f"operators/solve-{name}/mlp/n={n}", f"Solve {title}, {n:,} variables", "mlp", contestants, reference,
+        WANTED_SOLUTION, {"n": n}, budget=0.25 if choice.quick else 1.0, rounds=3 if choice.quick else 5,
+        caption=f"Each iterates to {RTOL:.0e} in its own sense of it; curvature.solve chooses its method.",
+    )  # fmt: skip
+
+
+# ---- eigenvalues -----------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Counted(curvature.LinearOperator):
+    """An operator that counts the products that are taken with it."""
+
+    op: curvature.LinearOperator
+    is_symmetric = True
+
+    def mv(self, v: Any) -> Any:
+        return self.linearize()(v)
+
+    def linearize(self) -> Callable[[Any], Any]:
+        product = self.op.linearize()
+
+        def counted(v: Any) -> Any:
+            # told of an entry of the vector, so that vmap runs one callback for each
+            jax.debug.callback(_count, jax.tree.leaves(v)[0].ravel()[0])
+            return product(v)
+
+        return counted
+
+    def in_structure(self) -> Any:
+        return self.op.in_structure()
+
+    def out_structure(self) -> Any:
+        return self.op.out_structure()
+
+
+_products: list[None] = []
+
+
+def _count(_: Any) -> None:
+    _products.append(None)
+
+
+def hessian(network: Network) -> curvature.HessianOperator:
+    """The Hessian of the loss, in the precision JAX is set to."""
+    ops = operations.for_jax()
+    params, _, batch = trusted.numbers(network.model)
+    return curvature.HessianOperator(lambda p, *batch: network.model.loss(ops, p, *batch), params, *batch)
+
+
+def eigenvalues(race: Race, make: Callable[[], Network], report: Callable[[str], Any]) -> Outcome:
+    """The race, with the products that each takes, and whether all of ours have converged."""
+    outcome = runner.race(race, report)
+    report("counting products")
+    op = hessian(make())
+    _products.clear()
+    pairs = jax.block_until_ready(jax.jit(largest)(Counted(op)))
+    jax.effects_barrier()
+    counts = {EIGSH: len(_products)}
+    counted, taken = _counting(curvature.as_scipy(op))
+    arpack(counted)
+    counts[SCIPY] = len(taken)
+    for row in outcome.rows:
+        if row.name in counts:
+            row.metrics["products"] = counts[row.name]
+    converged = int(pairs.converged.sum())
+    outcome.claims.append(Claim(f"{converged} of {EIGENVALUES} eigenpairs have converged", converged == EIGENVALUES))
+    return outcome
+
+
+def largest(op: Any) -> curvature.Eigenpairs:
+    """By ``curvature.eigsh``."""
+    return curvature.eigsh(op, k=EIGENVALUES, which="LA")
+
+
+def eigenvalue_contestants(network: Network) -> Iterator[Contestant]:
+    """Ours, ARPACK on the same products, and all eigenvalues of the dense matrix where it fits."""
+    op = hessian(network)
+
+    def by_scipy() -> Task:
+        operator = curvature.as_scipy(op)
+        return lambda: arpack(operator)
+
+    yield Contestant(EIGSH, "curvature", largest, (op,), read=lambda pairs: pairs.eigenvalues)
+    yield Contestant(SCIPY, "scipy", make=by_scipy)
+    if network.model.num_parameters < 4000:
+        yield Contestant(
+            "jax, eigvalsh of the dense Hessian", "jax",
+            lambda op: jnp.linalg.eigvalsh(op.as_matrix())[: -EIGENVALUES - 1 : -1], (op,),
+        )  # fmt: skip
+
+
+def arpack(operator: Any) -> np.ndarray:
+    """The largest eigenvalues in falling order, by SciPy."""
+    import scipy.sparse.linalg
+
+    start = np.random.default_rng(0).normal(size=operator.shape[0]).astype(operator.dtype)
+    options: dict[str, Any] = {"k": EIGENVALUES, "which": "LA", "return_eigenvectors": False, "tol": 1e-6, "v0": start}
+    return np.sort(scipy.sparse.linalg.eigsh(operator, **options))[::-1]
+
+
+def scipy_eigenvalues(network: Network) -> np.ndarray:
+    """The same in double precision."""
+    with jax.enable_x64(True):
+        return arpack(curvature.as_scipy(hessian(network)))
+
+
+def _counting(operator: Any) -> tuple[Any, list[None]]:
+    """The operator, and a list that grows by one with each product."""
+    import scipy.sparse.linalg
+
+    taken: list[None] = []
+
+    def product(v: np.ndarray) -> np.ndarray:
+        taken.append(None)
+        return operator.matvec(v)
+
+    counted: Any = scipy.sparse.linalg.LinearOperator
+    return counted(operator.shape, matvec=product, dtype=operator.dtype), taken
+
+
+# ---- the spectral density --------------------------------------------------------------------------------------------
+
+
+def density(report: Callable[[str], Any]) -> Outcome:
+    """The estimated density of the eigenvalues of a Hessian against all of them."""
+    op = hessian_of_squares()
+    find = jax.jit(partial(curvature.spectral_density, num_samples=32)).lower(op, key=jax.random.key(3)).compile()
+    dense = jax.jit(lambda op: jnp.linalg.eigvalsh(op.as_matrix())).lower(op).compile()
+    report("timing")
+    calls = {"ours": lambda: find(op, key=jax.random.key(3)), "dense": lambda: dense(op)}
+    timings = runner.measure(calls, budget=1.0, rounds=3)
+    found = find(op, key=jax.random.key(3))
+    spectrum = np.linalg.eigvalsh(np.asarray(jax.jit(lambda op: op.as_matrix())(op), float))
+    grid, estimate, error = (np.asarray(array, float) for array in found[:3])
+    width = np.ptp(np.asarray(found.ritz_values)) / found.ritz_values.shape[1]  # what it takes itself
+    exact = np.exp(-0.5 * ((grid[:, None] - spectrum) / width) ** 2).mean(axis=1) / (width * np.sqrt(2 * np.pi))
+    rows = [
+        Row("curvature.spectral_density", "curvature", metrics={"ratio": 1.0, "seconds": timings["ours"].seconds}),
+        Row("jax, eigvalsh of the dense Hessian", "jax", metrics={
+            "ratio": timings["dense"].seconds / timings["ours"].seconds, "seconds": timings["dense"].seconds}),
+    ]  # fmt: skip
+    series = {"grid": grid, "estimate": estimate, "error": error, "exact": exact}
+    return Outcome(
+        rows=rows, claims=density_claims(grid, estimate, error, exact),
+        series={name: [array.tolist()] for name, array in series.items()},
+        caption="The estimate takes products alone: 32 probes of 64 steps. At this size the dense matrix still fits.",
+    )  # fmt: skip
+
+
+def density_claims(grid: np.ndarray, estimate: np.ndarray, error: np.ndarray, exact: np.ndarray) -> list[Claim]:
+    """It is a density, near the exact one, and honest about how near."""
+    integral = float(np.trapezoid(estimate, grid))
+    distance = float(np.trapezoid(np.abs(estimate - exact), grid)) / 2
+    within = float(np.mean(np.abs(estimate - exact) <= 4 * error + 1e-3 * exact.max()))
+    return [
+        Claim(f"it integrates to {integral:.4f}", abs(integral - 1) <= 1e-3, correctness=True),
+        Claim(f"{distance:.3f} of it lies elsewhere (wanted: {WANTED_DISTANCE})", distance <= WANTED_DISTANCE),
+        Claim(f"{within:.1%} of the grid lies within 4 standard errors (wanted: 99%)", within >= 0.99),
+    ]
+
+
+def hessian_of_squares() -> curvature.HessianOperator:
+    """Of the mean square error of a tanh network 20-48-1 without biases, on 512 examples."""
+    rng = np.random.default_rng(0)
+    arrays = rng.normal(size=(20, 48)) / np.sqrt(20), rng.normal(size=48) / np.sqrt(48)
+    data = rng.normal(size=(512, 20)), rng.normal(size=512)
+
+    def loss(p: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.mean((jnp.tanh(x @ p[0]) @ p[1] - y) ** 2)
+
+    params, (x, y) = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), (arrays, data))
+    return curvature.HessianOperator(loss, params, x, y)
+
+
+# ---- solves ----------------------------------------------------------------------------------------------------------
+
+
+def system(network: Network) -> tuple[Any, Any]:
+    """The damped Gauss-Newton matrix and a gradient, in the precision JAX is set to."""
+    ops = operations.for_jax()
+    params, _, batch = trusted.numbers(network.model)
+    op = curvature.GaussNewtonOperator(
+        lambda p, x, y: network.outputs(ops, p, x), lambda z, x, y: cross_entropy(ops, z, y), params, *batch
+    )
+    gradient = jax.grad(lambda p: network.model.loss(ops, p, *batch))(params)
+    return op + curvature.damping(0.01), gradient
+
+
+def definite_contestants(network: Network) -> Iterator[Contestant]:
+    """Conjugate gradients of everyone, and our other methods."""
+    args = system(network)
+
+    def by_lineax(op: Any, b: Any) -> Any:
+        import lineax
+
+        structure = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), b)
+        operator = lineax.FunctionLinearOperator(op.linearize(), structure, lineax.positive_semidefinite_tag)
+        return lineax.linear_solve(operator, b, lineax.CG(rtol=RTOL, atol=RTOL)).value
+
+    def by_jax(op: Any, b: Any) -> Any:
+        return jax.scipy.sparse.linalg.cg(op.linearize(), b, tol=RTOL)[0]
+
+    yield Contestant("curvature.cg", "curvature", lambda op, b: curvature.cg(op, b, rtol=RTOL)[0], args)
+    yield Contestant("curvature.solve", "curvature", lambda op, b: curvature.solve(op, b, rtol=RTOL)[0], args)
+    yield Contestant("curvature.minres", "curvature", lambda op, b: curvature.minres(op, b, rtol=RTOL)[0], args)
+    yield Contestant("jax.scipy.sparse.linalg.cg", "jax", by_jax, args)
+    yield Contestant("lineax.CG", "lineax", by_lineax, args)
+    yield by_scipy("scipy, cg", "cg", *args)
+
+
+def by_scipy(name: str, method: str, op: Any, b: Any) -> Contestant:
+    """A solver of SciPy on our products; its answer is read as a tree like ``b``."""
+    vector, unravel = jax.flatten_util.ravel_pytree(b)
+
+    def make() -> Task:
+        import scipy.sparse.linalg
+
+        operator, right = curvature.as_scipy(op), np.asarray(vector)
+        return lambda: getattr(scipy.sparse.linalg, method)(operator, right, rtol=RTOL)[0]
+
+    return Contestant(name, "scipy", make=make, read=lambda x: unravel(jnp.asarray(x, vector.dtype)))
+
+
+def definite_reference(network: Network) -> Any:
+    """The dense matrix, factored in double precision."""
+    with jax.enable_x64(True):
+        op, b = system(network)
+        vector, unravel = jax.flatten_util.ravel_pytree(b)
+        return jax.device_get(unravel(jnp.linalg.solve(op.as_matrix(), vector)))
+
+
+def indefinite(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix with eigenvalues of both signs, and a right-hand side."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    values = np.linspace(1, 10, size) * np.where(np.arange(size) % 3, 1, -1)
+    return (basis * values) @ basis.T, rng.normal(size=size)
+
+
+def indefinite_contestants(size: int) -> Iterator[Contestant]:
+    """MINRES of ours and SciPy, GMRES of those who have no MINRES, and a dense factorization."""
+    matrix, b = (jnp.asarray(a, float) for a in indefinite(size))
+    args = ((matrix + matrix.T) / 2, b)
+
+    def by_lineax(matrix: Any, b: Any) -> Any:
+        import lineax
+
+        solver = lineax.GMRES(rtol=RTOL, atol=RTOL, restart=100, stagnation_iters=100)
+        return lineax.linear_solve(lineax.MatrixLinearOperator(matrix), b, solver).value
+
+    def by_jax(matrix: Any, b: Any) -> Any:
+        return jax.scipy.sparse.linalg.gmres(lambda v: matrix @ v, b, tol=RTOL, restart=100)[0]
+
+    def ours(solver: Any) -> Callable[..., Any]:
+        return lambda matrix, b: solver(curvature.MatrixOperator(matrix), b, rtol=RTOL)[0]
+
+    yield Contestant("curvature.minres", "curvature", ours(curvature.minres), args)
+    yield Contestant("curvature.solve", "curvature", ours(curvature.solve), args)
+    yield Contestant("jax.scipy.sparse.linalg.gmres", "jax", by_jax, args)
+    yield Contestant("lineax.GMRES", "lineax", by_lineax, args)
+    yield Contestant("jax, dense solve", "jax", jnp.linalg.solve, args)
+    yield by_scipy("scipy, minres", "minres", curvature.MatrixOperator(args[0]), b)
+
+
+# ---- what is drawn and concluded -------------------------------------------------------------------------------------
+
+
+def plots(outcomes: Mapping[str, Outcome]) -> list[Plot]:
+    """The estimated and the exact spectral density."""
+    found = []
+    for id, outcome in outcomes.items():
+        if id.startswith("operators/density/") and outcome.series:
+            grid, estimate, exact = (outcome.series[name][0] for name in ("grid", "estimate", "exact"))
+            lines = [Line("curvature.spectral_density", grid, estimate), Line("all eigenvalues", grid, exact, "dashed")]
+            found.append(Plot("density", outcome.title, "eigenvalue", "density", lines, x_log=False, y_log=False))
+    return found
+
+
+def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
+    """Who finds eigenvalues and solutions the fastest."""
+    kinds = {"eigenvalues": "Who finds the largest eigenvalues the fastest?", "solve": "And who solves the fastest?"}
+    found = []
+    for kind, question in kinds.items():
+        chosen = {id: outcome for id, outcome in outcomes.items() if id.startswith(f"operators/{kind}")}
+        answer = " ".join(map(comparison, chosen.values())) or "Not measured in this run."
+        found.append(Finding(question, answer, list(chosen)))
+    return found
