@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from benchmarks.suites import laplacian, modes, operators, per_example, sparse
+from benchmarks.suites import laplacian, modes, operators, per_example, scaling, sparse
 
 SUITES: dict[str, ModuleType] = {
     "modes": modes,
@@ -10,4 +10,5 @@ SUITES: dict[str, ModuleType] = {
     "laplacian": laplacian,
     "sparse": sparse,
     "operators": operators,
+    "scaling": scaling,
 }

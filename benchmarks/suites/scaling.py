@@ -1,0 +1,126 @@
+"""The same work on more devices of one process: strong scaling, of a fixed batch, and weak, of one that grows along.
+
+On a CPU the devices are virtual ones that share its cores, so that time can fall only as far as there are cores; what the
+figures then show is what splitting costs, the memory of a device, and how many collectives a program holds. The number
+of devices is fixed when JAX starts: every count is measured in a process of its own, ``benchmarks.suites.scaling_worker``.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from benchmarks.cases import Case, Choice, Claim, Finding, Line, Outcome, Plot, Row, Study
+
+TITLE = "Scaling over devices"
+QUESTION = "What does it cost, and what does it save, to spread a batch over devices?"
+WORK = {
+    "hvp": "Hessian-vector product of an MLP",
+    "gauss-newton": "Gauss-Newton product of an MLP",
+    "clipped-grad": "mean of clipped per-example gradients of an MLP",
+    "minimize-batched": "a Newton solve for each of many small problems",
+}
+COUNTS = {True: (1, 2), False: (1, 2, 4, 8)}
+LIMIT = 300  # seconds for one process
+OF_ONE = "time of one device"
+
+
+def cases(choice: Choice) -> Iterator[Case]:
+    """Each piece of work over all counts of devices."""
+    for work, title in WORK.items():
+        if not choice.quick or work in ("hvp", "minimize-batched"):
+            yield Study(f"scaling/{work}/mlp", title, "mlp", partial(study, work, choice))
+
+
+def study(work: str, choice: Choice, report: Callable[[str], Any]) -> Outcome:
+    """A process for each count of devices, one after the other, so that they do not share the cores."""
+    found: list[dict[str, Any]] = []
+    for count in COUNTS[choice.quick]:
+        report(f"{count} devices")
+        answer = run_worker(work, count, choice)
+        if answer is None:
+            break  # the machine has no more devices
+        found += answer
+    ones = {(entry["name"], entry["kind"]): entry["seconds"] for entry in found if entry["devices"] == 1}
+    rows = [row(entry, ones[entry["name"], entry["kind"]]) for entry in found]
+    claims = [
+        Claim(f"{row.name} agrees with one device to {row.metrics['error']:.0e}", row.status == "ok", correctness=True)
+        for row in rows
+        if row.peer == "curvature"
+    ]
+    caption = (
+        f"Measured on {choice.threads} cores. Strong: the batch stays, so the ideal is 1 / devices of the {OF_ONE}, down to "
+        "1 / cores. Weak: the batch grows along, so the ideal is 1 while there are cores."
+    )
+    return Outcome(rows=rows, claims=claims, caption=caption)
+
+
+def row(entry: Mapping[str, Any], one: float) -> Row:
+    """A line for one count of devices."""
+    metrics = {
+        "devices": entry["devices"], "examples": entry["examples"], OF_ONE: entry["seconds"] / one,
+        "seconds": entry["seconds"], "temporary_bytes": entry["temporary_bytes"], "all-reduces": entry["all_reduces"],
+        "error": entry["error"],
+    }  # fmt: skip
+    wrong = not entry["error"] <= entry["tolerance"]
+    note = f"differs from one device by {entry['error']:.1e}" if wrong else ""
+    name = f"{entry['name']}, {entry['kind']}, {entry['devices']} devices"
+    return Row(name, entry["peer"], "wrong" if wrong else "ok", metrics, note)
+
+
+def run_worker(work: str, count: int, choice: Choice) -> list[dict[str, Any]] | None:
+    """What the process of one count prints; None if there are fewer devices.
+
+    Raises:
+        RuntimeError: if the process fails, with the end of what it said.
+    """
+    environment = dict(os.environ)
+    if choice.device == "cpu":
+        flags = environment.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"
+    environment["JAX_ENABLE_X64"] = str(choice.dtype == "float64")
+    command = [sys.executable, "-m", "benchmarks.suites.scaling_worker", work, str(count)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the process with {count} devices ended with {done.returncode}: {done.stderr[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def plots(outcomes: Mapping[str, Outcome]) -> list[Plot]:
+    """Time against devices, each work by itself: strong and weak, and the ideal of strong."""
+    found = []
+    for id, outcome in outcomes.items():
+        lines = [
+            Line(label, [x for x, _ in points], [y for _, y in points]) for label, points in curves(outcome).items()
+        ]
+        if lines:
+            xs = lines[0].x
+            lines.append(Line("strong, ideal", xs, [1 / x for x in xs], "dashed"))
+            name = id.split("/")[1]
+            title = f"{outcome.title}: time against devices"
+            found.append(Plot(name, title, "devices", f"x {OF_ONE}", lines, caption=outcome.caption))
+    return found
+
+
+def curves(outcome: Outcome) -> dict[str, list[tuple[float, float]]]:
+    """Contestant and kind -> devices and time."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in outcome.rows:
+        if row.status == "ok":
+            label = row.name.rsplit(",", 1)[0]
+            found.setdefault(label, []).append((float(row.metrics["devices"] or 0), float(row.metrics[OF_ONE] or 0)))
+    return found
+
+
+def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
+    """What splitting cost and saved at the largest count."""
+    sentences = []
+    for outcome in outcomes.values():
+        ours = {label: points[-1] for label, points in curves(outcome).items() if label.startswith("curvature")}
+        sentences += [f"{label} on {x:.0f} devices: {y:.2f} times the {OF_ONE}." for label, (x, y) in ours.items()]
+    if not sentences:
+        return []
+    return [Finding(QUESTION, " ".join(sentences), list(outcomes))]
