@@ -66,6 +66,17 @@ def test_each_device_solves_with_its_own_operator(mesh, inputs):
     assert_close(x, want, roundings=1e6)
 
 
+def test_each_device_minimizes_its_own_problems(mesh, inputs):
+    def distance(x, a):
+        return jnp.sum((x - a) ** 2 + jnp.cosh(x - a))
+
+    def of_shard(starts):
+        return jax.vmap(lambda a: curvature.minimize(distance, a + 1, (a,), method="trust-region").x)(starts)
+
+    got = jax.jit(jax.shard_map(of_shard, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(inputs)
+    assert_close(got, inputs, roundings=1e8)
+
+
 def test_a_summed_loss_is_minimized_on_all_devices_together(mesh, inputs):
     def whole(inputs):
         def summed(x, inputs):
