@@ -1,7 +1,7 @@
 """``python -m benchmarks``: which mode, which method, which library; measured on this machine, from one command.
 
-``--quick`` ends in a few minutes; ``--suite modes --models mlp transformer --dtype float64`` selects; a run that was cut
-off is taken up where it stopped by the same command. The report lies in ``report/index.html`` afterwards.
+``--quick`` ends in a few minutes; ``--suite modes --models mlp transformer --dtype float64`` selects; the same command
+takes up a run that was cut off where it stopped. The report lies in ``report/index.html`` afterwards.
 """
 
 import argparse

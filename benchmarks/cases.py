@@ -1,4 +1,4 @@
-"""What a suite is made of: races between contestants whose answers are checked, and studies that measure for themselves.
+"""What a suite is made of: races between contestants whose answers are checked, and studies that measure by themselves.
 
 A suite is a module of ``benchmarks.suites`` with a ``TITLE``, a ``QUESTION``, ``cases(choice)``, and, where it draws or
 concludes something, ``plots(outcomes)`` and ``findings(outcomes)``. Everything that leaves a case is an ``Outcome`` of
@@ -124,8 +124,8 @@ class Row:
         status: ``"ok"``; ``"wrong"``, when the answer was; ``"failed"``, when there was none; ``"absent"``, when the
             library is not installed; ``"floor"``, for work that is not the whole.
         metrics: numbers by name, in the order of the columns. Those of a race are ``ratio`` (of the time to ours),
-            ``seconds``, ``low`` and ``high`` (quartiles), ``compile_seconds``, ``temporary_bytes``, ``flops``, ``bytes``
-            (accessed, as XLA counts), ``error`` (of the answer).
+            ``seconds``, ``low`` and ``high`` (quartiles), ``compile_seconds``, ``temporary_bytes``, ``flops``,
+            ``bytes`` (accessed, as XLA counts), ``error`` (of the answer).
         note: what a reader must know about this row; of one that failed, why.
     """
 

@@ -4,10 +4,10 @@ A model's loss takes the operations of a library, parameters by name, and a batc
 the batch. Every library differentiates the very same formula at the same numbers.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def logistic(inputs: int = 200, examples: int = 1000) -> Model:
 
 def mlp(sizes: tuple[int, ...] = (20, 32, 10), examples: int = 256) -> Model:
     """A tanh network with biases that classifies."""
-    layers = list(zip(sizes[:-1], sizes[1:], strict=True))
+    layers = list(itertools.pairwise(sizes))
 
     def loss(ops: Operations, p: Params, x: Array, y: Array) -> Array:
         for i in range(len(layers)):

@@ -14,6 +14,7 @@ from benchmarks.timing import Row as Timing
 from benchmarks.timing import first_line, measure, prepare
 
 Report = Callable[[str], Any]
+RIGHT = ("ok", "floor")
 
 
 def run(case: Case, report: Report) -> Outcome:
@@ -49,7 +50,7 @@ def race(case: Race, report: Report) -> Outcome:
                 check(row, answer, reference, case.tolerance)
         except Exception as error:  # whatever a contestant raises is a result
             row.status, row.note = "failed", first_line(error)
-        if row.status in ("ok", "floor"):
+        if row.status in RIGHT:
             calls[contestant.name] = call
     timed = measure(calls, budget=case.budget, rounds=case.rounds, report=report)
     for contestant in contestants:
@@ -142,8 +143,8 @@ def correctness(rows: dict[str, Row]) -> list[Claim]:
     """What a quick run asserts: that every one of our rows has an answer, and a right one."""
     return [
         Claim(
-            f"{row.name} {'agrees with the reference' if row.status in ('ok', 'floor') else row.status + ': ' + row.note}",
-            row.status in ("ok", "floor"),
+            f"{row.name} {'agrees with the reference' if row.status in RIGHT else f'{row.status}: {row.note}'}",
+            row.status in RIGHT,
             correctness=True,
         )
         for row in rows.values()

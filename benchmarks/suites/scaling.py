@@ -1,8 +1,8 @@
 """The same work on more devices of one process: strong scaling, of a fixed batch, and weak, of one that grows along.
 
-On a CPU the devices are virtual ones that share its cores, so that time can fall only as far as there are cores; what the
-figures then show is what splitting costs, the memory of a device, and how many collectives a program holds. The number
-of devices is fixed when JAX starts: every count is measured in a process of its own, ``benchmarks.suites.scaling_worker``.
+On a CPU the devices are virtual ones that share its cores, so that time can fall only as far as there are cores; the
+figures then show what splitting costs, the memory of a device, and how many collectives a program holds. The number of
+devices is fixed when JAX starts, so that each is measured in a process of its own: ``suites/scaling_worker.py``.
 """
 
 import json
@@ -52,8 +52,8 @@ def study(work: str, choice: Choice, report: Callable[[str], Any]) -> Outcome:
         if row.peer == "curvature"
     ]
     caption = (
-        f"Measured on {choice.threads} cores. Strong: the batch stays, so the ideal is 1 / devices of the {OF_ONE}, down to "
-        "1 / cores. Weak: the batch grows along, so the ideal is 1 while there are cores."
+        f"Measured on {choice.threads} cores. Strong: the batch stays, so the ideal is 1 / devices of the {OF_ONE}, "
+        "down to 1 / cores. Weak: the batch grows along, so the ideal is 1 while there are cores."
     )
     return Outcome(rows=rows, claims=claims, caption=caption)
 

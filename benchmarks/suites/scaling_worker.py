@@ -27,7 +27,7 @@ ROUNDS, BUDGET = 5, 0.5
 
 
 class Work(NamedTuple):
-    """A function of something on every device and of something spread over them; ``mapped`` works on each part alone."""
+    """A function of something on every device and of something spread; ``mapped`` works on each part alone."""
 
     name: str
     peer: str
