@@ -1,6 +1,7 @@
 """The report of a run; placeholder."""
 
 from pathlib import Path
+
 from benchmarks.cases import Outcome
 from benchmarks.results import Results
 
