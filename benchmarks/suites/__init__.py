@@ -2,6 +2,6 @@
 
 from types import ModuleType
 
-from benchmarks.suites import modes
+from benchmarks.suites import folklore, modes
 
-SUITES: dict[str, ModuleType] = {"modes": modes}
+SUITES: dict[str, ModuleType] = {"modes": modes, "folklore": folklore}

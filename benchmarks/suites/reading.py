@@ -25,9 +25,10 @@ def number(row: Row, metric: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def ratio(outcome: Outcome, slow: str, fast: str) -> float | None:
-    """How many times as long as ``fast`` a row took."""
-    a, b = seconds(outcome, slow), seconds(outcome, fast)
+def ratio(outcome: Outcome, slow: str, fast: str, metric: str = "seconds") -> float | None:
+    """How many times as much as ``fast`` a row took."""
+    rows = [outcome.row(name) for name in (slow, fast)]
+    a, b = (None if row is None else number(row, metric) for row in rows)
     return a / b if a is not None and b else None
 
 
