@@ -169,8 +169,8 @@ def higher_finding(outcomes: reading.Outcomes) -> Finding | None:
         eager = [reading.ratio(race, "jax, nested jvp, not compiled", "jax, nested jvp") for race in races]
         if races:
             sentences.append(f"JAX itself, not compiled, takes {reading.spread(eager)} as long as compiled.")
-    claim = (
-        f"JAX computes higher derivatives orders of magnitude ({MAGNITUDES} times) faster than PyTorch and TensorFlow"
+    saying = (
+        f"JAX computes higher derivatives orders of magnitude ({MAGNITUDES} times) faster than PyTorch or TensorFlow"
     )
     return _finding(saying, sentences, reading.part(outcomes, "folklore/higher/"))
 
