@@ -24,7 +24,7 @@ def regret(what: str, outcome: Outcome) -> list[Claim]:
     if ours is None or "low" not in ours.metrics or not hands:
         return []
     best = min(hands, key=_low)
-    same = ours.metrics.get("program") == best.metrics.get("program")
+    same = ours.metrics.get("program") == best.metrics.get("program") is not None
     factor = 1.0 if same else _low(ours) / _low(best)
     said = "is the same program as" if same else f"takes {factor:.2f} times as long as"
     return [Claim(f"{what}: {ours.name} {said} {best.name} (wanted: at most {WANTED} times)", factor <= WANTED)]
