@@ -22,8 +22,8 @@ VECTORIZED = (((10, 8, 4), 64), ((20, 32, 10), 256), ((32, 64, 10), 256))  # a q
 # Function, points, and the orders that a quick run takes; a full one takes all up to MOST.
 HIGHER: tuple[tuple[str, Callable[[int], Any], int, tuple[int, ...]], ...] = (
     ("scalar", higher.scalar, 1, (1, 5)),
-    ("scalar", higher.scalar, 100_000, (1, 5)),
-    ("network", higher.network, 256, (1, 3)),
+    ("scalar", higher.scalar, 100_000, (5,)),
+    ("network", higher.network, 256, (3,)),
 )
 MOST = 5
 LIBRARIES = ("torch", "tensorflow", "autograd")

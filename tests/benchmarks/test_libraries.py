@@ -1,5 +1,6 @@
 """Every model is one formula: its loss, gradient, product and Hessian are the same in each library there is."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,6 +21,13 @@ LACKING = {("tensorflow", "pinn"), ("autograd", "pinn"), ("autograd", "convoluti
 CHOICE = Choice(quick=True, dtype="float64")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about themselves
+
+
+@pytest.fixture(autouse=True)
+def biases_broadcast():
+    """As in a benchmark: every library adds a bias to a batch so."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def run(library, problem, derivative):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.cases import OURS, Case, Choice, Finding, Plot
+from benchmarks.cases import OURS, Case, Choice, Finding, Plot, Row
 from benchmarks.suites import reading
 from benchmarks.suites.modes import derivatives, jacobians, networks, regret
 from benchmarks.timing import digits
@@ -47,13 +47,21 @@ def libraries(outcomes: reading.Outcomes) -> Iterator[Finding]:
 
 
 def behind(outcomes: reading.Outcomes) -> Finding:
-    """The races in which a peer beats ours as it comes."""
+    """The races in which a peer's program, that is not ours as well, beats ours as it comes."""
     lines = []
     for id, race in outcomes.items():
+        ours = next((row for row in race.rows if row.peer == OURS and row.status == "ok"), None)
         for peer in reading.peers({id: race}):
             best = reading.fastest(race, peer)
-            ratio = None if best is None else reading.number(best, "ratio")
+            ratio = None if ours is None or best is None else _ratio_of_low(best, ours)
             if best is not None and ratio is not None and ratio < LEVEL:
                 lines.append((id, f"{best.name} takes {digits(ratio)} of our time in {id}"))
     answer = f"{'; '.join(line for _, line in lines)}." if lines else "Nowhere in this run."
     return Finding("Where is a peer ahead of curvature as it comes?", answer, [id for id, _ in lines])
+
+
+def _ratio_of_low(theirs: Row, ours: Row) -> float | None:
+    """Of lower quartiles, since other work on the machine only ever adds; None for one and the same program."""
+    low, our_low = (reading.number(row, "low") for row in (theirs, ours))
+    same = theirs.metrics.get("program") == ours.metrics.get("program") is not None
+    return None if same or low is None or not our_low else low / our_low
