@@ -17,7 +17,8 @@ def others(problem: flat.Flat, derivative: str, choice: Choice, *, compiled: boo
         choice: what the command line asked for.
         compiled: whether ``torch.compile``, which takes many seconds to start, is among them.
     """
-    executions: dict[str, Any] = {"executions": ("XLA",)} if choice.quick else {}
+    quick = ("tf.function",) if derivative == "products" else ("XLA",)  # XLA takes half a minute to compile 32 passes
+    executions: dict[str, Any] = {"executions": quick} if choice.quick else {}
     yield from torch_ways.contestants(problem, derivative, choice, compiled=compiled)
     yield from tensorflow_ways.contestants(problem, derivative, choice, **executions)
     yield from autograd_ways.contestants(problem, derivative, choice)
