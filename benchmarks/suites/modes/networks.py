@@ -58,9 +58,9 @@ class Network:
 
 NETWORKS = (
     Network((10, 20, 1), 512, speedup=1.3),
-    Network((20, 48, 1), 256, mean=True),
+    Network((20, 48, 1), 256, mean=True, quick=True),
     Network((20, 48, 1), 512, speedup=1.3),
-    Network((30, 64, 1), 512, speedup=1.5, memory=0.25, mean=True, quick=True),
+    Network((30, 64, 1), 512, speedup=1.5, memory=0.25, mean=True),
     Network((64, 10), 1797, mean=True, classifies=True, bias=True),
     Network((64, 64, 10), 512, mean=True, classifies=True),
 )
