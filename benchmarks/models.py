@@ -27,6 +27,7 @@ class Model:
         loss: ``loss(operations, params, *batch)``, the mean over the batch.
         batch: arrays in double precision; the leading axis is the example.
         needs: the operations that not every library has.
+        is_mean: whether the loss is the mean of those of batches of one; ``False`` for what has no examples.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Model:
     loss: Callable[..., Array]
     batch: tuple[np.ndarray, ...]
     needs: tuple[str, ...] = ()
+    is_mean: bool = True
 
     @property
     def num_parameters(self) -> int:
@@ -127,9 +129,9 @@ def transformer(width: int = 16, tokens: int = 16, examples: int = 8, heads: int
 
     def loss(ops: Operations, p: Params, x: Array) -> Array:
         y = normalize(ops, x)
-        q, k, v = (ops.reshape(y @ p[name], (examples, tokens, heads, width // heads)) for name in "qkv")
+        q, k, v = (ops.reshape(y @ p[name], (-1, tokens, heads, width // heads)) for name in "qkv")
         weights = ops.softmax(ops.einsum("bshd,bthd->bhst", q, k) / math.sqrt(width / heads), axis=-1)
-        mixed = ops.reshape(ops.einsum("bhst,bthd->bshd", weights, v), (examples, tokens, width))
+        mixed = ops.reshape(ops.einsum("bhst,bthd->bshd", weights, v), (-1, tokens, width))
         z = x + mixed @ p["o"]
         z = z + ops.tanh(normalize(ops, z) @ p["up"]) @ p["down"]
         return ops.mean((z[:, :-1] - x[:, 1:]) ** 2)

@@ -23,13 +23,15 @@ from threadpoolctl import threadpool_limits
 
 import curvature
 from benchmarks import timing
-from benchmarks.hessian import LINEARIZED, LINEARIZED_NOTE, PRODUCTS, product_contestants
 from examples.digits_methods import compare_methods
 from examples.digits_picture import held_by, save_picture
 
 PIXELS, CLASSES = 64, 10
 L2 = 1e-3
 GTOL = 1e-9  # on the largest entry of the gradient
+PRODUCTS = 32  # in a row from one linearization
+LINEARIZED = f"hvp linearized, 1 of {PRODUCTS}"
+LINEARIZED_NOTE = f"The last row: one linearize_grad and {PRODUCTS} products with it, divided by {PRODUCTS}."
 PICTURE = Path(__file__).parent / "output" / "digits.png"
 
 Params = dict[str, jax.Array]
@@ -71,10 +73,25 @@ def show_costs(screen: Console, title: str, caption: str, contestants: Mapping[s
     screen.print()
 
 
+def product_contestants(params: Params, data: Data) -> dict[str, timing.Contestant]:
+    """The gradient, ``hvp`` in each composition of modes, and ``PRODUCTS`` products from one linearization."""
+    v = jax.tree.map(jnp.ones_like, params)
+    many_v = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (PRODUCTS, *leaf.shape)), v)
+
+    def many_products(params: Params, many_v: Params, *data: jax.Array) -> Any:
+        _, _, hvp_fn = curvature.linearize_grad(loss, params, *data)
+        return jax.lax.map(hvp_fn, many_v)
+
+    contestants: dict[str, timing.Contestant] = {"gradient": (jax.grad(loss), (params, *data))}
+    for mode in ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd"):
+        contestants[f"hvp {mode}"] = (functools.partial(curvature.hvp, loss, mode=mode), (params, v, *data))
+    return {**contestants, LINEARIZED: (many_products, (params, many_v, *data))}
+
+
 def show_derivatives(screen: Console, params: Params, data: Data) -> None:
     """Hessian-vector products, Hessians and Jacobians, by every way that ends within seconds."""
     auto = {"auto": (functools.partial(curvature.hvp, loss), (params, params, *data))}
-    products = {**product_contestants(loss, params, *data), **auto}
+    products = {**product_contestants(params, data), **auto}
     show_costs(screen, "One Hessian-vector product, 650 parameters", LINEARIZED_NOTE, products)
 
     ways: dict[str, Callable[..., Any]] = {

@@ -1,14 +1,17 @@
 """``jax`` itself, and ``curvature``: derivatives of a model by its parameters, each as a contestant."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import curvature
+from benchmarks.cases import Contestant
 from benchmarks.models import Model
 from benchmarks.peers import operations
+from benchmarks.peers.flat import PRODUCTS, directions
 
 Function = Callable[..., Any]
 
@@ -40,12 +43,18 @@ def reference(model: Model, derivative: str) -> np.ndarray:
             return np.asarray(
                 jax.jit(lambda x, v, *b: jax.jvp(lambda x: gradient(x, *b), (x,), (v,))[1])(flat, v, *batch)
             )
-        return np.asarray(jax.jit(jax.jacfwd(gradient))(flat, *batch))
+        hessian = np.asarray(jax.jit(jax.jacfwd(gradient))(flat, *batch))
+        return directions(model.num_parameters) @ hessian if derivative == "products" else hessian
 
 
 def flat_vector(model: Model) -> Callable[[Any], np.ndarray]:
     """Reads a tree like the parameters as the flat vector."""
     return model.pack
+
+
+def flat_rows(model: Model) -> Callable[[Any], np.ndarray]:
+    """Reads a tree like the parameters, with a leading axis, as rows."""
+    return lambda tree: np.concatenate([np.reshape(tree[a], (len(tree[a]), -1)) for a in model.shapes], axis=1)
 
 
 def flat_matrix(model: Model) -> Callable[[Any], np.ndarray]:
@@ -56,3 +65,96 @@ def flat_matrix(model: Model) -> Callable[[Any], np.ndarray]:
         return np.block([[np.reshape(blocks[a][b], (sizes[a], sizes[b])) for b in sizes] for a in sizes])
 
     return read
+
+
+# ---- the ways --------------------------------------------------------------------------------------------------------
+
+MOST_PASSES = 1000  # through the function: a composition that takes more has lost already, and is left out
+
+
+def contestants(model: Model, derivative: str) -> Iterator[Contestant]:
+    """Ours, then every composition of JAX's own transformations, for a derivative that ``WAYS`` knows."""
+    loss, x, batch = problem(model)
+    yield from WAYS[derivative](model, loss, x, batch)
+
+
+def gradients(model: Model, loss: Function, x: Any, batch: tuple[Any, ...]) -> Iterator[Contestant]:
+    """Forward and reverse; ours chooses as it does for any Jacobian."""
+    ways = {
+        "curvature.jacobian": curvature.jacobian(loss),
+        "jax.grad": jax.grad(loss),
+        "jax.jacfwd": jax.jacfwd(loss),
+    }
+    yield from _named(ways, (x, *batch), flat_vector(model))
+
+
+def hvps(model: Model, loss: Function, x: Any, batch: tuple[Any, ...]) -> Iterator[Contestant]:
+    """The four compositions of two derivatives."""
+    v = {name: jnp.asarray(value, float) for name, value in direction(model).items()}
+
+    def along(x: Any, v: Any, *batch: Any) -> Any:
+        return jax.jvp(lambda x: loss(x, *batch), (x,), (v,))[1]
+
+    ways = {
+        "curvature.hvp": lambda x, v, *batch: curvature.hvp(loss, x, v, *batch),
+        "jax, forward over reverse": lambda x, v, *batch: _forward_over_reverse(loss, x, v, *batch),
+        "jax, reverse over reverse": lambda x, v, *batch: jax.vjp(lambda x: jax.grad(loss)(x, *batch), x)[1](v)[0],
+        "jax, reverse over forward": jax.grad(along),
+    }
+    if model.num_parameters <= MOST_PASSES:
+        ways["jax, forward over forward"] = jax.jacfwd(along)
+    yield from _named(ways, (x, v, *batch), flat_vector(model))
+
+
+def products(model: Model, loss: Function, x: Any, batch: tuple[Any, ...]) -> Iterator[Contestant]:
+    """``PRODUCTS`` of them in a row at one point."""
+    rows = jnp.asarray(directions(model.num_parameters), float)
+    vs = jax.vmap(lambda row: model.unpack(operations.for_jax(), row))(rows)
+
+    def linearized(x: Any, vs: Any, *batch: Any) -> Any:
+        return jax.lax.map(jax.linearize(lambda x: jax.grad(loss)(x, *batch), x)[1], vs)
+
+    ways = {
+        "curvature.linearize_grad": lambda x, vs, *b: jax.lax.map(curvature.linearize_grad(loss, x, *b)[2], vs),
+        "curvature.hvp, each anew": lambda x, vs, *b: jax.lax.map(lambda v: curvature.hvp(loss, x, v, *b), vs),
+        "jax.linearize": linearized,
+        "jax, forward over reverse": lambda x, vs, *b: jax.lax.map(lambda v: _forward_over_reverse(loss, x, v, *b), vs),
+    }
+    yield from _named(ways, (x, vs, *batch), flat_rows(model), PRODUCTS)
+
+
+def hessians(model: Model, loss: Function, x: Any, batch: tuple[Any, ...]) -> Iterator[Contestant]:
+    """Ours as it comes, by products in chunks, and from taps where the loss is a mean; JAX's compositions."""
+    by_products: Any = "rev_over_rev"  # what "auto" takes where it finds no examples
+    ways = {
+        "curvature.hessian": curvature.hessian(loss),
+        "curvature.hessian, by products": curvature.hessian(loss, mode=by_products),
+        "curvature.hessian, all at once": curvature.hessian(loss, mode=by_products, chunk_size=None),
+        "curvature.hessian, chunks of 64": curvature.hessian(loss, mode=by_products, chunk_size=64),
+        "jax.hessian": jax.hessian(loss),
+        "jax.jacrev of jax.grad": jax.jacrev(jax.grad(loss)),
+    }
+    if model.is_mean:
+        ways["curvature.mean_hessian"] = curvature.mean_hessian(
+            lambda x, *example: loss(x, *(part[None] for part in example))
+        )
+    yield from _named(ways, (x, *batch), flat_matrix(model))
+    ops = operations.for_jax()
+    flat = jnp.asarray(model.pack(model.params()), float)
+    yield Contestant("jax.hessian, flat vector", "jax", jax.hessian(model.flat_loss(ops)), (flat, *batch))
+
+
+WAYS = {"gradient": gradients, "hvp": hvps, "products": products, "hessian": hessians}
+
+
+def _forward_over_reverse(loss: Function, x: Any, v: Any, *batch: Any) -> Any:
+    return jax.jvp(lambda x: jax.grad(loss)(x, *batch), (x,), (v,))[1]
+
+
+def _named(
+    ways: dict[str, Function], args: tuple[Any, ...], read: Callable[[Any], Any], pieces: int = 1
+) -> Iterator[Contestant]:
+    """The contestants, whose names begin with those of their libraries."""
+    for name, way in ways.items():
+        peer = "curvature" if name.startswith("curvature") else "jax"
+        yield Contestant(name, peer, way, args, read=read, pieces=pieces)

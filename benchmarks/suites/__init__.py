@@ -2,13 +2,15 @@
 
 from types import ModuleType
 
-from benchmarks.suites import laplacian, modes, operators, per_example, scaling, sparse
+from benchmarks.suites import folklore, laplacian, modes, operators, optimizers, per_example, scaling, sparse
 
 SUITES: dict[str, ModuleType] = {
     "modes": modes,
+    "folklore": folklore,
     "per_example": per_example,
     "laplacian": laplacian,
     "sparse": sparse,
     "operators": operators,
+    "optimizers": optimizers,
     "scaling": scaling,
 }

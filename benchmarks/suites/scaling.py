@@ -67,8 +67,13 @@ def row(entry: Mapping[str, Any], one: float) -> Row:
     }  # fmt: skip
     wrong = not entry["error"] <= entry["tolerance"]
     note = f"differs from one device by {entry['error']:.1e}" if wrong else ""
-    name = f"{entry['name']}, {entry['kind']}, {entry['devices']} devices"
+    name = f"{entry['name']}, {entry['kind']}, {counted(entry['devices'])}"
     return Row(name, entry["peer"], "wrong" if wrong else "ok", metrics, note)
+
+
+def counted(devices: int) -> str:
+    """In words."""
+    return "1 device" if devices == 1 else f"{devices} devices"
 
 
 def run_worker(work: str, count: int, choice: Choice) -> list[dict[str, Any]] | None:

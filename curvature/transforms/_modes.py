@@ -161,14 +161,14 @@ def num_entries(tree: Tree) -> int:
 # ---- how many lanes at once --------------------------------------------------------------------------------------
 
 _CHUNK_BYTES = 36 * 2**20
-"""What the operations of a chunk may write together on a CPU, most of which fuse: ours, by benchmarks/hessian.py."""
+"""What the operations of a chunk may write together on a CPU, most of which fuse: ours, by benchmarks/suites/modes."""
 
 _FEW_CHUNKS = 5
 """So few are done all at once: what a loop costs in lost overlap is more than the cache gives. Ours, as above."""
 
 _CONVOLUTION_BYTES = 2**30
 """What they may write if there are convolutions. XLA brings convolutions into the form its fast code takes, but not
-within the body of a loop; there they take twice as long, in chunks of any size. Ours, by benchmarks/modes.py."""
+within the body of a loop; there they take twice as long, in chunks of any size. Ours, by benchmarks/suites/modes."""
 
 _LEAST_CHUNK = 8  # below this the matrix products of a chunk are too thin to be fast
 _MEMORY_SHARE = 8  # on an accelerator a chunk may take one part in eight of the memory

@@ -1,0 +1,133 @@
+"""TensorFlow: ``GradientTape``, ``ForwardAccumulator`` and ``tf.function``, with XLA and without, as contestants."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks.cases import Choice, Contestant, Task
+from benchmarks.peers import operations
+from benchmarks.peers.flat import PRODUCTS, Flat
+
+TensorFlow = Any  # the module, which is imported when a contestant starts
+Function = Callable[..., Any]
+Way = Callable[[TensorFlow, Function], Function]  # from ``fun(x)`` to a function of ``x`` and ``v``
+
+
+def contestants(
+    flat: Flat, derivative: str, choice: Choice, executions: tuple[str, ...] = ("eager", "tf.function", "XLA")
+) -> Iterator[Contestant]:
+    """Each way to a derivative, a key of ``WAYS``, executed in each way, keys of ``EXECUTIONS``."""
+    pieces = PRODUCTS if derivative == "products" else 1
+    for name, way in WAYS[derivative].items():
+        for execution in executions:
+            make = functools.partial(start, flat, way, choice, execution)
+            yield Contestant(f"{name}, {execution}", "tensorflow", make=make, pieces=pieces)
+
+
+def start(flat: Flat, way: Way, choice: Choice, execution: str) -> Task:
+    """The call to be timed; compilation happens at its first call."""
+    tf = library(choice.threads, choice.device)
+    x, v, *data = (tf.constant(array, choice.dtype) for array in (flat.x, flat.v, *flat.data))
+    function = flat.function(operations.for_tensorflow(), "tensorflow")
+    derivative = EXECUTIONS[execution](tf, way(tf, lambda x: function(x, *data)))
+
+    def call() -> Any:
+        answer = derivative(x, v)
+        if choice.device == "gpu":
+            tf.test.experimental.sync_devices()
+        return answer
+
+    return call
+
+
+@functools.cache
+def library(threads: int, device: str) -> TensorFlow:
+    """The module, told how many cores it may use; without a GPU where the run is one of the CPU."""
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
+    if device == "cpu":
+        tf.config.set_visible_devices([], "GPU")
+    return tf
+
+
+EXECUTIONS: dict[str, Callable[[TensorFlow, Function], Function]] = {
+    "eager": lambda tf, function: function,
+    "tf.function": lambda tf, function: tf.function(function),
+    "XLA": lambda tf, function: tf.function(function, jit_compile=True),
+}
+
+
+def gradient(tf: TensorFlow, fun: Function) -> Function:
+    """One tape."""
+
+    def by_tape(x: Any, v: Any = None) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = fun(x)
+        return tape.gradient(value, x)
+
+    return by_tape
+
+
+def forward_over_reverse(tf: TensorFlow, fun: Function) -> Function:
+    """An accumulator around a tape."""
+    gradient_of = gradient(tf, fun)
+
+    def product(x: Any, v: Any) -> Any:
+        with tf.autodiff.ForwardAccumulator(x, v) as accumulator:
+            found = gradient_of(x)
+        return accumulator.jvp(found)
+
+    return product
+
+
+def reverse_over_reverse(tf: TensorFlow, fun: Function) -> Function:
+    """A tape around a tape."""
+    gradient_of = gradient(tf, fun)
+
+    def product(x: Any, v: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            found = gradient_of(x)
+        return tape.gradient(found, x, output_gradients=v)
+
+    return product
+
+
+def one_tape(tf: TensorFlow, fun: Function) -> Function:
+    """One tape around the tape of the gradient, and a pass back over it for each direction."""
+    gradient_of = gradient(tf, fun)
+
+    def products(x: Any, vs: Any) -> Any:
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            found = gradient_of(x)
+        return tf.stack([tape.gradient(found, x, output_gradients=vs[i]) for i in range(PRODUCTS)])
+
+    return products
+
+
+def jacobian(tf: TensorFlow, fun: Function) -> Function:
+    """``tape.jacobian``: reverse mode, vectorized."""
+
+    def by_tape(x: Any, v: Any = None) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = fun(x)
+        return tape.jacobian(value, x)
+
+    return by_tape
+
+
+WAYS: dict[str, dict[str, Way]] = {
+    "gradient": {"GradientTape": gradient},
+    "hvp": {
+        "ForwardAccumulator over GradientTape": forward_over_reverse,
+        "GradientTape over GradientTape": reverse_over_reverse,
+    },
+    "products": {"GradientTape, one tape": one_tape},
+    "hessian": {"tape.jacobian of GradientTape": lambda tf, fun: jacobian(tf, gradient(tf, fun))},
+    "jacobian": {"tape.jacobian": jacobian},
+}
