@@ -2,6 +2,6 @@
 
 from types import ModuleType
 
-from benchmarks.suites import modes
+from benchmarks.suites import modes, optimizers
 
-SUITES: dict[str, ModuleType] = {"modes": modes}
+SUITES: dict[str, ModuleType] = {"modes": modes, "optimizers": optimizers}
