@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping
 
 from benchmarks.cases import Case, Choice, Finding, Outcome, Plot
-from benchmarks.suites.optimizers import many, regression, scalar
+from benchmarks.suites.optimizers import curves, fits, many, regression, scalar, training
 
 TITLE = "Optimizers"
 QUESTION = "Which minimizer reaches the minimum, says so truly, and is fastest?"
 DTYPE = "float64"
-PARTS = (scalar, many, regression)
+PARTS = (scalar, many, regression, curves, training, fits)
 
 
 def cases(choice: Choice) -> Iterator[Case]:
