@@ -25,8 +25,8 @@ GTOL = 1e-8
 CLOSE = 1e-6  # relative to the fall of the objective: the level at which times are compared
 MOST_STEPS = 3000
 CAPTION = (
-    "Each mark is a run of its own, cut off after so many steps and timed whole, warm; nothing is shared out. All of the "
-    f"data is in every step. Adam has the rate {RATE}. The minimum is the least value that any of them reached."
+    "Each mark is a run of its own, cut off after so many steps and timed whole, warm. All of the data is in every step. "
+    f"Adam has the rate {RATE}. The minimum is the least value that any of them reached."
 )
 
 Solve = Callable[[Any], Any]  # from the number of steps allowed to the parameters
@@ -198,8 +198,11 @@ def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
         if id.startswith(PREFIX) and outcome.series:
             there = [r for r in outcome.rows if r.metrics.get("seconds_to_close") is not None]
             there.sort(key=lambda row: row.metrics["seconds_to_close"])
-            times = [f"{r.name} {figures(1e3 * r.metrics['seconds_to_close'])} ms, at most {r.metrics['steps_to_close']:.0f} steps"
-                     for r in there]  # fmt: skip
+            times = [
+                f"{row.name} {figures(1e3 * row.metrics['seconds_to_close'])} ms, at most "
+                f"{row.metrics['steps_to_close']:.0f} steps"
+                for row in there
+            ]
             never = [r.name for r in outcome.rows if r not in there]
             rest = f" Not within the time: {', '.join(never)}." if never else ""
             told.append(f"On {TITLES[id.removeprefix(PREFIX)]}: {'; '.join(times)}.{rest}")

@@ -22,7 +22,8 @@ def cases(choice: Choice) -> Iterator[Case]:
     problems = [p for p in mgh.PROBLEMS if not choice.quick or p.name in QUICK]
     for solver in least_squares.SOLVERS:
         yield Study(
-            f"optimizers/least-squares/{solver.replace(' ', '-')}", f"Least squares, {len(problems)} problems: {solver}",
+            f"optimizers/least-squares/{solver.replace(' ', '-')}",
+            f"Least squares, {len(problems)} problems: {solver}",
             "mgh", functools.partial(run, solver, problems), {"problems": len(problems)},
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Training on mini-batches: methods of second order against Adam, by epochs and by seconds."""
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -19,9 +20,9 @@ ID = "optimizers/training/digits"
 BATCH, WIDTH, CLASSES, PIXELS = 256, 32, 10, 64
 EPOCHS = {True: 4, False: 30}
 CAPTION = (
-    f"A 64-{WIDTH}-{WIDTH}-10 tanh network, batches of {BATCH}, the same batches for all. Each method that has a learning "
-    "rate takes the best of those that are named, by the loss at the end; KFAC has none. The loss is that of all images, "
-    "and its evaluation and the compilation are not in the seconds."
+    f"A 64-{WIDTH}-{WIDTH}-10 tanh network, batches of {BATCH}, the same batches for all. A method that has a learning "
+    "rate takes the best of those that are named, by the loss at the end; KFAC has none. The loss is that of all "
+    "images, and its evaluation and the compilation are not in the seconds."
 )
 
 
@@ -57,7 +58,7 @@ def start() -> list[dict[str, jax.Array]]:
     rng = np.random.default_rng(0)
     return [
         {"weights": jnp.asarray(rng.normal(size=(rows, columns)) / rows**0.5), "bias": jnp.zeros(columns)}
-        for rows, columns in zip(sizes[:-1], sizes[1:], strict=True)
+        for rows, columns in itertools.pairwise(sizes)
     ]
 
 
@@ -162,11 +163,16 @@ def plots(outcomes: Mapping[str, Outcome]) -> list[Plot]:
     return [
         Plot(
             f"training-{unit}", f"Training loss on digits, against {unit}", label, "cross entropy of all images",
-            [Line(name, [p[axis] for p in curve[1:]], [p[2] for p in curve[1:]]) for name, curve in outcome.series.items()],
+            [Line(name, *_columns(curve, axis)) for name, curve in outcome.series.items()],
             x_log=axis == 1, caption=CAPTION,
         )
         for axis, (unit, label) in enumerate({"epochs": "epochs", "seconds": "seconds on this machine"}.items())
     ]  # fmt: skip
+
+
+def _columns(curve: list[list[float]], axis: int) -> tuple[list[float], list[float]]:
+    """Epochs or seconds, and losses, from the first epoch on."""
+    return [point[axis] for point in curve[1:]], [point[2] for point in curve[1:]]
 
 
 def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
