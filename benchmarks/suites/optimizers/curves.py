@@ -25,8 +25,8 @@ GTOL = 1e-8
 CLOSE = 1e-6  # relative to the fall of the objective: the level at which times are compared
 MOST_STEPS = 3000
 CAPTION = (
-    "Each mark is a run of its own, cut off after so many steps and timed whole, warm. All of the data is in every step. "
-    f"Adam has the rate {RATE}. The minimum is the least value that any of them reached."
+    "Each mark is a run of its own, cut off after so many steps and timed whole, warm. Every step takes all of the "
+    f"data. Adam has the rate {RATE}. The minimum is the least value that any of them reached."
 )
 
 Solve = Callable[[Any], Any]  # from the number of steps allowed to the parameters

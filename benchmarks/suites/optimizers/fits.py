@@ -12,8 +12,8 @@ from benchmarks.timing import first_line
 PEERS = {"curvature": "curvature", "scipy lm": "scipy", "optimistix": "optimistix"}
 QUICK = ("rosenbrock", "bard", "gaussian", "box 3d", "kowalik-osborne", "brown-dennis")
 CAPTION = (
-    "Solved: the sum of squares is one of the published ones to eight digits. A false success is one that is claimed "
-    "elsewhere; steps are those of each solver's own count, the median over what it solves."
+    "Solved: the sum of squares is one of the published ones to eight digits. Elsewhere: a success that is claimed at "
+    "another sum, be it stationary or not. Steps are those of each solver's own count, the median over what it solves."
 )
 
 
@@ -54,10 +54,10 @@ def _row(
     tried = [(problem, found[problem.name][k]) for problem in problems if problem.name in found]
     solved = [outcome for problem, outcome in tried if least_squares.is_solved(problem, outcome)]
     rest = [(problem, outcome) for problem, outcome in tried if not least_squares.is_solved(problem, outcome)]
-    told = [f"{p.name}{' (false success)' if o.success else ''}" for p, o in rest]
+    told = [f"{p.name}{' (success claimed)' if o.success else ''}" for p, o in rest]
     told += [f"{problem}: {error}" for problem, error in raised.items()]
     metrics = {
-        "solved": len(solved), "of": len(problems), "false": sum(bool(o.success) for _, o in rest),
+        "solved": len(solved), "of": len(problems), "elsewhere": sum(bool(o.success) for _, o in rest),
         "steps": float(statistics.median(o.steps for o in solved)) if solved else None,
     }  # fmt: skip
     return Row(name, peer, metrics=metrics, note=f"not solved: {', '.join(told)}" if told else "")
@@ -66,10 +66,10 @@ def _row(
 def _claims(rows: list[Row], number: int) -> list[Claim]:
     """All from x0, most from far."""
     near, far = rows[0].metrics["solved"], rows[1].metrics["solved"]
-    return [
-        Claim(f"curvature solves {near} of {number} from x0", near == number, correctness=True),
-        Claim(f"curvature solves {far} of {number} from 10 x0 (wanted: 80%)", far >= 0.8 * number),
-    ]
+    claims = [Claim(f"curvature solves {near} of {number} from x0", near == number, correctness=True)]
+    if number == len(mgh.PROBLEMS):  # a share of a handful says nothing
+        claims.append(Claim(f"curvature solves {far} of {number} from 10 x0 (wanted: 80%)", far >= 0.8 * number))
+    return claims
 
 
 def plots(outcomes: Mapping[str, Outcome]) -> list[Plot]:
@@ -83,9 +83,9 @@ def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
     told = []
     for id, outcome in found.items():
         counts = [row.metrics["solved"] for row in outcome.rows if row.status == "ok"]
-        false = sum(row.metrics["false"] for row in outcome.rows if row.status == "ok")
+        elsewhere = sum(row.metrics["elsewhere"] for row in outcome.rows if row.status == "ok")
         if counts:
-            told.append(f"{id.split('/')[-1]} {', '.join(map(str, counts))} (false successes: {false})")
+            told.append(f"{id.split('/')[-1]} {', '.join(map(str, counts))} (successes elsewhere: {elsewhere})")
     number = next(iter(found.values())).sizes.get("problems", 0) if found else 0
     answer = f"Solved of {number:.0f} from x0, 10 x0 and 100 x0: {'; '.join(told)}." if told else "It was not run."
     return [Finding("Which least-squares solver reaches the published minima, and from how far?", answer, list(found))]

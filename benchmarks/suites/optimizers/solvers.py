@@ -3,8 +3,8 @@
 Those that are written in JAX are called under ``jax.jit``, all alike, so that no time goes into the checks and wrappers
 that surround a solve. All stop by the gradient at ``GTOL``, SciPy's default, as far as they test one: in the largest
 entry (``curvature``, ``optax``, SciPy's BFGS and L-BFGS-B) or in the Euclidean norm (SciPy's trust regions and
-``jaxopt``). SciPy's L-BFGS-B and ``optimistix`` stop by the change of the value too, the latter and SciPy's Newton-CG by
-the length of the step.
+``jaxopt``). SciPy's L-BFGS-B stops by the change of the value too, its Newton-CG by the length of the step alone, and
+``optimistix`` by both of these.
 """
 
 import functools

@@ -121,10 +121,10 @@ def compiled_epoch(method: Method, data: Any) -> Callable[..., Any]:
 
     def step(solver: Any, carry: Any, batch: Any) -> tuple[Any, None]:
         params, state = carry
-        value, grad = jax.value_and_grad(objective)(params, *batch)
+        value, grad, hvp_fn = curvature.linearize_grad(objective, params, *batch)  # unused products cost nothing
         updates, state = solver.update(
             grad, state, params, value=value, value_fn=lambda params: objective(params, *batch), args=batch,
-            hvp_fn=curvature.linearize_grad(lambda params: objective(params, *batch), params).hvp,
+            hvp_fn=hvp_fn,
         )  # fmt: skip
         return (optax.apply_updates(params, updates), state), None
 
