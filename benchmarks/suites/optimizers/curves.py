@@ -204,7 +204,7 @@ def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
                 for row in there
             ]
             never = [r.name for r in outcome.rows if r not in there]
-            rest = f" Not within the time: {', '.join(never)}." if never else ""
+            rest = f" Not there, for want of time or at another minimum: {', '.join(never)}." if never else ""
             told.append(f"On {TITLES[id.removeprefix(PREFIX)]}: {'; '.join(times)}.{rest}")
     ids = [id for id in outcomes if id.startswith(PREFIX)]
     return [Finding(question, " ".join(told) or "It was not run.", ids)]

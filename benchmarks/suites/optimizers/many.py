@@ -70,9 +70,9 @@ def contestants(spread: np.ndarray, sample: int, quick: bool) -> Iterator[Contes
             lambda: lambda x: run_optax_lbfgs(batched.rosenbrock, x, (), GTOL, MAX_STEPS)[0],
         ),
         "optimistix BFGS under vmap": ("optimistix", _optimistix),
-        "jaxopt BFGS under vmap": ("jaxopt", _jaxopt),
     }
     if not quick:
+        ways["jaxopt BFGS under vmap"] = ("jaxopt", _jaxopt)
         ways |= {f"curvature {method} under vmap": ("curvature", functools.partial(_ours, method)) for method in ALIKE}
     for name, (peer, way) in ways.items():
         make = functools.partial(_mapped, way, x0)

@@ -18,7 +18,7 @@ SOURCES = {
     "cutest": "CUTEst without constraints, n <= 50",
     "mgh": "Moré, Garbow and Hillstrom, sums of squares",
 }
-QUICK = ("rosenbrock", "helical valley", "box 3d", "powell singular", "wood", "biggs exp6")
+QUICK = ("rosenbrock", "helical valley", "box 3d", "powell singular", "wood")
 
 
 @dataclass(frozen=True)

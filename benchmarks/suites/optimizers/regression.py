@@ -18,7 +18,8 @@ from benchmarks.timing import digits as figures
 ID = "optimizers/digits/regression"
 GAP = 1e-9  # in the objective, relative
 FIRST_GTOL = 1e-7  # where the methods of first order are within that gap
-MAX_STEPS = 10_000
+NORM_TOL = 1e-6  # of jaxopt, which tests the Euclidean norm: a smaller one it does not reach
+MAX_STEPS = 1000
 
 
 def cases(choice: Choice) -> Iterator[Case]:
@@ -85,7 +86,8 @@ def contestants(quick: bool) -> Iterator[Contestant]:
             name, "scikit-learn", make=functools.partial(lambda c: c, call), read=lambda m: value(_params(m))
         )
     yield Contestant("optax.lbfgs", "optax", make=functools.partial(_optax, objective, start, data), read=value)
-    yield Contestant("jaxopt LBFGS", "jaxopt", make=functools.partial(_jaxopt, objective, start, data), read=value)
+    if not quick:
+        yield Contestant("jaxopt LBFGS", "jaxopt", make=functools.partial(_jaxopt, objective, start, data), read=value)
 
 
 def _params(model: Any) -> Any:
@@ -102,7 +104,7 @@ def _optax(objective: Any, start: Any, data: Any) -> Callable[[], Any]:
 def _jaxopt(objective: Any, start: Any, data: Any) -> Callable[[], Any]:
     import jaxopt
 
-    solver = jaxopt.LBFGS(objective, tol=FIRST_GTOL, maxiter=MAX_STEPS)
+    solver = jaxopt.LBFGS(objective, tol=NORM_TOL, maxiter=MAX_STEPS)
     run = jax.jit(lambda x, data: solver.run(x, *data).params)
     return lambda: jax.block_until_ready(run(start, data))
 
