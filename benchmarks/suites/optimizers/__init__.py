@@ -1,0 +1,27 @@
+"""Minimizers of every library: who solves what, who says so truly, how fast, alone, in batches, in training."""
+
+from collections.abc import Iterator, Mapping
+
+from benchmarks.cases import Case, Choice, Finding, Outcome, Plot
+from benchmarks.suites.optimizers import curves, fits, many, regression, scalar, training
+
+TITLE = "Optimizers"
+QUESTION = "Which minimizer reaches the minimum, says so truly, and is fastest?"
+DTYPE = "float64"
+PARTS = (scalar, many, regression, curves, training, fits)
+
+
+def cases(choice: Choice) -> Iterator[Case]:
+    """Those of all parts."""
+    for part in PARTS:
+        yield from part.cases(choice)
+
+
+def plots(outcomes: Mapping[str, Outcome]) -> list[Plot]:
+    """Those of all parts."""
+    return [plot for part in PARTS for plot in part.plots(outcomes)]
+
+
+def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
+    """Those of all parts."""
+    return [finding for part in PARTS for finding in part.findings(outcomes)]

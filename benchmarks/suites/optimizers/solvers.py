@@ -1,0 +1,223 @@
+"""Minimizers of several libraries behind one face, each driven in one compiled loop where it can be.
+
+Those that are written in JAX are called under ``jax.jit``, all alike, so that no time goes into the checks and wrappers
+that surround a solve. All stop by the gradient at ``GTOL``, SciPy's default, as far as they test one: in the largest
+entry (``curvature``, ``optax``, SciPy's BFGS and L-BFGS-B) or in the Euclidean norm (SciPy's trust regions and
+``jaxopt``). SciPy's L-BFGS-B stops by the change of the value too, its Newton-CG by the length of the step alone, and
+``optimistix`` by both of these.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import curvature
+from benchmarks.against_scipy import GTOL, MAX_STEPS, scipy_call
+
+CHANGE = 1e-8  # the tolerance of optimistix, relative and absolute
+
+Call = Callable[[], Any]
+Objective = Callable[..., Any]
+
+
+class Answer(NamedTuple):
+    """Where a solver ended, whether it calls that a success, and its own counts; None where it does not count."""
+
+    x: Any
+    claims: bool
+    steps: int
+    evaluations: int | None = None
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A way to minimize.
+
+    Attributes:
+        name: in tables and plots.
+        peer: the library.
+        build: ``build(fun, x0, args)`` gives the call of a solve of ``fun(x, args)``, which compiles when first made.
+        read: reads what the call returns.
+        second: whether it takes second derivatives.
+        quick: whether it is in a quick run.
+        count: ``count(fun, x0, args)``, for a solver that does not say how often it evaluates.
+    """
+
+    name: str
+    peer: str
+    build: Callable[[Objective, jax.Array, Any], Call]
+    read: Callable[[Any], Answer]
+    second: bool = False
+    quick: bool = False
+    count: Callable[[Objective, jax.Array, Any], int] | None = None
+
+
+# ---- curvature ---------------------------------------------------------------------------------------------------
+
+
+def ours(method: str, *, second: bool = False, quick: bool = False) -> Solver:
+    """A method of ``minimize``."""
+    build = functools.partial(_minimize, method)
+    return Solver(
+        f"curvature {method}", "curvature", build,
+        lambda result: Answer(result.x, bool(result.success), int(result.num_steps)),
+        second, quick, functools.partial(_count, build),
+    )  # fmt: skip
+
+
+def _minimize(method: str, fun: Objective, x0: jax.Array, args: Any) -> Call:
+    how = {"method": method, "gtol": GTOL, "max_steps": MAX_STEPS}
+    run = jax.jit(lambda x0, args: curvature.minimize(fun, x0, (args,), **how))
+    return lambda: jax.block_until_ready(run(x0, args))
+
+
+def _count(build: Callable[..., Call], fun: Objective, x0: jax.Array, args: Any) -> int:
+    """How many points the objective is evaluated or linearized at, by a run that calls the host at each of them."""
+    points = 0
+
+    def tick() -> None:
+        nonlocal points
+        points += 1
+
+    def counted(x: jax.Array, args: Any) -> Any:
+        jax.debug.callback(tick)
+        return fun(x, args)
+
+    build(counted, x0, args)()
+    jax.effects_barrier()
+    return points
+
+
+# ---- SciPy -------------------------------------------------------------------------------------------------------
+
+
+def of_scipy(method: str, *, second: bool = False, quick: bool = False) -> Solver:
+    """A method of ``scipy.optimize.minimize`` on compiled functions."""
+
+    def read(result: Any) -> Answer:
+        hessians = result.nhev if method == "trust-exact" else 0  # elsewhere it counts products, which are not points
+        return Answer(result.x, bool(result.success), int(result.nit), int(result.nfev + hessians))
+
+    def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
+        return scipy_call(fun, np.asarray(x0), args, method)
+
+    return Solver(f"SciPy {method}", "scipy", build, read, second, quick)
+
+
+# ---- optax -------------------------------------------------------------------------------------------------------
+
+
+def run_optax_lbfgs(fun: Objective, x0: Any, args: tuple[Any, ...], gtol: Any, most_steps: Any) -> Any:
+    """``optax.lbfgs`` as its manual drives it, to be compiled: ``(x, whether it converged, steps, evaluations)``."""
+    solver = optax.lbfgs()
+
+    def objective(x: Any) -> jax.Array:
+        return fun(x, *args)
+
+    value_and_grad = optax.value_and_grad_from_state(objective)
+
+    def unfinished(carry: Any) -> jax.Array:
+        _, state, steps, _ = carry
+        return (steps < most_steps) & ((steps == 0) | (_largest(optax.tree.get(state, "grad")) > gtol))
+
+    def step(carry: Any) -> Any:
+        x, state, steps, evaluations = carry
+        value, grad = value_and_grad(x, state=state)
+        updates, state = solver.update(grad, state, x, value=value, grad=grad, value_fn=objective)
+        tried = optax.tree.get(state, "num_linesearch_steps")
+        return optax.apply_updates(x, updates), state, steps + 1, evaluations + tried
+
+    zero = jnp.asarray(0)
+    x, state, steps, evaluations = jax.lax.while_loop(unfinished, step, (x0, solver.init(x0), zero, zero + 1))
+    return x, _largest(optax.tree.get(state, "grad")) <= gtol, steps, evaluations
+
+
+def _largest(tree: Any) -> jax.Array:
+    """The largest entry in absolute value."""
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _optax_lbfgs(fun: Objective, x0: jax.Array, args: Any) -> Call:
+    run = jax.jit(lambda x0, args: run_optax_lbfgs(fun, x0, (args,), GTOL, MAX_STEPS))
+    return lambda: jax.block_until_ready(run(x0, args))
+
+
+# ---- optimistix and jaxopt ---------------------------------------------------------------------------------------
+
+
+def of_optimistix(kind: str, *, quick: bool = False) -> Solver:
+    """A minimizer of ``optimistix`` by the name of its class; it evaluates once in each step, as its search does."""
+
+    def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
+        import optimistix
+
+        solver = getattr(optimistix, kind)(rtol=CHANGE, atol=CHANGE)
+
+        @jax.jit
+        def run(x0: jax.Array, args: Any) -> Any:
+            found = optimistix.minimise(fun, solver, x0, args, max_steps=MAX_STEPS, throw=False)
+            return found.value, found.result == optimistix.RESULTS.successful, found.stats["num_steps"]
+
+        return lambda: jax.block_until_ready(run(x0, args))
+
+    def read(found: Any) -> Answer:
+        return Answer(found[0], bool(found[1]), int(found[2]), int(found[2]))
+
+    return Solver(f"optimistix {kind}", "optimistix", build, read, quick=quick)
+
+
+def of_jaxopt(kind: str, *, quick: bool = False) -> Solver:
+    """A minimizer of ``jaxopt`` by the name of its class, which counts its evaluations."""
+
+    def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
+        import jaxopt
+
+        solver = getattr(jaxopt, kind)(fun, tol=GTOL, maxiter=MAX_STEPS)
+        run = jax.jit(lambda x0, args: solver.run(x0, args))
+        return lambda: jax.block_until_ready(run(x0, args))
+
+    def read(found: Any) -> Answer:
+        x, state = found
+        return Answer(x, bool(state.error <= GTOL), int(state.iter_num), int(state.num_fun_eval))
+
+    return Solver(f"jaxopt {kind}", "jaxopt", build, read, quick=quick)
+
+
+SOLVERS = (
+    ours("trust-exact", second=True, quick=True),
+    ours("trust-region", second=True),
+    ours("newton-cg", second=True),
+    ours("cubic-newton", second=True),
+    ours("bfgs", quick=True),
+    ours("l-bfgs", quick=True),
+    of_scipy("trust-exact", second=True, quick=True),
+    of_scipy("trust-krylov", second=True),
+    of_scipy("Newton-CG", second=True),
+    of_scipy("BFGS", quick=True),
+    of_scipy("L-BFGS-B", quick=True),
+    Solver(
+        "optax.lbfgs",
+        "optax",
+        _optax_lbfgs,
+        lambda found: Answer(found[0], bool(found[1]), int(found[2]), int(found[3])),
+        quick=True,
+    ),
+    of_optimistix("BFGS", quick=True),
+    of_optimistix("LBFGS"),
+    of_jaxopt("BFGS"),
+    of_jaxopt("LBFGS", quick=True),
+)
+# Ours, and SciPy's method of the same name, or what it calls the same.
+PAIRS = {
+    "curvature trust-exact": "SciPy trust-exact",
+    "curvature trust-region": "SciPy trust-krylov",
+    "curvature newton-cg": "SciPy Newton-CG",
+    "curvature bfgs": "SciPy BFGS",
+    "curvature l-bfgs": "SciPy L-BFGS-B",
+}
