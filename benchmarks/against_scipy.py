@@ -23,6 +23,7 @@ import scipy.optimize
 
 import curvature
 from benchmarks.cutest import load_problems
+from benchmarks.timing import measure
 
 PAIRS = (
     "trust-exact/trust-exact",
@@ -35,6 +36,7 @@ PAIRS = (
 GTOL = 1e-5
 MAX_STEPS = 1000
 WANTED = 20  # times as fast
+BUDGET = 0.25  # seconds for each side of a problem, in all its turns
 
 
 class PeerError(Exception):
@@ -127,19 +129,14 @@ def duel(name: str, problem: Any, best: float | None, ours: str, theirs: str, ro
         return jax.block_until_ready(curvature.minimize(fun, x0, (args,), method=ours, gtol=GTOL, max_steps=MAX_STEPS))
 
     solve_by_scipy = scipy_call(fun, np.asarray(x0), args, theirs)
-    compilation, _ = clock(solve)
-    solve_by_scipy()
-    our_times, their_times = [], []
-    for _ in range(rounds):
-        seconds, result = clock(solve)
-        our_times.append(seconds)
-        seconds, peer = clock(solve_by_scipy)
-        their_times.append(seconds)
+    compilation, result = clock(solve)
+    peer = solve_by_scipy()
+    rows = measure({"ours": solve, "theirs": solve_by_scipy}, budget=BUDGET, rounds=rounds)
     values = float(result.value), float(peer.fun)
     solved = best is not None and all(value - best <= 1e-6 * max(1, abs(best)) for value in values)
     return Duel(
-        name, x0.size, statistics.median(our_times), statistics.median(their_times),
-        (min(our_times), min(their_times)), compilation, int(result.num_steps), int(peer.nit), solved,
+        name, x0.size, rows["ours"].seconds, rows["theirs"].seconds, (rows["ours"].spread[0], rows["theirs"].spread[0]),
+        compilation, int(result.num_steps), int(peer.nit), solved,
     )  # fmt: skip
 
 
