@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from benchmarks import reading
 from benchmarks.cases import Case, Choice, Contestant, Finding, Outcome, Plot, Race
 from benchmarks.models import MODELS, Model, mlp
 from benchmarks.peers import everyone, higher, jax_ways
-from benchmarks.suites import reading
 from benchmarks.suites.modes import jacobians
 from benchmarks.timing import digits
 
@@ -141,10 +141,10 @@ def order_finding(outcomes: reading.Outcomes) -> Finding | None:
     sentences = []
     for (what, derivative), (slow, fast) in pairs.items():
         some = [race for id, race in races.items() if f"/{derivative}/" in id]
-        ratios = [ratio for race in some if (ratio := reading.ratio(race, slow, fast)) is not None]
+        ratios = [ratio for race in some if (ratio := reading.share(race, slow, fast)) is not None]
         wins = sum(ratio > 1 for ratio in ratios)
         if ratios:
-            memory = [reading.ratio(race, slow, fast, "temporary_bytes") for race in some]
+            memory = [reading.share(race, slow, fast, "temporary_bytes") for race in some]
             spread = reading.spread(memory)
             beside = "" if spread == "not measured" else f" and {spread} its temporary memory"
             sentences.append(
@@ -166,7 +166,7 @@ def higher_finding(outcomes: reading.Outcomes) -> Finding | None:
                 far = [str(order) for order, ratio in ratios.items() if ratio >= MAGNITUDES]
                 holds = f"holds at order {', '.join(far)}" if far else "does not hold"
                 sentences.append(f"{name}, {points:,} points, {peer} over JAX: {listed}; it {holds}.")
-        eager = [reading.ratio(race, "jax, nested jvp, not compiled", "jax, nested jvp") for race in races]
+        eager = [reading.share(race, "jax, nested jvp, not compiled", "jax, nested jvp") for race in races]
         if races:
             sentences.append(f"JAX itself, not compiled, takes {reading.spread(eager)} as long as compiled.")
     saying = (
@@ -190,7 +190,7 @@ def shape_finding(outcomes: reading.Outcomes) -> Finding | None:
     races, sentences = reading.part(outcomes, "folklore/shape/"), []
     for library, (forward, reverse) in jacobians.BOTH.items():
         for race in races.values():
-            ratio = reading.ratio(race, forward, reverse)
+            ratio = reading.share(race, forward, reverse)
             if ratio is not None:
                 m, n = int(race.sizes["m"]), int(race.sizes["n"])
                 winner = "forward" if ratio < 1 else "reverse"
@@ -212,7 +212,7 @@ def vectorized_finding(outcomes: reading.Outcomes) -> Finding | None:
         ratios = {
             name: ratio
             for name in ("torch.func.hessian", f"{loop}, vectorized", "jax.hessian", "curvature.hessian")
-            if (ratio := reading.ratio(race, loop, name)) is not None
+            if (ratio := reading.share(race, loop, name)) is not None
         }
         listed = ", ".join(f"{digits(ratio)} times that of {name}" for name, ratio in ratios.items())
         sentences.append(

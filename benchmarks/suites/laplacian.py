@@ -266,7 +266,7 @@ def plots(outcomes: Mapping[str, Outcome]) -> list[Plot]:
     return [
         Plot(f"dimension-{name}", title, "number of inputs", label, lines)
         for name, title, metric, scale, label in drawn
-        if (lines := curves(outcomes, prefix, "d", metric, scale))
+        if (lines := curves(outcomes, "d", metric, prefix=prefix, scale=scale))
     ]
 
 

@@ -246,7 +246,7 @@ def plots(outcomes: Mapping[str, Outcome]) -> list[Plot]:
     for what in BY_GRADIENTS:
         prefix = f"per_example/{what.replace(' ', '-')}/mlp/"
         for metric, scale, label in (("seconds", 1e3, "time [ms]"), ("temporary_bytes", 2**-20, "temporaries [MiB]")):
-            lines = curves(outcomes, prefix, "batch", metric, scale)
+            lines = curves(outcomes, "batch", metric, prefix=prefix, scale=scale)
             if lines:
                 name = f"{what.replace(' ', '-')}-{'time' if metric == 'seconds' else 'memory'}"
                 title = f"{what.capitalize()} of per-example gradients of a perceptron: {label.split(' [')[0]}"

@@ -217,7 +217,7 @@ def plots(outcomes: Mapping[str, Outcome]) -> list[Plot]:
     return [
         Plot(prefix.replace("/", "-"), f"Time of the {what}", "variables", "time [ms]", lines)
         for prefix, what in drawn.items()
-        if (lines := curves(outcomes, f"sparse/{prefix}/", "n", "seconds", 1e3))
+        if (lines := curves(outcomes, "n", prefix=f"sparse/{prefix}/", scale=1e3))
     ]
 
 

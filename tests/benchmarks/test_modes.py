@@ -4,8 +4,9 @@ import math
 
 import pytest
 
+from benchmarks import reading
 from benchmarks.cases import Choice, Outcome, Row
-from benchmarks.suites import folklore, modes, reading
+from benchmarks.suites import folklore, modes
 from benchmarks.suites.modes import jacobians, regret
 
 

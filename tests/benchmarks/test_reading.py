@@ -29,7 +29,7 @@ def test_a_claim_holds_or_does_not_and_is_silent_about_absent_rows():
 
 
 def test_curves_go_over_the_size_and_leave_wrong_rows_out():
-    lines = curves({"s/b/n=9": outcome(9, 3.0, 9.0, 1.0), "s/b/n=3": outcome(3, 2.0, 4.0, 1.0)}, "s/b", "n", "seconds")
+    lines = curves({"s/b/n=9": outcome(9, 3.0, 9.0, 1.0), "s/b/n=3": outcome(3, 2.0, 4.0, 1.0)}, "n", prefix="s/b")
     assert {line.label: (line.x, line.y) for line in lines}["jax, x"] == ([3, 9], [4.0, 9.0])
     assert {line.label for line in lines} == {"curvature.x", "jax, x", "floor"}
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from benchmarks import reading
 from benchmarks.cases import OURS, Case, Choice, Finding, Plot, Row
-from benchmarks.suites import reading
 from benchmarks.suites.modes import derivatives, jacobians, networks, regret
 from benchmarks.timing import digits
 

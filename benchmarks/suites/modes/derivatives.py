@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from benchmarks import reading
 from benchmarks.cases import Case, Choice, Claim, Finding, Outcome, Plot, Race
 from benchmarks.models import MODELS, Model, mlp
 from benchmarks.peers import everyone, jax_ways
-from benchmarks.suites import reading
 from benchmarks.suites.modes.regret import regret
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
@@ -117,7 +117,7 @@ def gradient_finding(outcomes: reading.Outcomes) -> Finding | None:
     races = reading.part(outcomes, "modes/gradient/")
     pairs = {"JAX": ("jax.jacfwd", "jax.grad"), "PyTorch": ("torch.func.jacfwd", "torch.func.grad")}
     answer = [
-        f"In {library} forward mode takes {reading.spread(reading.ratio(race, *pair) for race in races.values())} "
+        f"In {library} forward mode takes {reading.spread(reading.share(race, *pair) for race in races.values())} "
         "as long as reverse."
         for library, pair in pairs.items()
     ]
@@ -135,7 +135,7 @@ def order_finding(outcomes: reading.Outcomes) -> Finding | None:
             ratios := [
                 value
                 for race in races.values()
-                if (value := reading.ratio(race, f"{prefix}, reverse over reverse", f"{prefix}, forward over reverse"))
+                if (value := reading.share(race, f"{prefix}, reverse over reverse", f"{prefix}, forward over reverse"))
             ]
         )
     ]
@@ -153,7 +153,7 @@ def reuse_finding(outcomes: reading.Outcomes) -> Finding | None:
         "PyTorch, with one graph": ("torch.func, forward over reverse", "torch.autograd.grad, one graph"),
     }
     answer = "; ".join(
-        f"{library}: {reading.spread(reading.ratio(race, *pair) for race in races.values())}"
+        f"{library}: {reading.spread(reading.share(race, *pair) for race in races.values())}"
         for library, pair in pairs.items()
     )
     question = "How much do 32 Hessian products at one point gain from one linearization?"

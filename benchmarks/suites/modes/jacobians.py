@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import curvature
+from benchmarks import reading
 from benchmarks.cases import Case, Choice, Contestant, Finding, Plot, Race
 from benchmarks.peers import everyone, operations
 from benchmarks.peers.flat import Flat
-from benchmarks.suites import reading
 from benchmarks.suites.modes.regret import regret
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
@@ -98,7 +98,7 @@ def crossover(outcomes: reading.Outcomes, forward: str, reverse: str) -> float |
     points = sorted(
         (math.log(outcome.sizes["m/n"]), math.log(ratio))
         for outcome in outcomes.values()
-        if (ratio := reading.ratio(outcome, forward, reverse))
+        if (ratio := reading.share(outcome, forward, reverse))
     )
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y0 >= 0 > y1:  # reverse was faster, forward is
@@ -138,7 +138,7 @@ def findings(outcomes: reading.Outcomes) -> list[Finding]:
     sentences = []
     for library, (forward, reverse) in BOTH.items():
         ratio = crossover(races, forward, reverse)
-        ends = [reading.ratio(race, forward, reverse) for race in sorted(races.values(), key=lambda r: r.sizes["m/n"])]
+        ends = [reading.share(race, forward, reverse) for race in sorted(races.values(), key=lambda r: r.sizes["m/n"])]
         where = "they do not cross" if ratio is None else f"they take the same time at m/n = {ratio:.2g}"
         sentences.append(
             f"In {library} forward takes {reading.times(ends[0])} as long as reverse at the widest shape and "

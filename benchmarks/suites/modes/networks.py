@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import curvature
+from benchmarks import reading
 from benchmarks.cases import Case, Choice, Claim, Contestant, Finding, Outcome, Race
 from benchmarks.models import Model, Params, cross_entropy
 from benchmarks.peers import jax_ways
 from benchmarks.peers.operations import Array, Operations
-from benchmarks.suites import reading
 
 PRODUCT = "the product G.T @ G alone"
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
@@ -136,7 +136,7 @@ def claims(network: Network, outcome: Outcome) -> list[Claim]:
 
 
 def _faster(outcome: Outcome, way: str, wanted: float | None) -> Claim | None:
-    speedup = reading.ratio(outcome, "jax.hessian", way)
+    speedup = reading.share(outcome, "jax.hessian", way)
     if speedup is None or wanted is None:
         return None
     text = f"{way} is {speedup:.2f} times as fast as jax.hessian (wanted: at least {wanted})"
@@ -183,7 +183,7 @@ def findings(outcomes: reading.Outcomes) -> list[Finding]:
     if not races:
         return []
     sentences = [
-        f"{way} takes {reading.spread(reading.ratio(race, way, 'jax.hessian') for race in races.values())} as long as "
+        f"{way} takes {reading.spread(reading.share(race, way, 'jax.hessian') for race in races.values())} as long as "
         "jax.hessian."
         for way in ("curvature.hessian", "curvature.hessian, by products", "curvature.mean_hessian")
     ]
@@ -258,7 +258,7 @@ def diagonal_reference(made: Model) -> np.ndarray:
 def diagonal_claims(outcome: Outcome) -> list[Claim]:
     """As fast as any other way, in bounded memory."""
     ours = outcome.row(OURS)
-    factors = [reading.ratio(outcome, row.name, OURS) for row in outcome.rows if row.name != OURS]
+    factors = [reading.share(outcome, row.name, OURS) for row in outcome.rows if row.name != OURS]
     least = min((factor for factor in factors if factor is not None), default=math.nan)
     memory = None if ours is None else reading.number(ours, "temporary_bytes")
     return [

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import reading
 from benchmarks.cases import OURS, Case, Choice, Claim, Finding, Outcome, Race, Row
 from benchmarks.models import Model
 from benchmarks.peers import jax_ways, operations
-from benchmarks.suites import reading
 
 WANTED = 1.1  # time of ours over that of the best composition of JAX's transformations
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
