@@ -92,13 +92,17 @@ def clipped_grad(examples: int) -> Iterator[Work]:
 
 
 def batched(lanes: int) -> Iterator[Work]:
-    """A solve in each lane; each device loops until its own lanes are done."""
+    """A solve in each lane; each device loops until its own lanes are done.
+
+    By a method without eigendecompositions: batches of those on several virtual devices can wait for each other's
+    threads forever, as of JAX 0.10.
+    """
 
     def rosenbrock(x: Any) -> Any:
         return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
 
     def solve(whole: Any, x0: Any) -> Any:
-        return jax.vmap(lambda x: curvature.minimize(rosenbrock, x, method="trust-region").x)(x0)
+        return jax.vmap(lambda x: curvature.minimize(rosenbrock, x, method="bfgs").x)(x0)
 
     x0 = 1 + np.random.default_rng(0).uniform(-1, 1, (lanes, SIZE))
     yield Work("curvature.minimize, vmap", "curvature", solve, (), (jnp.asarray(x0, float),), mapped=True)
@@ -118,6 +122,11 @@ def spread_over(devices: list[Any], work: Work) -> tuple[Callable[..., Any], Any
     return function, jax.device_put(work.whole, everywhere), tuple(jax.device_put(a, split) for a in work.spread)
 
 
+def tolerance(work: Work) -> float:
+    """Of the answer; a solve ends by its gradient, far from the last digit of its solution."""
+    return TOLERANCE[str(jnp.zeros(()).dtype)] * (100 if work.mapped else 1)
+
+
 def measure_work(name: str, count: int) -> list[dict[str, Any]]:
     """Strong and weak, every contestant, in turns."""
     devices, size = jax.devices()[:count], LANES if name == "minimize-batched" else EXAMPLES
@@ -134,7 +143,7 @@ def measure_work(name: str, count: int) -> list[dict[str, Any]]:
                 "name": work.name, "peer": work.peer, "kind": kind, "devices": count, "examples": examples,
                 "temporary_bytes": getattr(compiled.memory_analysis(), "temp_size_in_bytes", None),
                 "all_reduces": len(re.findall(r" all-reduce(?:-start)?\(", compiled.as_text())),
-                "error": max(errors), "tolerance": TOLERANCE[str(jnp.zeros(()).dtype)],
+                "error": max(errors), "tolerance": tolerance(work),
             }  # fmt: skip
     rows = measure(calls, budget=BUDGET, rounds=ROUNDS)
     return [entry | {"seconds": rows[key].seconds} for key, entry in entries.items()]
