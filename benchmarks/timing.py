@@ -18,6 +18,7 @@ Contestant = tuple[Callable[..., Any], tuple[Any, ...]]
 Report = Callable[[str], Any]
 
 _MOST_REPEATS = 100  # in one round; more of them would only stretch the round
+_OVERDRAWN = 4  # budgets
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def compare(
 
     Args:
         contestants: name -> (function, arguments).
-        budget: the seconds that each may take, in all its turns together; a slow one is still called once a round.
+        budget: the seconds that each may take, in all its turns together; a slow one takes fewer turns.
         rounds: how many turns each gets.
         report: called with a line about what is going on.
 
@@ -108,17 +109,20 @@ def measure(
 ) -> dict[str, Row]:
     """Time calls that have been compiled, or need no compilation, against each other, as ``compare`` does.
 
-    They take turns, A B C A B C and so on, so that a machine that is busy for a while is busy for all of them.
+    They take turns, A B C A B C and so on, so that a machine that is busy for a while is busy for all of them. Who has
+    spent its budget ``_OVERDRAWN`` times over takes no more turns.
     """
     repeats: dict[str, int] = {}
+    spent = dict.fromkeys(calls, 0.0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, str] = {}
     for turn in range(rounds + 1):
         for name, call in calls.items():
-            if name in errors:
+            if name in errors or (samples[name] and spent[name] > _OVERDRAWN * budget):
                 continue
             if report is not None:
                 report(f"round {turn} of {rounds}: {name}" if turn else f"warming up {name}")
+            begin = time.perf_counter()
             try:
                 if turn == 0:
                     repeats[name] = _warm_up(call, budget / rounds)
@@ -126,6 +130,7 @@ def measure(
                     samples[name] += [_clock(call) for _ in range(repeats[name])]
             except Exception as error:  # whatever a contestant raises is a result
                 errors[name] = first_line(error)
+            spent[name] += time.perf_counter() - begin
     failed = {name: Row(name, error=error) for name, error in errors.items()}
     return {name: failed.get(name) or _summarize(name, samples[name]) for name in calls}
 
@@ -189,8 +194,9 @@ def console() -> Console:
 
 
 def _warm_up(call: Callable[[], Any], seconds: float) -> int:
-    """How many calls fit into ``seconds``, judged by the second one."""
-    _clock(call)
+    """How many calls fit into ``seconds``, judged by the second, or by the first of one so slow."""
+    if _clock(call) > _OVERDRAWN * seconds:
+        return 1
     return min(max(int(seconds / max(_clock(call), 1e-9)), 1), _MOST_REPEATS)
 
 
