@@ -13,7 +13,9 @@ methods = pytest.mark.parametrize("method", METHODS)
 
 
 @methods
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    "name", [name if name == "Rosenbrock" else pytest.param(name, marks=pytest.mark.slow) for name in PROBLEMS]
+)
 def test_a_thousand_variables_reach_the_tolerance(name, method):
     problem = PROBLEMS[name](1_000)
     result = curvature.minimize(problem.fun, problem.x0, problem.args, method=method, max_steps=50_000)
