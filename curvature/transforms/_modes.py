@@ -138,10 +138,19 @@ def _order_of_matrix(program: Program) -> Sequence[str]:
     return ("rev_over_rev", *(mode for mode in _ORDER if mode != "rev_over_rev"))
 
 
+_TALL_ON_CPU = 1.5
+"""Outputs over inputs from which pushing tangents is the faster way on a CPU, where they are moved as
+``_order_of_matrix`` says. Ours, by benchmarks/suites/modes: networks cross over between 1.3 and 2.1."""
+
+_FEW_LANES = 8  # up to here it does not matter, and pushing is the smaller program
+
+
 def choose_jacobian(function: str, program: Program, mode: JacobianMode) -> str:
     """The mode to use: ``mode`` itself if it is legal; for "auto" forward for tall Jacobians, reverse for wide."""
     inputs, outputs = num_entries(program.x), num_entries(program.out)
-    order = ("fwd", "rev") if inputs <= outputs else ("rev", "fwd")
+    moves = jax.default_backend() == "cpu" and inputs > _FEW_LANES
+    is_tall = outputs >= (_TALL_ON_CPU if moves else 1) * inputs
+    order = ("fwd", "rev") if is_tall else ("rev", "fwd")
     blockers = {name: program.blocker(name) for name in order}
     legal = [name for name in order if blockers[name] is None]
     if not legal:

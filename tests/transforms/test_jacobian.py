@@ -51,6 +51,18 @@ def test_auto_picks_forward_for_tall_and_reverse_for_wide():
     assert square in str(jax.make_jaxpr(jax.jacrev(lambda x: jnp.tanh(matrix @ x)))(jnp.ones(3)))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="tangents are moved about on a CPU only")
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "mode"), [(16, 16, "rev"), (24, 16, "fwd"), (23, 16, "rev"), (8, 8, "fwd")]
+)
+def test_on_a_cpu_forward_takes_half_as_many_outputs_again(outputs, inputs, mode):
+    def program(mode):
+        fun = curvature.jacobian(lambda x: jnp.tanh(jnp.ones((outputs, inputs)) @ x), mode=mode)
+        return str(jax.make_jaxpr(fun)(jnp.ones(inputs)))
+
+    assert program("auto") == program(mode)
+
+
 @pytest.mark.parametrize("lanes", [1, 6, 7])
 @pytest.mark.parametrize("chunk_size", [None, 1, 3, 100, "auto"])
 @pytest.mark.parametrize(
