@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+from types import ModuleType
 
 # What a contestant names as its peer -> (the module, the distribution).
 PACKAGES = {
@@ -62,6 +63,18 @@ def pin_threads(count: int) -> None:
     for variable in _THREAD_VARIABLES:
         os.environ[variable] = str(count)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def tensorflow() -> ModuleType:
+    """The module; what its libraries tell the terminal while they are loaded goes nowhere."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            return importlib.import_module("tensorflow")
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def num_cores() -> int:

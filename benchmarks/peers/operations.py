@@ -4,6 +4,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import peers
+
 Array = Any
 Operations = types.SimpleNamespace  # with the attributes that ``for_jax`` fills
 Step = Callable[..., Array]
@@ -64,7 +66,7 @@ def for_torch() -> Operations:
 
 def for_tensorflow() -> Operations:
     """Those of ``tensorflow``."""
-    import tensorflow as tf
+    tf: Any = peers.tensorflow()
 
     return Operations(
         tanh=tf.tanh, exp=tf.exp, sin=tf.sin, sqrt=tf.sqrt, einsum=tf.einsum, reshape=tf.reshape,

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from benchmarks import peers
 from benchmarks.cases import Choice, Contestant, Task
 from benchmarks.peers import operations
 from benchmarks.peers.flat import PRODUCTS, Flat
@@ -43,7 +44,7 @@ def start(flat: Flat, way: Way, choice: Choice, execution: str) -> Task:
 @functools.cache
 def library(threads: int, device: str) -> TensorFlow:
     """The module, told how many cores it may use; without a GPU where the run is one of the CPU."""
-    import tensorflow as tf
+    tf: Any = peers.tensorflow()
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
