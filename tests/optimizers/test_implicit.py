@@ -180,6 +180,7 @@ def test_the_objective_is_traced_once_and_no_rule_before_a_derivative_is_asked_f
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_within_bounds_the_free_variables_move_by_the_reduced_system_and_the_others_with_their_bounds():
     rng = np.random.default_rng(7)
     root, b, upper = rng.normal(size=(6, 4)), 1.5 * rng.normal(size=4), np.full(4, 0.5)

@@ -27,6 +27,7 @@ def test_a_thousand_variables_reach_the_tolerance(name, method):
         assert result.num_steps < 60
 
 
+@pytest.mark.slow
 @methods
 def test_memory_is_linear_in_the_number_of_variables(method):
     small, large = (temporary_bytes(PROBLEMS["Rosenbrock"](n), method) for n in (1_000, 4_000))

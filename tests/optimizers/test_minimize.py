@@ -256,6 +256,7 @@ def test_the_callback_sees_every_iterate_in_order():
     assert np.all(np.diff([float(step.value) for step in steps]) <= 0)
 
 
+@pytest.mark.slow
 def test_digits_agree_with_scikit_learn():
     """Multinomial logistic regression with an L2 term on real data: DESIGN's smallest honest problem."""
     images, labels = load_digits(return_X_y=True)
