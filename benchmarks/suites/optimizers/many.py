@@ -28,7 +28,7 @@ def cases(choice: Choice) -> Iterator[Case]:
     how = {"budget": 0.5 if choice.quick else 3.0, "rounds": 3}
     even = np.full(lanes, 3.0)
     yield Race(
-        ROSENBROCKS, f"{lanes:,} Rosenbrock problems in {batched.SIZE} dimensions", "rosenbrock",
+        ROSENBROCKS, f"{lanes:,} Rosenbrock problems in {batched.SIZE} dimensions; {batched.METHOD}", "rosenbrock",
         functools.partial(contestants, even, sample, choice.quick), lambda: 0.0, STATIONARY,
         {"n": batched.SIZE, "lanes": lanes}, claims=speedup,
         caption=f"Seconds for each problem. SciPy solves {sample} of the {lanes:,}, one after the other. An answer is "
@@ -37,18 +37,18 @@ def cases(choice: Choice) -> Iterator[Case]:
     if not choice.quick:
         uneven = np.where(np.arange(lanes) % 10 == 0, 3.0, 0.02)
         yield Race(
-            UNEVEN, "The same, and nine tenths start next to the minimizer", "rosenbrock",
-            functools.partial(both_of_ours, uneven), lambda: 0.0, STATIONARY,
+            UNEVEN, f"The same, and nine tenths start next to the minimizer; {batched.COSTLY}", "rosenbrock",
+            functools.partial(both_of_ours, uneven, batched.COSTLY), lambda: 0.0, STATIONARY,
             {"n": batched.SIZE, "lanes": lanes}, claims=gain,
             caption="vmap runs every lane until the slowest is done; minimize_batched sorts out those that are.", **how,
         )  # fmt: skip
 
 
-def both_of_ours(spread: np.ndarray) -> Iterator[Contestant]:
+def both_of_ours(spread: np.ndarray, method: str) -> Iterator[Contestant]:
     """``minimize_batched``, and ``vmap`` of ``minimize``."""
     x0 = batched.starts(spread)
     for name in (batched.BATCHED, batched.VMAP):
-        make = functools.partial(_one_of_ours, name, x0)
+        make = functools.partial(_one_of_ours, name, x0, method)
         yield Contestant(f"curvature {name}", "curvature", make=make, read=steepest, pieces=len(spread))
 
 
@@ -57,7 +57,7 @@ def contestants(spread: np.ndarray, sample: int, quick: bool) -> Iterator[Contes
 
     A quick run leaves ``minimize_batched`` out, which compiles a program for each of several sizes of the batch.
     """
-    yield from (c for c in both_of_ours(spread) if not quick or c.name == f"curvature {batched.VMAP}")
+    yield from (c for c in both_of_ours(spread, batched.METHOD) if not quick or c.name == f"curvature {batched.VMAP}")
     x0 = batched.starts(spread)
     lanes = len(spread)
     for name in ("trust-exact", "BFGS") if quick else ("trust-exact", "trust-ncg", "BFGS"):
@@ -79,8 +79,8 @@ def contestants(spread: np.ndarray, sample: int, quick: bool) -> Iterator[Contes
         yield Contestant(name, peer, make=make, read=steepest, pieces=lanes)
 
 
-def _one_of_ours(name: str, x0: jax.Array) -> Callable[[], Any]:
-    call = batched.ours(x0)[name]
+def _one_of_ours(name: str, x0: jax.Array, method: str) -> Callable[[], Any]:
+    call = batched.ours(x0, method)[name]
     return lambda: jax.block_until_ready(call().x)
 
 
