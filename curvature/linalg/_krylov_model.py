@@ -68,7 +68,6 @@ def krylov_model(
     """
     example = jnp.zeros_like(gradient)
     m = min(gradient.size, _MAX_BASIS)
-    complete = m == gradient.size
     rows = jnp.broadcast_to(example, (m, gradient.size))
     size = norm(gradient)
     zero, none = jnp.zeros_like(size), jnp.zeros_like(size, jnp.int32)
@@ -84,7 +83,7 @@ def krylov_model(
         done=~(size > 0),
     )
     growth = jax.lax.while_loop(
-        lambda growth: ~growth.done, lambda growth: _grow(growth, product, tolerance, radius, complete), start
+        lambda growth: ~growth.done, lambda growth: _grow(growth, product, tolerance, radius), start
     )
     used = jnp.arange(m, dtype=jnp.int32) < growth.step
     padding = jnp.max(jnp.abs(growth.diagonal))  # decoupled, without a share of the gradient, and not the lowest
@@ -102,19 +101,20 @@ def solve_krylov_region(krylov: KrylovModel, radius: Scalar) -> RegionStep:
     return inner._replace(step=jnp.matmul(inner.step, krylov.basis, precision="highest"))
 
 
-def _grow(growth: _Growth, product: VectorMap, tolerance: Scalar, radius: Scalar, complete: bool) -> _Growth:
+def _grow(growth: _Growth, product: VectorMap, tolerance: Scalar, radius: Scalar) -> _Growth:
     """One step of Lanczos, and of what conjugate gradients would make of it."""
     i, coupling = growth.step, norm(growth.rest)
+    complete = len(growth.basis) == growth.rest.size  # room for the whole space
     row = growth.rest / coupling
     image = product(row)
     alpha = jnp.vdot(row, image, precision="highest")
     basis = growth.basis.at[i].set(row)
     size = jnp.maximum(growth.size, norm(image))
     before = jnp.where(i > 0, coupling, 0)
-    if len(basis) < row.size:  # less than the whole space
-        rest = image - alpha * row - before * basis[jnp.maximum(i - 1, 0)]
-    else:
+    if complete:
         rest = orthogonal_to(basis, image[None])[0]
+    else:
+        rest = image - alpha * row - before * basis[jnp.maximum(i - 1, 0)]
     beta = norm(rest)
     walk = _walk_on(growth.walk, alpha, before, beta, radius)
 

@@ -128,19 +128,6 @@ def stepper(
     return advance
 
 
-def vary_like(x0: Tree, loop: Tree) -> Tree:
-    """The loop, made to vary over the axes of ``shard_map`` over which the start varies; elsewhere the loop as it is.
-
-    What is counted in a step varies as the step does, and a compiled loop wants the types of the end at the start.
-    """
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return loop
-    never = False
-    for leaf in jax.tree.leaves(x0):
-        never = never | (jnp.any(leaf != leaf) & False)  # varies as the leaf does
-    return jax.tree.map(lambda leaf: jnp.where(never, leaf, leaf), loop)
-
-
 def start_loop(
     value_fn: Callable[[Tree], Any], x0: Tree, limits: Limits, transformation: optax.GradientTransformation
 ) -> Loop:

@@ -15,10 +15,11 @@ from curvature._types import MinimizeResult, Objective, Tree
 from curvature.optimizers._bounded import Resolved, resolve_bounded, start_within
 from curvature.optimizers._bounds import Box, box_of, rest_on_bounds
 from curvature.optimizers._implicit import implicit_minimizer, lift_objective
-from curvature.optimizers._loop import Limits, MinimizeStep, Point, is_running, start_loop, stepper, vary_like
+from curvature.optimizers._loop import Limits, MinimizeStep, Point, is_running, start_loop, stepper
 from curvature.optimizers._methods import DENSE_ENTRIES, Method, resolve
 from curvature.optimizers._programs import compiled
 from curvature.optimizers._progress import close, start_watch
+from curvature.transforms._accumulate import vary_like
 from curvature.transforms._modes import num_entries
 
 
@@ -191,7 +192,8 @@ def _run(
     transformation, x0 = start_within(walls, method, x0)
     advance = stepper(value_fn, args, limits, transformation, hessian, callback, walls)
     start = start_loop(value_fn, x0, limits, transformation)
-    start = vary_like(x0, start._replace(watch=start_watch(limits.gtol, history_length, progress)))
+    start = start._replace(watch=start_watch(limits.gtol, history_length, progress))
+    start = vary_like(start, x0)  # what is counted in a step varies as the step does, and so from the start
     loop = jax.lax.while_loop(is_running, advance, start)
     best, watch = loop.best, loop.watch
     close(watch, loop.num_steps, best.value, best.grad_norm, loop.tolerance)
