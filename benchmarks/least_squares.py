@@ -45,26 +45,36 @@ def ours(problem: Problem) -> Callable[[np.ndarray], Outcome]:
     return solve
 
 
-def scipy_lm(problem: Problem) -> Callable[[np.ndarray], Outcome]:
-    """MINPACK by way of SciPy, its variables scaled, residuals and Jacobian compiled, run to the end of precision."""
+def minpack(residuals: Callable[..., Any], jacobian: Callable[..., Any], x0: np.ndarray, *args: Any) -> Any:
+    """MINPACK by way of SciPy, its variables scaled, run to the end of precision; None if it cannot start.
+
+    Both functions take the variables and ``args``, and are compiled.
+    """
     import scipy.optimize
 
+    try:
+        return scipy.optimize.least_squares(
+            lambda x: np.asarray(residuals(x, *args)),
+            x0,
+            jac=lambda x: np.asarray(jacobian(x, *args)),
+            method="lm",
+            x_scale="jac",
+            ftol=1e-15,
+            xtol=1e-15,
+            gtol=1e-15,
+            max_nfev=2 * MAX_STEPS,
+        )
+    except ValueError:  # residuals that are not finite at the start
+        return None
+
+
+def scipy_lm(problem: Problem) -> Callable[[np.ndarray], Outcome]:
+    """MINPACK on compiled residuals."""
     residuals, jacobian = jax.jit(problem.residuals), jax.jit(jax.jacfwd(problem.residuals))
 
     def solve(x0: np.ndarray) -> Outcome:
-        try:
-            fit = scipy.optimize.least_squares(
-                lambda x: np.asarray(residuals(x)),
-                x0,
-                jac=lambda x: np.asarray(jacobian(x)),
-                method="lm",
-                x_scale="jac",
-                ftol=1e-15,
-                xtol=1e-15,
-                gtol=1e-15,
-                max_nfev=2 * MAX_STEPS,
-            )
-        except ValueError:  # residuals that are not finite at the start
+        fit = minpack(residuals, jacobian, x0)
+        if fit is None:
             return Outcome(math.nan, False, 0)
         return Outcome(2 * float(fit.cost), bool(fit.success), int(fit.nfev))
 

@@ -16,16 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 from rich.console import Console
 
 import curvature
+from benchmarks.least_squares import MAX_STEPS, minpack
 from benchmarks.timing import console, plain_table
 from curvature import Status
 
 CERTIFIED = 11  # digits
 WANTED = 6  # digits of the parameters
-MAX_STEPS = 1000
 STARTS = ("start 1", "start 2")
 PEER = "SciPy lm"
 EXACT_DATA = "Lanczos1"  # whose sum of squares, 1e-25, is less than rounding leaves in double precision
@@ -238,21 +237,9 @@ def ours(method: str) -> Callable[[Dataset, np.ndarray], Digits]:
 
 
 def scipy_lm(data: Dataset, start: np.ndarray) -> Digits:
-    """MINPACK by way of SciPy, its variables scaled, residuals and Jacobian compiled, run to the end of precision."""
-    residuals, jacobian = COMPILED[data.model]
-    try:
-        found = scipy.optimize.least_squares(
-            lambda b: np.asarray(residuals(b, data.x, data.y)),
-            start,
-            jac=lambda b: np.asarray(jacobian(b, data.x, data.y)),
-            method="lm",
-            x_scale="jac",
-            ftol=1e-15,
-            xtol=1e-15,
-            gtol=1e-15,
-            max_nfev=2 * MAX_STEPS,
-        )
-    except ValueError:  # residuals that are not finite at the start
+    """MINPACK on compiled residuals, with the standard deviations that its Jacobian gives."""
+    found = minpack(*COMPILED[data.model], start, data.x, data.y)
+    if found is None:
         return Digits(False, 0, 0.0, 0.0, 0.0)
     scale = np.linalg.norm(found.jac, axis=0)
     inverse = np.linalg.pinv(found.jac / np.where(scale > 0, scale, 1))

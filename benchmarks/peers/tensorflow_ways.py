@@ -60,16 +60,20 @@ EXECUTIONS: dict[str, Callable[[TensorFlow, Function], Function]] = {
 }
 
 
-def gradient(tf: TensorFlow, fun: Function) -> Function:
-    """One tape."""
+def by_one_tape(derivative: str, tf: TensorFlow, fun: Function) -> Function:
+    """A tape around the function, and its ``gradient``, or its ``jacobian``: reverse mode, vectorized."""
 
     def by_tape(x: Any, v: Any = None) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(x)
             value = fun(x)
-        return tape.gradient(value, x)
+        return getattr(tape, derivative)(value, x)
 
     return by_tape
+
+
+gradient = functools.partial(by_one_tape, "gradient")
+jacobian = functools.partial(by_one_tape, "jacobian")
 
 
 def forward_over_reverse(tf: TensorFlow, fun: Function) -> Function:
@@ -108,18 +112,6 @@ def one_tape(tf: TensorFlow, fun: Function) -> Function:
         return tf.stack([tape.gradient(found, x, output_gradients=vs[i]) for i in range(PRODUCTS)])
 
     return products
-
-
-def jacobian(tf: TensorFlow, fun: Function) -> Function:
-    """``tape.jacobian``: reverse mode, vectorized."""
-
-    def by_tape(x: Any, v: Any = None) -> Any:
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            value = fun(x)
-        return tape.jacobian(value, x)
-
-    return by_tape
 
 
 WAYS: dict[str, dict[str, Way]] = {
