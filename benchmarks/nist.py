@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 import curvature
-from benchmarks.least_squares import MAX_STEPS, minpack
+from benchmarks.least_squares import minpack
 from benchmarks.timing import console, plain_table
 from curvature import Status
 

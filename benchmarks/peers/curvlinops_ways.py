@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks import peers
 from benchmarks.cases import Contestant, Task
 from benchmarks.networks import Network
-from benchmarks.peers import jax_ways, operations
+from benchmarks.peers import jax_ways, operations, torch_ways
 
 Arrays = Mapping[str, np.ndarray]
 KRONECKER = ("expand", "reduce", "ekfac")
@@ -26,9 +26,7 @@ def contestant(network: Network, dtype: str, what: str, num_samples: int = 1) ->
     modular = what in KRONECKER
 
     def make() -> Task:
-        import torch
-
-        torch.set_num_threads(peers.num_cores())
+        torch = torch_ways.library(peers.num_cores())
         op = operator(network, dtype, what, num_samples)
         v = jax_ways.direction(network.model)
         leaves = leaves_for_module(network, v) if modular else list(v.values())

@@ -7,6 +7,7 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks.cases import Contestant, Task
+from benchmarks.peers import torch_ways
 
 Formula = Callable[..., Any]  # of a module of array operations, a point and parameters
 
@@ -16,9 +17,7 @@ def contestants(formula: Formula, points: np.ndarray, params: Mapping[str, np.nd
 
     def maker(way: Callable[[Callable[[Any], Any], Any], Any]) -> Callable[[], Task]:
         def make() -> Task:
-            import torch
-
-            torch.set_num_threads(peers.num_cores())
+            torch = torch_ways.library(peers.num_cores())
             x, p = torch.as_tensor(points), {name: torch.as_tensor(value) for name, value in params.items()}
 
             def run() -> Any:

@@ -8,14 +8,12 @@ import numpy as np
 from benchmarks import peers
 from benchmarks.cases import Contestant, Task
 from benchmarks.models import Model
-from benchmarks.peers import operations
+from benchmarks.peers import operations, torch_ways
 
 
 def tensors(model: Model, dtype: str) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """The parameters by name and the batch; integers stay what they are."""
-    import torch
-
-    torch.set_num_threads(peers.num_cores())
+    torch = torch_ways.library(peers.num_cores())
     params = {name: torch.as_tensor(value, dtype=getattr(torch, dtype)) for name, value in model.params().items()}
     batch = tuple(
         torch.as_tensor(a, dtype=getattr(torch, dtype) if np.issubdtype(a.dtype, np.floating) else torch.int64)
