@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature.linalg._dense import QuadraticModel, RegionStep, factor_model, norm, solve_region
-from curvature.linalg._lanczos import orthogonal_to
 from curvature.linalg._system import Scalar, Vector, VectorMap
 
-_MAX_BASIS = 100  # our own limit of memory and orthogonalization
+MAX_BASIS = 100  # our own limit of memory and orthogonalization
 _LOST = 100  # roundings, below which what orthogonalization leaves of a vector is noise
 
 
@@ -58,16 +57,13 @@ def krylov_model(
     minimizer on the boundary: Gould, Lucidi, Roma and Toint (1999), doi:10.1137/S1052623497322735. The entries of
     ``gradient`` are of order 1.
 
-    Up to 100 entries all of the basis is kept orthonormal and has room for all there is to find, and the space grows
-    until rounding ends it: a residual that is small along stiff directions says nothing of the soft ones, and to leave
-    those out ends badly conditioned objectives on a plateau. Beyond, a row is orthogonal to the two before it and to
-    rounding no more, as in conjugate gradients: they need no more, and all else would cost many times the products.
+    A row is orthogonal to the two before it and to rounding no more, as in conjugate gradients: they need no more, and
+    all else would cost many times the products.
 
-    Cost: a product and about 8 m n FLOPs a step, or 5 n beyond 100 entries; then one eigendecomposition of size
-        m = min(n, 100); memory m n.
+    Cost: a product and about 5 n FLOPs a step; then one eigendecomposition of size m = min(n, 100); memory m n.
     """
     example = jnp.zeros_like(gradient)
-    m = min(gradient.size, _MAX_BASIS)
+    m = min(gradient.size, MAX_BASIS)
     rows = jnp.broadcast_to(example, (m, gradient.size))
     size = norm(gradient)
     zero, none = jnp.zeros_like(size), jnp.zeros_like(size, jnp.int32)
@@ -90,7 +86,7 @@ def krylov_model(
     off_diagonal = growth.off_diagonal[1:]
     T = jnp.diag(jnp.where(used, growth.diagonal, padding)) + jnp.diag(off_diagonal, 1) + jnp.diag(off_diagonal, -1)
     model = factor_model(T, jnp.zeros_like(rows[:, 0]).at[0].set(size))
-    full = (growth.step == m) & (m < gradient.size) & (m < max_steps)
+    full = (growth.step == m) & (m < max_steps)
     too_small = full & ~growth.walk.outside & (growth.walk.residual > tolerance)
     return KrylovModel(growth.basis, model, growth.step, too_small)
 
@@ -104,25 +100,21 @@ def solve_krylov_region(krylov: KrylovModel, radius: Scalar) -> RegionStep:
 def _grow(growth: _Growth, product: VectorMap, tolerance: Scalar, radius: Scalar) -> _Growth:
     """One step of Lanczos, and of what conjugate gradients would make of it."""
     i, coupling = growth.step, norm(growth.rest)
-    complete = len(growth.basis) == growth.rest.size  # room for the whole space
     row = growth.rest / coupling
     image = product(row)
     alpha = jnp.vdot(row, image, precision="highest")
     basis = growth.basis.at[i].set(row)
     size = jnp.maximum(growth.size, norm(image))
     before = jnp.where(i > 0, coupling, 0)
-    if complete:
-        rest = orthogonal_to(basis, image[None])[0]
-    else:
-        rest = image - alpha * row - before * basis[jnp.maximum(i - 1, 0)]
+    rest = image - alpha * row - before * basis[jnp.maximum(i - 1, 0)]
     beta = norm(rest)
     walk = _walk_on(growth.walk, alpha, before, beta, radius)
 
     step = i + 1
     leaves = walk.outside & ~growth.walk.outside
-    limit = jnp.where(leaves & (not complete), jnp.minimum(growth.limit, 2 * step + 8), growth.limit)
+    limit = jnp.where(leaves, jnp.minimum(growth.limit, 2 * step + 8), growth.limit)
     exhausted = ~(beta > _LOST * jnp.finfo(rest.dtype).eps * size)
-    solved = ~walk.outside & (walk.residual <= tolerance) & (not complete)
+    solved = ~walk.outside & (walk.residual <= tolerance)
     return _Growth(
         basis=basis,
         diagonal=growth.diagonal.at[i].set(alpha),

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -24,7 +25,8 @@ from curvature.transforms._compositions import linearize_program, trace_objectiv
 from curvature.transforms._modes import Program, choose_composition
 
 _PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond rounding, before a method has stalled
-_WINDOW = 100  # steps that together must lower the value by more than their roundings, or halve the gradient
+_WINDOWS = (100, 500)  # steps that together must halve the gradient or lower the value by more than their roundings,
+_ROUNDINGS = 100  # which are so many: in the long window those of the largest value seen
 
 
 class MinimizeStep(NamedTuple):
@@ -60,11 +62,15 @@ class Point(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """The last progress that no luck explains: the value, the smallest gradient, and when."""
+    """The last progress that no luck explains, as each of the two windows has it.
 
-    value: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    num_steps: Int[Array, ""]
+    The value, the smallest gradient, the roundings that count, and when.
+    """
+
+    value: Float[Array, "2"]
+    grad_norm: Float[Array, "2"]
+    noise: Float[Array, "2"]
+    num_steps: Int[Array, "2"]
 
 
 class Loop(NamedTuple):
@@ -137,6 +143,7 @@ def start_loop(
         state = state._replace(stored=Stored(*evaluate("minimize", value_fn, x0)))
     zero = jnp.asarray(0, jnp.int32)
     infinity = jnp.full_like(limits.gtol, jnp.inf)
+    never = jnp.full_like(infinity, jnp.inf, shape=(len(_WINDOWS),))
     return Loop(
         x=x0,
         state=jax.lax.stop_gradient(state),
@@ -144,7 +151,7 @@ def start_loop(
         tolerance=limits.gtol,
         num_steps=zero,
         idle_steps=zero,
-        mark=Mark(infinity, infinity, zero),
+        mark=Mark(never, never, jnp.zeros_like(never), jnp.zeros_like(never, jnp.int32)),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
     )
 
@@ -203,7 +210,8 @@ def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
     Stuck is asked only of methods that descend at every step; others may wander and recover. They are when a row of
     steps lowers neither the value, by more than its rounding, nor the gradient; or when the steps of a longer row lower
     the value by less than a rounding each, and have not halved the gradient: among so many, a lower value now and then
-    is what rounding brings up by itself.
+    is what rounding brings up by itself. In the longest row the roundings are those of the largest value seen: so well
+    is the curvature known along the way that the method has come, and what is left is a valley its model cannot see.
     """
     first = loop.best.value == jnp.inf
     tolerance = loop.tolerance + jnp.where(first, limits.rtol * point.grad_norm, 0)
@@ -220,7 +228,8 @@ def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
 
     status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
     if has_status:
-        stuck = (idle_steps >= _PATIENCE) | (loop.num_steps - mark.num_steps >= _WINDOW)
+        windows = np.array(_WINDOWS, np.int32)
+        stuck = (idle_steps >= _PATIENCE) | jnp.any(loop.num_steps - mark.num_steps >= windows)
         status = jnp.where(stuck, Status.STALLED, status)
     status = jnp.where(finite, status, jnp.where(first, Status.NONFINITE_START, Status.NONFINITE))
     status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
@@ -230,7 +239,9 @@ def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
 def _mark(loop: Loop, point: Point) -> Mark:
     """Here and now, if the way from the last mark is more than rounding could have made."""
     mark = loop.mark
-    lower = point.value < mark.value - _WINDOW * point.noise
+    noise = jnp.maximum(point.noise, mark.noise * np.array([0, 1], mark.noise.dtype))
+    lower = point.value < mark.value - _ROUNDINGS * noise
     flatter = point.grad_norm < mark.grad_norm / 2
-    here = Mark(jnp.minimum(point.value, mark.value), jnp.minimum(point.grad_norm, mark.grad_norm), loop.num_steps)
+    steps = jnp.broadcast_to(loop.num_steps, mark.num_steps.shape)
+    here = Mark(jnp.minimum(point.value, mark.value), jnp.minimum(point.grad_norm, mark.grad_norm), noise, steps)
     return jax.tree.map(lambda new, old: jnp.where(lower | flatter, new, old), here, mark)

@@ -12,7 +12,7 @@ from curvature import _checks
 from curvature._types import Status, Tree
 from curvature.linalg._dense import RegionStep, factor_model, norm, solve_region
 from curvature.linalg._krylov import truncated_cg
-from curvature.linalg._krylov_model import krylov_model, solve_krylov_region
+from curvature.linalg._krylov_model import MAX_BASIS, krylov_model, solve_krylov_region
 from curvature.optimizers._inexact import Inner, first_norm, inner_solve
 from curvature.optimizers._protocol import (
     MAX_TRIALS,
@@ -96,13 +96,14 @@ def trust_region(
 
     Args:
         subproblem: ``"cg"`` never forms the Hessian: conjugate gradients stopped at the boundary, on negative curvature
-            (which they follow to the boundary), or at a residual that falls with the gradient. ``"gltr"`` does not
-            either, but keeps a basis of the Krylov space, of up to 100 vectors, and minimizes over that on the boundary
-            too, at any radius without further products: what ``minimize`` takes. Where 100 vectors do not reach that
-            residual inside the region, conjugate gradients go on without them. ``"exact"`` forms the Hessian, and
-            solves the subproblem to rounding by one eigendecomposition, the hard case included; variables that curve
-            less than the square root of the rounding unit beside the largest are scaled up to that, so that rounding
-            does not hide them.
+            (which they follow to the boundary), or at a residual that falls with the gradient. ``"gltr"`` keeps a
+            basis of the Krylov space, of up to 100 vectors, and minimizes over that on the boundary too, at any radius
+            without further products: what ``minimize`` takes. Where 100 vectors do not reach that residual inside the
+            region, conjugate gradients go on without them; and up to 100 variables, where they would span the whole
+            space, it is ``"exact"``, unless ``max_inner_steps`` asks for less. ``"exact"`` forms the Hessian, of
+            products that are taken together, and solves the subproblem to rounding by one eigendecomposition, the hard
+            case included; variables that curve less than the square root of the rounding unit beside the largest are
+            scaled up to that, so that rounding does not hide them.
         initial_radius: the radius of the first step, in the units of ``params``; ``None`` is
             ``max(1, norm(params)) / 100``.
         max_inner_steps: the most conjugate gradient steps at one radius; ``None`` is 2 n + 10.
@@ -163,8 +164,13 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
     def step(state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
-        local, d = resolved(local) if subproblem == "exact" else (local, jnp.ones_like(local.x))
-        solver = _solver(subproblem, local, size, first, state.radius, max_inner_steps)
+        spanned = subproblem == "gltr" and local.x.size <= MAX_BASIS and max_inner_steps is None
+        if spanned or subproblem == "exact":
+            local, d = resolved(local)
+            solver = _exact(local)
+        else:
+            d, solve_inexactly = jnp.ones_like(local.x), _gltr if subproblem == "gltr" else steihaug
+            solver = solve_inexactly(local, inner_solve(local, size, first, max_inner_steps), state.radius)
         last = search_radius(local, solver, state.radius, grows=subproblem != "cg")
         accepted = last.ratio >= ACCEPT
         return jnp.where(accepted, last.step / d, 0), state._replace(
@@ -179,17 +185,6 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
 
 
 _build_once = functools.lru_cache(maxsize=64)(_build)  # so that equal settings find the compiled solve again
-
-
-def _solver(
-    subproblem: Subproblem, local: Local, size: Scalar, first: Scalar, radius: Scalar, max_inner_steps: int | None
-) -> Solver:
-    """The solution of the subproblem at any radius; what all radii share is computed here."""
-    if subproblem == "exact":
-        return _exact(local)
-    return (_gltr if subproblem == "gltr" else steihaug)(
-        local, inner_solve(local, size, first, max_inner_steps), radius
-    )
 
 
 def _exact(local: Local) -> Solver:

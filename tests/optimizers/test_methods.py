@@ -181,14 +181,14 @@ def test_the_krylov_model_of_the_whole_space_is_the_exact_one(radius, definite):
     assert got.on_boundary == want.on_boundary
 
 
-def test_a_krylov_space_of_few_entries_is_complete_whatever_the_tolerance():
+def test_a_krylov_subproblem_of_few_variables_is_the_exact_one():
     """A residual of a half says nothing of the directions of low curvature; here they are the whole step."""
-    diagonal, g = jnp.geomspace(1.0, 1e4, 20), jnp.ones(20)
-    krylov = krylov_model(
-        lambda v: diagonal * v, g, jnp.asarray(0.5), jnp.asarray(100, jnp.int32), jnp.asarray(jnp.inf)
-    )
-    assert krylov.num_steps == 20
-    assert_close(solve_krylov_region(krylov, jnp.asarray(1e6)).step, -g / diagonal, roundings=1e8)
+    diagonal, x = jnp.geomspace(1.0, 1e4, 20), jnp.ones(20)
+    fun = lambda x: jnp.vdot(diagonal, x**2) / 2
+    solver = curvature.trust_region("gltr", initial_radius=1e6)
+    step, state = solver.update(diagonal * x, solver.init(x), x, value=fun(x), value_fn=fun)
+    assert_close(step, -x, roundings=1e6)
+    assert state.num_inner_steps == 0
 
 
 def test_the_krylov_space_stops_where_the_model_is_good_enough():
@@ -225,3 +225,13 @@ def test_steps_that_bring_less_than_rounding_each_end(share, status, steps):
     fun = lambda x: 1 + 1e-30 * x**2
     result = curvature.minimize(fun, 1.0, method=drift, gtol=0, max_steps=300)
     assert (result.status, result.num_steps) == (status, steps)
+
+
+@pytest.mark.parametrize(("start", "status"), [(1e16, Status.STALLED), (0.0, Status.MAX_STEPS)])
+def test_five_hundred_steps_below_the_rounding_of_the_first_value_end(start, status):
+    """The value falls by 1 a step, after a first one of 1e16: 500 steps are less than a hundred roundings of that."""
+    update = lambda updates, state, x, **extra: (jnp.ones_like(x), state)
+    drift = WithStatus(lambda x: Drift(jnp.asarray(Status.RUNNING, jnp.int32)), update)
+    fun = lambda x: jnp.where(x == 0, start, 0.0) - x
+    result = curvature.minimize(fun, 0.0, method=drift, gtol=0, max_steps=600)
+    assert (result.status, result.num_steps) == (status, 501 if status == Status.STALLED else 600)
