@@ -1,8 +1,10 @@
 """What a suite is made of: races between contestants whose answers are checked, and studies that measure by themselves.
 
 A suite is a module of ``benchmarks.suites`` with a ``TITLE``, a ``QUESTION``, ``cases(choice)``, and, where it draws or
-concludes something, ``plots(outcomes)`` and ``findings(outcomes)``. Everything that leaves a case is an ``Outcome`` of
-plain numbers and strings: it goes into ``results.json``, and all that the report shows is made from there.
+concludes something, ``plots(outcomes)`` and ``findings(outcomes)``. ``REASONS`` has, by the beginnings of a case's id
+and of a row's name, why ours is behind that row; it is told only where it is. Everything that leaves a case is an
+``Outcome`` of plain numbers and strings: it goes into ``results.json``, and all that the report shows is made from
+there.
 """
 
 import dataclasses

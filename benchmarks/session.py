@@ -114,10 +114,6 @@ def go(screen: Console, found: Results, chosen: list[tuple[str, Case]], choice: 
                TextColumn("{task.description}"))  # fmt: skip
     with Progress(*columns, console=screen, transient=True) as progress:
         task = progress.add_task("", total=len(chosen), completed=len(chosen) - len(todo), suite="")
-        if choice.dtype not in found.rates:
-            progress.update(task, description="measuring the machine")
-            with jax.enable_x64(choice.dtype == "float64"):
-                found.rates[choice.dtype] = machine.rates(choice.dtype, choice.device)
         for suite, case in todo:
 
             def say(line: str, title: str = case.title) -> None:
@@ -125,8 +121,11 @@ def go(screen: Console, found: Results, chosen: list[tuple[str, Case]], choice: 
 
             progress.update(task, suite=suite)
             say("starting")
-            double = getattr(SUITES[suite], "DTYPE", choice.dtype) == "float64"
-            with jax.enable_x64(double):
+            dtype = getattr(SUITES[suite], "DTYPE", choice.dtype)
+            with jax.enable_x64(dtype == "float64"):
+                if dtype not in found.rates:
+                    say("measuring the machine")
+                    found.rates[dtype] = machine.rates(dtype, choice.device)
                 found.outcomes[case.id] = outcome = runner.run(case, say)
             found.save(file)
             progress.advance(task)

@@ -74,7 +74,15 @@ class Behind:
             if program and program == self.peer.metrics.get("program")
             else []
         )
-        return "; ".join(dict.fromkeys([*same, *(row.note for row in (self.ours, self.peer) if row.note)]))
+        notes = [row.note for row in (self.ours, self.peer) if row.note]
+        return "; ".join(dict.fromkeys([*same, *([] if same else self._reasons()), *notes]))
+
+    def _reasons(self) -> list[str]:
+        """What the suite says of the cases whose ids begin so, against rows whose names begin so."""
+        reasons = getattr(suites.SUITES.get(self.id.split("/")[0]), "REASONS", {})
+        return [
+            why for (case, row), why in reasons.items() if self.id.startswith(case) and self.peer.name.startswith(row)
+        ]
 
 
 def behind(outcomes: Mapping[str, Outcome]) -> list[Behind]:

@@ -223,3 +223,11 @@ def test_labels_of_ends_do_not_overlap():
 def test_a_line_with_gaps_is_drawn():
     line = Line("curvature.hvp", [1.0, 2.0, 3.0], [None, 1.0, float("nan")])
     assert plots.draw(Plot("gaps", "Gaps", "n", "ms", [line])) is not None
+
+
+def test_a_suite_tells_why_it_is_behind_only_where_it_is(monkeypatch):
+    reasons = {("toy/trouble", "jax"): "a hand knows better", ("toy/trouble", "autograd"): "never told"}
+    monkeypatch.setattr(made_up.SUITE, "REASONS", reasons, raising=False)
+    monkeypatch.setitem(SUITES, "toy", made_up.SUITE)
+    notes = [entry.note for entry in facts.behind(made_up.results().outcomes)]
+    assert notes == ["a hand knows better; gives up a factor of two for symmetry"]
