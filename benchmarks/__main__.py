@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import peers
+from benchmarks import crashes, peers
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,8 +35,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what was asked for; 1 if an answer of ours was wrong."""
+    """Run what was asked for, in a process that may be lost; 1 if an answer of ours was wrong."""
     options = parse(arguments)
+    if not crashes.is_child():
+        return crashes.watch(sys.argv[1:] if arguments is None else arguments, options.output)
     peers.pin_threads(options.threads)
     os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if options.device == "gpu" else "cpu")
     from benchmarks import session  # imports jax, which counts the cores when it starts

@@ -1,5 +1,6 @@
 """Runs cases: holds each answer against the reference, then lets those that are right take turns."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks.cases import OURS, Case, Claim, Contestant, Outcome, Race, Row
+from benchmarks.crashes import Journal
 from benchmarks.timing import Row as Timing
 from benchmarks.timing import first_line, measure, prepare
 
@@ -17,11 +19,11 @@ Report = Callable[[str], Any]
 RIGHT = ("ok", "floor")
 
 
-def run(case: Case, report: Report) -> Outcome:
+def run(case: Case, report: Report, journal: Journal) -> Outcome:
     """What comes of a case; an exception of a whole study is an outcome as well."""
     start = time.perf_counter()
     try:
-        outcome = race(case, report) if isinstance(case, Race) else case.run(report)
+        outcome = race(case, report, journal) if isinstance(case, Race) else case.run(report)
     except Exception as error:
         outcome = Outcome(claims=[Claim(f"did not run: {first_line(error)}", holds=False, correctness=True)])
     outcome.title, outcome.model, outcome.sizes = case.title, case.model, dict(case.sizes)
@@ -29,7 +31,7 @@ def run(case: Case, report: Report) -> Outcome:
     return outcome
 
 
-def race(case: Race, report: Report) -> Outcome:
+def race(case: Race, report: Report, journal: Journal | None = None) -> Outcome:
     """Prepare, check, time; a row for every contestant, whatever became of it."""
     reference = arrays(case.reference())
     contestants = list(case.contestants())
@@ -43,7 +45,8 @@ def race(case: Race, report: Report) -> Outcome:
             row.status, row.note = "absent", f"{contestant.peer} is not installed"
             continue
         try:
-            timings[contestant.name], call, answer = start(contestant)
+            with journal.starting(case.id, contestant.name) if journal else contextlib.nullcontext():
+                timings[contestant.name], call, answer = start(contestant)
             if contestant.floor:
                 row.status = "floor"
             else:

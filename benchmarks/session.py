@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import machine, report, results, runner
 from benchmarks.cases import Case, Choice
+from benchmarks.crashes import Journal
 from benchmarks.results import Results
 from benchmarks.suites import SUITES
 from benchmarks.timing import console
@@ -30,9 +31,11 @@ def run(options: argparse.Namespace) -> int:
             for _, case in chosen:
                 screen.print(f"{case.id:56} {case.title}", soft_wrap=True)
             return 0
-        found = begin(file, choice, options.suite, fresh=options.fresh)
+        found, journal = begin(file, choice, options.suite, fresh=options.fresh), Journal(options.output)
+        if options.fresh:
+            journal.forget()
         try:
-            go(screen, found, chosen, choice, file)
+            go(screen, found, chosen, choice, file, journal)
         except KeyboardInterrupt:
             return interrupted(screen, found, chosen, file)
     report.write(found, options.output, old, screen)
@@ -105,7 +108,9 @@ def begin(file: Path, choice: Choice, suites: list[str] | None, *, fresh: bool) 
     return new
 
 
-def go(screen: Console, found: Results, chosen: list[tuple[str, Case]], choice: Choice, file: Path) -> None:
+def go(
+    screen: Console, found: Results, chosen: list[tuple[str, Case]], choice: Choice, file: Path, journal: Journal
+) -> None:
     """Run the cases without an outcome, one after the other."""
     todo = [(suite, case) for suite, case in chosen if case.id not in found.outcomes]
     if len(todo) < len(chosen):
@@ -126,7 +131,7 @@ def go(screen: Console, found: Results, chosen: list[tuple[str, Case]], choice: 
                 if dtype not in found.rates:
                     say("measuring the machine")
                     found.rates[dtype] = machine.rates(dtype, choice.device)
-                found.outcomes[case.id] = outcome = runner.run(case, say)
+                found.outcomes[case.id] = outcome = runner.run(case, say, journal)
             found.save(file)
             progress.advance(task)
             for line in report.short_lines(case.id, outcome):
@@ -134,3 +139,4 @@ def go(screen: Console, found: Results, chosen: list[tuple[str, Case]], choice: 
             jax.clear_caches()
     found.complete = True
     found.save(file)
+    journal.forget()
