@@ -27,6 +27,7 @@ from curvature.transforms._modes import Program, choose_composition
 _PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond rounding, before a method has stalled
 _WINDOWS = (100, 500)  # steps that together must halve the gradient or lower the value by more than their roundings,
 _ROUNDINGS = 100  # which are so many: in the long window those of the largest value seen
+_SHARES = (10, 2)  # of all steps taken, the windows of a long solve: slow convergence is none the less convergence
 
 
 class MinimizeStep(NamedTuple):
@@ -228,7 +229,7 @@ def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
 
     status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
     if has_status:
-        windows = np.array(_WINDOWS, np.int32)
+        windows = jnp.maximum(np.array(_WINDOWS, np.int32), loop.num_steps // np.array(_SHARES, np.int32))
         stuck = (idle_steps >= _PATIENCE) | jnp.any(loop.num_steps - mark.num_steps >= windows)
         status = jnp.where(stuck, Status.STALLED, status)
     status = jnp.where(finite, status, jnp.where(first, Status.NONFINITE_START, Status.NONFINITE))

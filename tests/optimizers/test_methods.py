@@ -227,6 +227,14 @@ def test_steps_that_bring_less_than_rounding_each_end(share, status, steps):
     assert (result.status, result.num_steps) == (status, steps)
 
 
+def test_a_long_solve_is_given_time_in_proportion():
+    """The gradient falls as the eighth power of the steps taken: it halves in a twelfth of them again."""
+    update = lambda updates, state, x, **extra: ((x ** (-1 / 8) + 1) ** -8 - x, state)
+    slow = WithStatus(lambda x: Drift(jnp.asarray(Status.RUNNING, jnp.int32)), update)
+    result = curvature.minimize(lambda x: 1 + 1e-30 * x**2, 1.0, method=slow, gtol=0, max_steps=5_000)
+    assert (result.status, result.num_steps) == (Status.MAX_STEPS, 5_000)
+
+
 @pytest.mark.parametrize(("start", "status"), [(1e16, Status.STALLED), (0.0, Status.MAX_STEPS)])
 def test_five_hundred_steps_below_the_rounding_of_the_first_value_end(start, status):
     """The value falls by 1 a step, after a first one of 1e16: 500 steps are less than a hundred roundings of that."""
