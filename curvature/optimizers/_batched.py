@@ -17,6 +17,7 @@ from curvature.optimizers._loop import Limits, Loop, is_running, start_loop, ste
 from curvature.optimizers._methods import Method, resolve
 from curvature.optimizers._minimize import limits_of
 from curvature.optimizers._programs import compiled
+from curvature.optimizers._progress import Watch
 
 _BLOCK = 5  # steps between two looks at who has finished: ours, by benchmarks/batched.py
 _LEAST = 16  # so few lanes cost about what one does
@@ -148,7 +149,7 @@ def _start(
 
     def start(x0: Tree, mapped: list[Array]) -> Loop:
         args = _args_of(layout, mapped, data.shared)
-        return start_loop(lambda x: fun(x, *args), x0, limits, transformation)
+        return start_loop(lambda x: fun(x, *args), x0, limits, transformation, Watch())
 
     return jax.vmap(start)(x0, data.mapped)
 

@@ -26,22 +26,26 @@ _MOST_GROWTH = 0.5  # the power of 1 / eps to which scales may add up: beyond, t
 
 
 class Pairs(NamedTuple):
-    """The last steps ``s`` and gradient changes ``y``, and their inner products, in the places of a ring.
+    """The last steps ``s`` and gradient changes ``y`` in the places of a ring, with what products with them need.
 
     Attributes:
         steps: a step in each row; the newest stands at ``(count - 1) % m``.
         changes: the change of the gradient over each step.
-        sy: ``s_i' y_j``.
+        inverse: of the matrix of the ``s_i' y_j`` whose pair i is no later than j; zero where there is no pair.
         yy: ``y_i' y_j``.
-        scales: by how much each update scaled down the curvature that was known before it.
+        sy: ``s_i' y_i``.
+        growth: the logarithm of how much later updates scaled down the curvature that was known before them.
+        gamma: ``s' y / y' y`` of the newest pair: the inverse curvature along what no pair knows.
         count: how many pairs were written since the memory was last empty.
     """
 
     steps: Float[Array, "m n"]
     changes: Float[Array, "m n"]
-    sy: Float[Array, "m m"]
+    inverse: Float[Array, "m m"]
     yy: Float[Array, "m m"]
-    scales: Float[Array, " m"]
+    sy: Float[Array, " m"]
+    growth: Float[Array, " m"]
+    gamma: Float[Array, ""]
     count: Int[Array, ""]
 
 
@@ -68,11 +72,11 @@ def lbfgs(memory_size: int = 20) -> FirstOrder:
     """L-BFGS: an optax transformation for smooth objectives of any size; gradients only.
 
     The direction is ``-H g`` with the inverse Hessian that the last m updates make of ``(y's / y'y) I``, in compact
-    form: a few products with the memory and two triangular solves of size m. The updates are those of the self-scaled
-    BFGS method: where a step shows less curvature than the memory had along it, ``tau = y's / s'Bs < 1``, all that was
-    known before is scaled down by ``tau``. The memory is a ring: a step writes one row. The line search satisfies the
-    strong Wolfe conditions, or, where rounding hides the value, decides by the slope, so that single precision ends by
-    its gradient. When it fails, the memory is emptied. Nothing depends on the scale of the objective.
+    form: two passes over the memory, and three products with matrices of its size m. The updates are those of the
+    self-scaled BFGS method: where a step shows less curvature than the memory had along it, ``tau = y's / s'Bs < 1``,
+    all that was known before is scaled down by ``tau``. The memory is a ring: a step writes one row. The line search
+    satisfies the strong Wolfe conditions, or, where rounding hides the value, decides by the slope, so that single
+    precision ends by its gradient. When it fails, the memory is emptied. Nothing depends on the scale of the objective.
 
     Use it where ``optax.lbfgs()`` stands; ``optax.value_and_grad_from_state`` finds value and gradient in the state.
 
@@ -85,7 +89,7 @@ def lbfgs(memory_size: int = 20) -> FirstOrder:
     Raises:
         ValueError: when ``memory_size`` is not a positive integer; from ``update`` when an argument is missing.
 
-    Cost: for each update one value and gradient at each trial, mostly one, and about 8 m n FLOPs; memory for 2 m n
+    Cost: for each update one value and gradient at each trial, mostly one, and about 12 m n FLOPs; memory for 2 m n
         numbers.
 
     Example:
@@ -111,10 +115,9 @@ def lbfgs(memory_size: int = 20) -> FirstOrder:
 
 
 def _init(memory_size: int, x: Vector, params: Tree) -> LBFGSState:
-    zero, rows = jnp.asarray(0, jnp.int32), jnp.zeros((memory_size, x.size), x.dtype)
-    products = jnp.zeros((memory_size, memory_size), x.dtype)
+    zero = jnp.asarray(0, jnp.int32)
     return LBFGSState(
-        pairs=Pairs(rows, rows, products, products, jnp.ones_like(products[0]), zero),
+        pairs=no_pairs(memory_size, x.size, x.dtype),
         step_size=jnp.asarray(0, x.dtype),
         num_trials=zero,
         status=jnp.asarray(Status.RUNNING, jnp.int32),
@@ -135,26 +138,48 @@ def _step(state: LBFGSState, local: Slope) -> tuple[Vector, Scalar, Vector, LBFG
     return found.step, found.value, found.grad, state
 
 
+def no_pairs(memory_size: int, size: int, dtype: jnp.dtype) -> Pairs:
+    rows, products = jnp.zeros((memory_size, size), dtype), jnp.zeros((memory_size, memory_size), dtype)
+    numbers, one, zero = products[0], jnp.asarray(1, dtype), jnp.asarray(0, jnp.int32)
+    return Pairs(rows, rows, products, products, numbers, numbers, one, zero)
+
+
 def remember(pairs: Pairs, step: Vector, change: Vector, expected: Scalar) -> Pairs:
     """Write a pair over the oldest one, unless it shows no positive curvature.
 
-    ``expected`` is the curvature ``s'Bs`` that the memory had along the step.
+    ``expected`` is the curvature ``s'Bs`` that the memory had along the step. The triangle ``[[R, c], [0, d]]`` of
+    inner products has the inverse ``[[R^-1, -R^-1 c / d], [0, 1 / d]]``, and without its first row and column the
+    inverse is that of the rest: so the inverse too is written in the place of the oldest pair, and never solved for.
     """
-    place = pairs.count % len(pairs.steps)
+    most = len(pairs.sy)
+    place = pairs.count % most
+    here = jnp.arange(most, dtype=jnp.int32) == place
+    known = ~here & (pairs.count > 0)
     curvature = jnp.vdot(step, change, precision="highest")
     useful = curvature > jnp.finfo(step.dtype).eps * norm(step) * norm(change)
-    scales = (pairs.count > 0) & (curvature < expected)
-    scale = jnp.where(scales, curvature / jnp.where(scales, expected, 1), 1)
 
     def write(rows: Array, row: Array) -> Array:  # what is no use leaves the row as it is, without a copy of the others
         old = jax.lax.dynamic_index_in_dim(rows, place, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(useful, row, old), place, 0)
 
     steps, changes = write(pairs.steps, step), write(pairs.changes, change)
-    sy = write(write(pairs.sy, _matvec(changes, step)).T, _matvec(steps, change)).T
-    yy = _matvec(changes, change)
-    yy = write(write(pairs.yy, yy).T, yy)
-    return Pairs(steps, changes, sy, yy, write(pairs.scales, scale), pairs.count + useful.astype(jnp.int32))
+    sy, yy = _product(steps, change), _product(changes, change)
+    inverse = jnp.where(known[:, None] & known[None, :], pairs.inverse, 0)
+    column = jnp.where(here, 1, -_product(inverse, sy)) / curvature
+    scales = (pairs.count > 0) & (curvature < expected)
+    growth = jnp.where(scales, jnp.log(jnp.where(scales, expected, 1) / curvature), 0)
+    written = Pairs(
+        steps=steps,
+        changes=changes,
+        inverse=jnp.where(here[None, :], column[:, None], inverse),
+        yy=jnp.where(here[None, :], yy[:, None], jnp.where(here[:, None], yy[None, :], pairs.yy)),
+        sy=jnp.where(here, curvature, pairs.sy),
+        growth=jnp.where(here, 0, pairs.growth + growth),
+        gamma=curvature / yy[place],
+        count=pairs.count + 1,
+    )
+    kept = pairs._replace(steps=steps, changes=changes)
+    return jax.tree.map(lambda new, old: jnp.where(useful, new, old), written, kept)
 
 
 def inverse_product(pairs: Pairs, vector: Vector) -> Vector:
@@ -164,29 +189,15 @@ def inverse_product(pairs: Pairs, vector: Vector) -> Vector:
 
         H = gamma (I - S R^-T Y') (I - Y R^-1 S') + S R^-T diag(c) D R^-1 S'
     """
-    most = len(pairs.steps)
-    order = jnp.arange(most, dtype=jnp.int32)
-    age = (pairs.count - 1 - order) % most  # 0 is the newest
-    known = age < pairs.count
-    both = known[:, None] & known[None, :]
-    diagonal = jnp.where(known, jnp.diagonal(pairs.sy), 1)
-    newest = (pairs.count - 1) % most
-    gamma = jnp.where(pairs.count > 0, pairs.sy[newest, newest] / pairs.yy[newest, newest], 1)
-    later = both & (age[None, :] < age[:, None])  # the column is later than the row
-    growth = jnp.where(later, -jnp.log(pairs.scales)[None, :], 0).sum(axis=1)
-    growth = jnp.exp(jnp.minimum(growth, -_MOST_GROWTH * jnp.log(jnp.finfo(growth.dtype).eps)))
-    chronological = (pairs.count + order) % most  # the places from the oldest, of age m - 1, to the newest
-    R = (jnp.where(later, pairs.sy, 0) + jnp.diag(diagonal))[chronological][:, chronological]
-
-    def solve(rhs: Array, transposed: int) -> Array:
-        solution = jax.scipy.linalg.solve_triangular(R, rhs[chronological], trans=transposed)
-        return jnp.where(known, solution[most - 1 - age], 0)
-
-    q = solve(jnp.where(known, _matvec(pairs.steps, vector), 0), 0)
-    projected = _matvec(jnp.where(both, pairs.yy, 0), q) - _matvec(pairs.changes, vector)
-    p = solve(jnp.where(known, growth * diagonal * q + gamma * projected, 0), 1)
-    return gamma * vector + _matvec(pairs.steps.T, p) - gamma * _matvec(pairs.changes.T, q)
+    most = -_MOST_GROWTH * jnp.log(jnp.finfo(vector.dtype).eps)
+    growth = jnp.exp(jnp.minimum(pairs.growth, most))
+    inverse = jnp.where(pairs.count > 0, pairs.inverse, 0)
+    gamma = jnp.where(pairs.count > 0, pairs.gamma, 1)
+    q = _product(inverse, _product(pairs.steps, vector))
+    projected = _product(pairs.yy, q) - _product(pairs.changes, vector)
+    p = _product(growth * pairs.sy * q + gamma * projected, inverse)
+    return gamma * vector + _product(p, pairs.steps) - gamma * _product(q, pairs.changes)
 
 
-def _matvec(matrix: Array, vector: Array) -> Array:
-    return jnp.matmul(matrix, vector, precision="highest")
+def _product(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision="highest")

@@ -1,5 +1,6 @@
 """The loop that drives any optax transformation: evaluate, judge, step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -102,59 +103,93 @@ def stepper(
     callback: Callable[[MinimizeStep], None] | None = None,
     box: Box | None = None,
 ) -> Callable[[Loop], Loop]:
-    """The body of the loop: judge the point, and go to the next unless it ends here."""
+    """The body of the loop: from a point to the next, which is judged.
+
+    A method that keeps value and gradient in its state judges the point that it has reached, so that nothing is done in
+    vain at the last one. Any other evaluates the point and judges it before it goes on, unless it ends there.
+    """
     has_status = isinstance(transformation, WithStatus)
     update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
 
     def objective(x: Tree, args: Any = None) -> Any:  # optax's line searches refuse what it does not take
         return value_fn(x)
 
+    def update(loop: Loop, point: Point, extras: dict[str, Any]) -> Loop:
+        updates, state = update_fn(
+            point.grad, loop.state, loop.x, grad=point.grad, value_fn=objective, args=args, **extras
+        )
+        status = state.status if has_status else loop.status
+        moved = (status == Status.RUNNING).astype(jnp.int32)
+        x, state = jax.lax.stop_gradient((optax.apply_updates(loop.x, updates), state))  # of what may be closed over
+        return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved)
+
     def advance(loop: Loop) -> Loop:
         point, extras = _evaluate(value_fn, args, hessian, loop, transformation)
-        if box is not None:
-            grad_norm = projected_gradient_norm(box, point.x, point.grad)
-            point = point._replace(grad_norm=grad_norm.astype(point.grad_norm.dtype))
-        if callback is not None:
-            jax.debug.callback(callback, MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state))
-        loop = _judge(loop, point, limits, has_status)
-        watch = observe(loop.watch, loop.num_steps, point.value, point.grad_norm, loop.tolerance)
-        loop = loop._replace(watch=watch)
-
-        def update(loop: Loop) -> Loop:
-            updates, state = update_fn(
-                point.grad, loop.state, loop.x, grad=point.grad, value_fn=objective, args=args, **extras
-            )
-            status = state.status if has_status else loop.status
-            moved = (status == Status.RUNNING).astype(jnp.int32)
-            x = optax.apply_updates(loop.x, updates)
-            return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved)
-
-        loop = jax.lax.cond(is_running(loop), update, lambda loop: loop, loop)
-        return jax.lax.stop_gradient(loop)  # what the method or the Hessian may have closed over
+        if isinstance(transformation, FirstOrder):
+            loop = update(loop, point, extras)
+            return _arrive(loop, _stored_point(loop), limits, has_status, callback, box)
+        point = jax.lax.stop_gradient(point)
+        loop = _arrive(loop, point, limits, has_status, callback, box)
+        return jax.lax.cond(is_running(loop), lambda loop: update(loop, point, extras), lambda loop: loop, loop)
 
     return advance
 
 
 def start_loop(
-    value_fn: Callable[[Tree], Any], x0: Tree, limits: Limits, transformation: optax.GradientTransformation
+    value_fn: Callable[[Tree], Any],
+    x0: Tree,
+    limits: Limits,
+    transformation: optax.GradientTransformation,
+    watch: Watch,
+    callback: Callable[[MinimizeStep], None] | None = None,
+    box: Box | None = None,
 ) -> Loop:
-    """The loop before the first judgment; the tolerance is ``gtol`` until the first gradient is known."""
-    state: Any = transformation.init(x0)
-    if isinstance(transformation, FirstOrder):
-        state = state._replace(stored=Stored(*evaluate("minimize", value_fn, x0)))
+    """The loop before the first step; the tolerance is ``gtol`` until the first gradient is known."""
     zero = jnp.asarray(0, jnp.int32)
     infinity = jnp.full_like(limits.gtol, jnp.inf)
     never = jnp.full_like(infinity, jnp.inf, shape=(len(_WINDOWS),))
-    return Loop(
+    loop = Loop(
         x=x0,
-        state=jax.lax.stop_gradient(state),
+        state=jax.lax.stop_gradient(transformation.init(x0)),
         best=Point(x0, infinity, jax.tree.map(jnp.zeros_like, x0), infinity, infinity),
         tolerance=limits.gtol,
         num_steps=zero,
         idle_steps=zero,
         mark=Mark(never, never, jnp.zeros_like(never), jnp.zeros_like(never, jnp.int32)),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
+        watch=watch,
     )
+    if isinstance(transformation, FirstOrder):
+        stored = jax.lax.stop_gradient(Stored(*evaluate("minimize", value_fn, x0)))
+        loop = loop._replace(state=loop.state._replace(stored=stored))
+        point = _seen(loop, _stored_point(loop), callback, box)
+        loop = _observed(_begin(loop, point, limits), point)
+    return loop
+
+
+def _arrive(
+    loop: Loop, point: Point, limits: Limits, has_status: bool, callback: Callable[..., None] | None, box: Box | None
+) -> Loop:
+    """Judge the point that the loop stands at, and tell those who watch, unless it ended on the way there."""
+    point = _seen(loop, point, callback, box)
+    judged = _judge(loop, point, limits, has_status)
+    return _observed(judged._replace(status=jnp.where(is_running(loop), judged.status, loop.status)), point)
+
+
+def _seen(loop: Loop, point: Point, callback: Callable[..., None] | None, box: Box | None) -> Point:
+    """The point with the gradient that counts within bounds; the callback is told of it."""
+    if box is not None:
+        grad_norm = projected_gradient_norm(box, point.x, point.grad)
+        point = point._replace(grad_norm=grad_norm.astype(point.grad_norm.dtype))
+    if callback is not None:
+        told = MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state)
+        jax.lax.cond(is_running(loop), lambda: jax.debug.callback(callback, told), lambda: None)
+    return point
+
+
+def _observed(loop: Loop, point: Point) -> Loop:
+    watch = observe(loop.watch, loop.num_steps, point.value, point.grad_norm, loop.tolerance)
+    return loop._replace(watch=watch)
 
 
 def _evaluate(
@@ -167,8 +202,7 @@ def _evaluate(
     """The objective at the current point, once, and what else the method's update takes."""
     extras: dict[str, Any] = {}
     if isinstance(transformation, FirstOrder):
-        value, grad = loop.state.stored
-        return _point(loop, value, grad), {"value": value}
+        return _stored_point(loop), {"value": loop.state.stored.value}
     program = trace_objective("minimize", "fun", value_fn, loop.x, ())
     if hessian is not None:
         value, grad = value_and_grad("minimize", program)
@@ -180,6 +214,10 @@ def _evaluate(
         value, grad = _stored_or_fresh(program, loop)
     extras["value"] = value = jnp.asarray(value)
     return _point(loop, value, grad), extras
+
+
+def _stored_point(loop: Loop) -> Point:
+    return _point(loop, *loop.state.stored)
 
 
 def _point(loop: Loop, value: Float[Array, ""], grad: Tree) -> Point:
@@ -205,6 +243,20 @@ def _stored_or_fresh(program: Program, loop: Loop) -> tuple[Float[Array, ""], Tr
     )
 
 
+def _begin(loop: Loop, point: Point, limits: Limits) -> Loop:
+    """As ``_judge`` at the first point, which is the best so far, with little to trace and to compile."""
+    tolerance = limits.gtol + limits.rtol * point.grad_norm
+    finite = jnp.isfinite(point.value) & jnp.isfinite(point.grad_norm)
+    status = jnp.where(limits.max_steps > 0, Status.RUNNING, Status.MAX_STEPS)
+    status = jnp.where(point.grad_norm <= tolerance, Status.CONVERGED, status)
+    status = jnp.where(finite, status, Status.NONFINITE_START).astype(jnp.int32)
+    value, grad_norm, noise = (
+        jnp.broadcast_to(a, (len(_WINDOWS),)) for a in (point.value, point.grad_norm, point.noise)
+    )
+    mark = Mark(value, grad_norm, noise, loop.mark.num_steps)
+    return loop._replace(best=point, tolerance=tolerance, mark=mark, status=status)
+
+
 def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
     """Update the best point and the status: is it converged, out of steps, stuck, or broken?
 
@@ -223,13 +275,13 @@ def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
     lower = point.value < loop.best.value - noise
     flatter = (point.value <= loop.best.value + noise) & (point.grad_norm < loop.best.grad_norm)
     better = finite & (lower | flatter)
-    best = jax.tree.map(lambda new, old: jnp.where(better | converged | first, new, old), point, loop.best)
+    best = _choose(better | converged | first, point, loop.best)
     idle_steps = jnp.where(better, 0, loop.idle_steps + 1)
     mark = _mark(loop, point)
 
     status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
     if has_status:
-        windows = jnp.maximum(np.array(_WINDOWS, np.int32), loop.num_steps // np.array(_SHARES, np.int32))
+        windows = jnp.maximum(np.array(_WINDOWS, np.int32), jax.lax.div(loop.num_steps, np.array(_SHARES, np.int32)))
         stuck = (idle_steps >= _PATIENCE) | jnp.any(loop.num_steps - mark.num_steps >= windows)
         status = jnp.where(stuck, Status.STALLED, status)
     status = jnp.where(finite, status, jnp.where(first, Status.NONFINITE_START, Status.NONFINITE))
@@ -245,4 +297,9 @@ def _mark(loop: Loop, point: Point) -> Mark:
     flatter = point.grad_norm < mark.grad_norm / 2
     steps = jnp.broadcast_to(loop.num_steps, mark.num_steps.shape)
     here = Mark(jnp.minimum(point.value, mark.value), jnp.minimum(point.grad_norm, mark.grad_norm), noise, steps)
-    return jax.tree.map(lambda new, old: jnp.where(lower | flatter, new, old), here, mark)
+    return _choose(lower | flatter, here, mark)
+
+
+def _choose(condition: Bool[Array, " *shape"], new: Any, old: Any) -> Any:
+    """``jnp.where`` of trees whose leaves agree in shape and dtype, a third of its operations."""
+    return jax.tree.map(functools.partial(jax.lax.select, condition), new, old)

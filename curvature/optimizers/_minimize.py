@@ -191,8 +191,8 @@ def _run(
     value_fn = functools.partial(_at, objective, data)
     transformation, x0 = start_within(walls, method, x0)
     advance = stepper(value_fn, args, limits, transformation, hessian, callback, walls)
-    start = start_loop(value_fn, x0, limits, transformation)
-    start = start._replace(watch=start_watch(limits.gtol, history_length, progress))
+    watch = start_watch(limits.gtol, history_length, progress)
+    start = start_loop(value_fn, x0, limits, transformation, watch, callback, walls)
     start = vary_like(start, x0)  # what is counted in a step varies as the step does, and so from the start
     loop = jax.lax.while_loop(is_running, advance, start)
     best, watch = loop.best, loop.watch

@@ -12,7 +12,7 @@ import curvature
 from curvature import Status
 from curvature.linalg._dense import factor_model, solve_cubic, solve_region
 from curvature.linalg._krylov_model import krylov_model, solve_krylov_region
-from curvature.optimizers._lbfgs import Pairs, inverse_product, remember
+from curvature.optimizers._lbfgs import inverse_product, no_pairs, remember
 from curvature.optimizers._protocol import WithStatus, _localize, resolved
 from tests.optimizers.problems import PROBLEMS, rosenbrock, wood
 from tests.oracles import assert_close
@@ -111,9 +111,12 @@ def test_the_compact_memory_is_the_product_of_its_updates():
     rng, n, m = np.random.default_rng(0), 5, 3
     matrix = np.eye(n) + symmetric(rng, n) @ symmetric(rng, n).T
     matrix = (matrix + matrix.T) / 2 + 100 * np.eye(n)
-    empty, zeros = jnp.zeros((m, n)), jnp.zeros((m, m))
-    pairs, seen = Pairs(empty, empty, zeros, zeros, jnp.ones(m), jnp.asarray(0, jnp.int32)), []
-    for k in range(5):
+    pairs, seen = no_pairs(m, n, jnp.dtype(float)), []
+    for k in range(12):
+        if k == 7:  # emptied, as after a failed search
+            pairs, seen = pairs._replace(count=jnp.asarray(0, jnp.int32)), []
+            vector = jnp.asarray(rng.normal(size=n))
+            assert_close(inverse_product(pairs, vector), vector)
         s = rng.normal(size=n)
         y, tau = matrix @ s, 1.0 if k % 2 else 1 / 3
         pairs = remember(pairs, jnp.asarray(s), jnp.asarray(y), jnp.asarray(s @ y / tau))
@@ -127,8 +130,7 @@ def test_the_compact_memory_is_the_product_of_its_updates():
 
 
 def test_a_pair_without_curvature_is_not_remembered():
-    empty, zeros = jnp.zeros((2, 3)), jnp.zeros((2, 2))
-    pairs = Pairs(empty, empty, zeros, zeros, jnp.ones(2), jnp.asarray(0, jnp.int32))
+    pairs = no_pairs(2, 3, jnp.dtype(float))
     assert remember(pairs, jnp.ones(3), -jnp.ones(3), jnp.asarray(1.0)).count == 0
 
 
