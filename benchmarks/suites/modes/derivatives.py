@@ -23,6 +23,11 @@ GROWTH = (
     ((20, 32, 10), 32), ((20, 32, 10), 1024), ((20, 32, 10), 4096),
 )  # fmt: skip
 QUICK_GROWTH = {((10, 8, 4), 256), ((20, 32, 10), 256)}
+# Where a case takes minutes, most of them for the slowest libraries, fewer points make the line.
+SPARSE_GROWTH = {
+    "products": {((10, 8, 4), 256), ((20, 32, 10), 256), ((40, 96, 10), 256)},
+    "hessian": {pair for pair in GROWTH if pair not in (((40, 96, 10), 256), ((20, 32, 10), 4096))},
+}
 
 QUICK = {
     "gradient": ("mlp", "neural-ode"),
@@ -53,9 +58,9 @@ def models(choice: Choice, derivative: str) -> Iterator[Model]:
         if name != "mlp":
             yield MODELS[name]()
             continue
-        for sizes, examples in GROWTH:
-            if not choice.quick or (sizes, examples) in QUICK_GROWTH:
-                yield mlp(sizes, examples)
+        for pair in GROWTH:
+            if pair in (QUICK_GROWTH if choice.quick else SPARSE_GROWTH.get(derivative, GROWTH)):
+                yield mlp(*pair)
 
 
 def race(choice: Choice, derivative: str, model: Model) -> Race:
