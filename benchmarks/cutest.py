@@ -50,9 +50,14 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", help="names, instead of all")
     parser.add_argument("--all", action="store_true", help="print every run")
     options = parser.parse_args()
-    jax.config.update("jax_enable_x64", options.dtype == "float64")
     problems = [p for p in load_problems(options.max_n) if not options.problems or p[0] in options.problems]
     print(f"{len(problems)} problems, {options.dtype}, jax {jax.__version__}")
+    with jax.enable_x64(options.dtype == "float64"):  # importing sif2jax has enabled it
+        run(problems, options)
+
+
+def run(problems: list[tuple[str, Any, float | None]], options: argparse.Namespace) -> None:
+    """Each method over the problems."""
     for method in options.methods:
         runs = []
         for name, problem, best in problems:
@@ -87,6 +92,9 @@ def solve(name: str, problem: Any, best: float | None, method: str, options: arg
     """One problem from its own start, traced, compiled and run."""
     dtype = jnp.dtype(options.dtype)
     x0, args = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), problem.y0), problem.args
+    args = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf, args
+    )
 
     def fun(x: Any, args: Any) -> Any:
         return problem.objective(x, args)
