@@ -168,18 +168,16 @@ def remember(pairs: Pairs, step: Vector, change: Vector, expected: Scalar) -> Pa
     column = jnp.where(here, 1, -_product(inverse, sy)) / curvature
     scales = (pairs.count > 0) & (curvature < expected)
     growth = jnp.where(scales, jnp.log(jnp.where(scales, expected, 1) / curvature), 0)
-    written = Pairs(
-        steps=steps,
-        changes=changes,
-        inverse=jnp.where(here[None, :], column[:, None], inverse),
-        yy=jnp.where(here[None, :], yy[:, None], jnp.where(here[:, None], yy[None, :], pairs.yy)),
-        sy=jnp.where(here, curvature, pairs.sy),
-        growth=jnp.where(here, 0, pairs.growth + growth),
-        gamma=curvature / yy[place],
-        count=pairs.count + 1,
-    )
-    kept = pairs._replace(steps=steps, changes=changes)
-    return jax.tree.map(lambda new, old: jnp.where(useful, new, old), written, kept)
+    written = {
+        "inverse": jnp.where(here[None, :], column[:, None], inverse),
+        "yy": jnp.where(here[None, :], yy[:, None], jnp.where(here[:, None], yy[None, :], pairs.yy)),
+        "sy": jnp.where(here, curvature, pairs.sy),
+        "growth": jnp.where(here, 0, pairs.growth + growth),
+        "gamma": curvature / yy[place],
+        "count": pairs.count + 1,
+    }
+    kept = {name: jnp.where(useful, new, getattr(pairs, name)) for name, new in written.items()}
+    return pairs._replace(steps=steps, changes=changes, **kept)
 
 
 def inverse_product(pairs: Pairs, vector: Vector) -> Vector:
