@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ Report = Callable[[str], Any]
 
 _MOST_REPEATS = 100  # in one round; more of them would only stretch the round
 _OVERDRAWN = 4  # budgets
+_SLOW = 1.0  # seconds; whatever happens only once in a process is small beside it
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Row:
         flops: XLA's count of the compiled program, which takes the body of a loop once; None if it does not say.
         bytes_accessed: what XLA counts as read and written, with the same reservation.
         has_loop: whether the compiled program loops, so that those counts are too small.
-        program: a fingerprint of the program before XLA optimizes it: contestants that share it are one program.
+        program: a fingerprint of the compiled program: contestants that share it are one program.
         error: the first line of what it raised.
     """
 
@@ -90,7 +92,7 @@ def prepare(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> t
     lowered = jax.jit(fresh).lower(*args)
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
-    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     costs = costs if isinstance(costs, dict) else {}
     row = Row(
         name,
@@ -98,10 +100,20 @@ def prepare(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> t
         temporary_bytes=getattr(memory, "temp_size_in_bytes", None),
         flops=costs.get("flops"),
         bytes_accessed=costs.get("bytes accessed"),
-        has_loop=" while(" in compiled.as_text(),
-        program=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+        has_loop=" while(" in text,
+        program=_fingerprint(text),
     )
     return row, lambda: compiled(*args)
+
+
+def _fingerprint(text: str) -> str:
+    """A hash of what a compiled program does, whatever its instructions are called and wherever they come from."""
+    names: dict[str, str] = {}
+    instructions = [line for line in text.splitlines() if line.startswith((" ", "%", "ENTRY", "}"))]
+    bare = re.sub(r", metadata=\{[^}]*\}", "", "\n".join(instructions))
+    bare = re.sub(r"(?<=[(, ])[\w.\-]+(?=: )", "", bare)  # the names of parameters
+    bare = re.sub(r"%[\w.\-]+", lambda name: names.setdefault(name[0], f"%{len(names)}"), bare)
+    return hashlib.sha256(bare.encode()).hexdigest()
 
 
 def measure(
@@ -110,7 +122,7 @@ def measure(
     """Time calls that have been compiled, or need no compilation, against each other, as ``compare`` does.
 
     They take turns, A B C A B C and so on, so that a machine that is busy for a while is busy for all of them. Who has
-    spent its budget ``_OVERDRAWN`` times over takes no more turns.
+    spent its budget ``_OVERDRAWN`` times over takes no more turns. The first run of a call counts if it is a slow one.
     """
     repeats: dict[str, int] = {}
     spent = dict.fromkeys(calls, 0.0)
@@ -125,7 +137,7 @@ def measure(
             begin = time.perf_counter()
             try:
                 if turn == 0:
-                    repeats[name] = _warm_up(call, budget / rounds)
+                    repeats[name], samples[name] = _warm_up(call, budget / rounds)
                 else:
                     samples[name] += [_clock(call) for _ in range(repeats[name])]
             except Exception as error:  # whatever a contestant raises is a result
@@ -193,11 +205,12 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 
 
-def _warm_up(call: Callable[[], Any], seconds: float) -> int:
-    """How many calls fit into ``seconds``, judged by the second, or by the first of one so slow."""
-    if _clock(call) > _OVERDRAWN * seconds:
-        return 1
-    return min(max(int(seconds / max(_clock(call), 1e-9)), 1), _MOST_REPEATS)
+def _warm_up(call: Callable[[], Any], seconds: float) -> tuple[int, list[float]]:
+    """How many calls fit into ``seconds``, judged by the second; of a slow one, one, and the time of the first."""
+    first = _clock(call)
+    if first > max(_OVERDRAWN * seconds, _SLOW):
+        return 1, [first]
+    return min(max(int(seconds / max(_clock(call), 1e-9)), 1), _MOST_REPEATS), []
 
 
 def _clock(call: Callable[[], Any]) -> float:

@@ -87,7 +87,7 @@ def case(choice: Choice, make: Make, what: str, batch: int) -> Race:
         TOLERANCE[choice.dtype],
         {"n": n, "batch": batch},
         budget=0.25 if choice.quick else 1.0,
-        rounds=3 if choice.quick else 5,
+        rounds=3 if choice.quick else 15,
         claims=partial(claims, what, model.name, batch),
         caption=f"The row '{GRADIENT}' is what plain training pays.",
     )

@@ -24,14 +24,15 @@ def regret(what: str, outcome: Outcome) -> list[Claim]:
     if ours is None or "low" not in ours.metrics or not hands:
         return []
     best = min(hands, key=_low)
-    same = ours.metrics.get("program") == best.metrics.get("program") is not None
-    factor = 1.0 if same else _low(ours) / _low(best)
+    twins = [row for row in hands if row.metrics.get("program") == ours.metrics.get("program") is not None]
+    same = best in twins
+    factor = 1.0 if same else min(_low(row) for row in (ours, *twins)) / _low(best)
     said = "is the same program as" if same else f"takes {factor:.2f} times as long as"
     return [Claim(f"{what}: {ours.name} {said} {best.name} (wanted: at most {WANTED} times)", factor <= WANTED)]
 
 
 def _low(row: Row) -> float:
-    """The lower quartile: other work on the machine only ever adds."""
+    """The lower quartile: other work on the machine only ever adds. Of twins, the lower is the time of both."""
     return reading.number(row, "low") or 0.0
 
 
@@ -90,6 +91,7 @@ def cases(choice: Choice) -> Iterator[Case]:
                 TOLERANCE[choice.dtype],
                 {"n": n},
                 budget=0.1 if choice.quick else 0.5,
+                rounds=3 if choice.quick else 20,
                 claims=partial(regret, derivative),
                 caption="JAX's compositions that fail are those that the function forbids.",
             )
