@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import random
 import re
 import sys
 import time
@@ -121,15 +122,19 @@ def measure(
 ) -> dict[str, Row]:
     """Time calls that have been compiled, or need no compilation, against each other, as ``compare`` does.
 
-    They take turns, A B C A B C and so on, so that a machine that is busy for a while is busy for all of them. Who has
-    spent its budget ``_OVERDRAWN`` times over takes no more turns. The first run of a call counts if it is a slow one.
+    They take turns, so that a machine that is busy for a while is busy for all of them, and each time in another order,
+    since the threads of some libraries stay awake and disturb who comes next. A turn of several calls begins with one
+    that does not count, which brings back caches and threads. Who has spent its budget ``_OVERDRAWN`` times over takes
+    no more turns. The first run of a call counts if it is a slow one.
     """
     repeats: dict[str, int] = {}
     spent = dict.fromkeys(calls, 0.0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, str] = {}
+    shuffle = random.Random(0)
     for turn in range(rounds + 1):
-        for name, call in calls.items():
+        for name in shuffle.sample(list(calls), len(calls)):
+            call = calls[name]
             if name in errors or (samples[name] and spent[name] > _OVERDRAWN * budget):
                 continue
             if report is not None:
@@ -139,7 +144,7 @@ def measure(
                 if turn == 0:
                     repeats[name], samples[name] = _warm_up(call, budget / rounds)
                 else:
-                    samples[name] += [_clock(call) for _ in range(repeats[name])]
+                    samples[name] += _turn(call, repeats[name])
             except Exception as error:  # whatever a contestant raises is a result
                 errors[name] = first_line(error)
             spent[name] += time.perf_counter() - begin
@@ -211,6 +216,13 @@ def _warm_up(call: Callable[[], Any], seconds: float) -> tuple[int, list[float]]
     if first > max(_OVERDRAWN * seconds, _SLOW):
         return 1, [first]
     return min(max(int(seconds / max(_clock(call), 1e-9)), 1), _MOST_REPEATS), []
+
+
+def _turn(call: Callable[[], Any], repeats: int) -> list[float]:
+    """The times of so many calls, after one that does not count if there are several."""
+    if repeats > 1:
+        _clock(call)
+    return [_clock(call) for _ in range(repeats)]
 
 
 def _clock(call: Callable[[], Any]) -> float:

@@ -26,7 +26,7 @@ def took(monkeypatch):
 
 def test_fast_calls_are_warmed_up_and_take_turns(took):
     rows = timing.measure({"fast": took("fast", 0.125), "faster": took("faster", 0.0625)}, budget=2.0, rounds=4)
-    assert took.counts == {"fast": 2 + 4 * 4, "faster": 2 + 4 * 8}
+    assert took.counts == {"fast": 2 + 4 * 5, "faster": 2 + 4 * 9}  # each turn after one that does not count
     assert rows["fast"].seconds == 0.125
     assert rows["faster"].seconds == 0.0625
 
@@ -36,6 +36,15 @@ def test_the_first_run_of_a_slow_call_counts_and_one_that_is_overdrawn_stops(too
     assert took.counts == {"slow": 1, "slower": 3}  # 9 > 4 * 2 at once; 3 + 3 + 3 > 4 * 2
     assert rows["slow"].seconds == 9.0
     assert rows["slower"].spread == (3.0, 3.0)
+
+
+def test_nobody_always_follows_the_same_neighbor(took):
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    timing.measure(calls, budget=0.0, rounds=20)
+    rounds = [tuple(order[start : start + 3]) for start in range(len(order) - 60, len(order), 3)]
+    assert {tuple(sorted(turn)) for turn in rounds} == {("a", "b", "c")}
+    assert {turn[0] for turn in rounds} == {"a", "b", "c"}
 
 
 def test_programs_that_differ_in_names_only_are_one():
