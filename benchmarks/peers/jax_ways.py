@@ -124,20 +124,19 @@ def products(model: Model, loss: Function, x: Any, batch: tuple[Any, ...]) -> It
 
 
 def hessians(model: Model, loss: Function, x: Any, batch: tuple[Any, ...]) -> Iterator[Contestant]:
-    """Ours as it comes, by products in chunks, and from taps where the loss is a mean; JAX's compositions."""
-    by_products: Any = "rev_over_rev"  # what "auto" takes where it finds no examples
-    ways = {
-        "curvature.hessian": curvature.hessian(loss),
-        "curvature.hessian, by products": curvature.hessian(loss, mode=by_products),
-        "curvature.hessian, all at once": curvature.hessian(loss, mode=by_products, chunk_size=None),
-        "curvature.hessian, chunks of 64": curvature.hessian(loss, mode=by_products, chunk_size=64),
-        "jax.hessian": jax.hessian(loss),
-        "jax.jacrev of jax.grad": jax.jacrev(jax.grad(loss)),
-    }
+    """Ours as it comes; where the loss is a mean, by products whatever ours does, and from taps; JAX's compositions."""
+    ways = {"curvature.hessian": curvature.hessian(loss)}
     if model.is_mean:
-        ways["curvature.mean_hessian"] = curvature.mean_hessian(
-            lambda x, *example: loss(x, *(part[None] for part in example))
-        )
+        by_products: Any = "rev_over_rev"  # what "auto" takes where it finds no examples
+        ways |= {
+            "curvature.hessian, by products": curvature.hessian(loss, mode=by_products),
+            "curvature.hessian, all at once": curvature.hessian(loss, mode=by_products, chunk_size=None),
+            "curvature.hessian, chunks of 64": curvature.hessian(loss, mode=by_products, chunk_size=64),
+            "curvature.mean_hessian": curvature.mean_hessian(
+                lambda x, *example: loss(x, *(part[None] for part in example))
+            ),
+        }
+    ways |= {"jax.hessian": jax.hessian(loss), "jax.jacrev of jax.grad": jax.jacrev(jax.grad(loss))}
     yield from _named(ways, (x, *batch), flat_matrix(model))
     ops = operations.for_jax()
     flat = jnp.asarray(model.pack(model.params()), float)

@@ -24,7 +24,8 @@ def regret(what: str, outcome: Outcome) -> list[Claim]:
     if ours is None or "low" not in ours.metrics or not hands:
         return []
     best = min(hands, key=_low)
-    twins = [row for row in hands if row.metrics.get("program") == ours.metrics.get("program") is not None]
+    timed = [row for row in outcome.rows if "low" in row.metrics]
+    twins = [row for row in timed if row.metrics.get("program") == ours.metrics.get("program") is not None]
     same = best in twins
     factor = 1.0 if same else min(_low(row) for row in (ours, *twins)) / _low(best)
     said = "is the same program as" if same else f"takes {factor:.2f} times as long as"

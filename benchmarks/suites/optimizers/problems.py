@@ -18,6 +18,7 @@ SOURCES = {
     "cutest": "CUTEst without constraints, n <= 50",
     "mgh": "Moré, Garbow and Hillstrom, sums of squares",
 }
+THINNED = 3  # with all of them an hour goes into compilation; ``--models cutest`` takes it
 QUICK = ("rosenbrock", "helical valley", "box 3d", "powell singular", "wood")
 
 
@@ -41,10 +42,12 @@ class Problem:
 
 
 def chosen(choice: Choice) -> list[Problem]:
-    """A few of Moré, Garbow and Hillstrom for a quick run; else CUTEst, or all of the former where that is absent."""
+    """A few of Moré, Garbow and Hillstrom for a quick run; else of CUTEst, or all of the former where that is absent."""
     if choice.quick:
         return [problem for problem in all_of_mgh() if problem.name in QUICK]
-    return all_of_cutest() if peers.is_installed("sif2jax") else all_of_mgh()
+    if not peers.is_installed("sif2jax"):
+        return all_of_mgh()
+    return all_of_cutest() if "cutest" in choice.models else all_of_cutest()[::THINNED]
 
 
 def all_of_mgh() -> list[Problem]:
