@@ -13,6 +13,12 @@ from benchmarks.timing import digits
 
 TITLE = "Folklore"
 QUESTION = "Which of the things that everybody says are so?"
+REASONS = {
+    ("folklore/higher/scalar", "torch.compile"): (
+        "nested jax.jvp compiles to the like of ours and takes as long: torch's compiler makes a faster loop of "
+        "this elementwise function"
+    ),
+}
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
 
 ORDERED = ("mlp", "transformer", "neural-ode", "logistic", "convolutional", "pinn")  # a quick run takes the first

@@ -18,6 +18,25 @@ from benchmarks.suites import by_products
 
 TITLE = "Operators"
 QUESTION = "How many gradients does a product with a curvature matrix cost, and what can be found by products?"
+REASONS = {
+    ("operators/eigenvalues", "scipy"): (
+        "ours takes more products, blocks of ten, so that it finds multiple eigenvalues as often as they occur; "
+        "ARPACK takes one vector at a time"
+    ),
+    ("operators/density", "jax, eigvalsh"): (
+        "a matrix as small as this one can be formed; the density by products is for those that cannot"
+    ),
+    ("operators/ekfac/convolutional", "curvlinops"): (
+        "small products of matrices, at which the other library's kernels are faster here"
+    ),
+    ("operators/fisher-sampled", "curvlinops"): (
+        "as many products with the Jacobian, at which the other library's kernels are faster here"
+    ),
+    ("operators/solve-definite", "jax.scipy.sparse.linalg.cg"): (
+        "ours says how it ended, by a residual computed anew, and looks for negative curvature in each step; "
+        "jax's does neither"
+    ),
+}
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}  # of the largest entry of each leaf
 TOLERANCE_SMALL = 1e-5  # on networks of a few hundred parameters, in single precision
 TOLERANCE_SAMPLED = 0.1  # of v' F v: three standard errors and more, with this many samples

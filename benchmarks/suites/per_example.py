@@ -18,6 +18,26 @@ from benchmarks.reading import at_most, comparison, curves, share
 
 TITLE = "Per example"
 QUESTION = "What does it cost to know the gradient of every example, and what to know only its norm?"
+REASONS = {
+    ("per_example/Hessians", "jax, vmap(hessian)"): (
+        "ours takes the examples in chunks, so that memory is bounded for any batch; these Hessians would have "
+        "fitted at once, which chunk_size=None asks for"
+    ),
+    ("per_example/gradients", "torch.func"): (
+        "one gradient for each example is to be written, and most of the time is that: jax.vmap(jax.grad), which "
+        "compiles to the like of ours, takes as long"
+    ),
+    ("per_example/norms/convolutional", "torch.func"): (
+        "one gradient of the mean by XLA takes as long as all that torch does: its convolutions are faster here"
+    ),
+    ("per_example/norms/convolutional", "jax, vmap(grad)"): (
+        "ours keeps no gradient of an example: a third of the memory"
+    ),
+    ("per_example/moments/convolutional", ""): (
+        "gradients as small as these may as well be formed, for each example; ours keeps factors, which pays "
+        "where a layer is large"
+    ),
+}
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
 GRADIENT = "one gradient of the mean"
 BY_GRADIENTS = ("norms", "clipped mean", "moments")

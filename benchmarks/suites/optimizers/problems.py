@@ -42,7 +42,7 @@ class Problem:
 
 
 def chosen(choice: Choice) -> list[Problem]:
-    """A few of Moré, Garbow and Hillstrom for a quick run; else of CUTEst, or all of the former where that is absent."""
+    """A few of Moré, Garbow and Hillstrom for a quick run; else of CUTEst, or the former where that is absent."""
     if choice.quick:
         return [problem for problem in all_of_mgh() if problem.name in QUICK]
     if not peers.is_installed("sif2jax"):
