@@ -19,6 +19,9 @@ class Column:
     cell: Callable[[Row], str]
 
 
+_BRIEF = 6  # columns beside the names that fit a terminal
+
+
 @dataclass
 class Table:
     """Cells, and the row that each line was made from."""
@@ -42,7 +45,7 @@ def table(outcome: Outcome, rates: Mapping[str, float] | None = None, *, brief: 
     """
     rows = facts.by_time(outcome)
     columns = _of_races(rates or {}, brief) + _of_studies(rows)
-    columns = [column for column in columns if any(column.cell(row) for row in rows)]
+    columns = [column for column in columns if any(column.cell(row) for row in rows)][: _BRIEF if brief else None]
     return Table([column.head for column in columns], [(row, [column.cell(row) for column in columns]) for row in rows])
 
 

@@ -1,14 +1,16 @@
 """The report of a made-up run: everything is in it, in one file, and what differs from an earlier run is told."""
 
 import copy
+import io
 import itertools
 import re
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from benchmarks import report
-from benchmarks.cases import Line, Plot
+from benchmarks.cases import Line, Outcome, Plot, Row
 from benchmarks.report import facts, plots
 from benchmarks.report.compare import compare
 from benchmarks.suites import SUITES
@@ -231,3 +233,13 @@ def test_a_suite_tells_why_it_is_behind_only_where_it_is(monkeypatch):
     monkeypatch.setitem(SUITES, "toy", made_up.SUITE)
     notes = [entry.note for entry in facts.behind(made_up.results().outcomes)]
     assert notes == ["a hand knows better; gives up a factor of two for symmetry"]
+
+
+def test_the_terminal_shows_the_names_of_a_study_of_many_metrics():
+    names = ("cold_seconds", "solved", "claims", "false", "steps", "evaluations", "excess")
+    metrics = dict.fromkeys(names, 0.123456)
+    rows = [Row("a solver of some length", "scipy", "ok", metrics={"seconds": 1.0, "low": 0.9, "high": 1.1} | metrics)]
+    screen = Console(width=100, record=True, file=io.StringIO())
+    for line in report.short_lines("optimizers/one", Outcome("One", "cutest", {}, rows)):
+        screen.print(line)
+    assert "a solver of some length" in screen.export_text()
