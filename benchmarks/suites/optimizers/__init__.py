@@ -9,8 +9,8 @@ TITLE = "Optimizers"
 QUESTION = "Which minimizer reaches the minimum, says so truly, and is fastest?"
 REASONS = {
     ("optimizers/batched/rosenbrock", ""): (
-        "in ten dimensions a step of a quasi-Newton method takes less than one of newton-cg, and where all problems end "
-        "at about the same step nothing is gained by dropping those that have"
+        "in ten dimensions a step of a quasi-Newton method takes less than one of newton-cg; where all problems end "
+        "at about the same step, nothing is gained by dropping those that have"
     ),
 }
 DTYPE = "float64"
