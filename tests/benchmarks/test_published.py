@@ -1,0 +1,60 @@
+"""The committed results of a full run, and the figures that the README quotes of them."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import reading, results
+from benchmarks.report import facts
+from benchmarks.suites import SUITES
+from benchmarks.suites.modes.networks import PRODUCT
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "benchmarks" / "results" / "cpu"
+
+
+@pytest.fixture(scope="module")
+def published():
+    return results.load(PUBLISHED / "results.json")
+
+
+def test_a_full_run_is_published_in_which_all_of_ours_is_right(published):
+    assert published.complete
+    assert not published.options["quick"]
+    assert {id.split("/")[0] for id in published.outcomes} == set(SUITES)
+    every = published.outcomes.items()
+    assert not [(id, c.text) for id, outcome in every for c in outcome.claims if c.correctness and not c.holds]
+    assert not [(id, row.name) for id, outcome in every for row in outcome.rows if row.status == "absent"]
+    for page in ("summary.md", "index.html"):
+        assert published.environment["commit"] in (PUBLISHED / page).read_text()
+
+
+def test_each_row_that_ours_is_behind_has_its_reason(published):
+    behind = facts.behind(published.outcomes)
+    assert not [f"{entry.id}: {entry.peer.name}" for entry in behind if not entry.note]
+
+
+def span(values):
+    return f"{min(values):.2g} to {max(values):.2g} times"
+
+
+def test_the_readme_quotes_the_published_rows(published):
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    networks = reading.part(published.outcomes, "modes/hessian/network-")
+    mean = {id: race for id, race in networks.items() if race.row("curvature.mean_hessian").status == "ok"}
+    largest = networks["modes/hessian/network-30-64-1/n=1984/batch=512"]
+
+    def faster(way, races):
+        return span([reading.share(race, "jax.hessian", way) for race in races.values()])
+
+    def mebibytes(name):
+        return f"{reading.number(largest.row(name), 'temporary_bytes') / 2**20:.0f}"
+
+    products = max(reading.share(race, "curvature.mean_hessian", PRODUCT) for race in mean.values())
+    quoted = [
+        f"it is {faster('curvature.hessian', networks)} as fast",
+        f"{mebibytes('curvature.hessian')} MiB of temporaries against {mebibytes('jax.hessian')}",
+        f"is {faster('curvature.hessian, by products', networks)} as fast",
+        f"{faster('curvature.mean_hessian', mean)} as fast as `jax.hessian`, at most {products:.2g} times the product",
+    ]
+    assert not [figure for figure in quoted if figure not in readme]
