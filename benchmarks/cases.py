@@ -36,6 +36,11 @@ class Choice:
     models: tuple[str, ...] = ()
     threads: int = 1
 
+    @property
+    def rounds(self) -> int:
+        """How many turns each contestant of a race takes: many short ones, since what disturbs the machine is long."""
+        return 3 if self.quick else 20
+
     def wants(self, model: str) -> bool:
         """Whether a model is among those asked for."""
         return not self.models or model in self.models
@@ -136,6 +141,10 @@ class Row:
     status: str = "ok"
     metrics: dict[str, Number] = field(default_factory=dict)
     note: str = ""
+
+    def shares_program_with(self, other: "Row") -> bool:
+        """Whether both are one compiled program, so that what differs between their times is the clock."""
+        return self.metrics.get("program") == other.metrics.get("program") is not None
 
 
 @dataclass

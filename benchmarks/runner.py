@@ -133,11 +133,7 @@ def mark_twins(rows: list[Row]) -> None:
         if program is not None:
             row.metrics["program"] = str(program)[:12]
     for row in rows:
-        twins = [
-            other.name
-            for other in rows
-            if other is not row and row.metrics.get("program") == other.metrics.get("program") is not None
-        ]
+        twins = [other.name for other in rows if other is not row and row.shares_program_with(other)]
         if row.peer == OURS and twins and not row.note:
             row.note = f"the same program as {twins[0]}"
 

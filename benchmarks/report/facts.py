@@ -68,14 +68,10 @@ class Behind:
     @property
     def note(self) -> str:
         """What the two rows say about it."""
-        program = self.ours.metrics.get("program")
-        same = (
-            ["the same program: a difference of the clock"]
-            if program and program == self.peer.metrics.get("program")
-            else []
-        )
+        same = self.ours.shares_program_with(self.peer)
+        why = ["the same program: a difference of the clock"] if same else self._reasons()
         notes = [row.note for row in (self.ours, self.peer) if row.note]
-        return "; ".join(dict.fromkeys([*same, *([] if same else self._reasons()), *notes]))
+        return "; ".join(dict.fromkeys([*why, *notes]))
 
     def _reasons(self) -> list[str]:
         """What the suite says of the cases whose ids begin so, against rows whose names begin so."""

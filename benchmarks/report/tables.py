@@ -9,6 +9,7 @@ from benchmarks.report import facts
 from benchmarks.timing import digits
 
 MINUS = "\N{MINUS SIGN}"
+_BRIEF = 6  # columns beside the names that fit a terminal
 
 
 @dataclass
@@ -17,9 +18,6 @@ class Column:
 
     head: str
     cell: Callable[[Row], str]
-
-
-_BRIEF = 6  # columns beside the names that fit a terminal
 
 
 @dataclass

@@ -105,8 +105,7 @@ def shape(choice: Choice, m: int, n: int) -> Race:
 
 
 def _common(choice: Choice) -> dict[str, Any]:
-    return {"tolerance": TOLERANCE[choice.dtype], "budget": 0.1 if choice.quick else 0.5,
-            "rounds": 3 if choice.quick else 20}  # fmt: skip
+    return {"tolerance": TOLERANCE[choice.dtype], "budget": 0.1 if choice.quick else 0.5, "rounds": choice.rounds}
 
 
 def only(make: Callable[[], Iterator[Contestant]], names: Sequence[str]) -> list[Contestant]:

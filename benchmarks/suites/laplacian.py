@@ -120,7 +120,7 @@ def network_case(
         TOLERANCE[choice.dtype],
         {"d": sizes.inputs, "points": sizes.points},
         budget=0.25 if choice.quick else 2.0,
-        rounds=3 if choice.quick else 15,
+        rounds=choice.rounds,
         claims=claims,
         caption=CAPTION,
     )
@@ -215,7 +215,7 @@ def pinn_case(choice: Choice, inputs: int) -> Race:
         1e-4 if choice.dtype == "float32" else TOLERANCE["float64"],
         {"d": inputs, "points": sizes.points},
         budget=0.25 if choice.quick else 1.0,
-        rounds=3 if choice.quick else 15,
+        rounds=choice.rounds,
         caption="The loss is the mean square of the Laplacian plus a source; contestants differ in how they get it.",
     )
 

@@ -96,7 +96,7 @@ def case(choice: Choice, make: Make, what: str) -> Race:
         tolerance,
         {"n": n, "batch": count},
         budget=0.25 if choice.quick else 1.0,
-        rounds=3 if choice.quick else 15,
+        rounds=choice.rounds,
         claims=partial(claims, what, n),
         caption=CAPTIONS.get(what, ""),
     )

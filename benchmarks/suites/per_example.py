@@ -31,7 +31,7 @@ REASONS = {
         "one gradient of the mean by XLA takes as long as all that torch does: its convolutions are faster here"
     ),
     ("per_example/norms/convolutional", "jax, vmap(grad)"): (
-        "ours keeps no gradient of an example: a third of the memory"
+        "ours keeps no gradient of an example, which saves memory"
     ),
     ("per_example/moments/convolutional", ""): (
         "gradients as small as these may as well be formed, for each example; ours keeps factors, which pays "
@@ -107,7 +107,7 @@ def case(choice: Choice, make: Make, what: str, batch: int) -> Race:
         TOLERANCE[choice.dtype],
         {"n": n, "batch": batch},
         budget=0.25 if choice.quick else 1.0,
-        rounds=3 if choice.quick else 15,
+        rounds=choice.rounds,
         claims=partial(claims, what, model.name, batch),
         caption=f"The row '{GRADIENT}' is what plain training pays.",
     )

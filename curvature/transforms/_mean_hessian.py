@@ -55,8 +55,8 @@ def mean_hessian(loss: Objective, *, chunk_size: ChunkSize = "auto", blocks: Hes
 
     Cost: one gradient of the mean, one product for each output of a tapped layer, and about ``2 B n^2`` operations in
         products of matrices, a quarter of that for the blocks of a layer with itself, where ``hessian`` takes n
-        products of 1.5 gradients each: 11 to 34 times faster for the networks of ``python -m benchmarks --suite
-        modes``. Memory: the result and the intermediates of one chunk.
+        products of 1.5 gradients each; ``python -m benchmarks --suite modes`` measures both. Memory:
+        the result and the intermediates of one chunk.
 
     Example:
         >>> import jax.numpy as jnp, curvature

@@ -11,8 +11,7 @@ TITLE = "Modes"
 QUESTION = "Forward or reverse, and in which order; and by which library?"
 REASONS = {
     ("modes/products/convolutional", "GradientTape"): (
-        "jax.linearize takes as long: XLA as TensorFlow ships it makes faster code of these small convolutions, "
-        "after 7 times as long a compilation"
+        "jax.linearize takes as long: XLA as TensorFlow ships it makes faster code of these small convolutions"
     ),
 }
 LEVEL = 0.95  # of our time: a peer below that is ahead of us
@@ -69,5 +68,4 @@ def behind(outcomes: reading.Outcomes) -> Finding:
 def _ratio_of_low(theirs: Row, ours: Row) -> float | None:
     """Of lower quartiles, since other work on the machine only ever adds; None for one and the same program."""
     low, our_low = (reading.number(row, "low") for row in (theirs, ours))
-    same = theirs.metrics.get("program") == ours.metrics.get("program") is not None
-    return None if same or low is None or not our_low else low / our_low
+    return None if ours.shares_program_with(theirs) or low is None or not our_low else low / our_low

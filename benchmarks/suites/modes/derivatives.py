@@ -76,7 +76,7 @@ def race(choice: Choice, derivative: str, model: Model) -> Race:
         TOLERANCE[choice.dtype],
         {"n": n, "batch": batch},
         budget=0.1 if choice.quick else 0.5,
-        rounds=3 if choice.quick else 20,
+        rounds=choice.rounds,
         claims=partial(regret, WORDS[derivative]) if derivative != "products" else _no_claims,
         caption=CAPTION,
     )

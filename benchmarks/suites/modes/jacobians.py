@@ -69,7 +69,7 @@ def race(choice: Choice, m: int, n: int) -> Race:
         TOLERANCE[choice.dtype],
         {"m": m, "n": n, "m/n": m / n},
         budget=0.1 if choice.quick else 0.5,
-        rounds=3 if choice.quick else 20,
+        rounds=choice.rounds,
         claims=partial(regret, "Jacobian"),
     )
 

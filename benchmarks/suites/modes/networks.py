@@ -101,7 +101,7 @@ def cases(choice: Choice) -> Iterator[Case]:
                 TOLERANCE[choice.dtype],
                 {"n": n, "batch": network.examples},
                 budget=0.4 if choice.quick else 1.5,
-                rounds=3 if choice.quick else 20,
+                rounds=choice.rounds,
                 claims=partial(claims, network),
             )
     yield from diagonals(choice)

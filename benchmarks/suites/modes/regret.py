@@ -24,16 +24,15 @@ def regret(what: str, outcome: Outcome) -> list[Claim]:
     if ours is None or "low" not in ours.metrics or not hands:
         return []
     best = min(hands, key=_low)
-    timed = [row for row in outcome.rows if "low" in row.metrics]
-    twins = [row for row in timed if row.metrics.get("program") == ours.metrics.get("program") is not None]
-    same = best in twins
-    factor = 1.0 if same else min(_low(row) for row in (ours, *twins)) / _low(best)
+    same = ours.shares_program_with(best)
+    twins = [row for row in outcome.rows if "low" in row.metrics and ours.shares_program_with(row)]
+    factor = 1.0 if same else min(_low(row) for row in (ours, *twins)) / _low(best)  # of twins it is the time of all
     said = "is the same program as" if same else f"takes {factor:.2f} times as long as"
     return [Claim(f"{what}: {ours.name} {said} {best.name} (wanted: at most {WANTED} times)", factor <= WANTED)]
 
 
 def _low(row: Row) -> float:
-    """The lower quartile: other work on the machine only ever adds. Of twins, the lower is the time of both."""
+    """The lower quartile: other work on the machine only ever adds."""
     return reading.number(row, "low") or 0.0
 
 
@@ -92,7 +91,7 @@ def cases(choice: Choice) -> Iterator[Case]:
                 TOLERANCE[choice.dtype],
                 {"n": n},
                 budget=0.1 if choice.quick else 0.5,
-                rounds=3 if choice.quick else 20,
+                rounds=choice.rounds,
                 claims=partial(regret, derivative),
                 caption="JAX's compositions that fail are those that the function forbids.",
             )
