@@ -193,6 +193,7 @@ class Line:
     x: list[float]
     y: list[float]
     style: str = "line"  # or "steps", "marks", "dashed"
+    library: str = ""  # whose color it has; by default, the one that the label begins with
 
 
 @dataclass

@@ -65,13 +65,20 @@ def curves(
 ) -> list[Line]:
     """For each row name of the outcomes whose id begins so, a line of a metric over a size; of two points or more."""
     points: dict[str, list[tuple[float, float]]] = {}
+    rows: dict[str, Row] = {}
     for outcome in part(outcomes, prefix).values():
         for row in outcome.rows:
             value = number(row, metric)
             if row.status in ("ok", "floor") and value and axis in outcome.sizes:
                 points.setdefault(row.name, []).append((outcome.sizes[axis], scale * value))
+                rows[row.name] = row
     return [
-        Line(name, *(list(values) for values in zip(*sorted(found), strict=True)))
+        Line(
+            name,
+            *(list(values) for values in zip(*sorted(found), strict=True)),
+            "dashed" if rows[name].status == "floor" else "line",
+            rows[name].peer,
+        )
         for name, found in points.items()
         if len(found) > 1
     ]

@@ -44,34 +44,41 @@ _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 # The same library has the same color and marker in every picture.
 _LIBRARIES = [peer for peer in peers.PACKAGES if peer != OURS]
 _SIZE = 10  # points, of all text
-_AXES = (5.4, 3.4)  # inches
-_LEFT, _BOTTOM, _TOP = 0.78, 0.62, 0.15
+_AXES = (5.4, 3.4)  # inches; higher where the labels need it
+_LABEL = 1.25 * _SIZE / 72  # inches of one line of a label
+_LEFT, _BOTTOM, _TOP = 0.78, 0.62, 0.22
 
 
 def draw(plot: Plot) -> Figure | None:
-    """A figure with the lines named beside their ends, or, of scattered marks, in a legend; None without a point."""
+    """A figure with lines and marks named beside their ends, clouds of marks in a legend; None without a point."""
     lines = [(line, *_points(line, plot)) for line in plot.lines]
     lines = [(line, x, y) for line, x, y in lines if np.any(np.isfinite(x + y))]
     if not lines:
         return None
-    labels = {line.label: textwrap.fill(line.label, 34) for line, _, _ in lines}
-    longest = max(len(part) for label in labels.values() for part in label.split("\n"))
-    marks = any(line.style == "marks" for line, _, _ in lines)
-    right = (0.75 if marks else 0.45) + 0.6 * _SIZE / 72 * longest
-    width, height = _LEFT + _AXES[0] + right, _BOTTOM + _AXES[1] + _TOP
+    labels = {line.label: wrap(line.label) for line, _, _ in lines}
+    parts = [part for label in labels.values() for part in label.split("\n")]
+    clouds = any(line.style == "marks" and len(line.x) > 1 for line, _, _ in lines)
+    right = (0.75 if clouds else 0.45) + 0.6 * _SIZE / 72 * max(map(len, parts))
+    inner = _AXES[0], max(_AXES[1], _LABEL * len(parts))
+    width, height = _LEFT + inner[0] + right, _BOTTOM + inner[1] + _TOP
     figure = Figure((width, height))
-    axes = figure.add_axes((_LEFT / width, _BOTTOM / height, _AXES[0] / width, _AXES[1] / height))
+    axes = figure.add_axes((_LEFT / width, _BOTTOM / height, inner[0] / width, inner[1] / height))
     _prepare(axes, plot)
     for (line, x, y), look in zip(lines, _looks([line for line, _, _ in lines]), strict=True):
         axes.plot(x, y, label=labels[line.label], **look)
     _ticks(axes, plot)
-    if marks:
+    if clouds:
         axes.legend(
             loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=_SIZE, labelcolor=_ink("ink")
         )
     else:
-        _name_ends(axes)
+        _name_ends(axes, [_library(line) for line, _, _ in lines])
     return figure
+
+
+def wrap(label: str) -> str:
+    """A label in lines that fit beside a picture, none of which begins with a comma."""
+    return textwrap.fill(label, 36, break_long_words=False, break_on_hyphens=False)
 
 
 def _points(line: Line, plot: Plot) -> tuple[np.ndarray, np.ndarray]:
@@ -100,9 +107,10 @@ def _prepare(axes: Axes, plot: Plot) -> None:
 
 
 def _ticks(axes: Axes, plot: Plot) -> None:
-    """Ticks at 1, 2 and 5 where a logarithmic axis is short, at powers of ten where it is long."""
+    """Ticks at 1, 2 and 5 where a logarithmic axis is short, at powers of ten where it is long; at few sizes, there."""
     axes.margins(x=0.04, y=0.06)
     axes.autoscale_view()
+    sizes = {x for line in plot.lines for x in line.x}
     for axis, log in ((axes.xaxis, plot.x_log), (axes.yaxis, plot.y_log)):
         if log:
             low, high = sorted(axis.get_view_interval())
@@ -111,7 +119,10 @@ def _ticks(axes: Axes, plot: Plot) -> None:
             few = AutoLocator() if decades < 0.6 else LogLocator(10, subs=subs, numticks=8 if decades > 6 else 12)
             axis.set_major_locator(few)
             axis.set_minor_formatter(NullFormatter())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+        if axis is axes.xaxis and len(sizes) <= 5 and all(float(size).is_integer() for size in sizes):
+            axis.set_ticks(sorted(sizes), [f"{size:.0f}" if size < 1e4 else tick(size) for size in sorted(sizes)])
+        else:
+            axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
 
 
 def tick(value: float) -> str:
@@ -138,7 +149,7 @@ def _looks(lines: list[Line]) -> list[dict[str, Any]]:
     others = itertools.count(len(_LIBRARIES))
     found = []
     for line in lines:
-        library = "" if line.style == "dashed" else library_of(line.label)
+        library = _library(line)
         index = next(others) if library is None else 0
         found.append(_look(line, library, index, seen[library]))
         seen[library] += 1
@@ -146,9 +157,9 @@ def _looks(lines: list[Line]) -> list[dict[str, Any]]:
 
 
 def _look(line: Line, library: str | None, index: int, before: int) -> dict[str, Any]:
-    """Of one line; ours is thick, and below the others, so that it hides none that is level with it."""
+    """Of one line; ours is thick and below the others, ideals are thin and above them, so that none hides another."""
     if line.style == "dashed":
-        return {"color": _ink("faint"), "linestyle": _DASHES[1 + before % 3], "linewidth": 1.3, "zorder": 2}
+        return {"color": _ink("faint"), "linestyle": _DASHES[1 + before % 3], "linewidth": 1.3, "zorder": 5}
     own = library == OURS
     index = _LIBRARIES.index(library) if library in _LIBRARIES else index
     color = _ink(_OWN[before % 2] if own else _HUES[index % len(_HUES)])
@@ -162,6 +173,13 @@ def _look(line: Line, library: str | None, index: int, before: int) -> dict[str,
     return look | style | {"linestyle": dashes, "linewidth": 3.2 if own else 1.4, "markevery": every}
 
 
+def _library(line: Line) -> str | None:
+    """The library that a line belongs to; that of all ideals and floors is nobody's, ``""``."""
+    if line.style == "dashed":
+        return ""
+    return line.library if line.library in peers.PACKAGES else library_of(line.label)
+
+
 def library_of(label: str) -> str | None:
     """The library that a label begins with."""
     return next(
@@ -169,21 +187,22 @@ def library_of(label: str) -> str | None:
     )
 
 
-def _name_ends(axes: Axes) -> None:
-    """The label of each line to the right of its end, moved apart where ends are close."""
+def _name_ends(axes: Axes, libraries: list[str | None]) -> None:
+    """The label of each line to the right of its end, of a mark beside it, moved apart where they are close."""
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = []
-    for line in axes.get_lines():
+    for line, library in zip(axes.get_lines(), libraries, strict=True):
         x, y = (np.asarray(values, float) for values in line.get_data())
         last = int(np.flatnonzero(np.isfinite(x) & np.isfinite(y))[-1])
-        ends.append((to_axes.transform((x[last], y[last]))[1], (x[last], y[last]), line))
+        across, up = to_axes.transform((x[last], y[last]))
+        ends.append((up, across if line.get_linestyle() == "None" else 1.0, (x[last], y[last]), line, library))
     ends.sort(key=lambda end: end[0])
-    line_height = 1.25 * _SIZE / 72 / _AXES[1]
-    heights = [line_height * (1 + line.get_label().count("\n")) for _, _, line in ends]
-    for place, (_, point, line) in zip(spread([end[0] for end in ends], heights), ends, strict=True):
+    line_height = _LABEL / (axes.get_position().height * axes.figure.get_figheight())
+    heights = [line_height * (1 + line.get_label().count("\n")) for *_, line, _ in ends]
+    for place, (_, across, point, line, library) in zip(spread([end[0] for end in ends], heights), ends, strict=True):
         axes.annotate(
-            line.get_label(), point, (1.06, place), textcoords=axes.transAxes, color=line.get_color(), fontsize=_SIZE,
-            va="center", annotation_clip=False, weight="bold" if library_of(line.get_label()) == OURS else "normal",
+            line.get_label(), point, (across + 0.06, place), textcoords=axes.transAxes, color=line.get_color(),
+            fontsize=_SIZE, va="center", annotation_clip=False, weight="bold" if library == OURS else "normal",
             arrowprops={"arrowstyle": "-", "color": _ink("faint"), "linewidth": 0.6, "shrinkA": 2, "shrinkB": 3,
                         "relpos": (0, 0.5)},
         )  # fmt: skip

@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.text import Text
 from rich.console import Console
 
 from benchmarks import report
@@ -220,6 +221,49 @@ def test_labels_of_ends_do_not_overlap():
     assert ordered[0] == 0.1
     assert ordered[-1] <= 1.0
     assert min(b - a for a, b in itertools.pairwise(ordered)) >= 0.1 - 1e-12
+
+
+def text_box(label):
+    """Where the text of a label stands, without its leader."""
+    label.get_window_extent()  # places it
+    return Text.get_window_extent(label)
+
+
+def test_a_picture_is_as_high_as_its_labels_need():
+    lines = [Line(f"jax, way {i} of a name too long for one line", [1.0, 2.0], [1.0, 1.0 + i]) for i in range(20)]
+    figure = plots.draw(Plot("many", "Many", "n", "ms", lines))
+    (axes,) = figure.axes
+    boxes = [text_box(text) for text in axes.texts]
+    assert len(boxes) == len(lines)
+    assert min(box.y0 for box in boxes) >= 0
+    assert max(box.y1 for box in boxes) <= figure.bbox.y1
+    bottoms = sorted((box.y0, box.y1) for box in boxes)
+    assert all(upper[0] >= lower[1] - 1 for lower, upper in itertools.pairwise(bottoms))
+
+
+def test_lines_take_the_color_of_their_library_whatever_they_are_called():
+    names = ("GradientTape, eager", "tape.jacobian, XLA")
+    lines = [Line(name, [1.0, 2.0], [1.0, 2.0], library="tensorflow") for name in names]
+    floor = Line("one gradient", [1.0, 2.0], [0.5, 1.0], "dashed", "jax")
+    (axes,) = plots.draw(Plot("colors", "Colors", "n", "ms", [*lines, floor])).axes
+    first, second, ideal = axes.get_lines()
+    assert first.get_color() == second.get_color() != ideal.get_color()
+    assert first.get_linestyle() != second.get_linestyle()
+
+
+def test_single_marks_are_named_beside_them():
+    marks = [Line(f"jax, way {i}", [10.0**i], [1.0 + i], "marks") for i in range(3)]
+    (axes,) = plots.draw(Plot("marks", "Marks", "ms", "share", marks)).axes
+    lefts = [text_box(text).x0 for text in axes.texts]
+    assert lefts == sorted(lefts)
+    assert lefts[0] < lefts[-1]
+
+
+def test_few_sizes_are_the_ticks():
+    (axes,) = plots.draw(
+        Plot("devices", "Devices", "n", "ms", [Line("jax", [1, 2, 4, 4096], [1.0, 2.0, 3.0, 4.0])])
+    ).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4", "4096"]
 
 
 def test_a_line_with_gaps_is_drawn():
