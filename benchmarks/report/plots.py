@@ -56,9 +56,10 @@ def draw(plot: Plot) -> Figure | None:
     if not lines:
         return None
     labels = {line.label: wrap(line.label) for line, _, _ in lines}
-    parts = [part for label in labels.values() for part in label.split("\n")]
+    parts = [(part, _library(line) == OURS) for line, _, _ in lines for part in labels[line.label].split("\n")]
+    longest = max(len(part) * (0.7 if bold else 0.6) for part, bold in parts)
     clouds = any(line.style == "marks" and len(line.x) > 1 for line, _, _ in lines)
-    right = (0.75 if clouds else 0.45) + 0.6 * _SIZE / 72 * max(map(len, parts))
+    right = (0.75 if clouds else 0.45) + _SIZE / 72 * longest
     inner = _AXES[0], max(_AXES[1], _LABEL * len(parts))
     width, height = _LEFT + inner[0] + right, _BOTTOM + inner[1] + _TOP
     figure = Figure((width, height))

@@ -22,6 +22,7 @@ from curvature.optimizers._protocol import (
     unevaluated,
 )
 
+_MEMORY = (8, 20)  # pairs by default: as many as there are variables, within these bounds
 _MOST_GROWTH = 0.5  # the power of 1 / eps to which scales may add up: beyond, the oldest pairs would drown the newest
 
 
@@ -68,7 +69,7 @@ class LBFGSState(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def lbfgs(memory_size: int = 20) -> FirstOrder:
+def lbfgs(memory_size: int | None = None) -> FirstOrder:
     """L-BFGS: an optax transformation for smooth objectives of any size; gradients only.
 
     The direction is ``-H g`` with the inverse Hessian that the last m updates make of ``(y's / y'y) I``, in compact
@@ -81,7 +82,8 @@ def lbfgs(memory_size: int = 20) -> FirstOrder:
     Use it where ``optax.lbfgs()`` stands; ``optax.value_and_grad_from_state`` finds value and gradient in the state.
 
     Args:
-        memory_size: m, the pairs of steps and gradient changes that are kept.
+        memory_size: m, the pairs of steps and gradient changes that are kept. By default 20, or as many as there are
+            variables where that is less, but 8 at least: small matrices keep small problems fast.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` whose state is an ``LBFGSState``.
@@ -110,11 +112,14 @@ def lbfgs(memory_size: int = 20) -> FirstOrder:
     References: Byrd, Nocedal and Schnabel (1994), theorem 2.2, doi:10.1007/BF01582063; Al-Baali (1999), doi:
         10.1023/A:1019142304382; Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), section 7.2.
     """
-    _checks.check_static_count("lbfgs", "memory_size", memory_size, 1)
+    if memory_size is not None:
+        _checks.check_static_count("lbfgs", "memory_size", memory_size, 1)
     return first_order("lbfgs", functools.partial(_init, memory_size), _step)
 
 
-def _init(memory_size: int, x: Vector, params: Tree) -> LBFGSState:
+def _init(memory_size: int | None, x: Vector, params: Tree) -> LBFGSState:
+    if memory_size is None:
+        memory_size = min(max(x.size, _MEMORY[0]), _MEMORY[1])
     zero = jnp.asarray(0, jnp.int32)
     return LBFGSState(
         pairs=no_pairs(memory_size, x.size, x.dtype),
