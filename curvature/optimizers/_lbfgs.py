@@ -22,7 +22,9 @@ from curvature.optimizers._protocol import (
     unevaluated,
 )
 
-_MEMORY = (8, 20)  # pairs by default: as many as there are variables, within these bounds
+# Pairs by default. XLA's CPU compiler runs a program whose arrays take at most 512 bytes each in one thread, others on
+# a pool of threads, which costs more than a few variables are worth: 8 x 8 doubles are 512 bytes.
+_MEMORY, _FEW_VARIABLES, _MEMORY_OF_FEW = 20, 4, 8
 _MOST_GROWTH = 0.5  # the power of 1 / eps to which scales may add up: beyond, the oldest pairs would drown the newest
 
 
@@ -82,8 +84,8 @@ def lbfgs(memory_size: int | None = None) -> FirstOrder:
     Use it where ``optax.lbfgs()`` stands; ``optax.value_and_grad_from_state`` finds value and gradient in the state.
 
     Args:
-        memory_size: m, the pairs of steps and gradient changes that are kept. By default 20, or as many as there are
-            variables where that is less, but 8 at least: small matrices keep small problems fast.
+        memory_size: m, the pairs of steps and gradient changes that are kept. By default 20, or 8 for at most four
+            variables, where small matrices save more time than pairs beyond twice as many as variables are worth.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` whose state is an ``LBFGSState``.
@@ -119,7 +121,7 @@ def lbfgs(memory_size: int | None = None) -> FirstOrder:
 
 def _init(memory_size: int | None, x: Vector, params: Tree) -> LBFGSState:
     if memory_size is None:
-        memory_size = min(max(x.size, _MEMORY[0]), _MEMORY[1])
+        memory_size = _MEMORY if x.size > _FEW_VARIABLES else _MEMORY_OF_FEW
     zero = jnp.asarray(0, jnp.int32)
     return LBFGSState(
         pairs=no_pairs(memory_size, x.size, x.dtype),

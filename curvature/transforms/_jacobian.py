@@ -24,7 +24,7 @@ def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, chunk_si
         out_axes: as in ``jax.vmap``.
         chunk_size: lanes at once. ``None`` is ``jax.vmap`` itself; ``"auto"`` takes as many as keep what all
             operations write within 36 MiB (CPU; in one where five such chunks would do, or convolutions within 1 GiB)
-            or an eighth of the free memory (GPU, TPU).
+            or an eighth of the free memory (GPU, TPU); up to a fifth fewer where those divide the lanes evenly.
 
     Returns:
         The function of all lanes. Keyword arguments are mapped over their leading axis.

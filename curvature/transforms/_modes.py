@@ -191,7 +191,9 @@ def num_chunks(lanes: int, chunk_size: ChunkSize, call: Callable[[Any], Any], on
         return math.ceil(lanes / chunk_size)
     if lanes <= _LEAST_CHUNK:
         return 1
-    return _auto_chunks(lanes, jax.make_jaxpr(call)(one_lane()).jaxpr)
+    chunks = _auto_chunks(lanes, jax.make_jaxpr(call)(one_lane()).jaxpr)
+    even = range(chunks, chunks + chunks // 4 + 1)  # without a rest to cut off, nothing of the result is copied
+    return next((count for count in even if lanes % count == 0), chunks)
 
 
 def _auto_chunks(lanes: int, jaxpr: Jaxpr) -> int:

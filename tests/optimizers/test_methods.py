@@ -129,6 +129,13 @@ def test_the_compact_memory_is_the_product_of_its_updates():
         assert_close(inverse_product(pairs, jnp.asarray(vector)), H @ vector, roundings=1e5)
 
 
+def test_a_few_variables_keep_arrays_that_xla_runs_in_one_thread():
+    arrays = jax.tree.leaves(curvature.lbfgs().init(jnp.zeros(4)).pairs)
+    assert max(array.nbytes for array in arrays) <= 512
+    assert len(curvature.lbfgs().init(jnp.zeros(5)).pairs.steps) == 20
+    assert len(curvature.lbfgs(3).init(jnp.zeros(4)).pairs.steps) == 3
+
+
 def test_a_pair_without_curvature_is_not_remembered():
     pairs = no_pairs(2, 3, jnp.dtype(float))
     assert remember(pairs, jnp.ones(3), -jnp.ones(3), jnp.asarray(1.0)).count == 0

@@ -113,6 +113,13 @@ def test_vmap_memory_is_bounded_by_the_chunk():
     assert temporary_bytes("auto") < temporary_bytes(None) / 8
 
 
+def test_chunks_divide_the_lanes_where_they_can_and_copy_no_result():
+    xs = jax.ShapeDtypeStruct((64, 480), jnp.float64)  # what ten lanes write would fill a chunk
+    mapped = jax.jit(curvature.vmap(lambda x: jnp.sin(jnp.outer(x, x))))
+    memory = mapped.lower(xs).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < memory.output_size_in_bytes / 4
+
+
 def test_none_leaves_pass_through_chunks():
     x = {"a": jnp.arange(1.0, 8.0), "b": None}
     fun = lambda x: jnp.sum(x["a"] ** 3)
