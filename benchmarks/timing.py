@@ -212,23 +212,24 @@ def console() -> Console:
 
 def _warm_up(call: Callable[[], Any], seconds: float) -> tuple[int, list[float]]:
     """How many calls fit into ``seconds``, judged by the second; of a slow one, one, and the time of the first."""
-    first = _clock(call)
+    first = clock(call)[1]
     if first > max(_OVERDRAWN * seconds, _SLOW):
         return 1, [first]
-    return min(max(int(seconds / max(_clock(call), 1e-9)), 1), _MOST_REPEATS), []
+    return min(max(int(seconds / max(clock(call)[1], 1e-9)), 1), _MOST_REPEATS), []
 
 
 def _turn(call: Callable[[], Any], repeats: int) -> list[float]:
     """The times of so many calls, after one that does not count if there are several."""
     if repeats > 1:
-        _clock(call)
-    return [_clock(call) for _ in range(repeats)]
+        clock(call)
+    return [clock(call)[1] for _ in range(repeats)]
 
 
-def _clock(call: Callable[[], Any]) -> float:
+def clock(call: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call returns, when it is there, and the seconds until then."""
     start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
+    result = jax.block_until_ready(call())
+    return result, time.perf_counter() - start
 
 
 def _summarize(name: str, samples: list[float]) -> Row:

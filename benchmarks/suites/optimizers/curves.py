@@ -3,7 +3,6 @@
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import curvature
 from benchmarks import peers
 from benchmarks.cases import OURS, Case, Choice, Claim, Finding, Line, Outcome, Plot, Row, Study
 from benchmarks.suites.optimizers.solvers import run_optax_lbfgs
+from benchmarks.timing import clock
 from benchmarks.timing import digits as figures
 
 PREFIX = "optimizers/curves/"
@@ -135,9 +135,8 @@ def _timed(solve: Solve, steps: int) -> tuple[Any, float]:
     """The end of a solve, and its seconds: the median of five where they are short, once where they are long."""
     taken: list[float] = []
     while len(taken) < 5 and sum(taken) < 0.5:
-        start = time.perf_counter()
-        x = jax.block_until_ready(solve(steps))
-        taken.append(time.perf_counter() - start)
+        x, seconds = clock(lambda: solve(steps))
+        taken.append(seconds)
     return x, statistics.median(taken)
 
 
