@@ -16,6 +16,7 @@ from curvature._types import ChunkSize, HessianMode, JacobianMode, Tree
 from curvature.transforms._legality import Blocker, find_blocker
 
 _ORDER = get_args(HessianMode)[1:]  # cheapest first
+_CONVOLUTION = "conv_general_dilated"
 _NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerIntegerConversionError,
@@ -124,23 +125,28 @@ def choose_composition(function: str, program: Program, mode: HessianMode, *, wh
 
 
 def _order_of_matrix(program: Program) -> Sequence[str]:
-    """The compositions for a symmetric matrix, cheapest first.
-
-    Pushing many tangents forward moves their axis to the front of every operation that mixes them with a constant, and
-    back for the next product of matrices; pulling cotangents back does so less. XLA writes each move out on a CPU, and
-    a network's Hessian takes up to twice as long pushed as pulled. Convolutions move their axes anyway.
-    """
-    if program.jaxpr is None or not program.is_scalar or jax.default_backend() != "cpu":
-        return _ORDER
+    """The compositions for a symmetric matrix, cheapest first."""
     one_dtype = len({leaf.dtype for leaf in jax.tree.leaves(program.x)}) == 1  # of mixed ones rows and columns differ
-    if not one_dtype or _has_convolution(program.jaxpr.jaxpr):
-        return _ORDER
+    if not program.is_scalar or not one_dtype or not _moves_tangents(program) or _has(_CONVOLUTION, program.jaxpr):
+        return _ORDER  # convolutions move their axes anyway
     return ("rev_over_rev", *(mode for mode in _ORDER if mode != "rev_over_rev"))
 
 
+def _moves_tangents(program: Program) -> bool:
+    """Whether pushing many tangents forward costs more than pulling as many cotangents back.
+
+    Where products of matrices meet other operations, the axis of the tangents is moved to the front of every operation
+    that mixes them with a constant, and back for the next product; that of cotangents less often. XLA writes each move
+    out on a CPU, and a network's Hessian takes up to twice as long pushed as pulled. Without products nothing is
+    moved, and pushing fuses better: a chain's Hessian takes a fifth of the time (benchmarks/suites/sparse).
+    """
+    mixes = _has("dot_general", program.jaxpr) or _has(_CONVOLUTION, program.jaxpr)
+    return jax.default_backend() == "cpu" and mixes
+
+
 _TALL_ON_CPU = 1.5
-"""Outputs over inputs from which pushing tangents is the faster way on a CPU, where they are moved as
-``_order_of_matrix`` says. Ours, by benchmarks/suites/modes: networks cross over between 1.3 and 2.1."""
+"""Outputs over inputs from which pushing tangents is the faster way on a CPU where they are moved. Ours, by
+benchmarks/suites/modes: networks cross over between 1.3 and 2.1."""
 
 _FEW_LANES = 8  # up to here it does not matter, and pushing is the smaller program
 
@@ -148,8 +154,7 @@ _FEW_LANES = 8  # up to here it does not matter, and pushing is the smaller prog
 def choose_jacobian(function: str, program: Program, mode: JacobianMode) -> str:
     """The mode to use: ``mode`` itself if it is legal; for "auto" forward for tall Jacobians, reverse for wide."""
     inputs, outputs = num_entries(program.x), num_entries(program.out)
-    moves = jax.default_backend() == "cpu" and inputs > _FEW_LANES
-    is_tall = outputs >= (_TALL_ON_CPU if moves else 1) * inputs
+    is_tall = outputs >= (_TALL_ON_CPU if inputs > _FEW_LANES and _moves_tangents(program) else 1) * inputs
     order = ("fwd", "rev") if is_tall else ("rev", "fwd")
     blockers = {name: program.blocker(name) for name in order}
     legal = [name for name in order if blockers[name] is None]
@@ -199,7 +204,7 @@ def num_chunks(lanes: int, chunk_size: ChunkSize, call: Callable[[Any], Any], on
 def _auto_chunks(lanes: int, jaxpr: Jaxpr) -> int:
     bytes_of_lane = _bytes_written(jaxpr)
     if jax.default_backend() == "cpu":
-        if _has_convolution(jaxpr) and lanes * bytes_of_lane <= _CONVOLUTION_BYTES:
+        if _has(_CONVOLUTION, jaxpr) and lanes * bytes_of_lane <= _CONVOLUTION_BYTES:
             return 1
         chunks = math.ceil(lanes / max(_LEAST_CHUNK, _CHUNK_BYTES // bytes_of_lane))
         return 1 if lanes * bytes_of_lane <= _FEW_CHUNKS * _CHUNK_BYTES else chunks
@@ -221,9 +226,11 @@ def _bytes_written(jaxpr: Jaxpr) -> int:
     return written
 
 
-def _has_convolution(jaxpr: Jaxpr) -> bool:
+def _has(primitive: str, jaxpr: Jaxpr | ClosedJaxpr | None) -> bool:
+    """Whether ``primitive`` occurs, also in the bodies of loops, branches and calls."""
+    if jaxpr is None:
+        return False
     return any(
-        eqn.primitive.name == "conv_general_dilated"
-        or any(map(_has_convolution, jex.core.jaxprs_in_params(eqn.params)))
+        eqn.primitive.name == primitive or any(_has(primitive, body) for body in jex.core.jaxprs_in_params(eqn.params))
         for eqn in jaxpr.eqns
     )
