@@ -46,6 +46,7 @@ _LIBRARIES = [peer for peer in peers.PACKAGES if peer != OURS]
 _SIZE = 10  # points, of all text
 _AXES = (5.4, 3.4)  # inches; higher where the labels need it
 _LABEL = 1.25 * _SIZE / 72  # inches of one line of a label
+_CROWD = 0.5  # of the width: where the name of a mark would be; names go below the highest marks so close together
 _LEFT, _BOTTOM, _TOP = 0.78, 0.62, 0.22
 
 
@@ -200,7 +201,11 @@ def _name_ends(axes: Axes, libraries: list[str | None]) -> None:
     ends.sort(key=lambda end: end[0])
     line_height = _LABEL / (axes.get_position().height * axes.figure.get_figheight())
     heights = [line_height * (1 + line.get_label().count("\n")) for *_, line, _ in ends]
-    for place, (_, across, point, line, library) in zip(spread([end[0] for end in ends], heights), ends, strict=True):
+    marks = [(up, across) for up, across, *_ in ends if across < 1]
+    top = [across for up, across in marks if up > marks[-1][0] - line_height]
+    crowded = any(0 < b - a < _CROWD for a, b in itertools.permutations(top, 2))
+    places = spread([end[0] for end in ends], heights, marks[-1][0] - 1.5 * line_height if crowded else 1.0)
+    for place, (_, across, point, line, library) in zip(places, ends, strict=True):
         axes.annotate(
             line.get_label(), point, (across + 0.06, place), textcoords=axes.transAxes, color=line.get_color(),
             fontsize=_SIZE, va="center", annotation_clip=False, weight="bold" if library == OURS else "normal",
@@ -209,14 +214,14 @@ def _name_ends(axes: Axes, libraries: list[str | None]) -> None:
         )  # fmt: skip
 
 
-def spread(wanted: list[float], heights: list[float]) -> list[float]:
-    """Places in the same order, as near to the wanted ones as labels of these heights allow, within [0, 1]."""
+def spread(wanted: list[float], heights: list[float], most: float = 1.0) -> list[float]:
+    """Places in the same order, as near to the wanted ones as labels of these heights allow, within [0, most]."""
     gaps = [(a + b) / 2 for a, b in itertools.pairwise(heights)]
     places = list(wanted)
     for i, gap in enumerate(gaps):
         places[i + 1] = max(places[i + 1], places[i] + gap)
     if places:
-        places[-1] = min(places[-1], max(1.0, sum(gaps)))
+        places[-1] = min(places[-1], max(most, sum(gaps)))
     for i in reversed(range(len(gaps))):
         places[i] = min(places[i], places[i + 1] - gaps[i])
     return places
