@@ -63,7 +63,6 @@ def cases(choice: Choice) -> Iterator[Case]:
         (partial(perceptron, (64, 128, 128, 10), 256),
          ("hessian", "gauss-newton", "fisher-empirical", "fisher-sampled", "expand")),
         (partial(convolutional, (8, 16), 16, 16), ("gauss-newton", "expand")),
-        (partial(transformer, width=64, words=64, examples=4, tokens=32, head=32), ("gauss-newton",)),
     ]  # fmt: skip
     full: list[tuple[Make, tuple[str, ...]]] = [
         (perceptron, tuple(CONTESTANTS)),

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.cases import Choice, Outcome, Row
 from benchmarks.suites import optimizers
-from benchmarks.suites.optimizers import scalar
+from benchmarks.suites.optimizers import curves, scalar
 from benchmarks.suites.optimizers.profiles import data_profile, performance_profile
 
 # Four problems; nobody solves the last.
@@ -76,3 +76,26 @@ def test_cases_have_ids_of_their_own(quick):
     ids = [case.id for case in optimizers.cases(Choice(quick=quick, dtype="float64"))]
     assert len(set(ids)) == len(ids)
     assert all(id.startswith("optimizers/") for id in ids)
+
+
+@pytest.mark.parametrize("slope", [1e-9, 1e-3])
+def test_no_curve_ends_at_a_minimum_where_its_gradient_does_not_vanish(slope):
+    outcome = Outcome(
+        rows=[Row("curvature newton", "curvature"), Row("optax.adam", "optax")],
+        series={
+            "curvature newton": [[0.0, 0.1, 2.0, 1.0], [1.0, 0.2, 1.0, slope]],
+            "optax.adam": [[0.0, 0.1, 2.0, 1.0], [9.0, 0.3, 1.5, 1.0]],
+        },
+    )
+    curves._compare(outcome)
+    found = {"optimizers/curves/regression": outcome}
+    drawn = {plot.title.split(" on ")[0] for plot in curves.plots(found)}
+    (finding,) = curves.findings(found)
+    if slope < curves.STATIONARY:
+        assert [row.metrics["steps_to_close"] for row in outcome.rows] == [1.0, None]
+        assert drawn == {"Convergence", "Gradient"}
+        assert "curvature newton 200 ms, at most 1 steps. Not there" in finding.answer
+    else:
+        assert [row.metrics["steps_to_close"] for row in outcome.rows] == [None, None]
+        assert drawn == {"Gradient"}
+        assert "digits: nobody. Not there" in finding.answer

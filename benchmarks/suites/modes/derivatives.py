@@ -31,9 +31,9 @@ SPARSE_GROWTH = {
 
 QUICK = {
     "gradient": ("mlp", "neural-ode"),
-    "hvp": ("mlp", "convolutional", "transformer"),
+    "hvp": ("mlp", "convolutional"),
     "products": ("mlp",),
-    "hessian": ("mlp", "logistic", "pinn"),
+    "hessian": ("mlp", "logistic"),
 }
 """The models of a quick run that names none."""
 
