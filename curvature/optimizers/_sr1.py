@@ -20,12 +20,14 @@ from curvature.optimizers._protocol import (
     first_length,
     first_order,
     search_status,
+    shrink_factor,
     unevaluated,
 )
 
 _ACCEPT = 1e-4  # N&W algorithm 6.2: the least ratio of actual to predicted reduction that is a step
 _POOR, _GOOD = 0.1, 0.75
 _SKIP = 1e-8  # N&W (6.26)
+_FAR = 10  # a trial whose value rises by more than so many times what the model has it fall is of another landscape
 
 
 class SR1State(NamedTuple):
@@ -69,9 +71,10 @@ def sr1() -> FirstOrder:
 
         B+ = B + r r' / r's,    r = y - B s
 
-    unless ``abs(r's) <= 1e-8 norm(r) norm(s)``. Rejected trials teach it too. The subproblem is solved to rounding, and
-    the region shrinks until a trial is accepted. When none is, B starts again from zero. Nothing depends on the scale
-    of the objective.
+    unless ``abs(r's) <= 1e-8 norm(r) norm(s)``. Rejected trials teach it too, but not where the value rose by more than
+    ten times what the model had it fall: B would not forget a curvature from so far off. The subproblem is solved to
+    rounding, and the region shrinks until a trial is accepted. When none is, B starts again from zero. Nothing depends
+    on the scale of the objective.
 
     Use it where ``optax.lbfgs()`` stands; ``optax.value_and_grad_from_state`` finds value and gradient in the state.
 
@@ -158,11 +161,14 @@ def _attempt(trial: _Trial, local: Slope) -> _Trial:
     finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
     ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
     ratio = jnp.where(finite, ratio, -jnp.inf)
-    hessian, learned = _learn(trial.hessian, trial.num_updates, step, jnp.where(finite, grad - local.grad, 0))
+    near = ratio > -_FAR
+    hessian, learned = _learn(trial.hessian, trial.num_updates, step, jnp.where(near, grad - local.grad, 0))
     length = norm(step)
+    slope = jnp.vdot(local.grad, step, precision="highest")
+    shrink = jnp.where(near, 0.5, shrink_factor(local.value, slope, value))
     grown = jnp.where((ratio > _GOOD) & (length > 0.8 * trial.radius), 2 * trial.radius, trial.radius)
     grown = jnp.minimum(grown, jnp.finfo(grown.dtype).max / 8)
-    radius = jnp.where(ratio < _POOR, jnp.where(finite, 0.5, 0.1) * jnp.minimum(length, trial.radius), grown)
+    radius = jnp.where(ratio < _POOR, shrink * jnp.minimum(length, trial.radius), grown)
     return _Trial(
         hessian=hessian,
         num_updates=trial.num_updates + learned.astype(jnp.int32),

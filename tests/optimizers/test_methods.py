@@ -153,6 +153,19 @@ def test_sr1_learns_the_hessian_of_a_quadratic():
     assert_close(state.hessian, matrix, roundings=1e12)  # the last steps are short, and divide by their squares
 
 
+@pytest.mark.parametrize("size", [2, 6])
+def test_sr1_learns_nothing_from_behind_a_cliff(size):
+    """The first trial, a hundredth of x long, overshoots by 20 orders of magnitude in value and curvature."""
+    start = jnp.array([1000.0] + [-2.0] * (size - 1), jnp.float32)
+
+    def cliff(x):
+        return (x[0] - 990) ** 2 / 2 + jnp.sum(jnp.exp(10 * x[1:]) - 10 * x[1:])
+
+    result = curvature.minimize(cliff, start, method="sr1", max_steps=30)
+    assert result.success, result.message
+    assert jnp.max(jnp.abs(result.x - jnp.zeros_like(start).at[0].set(990.0))) < 1e-3
+
+
 @pytest.mark.parametrize("hard", [False, True])
 def test_the_cubic_model_is_minimized_wherever_its_minimizer_is(hard):
     solve = jax.jit(lambda H, g, w: solve_cubic(factor_model(H, g), w).step)
