@@ -83,7 +83,7 @@ def cases(choice: Choice) -> Iterator[Case]:
     grid: list[tuple[Make, str, tuple[int, ...]]] = [
         *((perceptron, what, (32, 256) if choice.quick else (16, 64, 256, 1024)) for what in BY_GRADIENTS),
         (convolutional, "norms", (32,) if choice.quick else (32, 128)),
-        (transformer, "norms", (8,) if choice.quick else (16, 64)),
+        (transformer, "norms", () if choice.quick else (16, 64)),
         (perceptron, "gradients", (32,) if choice.quick else (32, 256)),
         (small, "Hessians", (16,) if choice.quick else (16, 64, 256)),
     ]

@@ -53,14 +53,12 @@ def cases(choice: Choice) -> Iterator[Case]:
 
 def models(choice: Choice, derivative: str) -> Iterator[Model]:
     """Those of the choice; of a quick one without names, a few."""
-    wanted = QUICK[derivative] if choice.quick and not choice.models else tuple(filter(choice.wants, MODELS))
-    for name in wanted:
+    for name in QUICK[derivative] if choice.quick and not choice.models else filter(choice.wants, MODELS):
         if name != "mlp":
             yield MODELS[name]()
             continue
-        for pair in GROWTH:
-            if pair in (QUICK_GROWTH if choice.quick else SPARSE_GROWTH.get(derivative, GROWTH)):
-                yield mlp(*pair)
+        wanted = QUICK_GROWTH if choice.quick else SPARSE_GROWTH.get(derivative, GROWTH)
+        yield from (mlp(*pair) for pair in GROWTH if pair in wanted)
 
 
 def race(choice: Choice, derivative: str, model: Model) -> Race:

@@ -26,6 +26,7 @@ GTOL = 1e-8
 STATIONARY = 1e-6  # the largest entry of the gradient at what passes for a minimum
 CLOSE = 1e-6  # relative to the fall of the objective: the level at which times are compared
 MOST_STEPS = 3000
+LONGEST = 3.0  # seconds: a curve ends with the first run that takes as long
 CAPTION = (
     "Each mark is a run of its own, cut off after so many steps and timed whole, warm. Every step takes all of the "
     f"data. Adam has the rate {RATE}. The minimum is the least value that any of them reached."
@@ -44,18 +45,10 @@ class Setting(NamedTuple):
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    """The regression, whose minimum a quick run reaches too, and in a full run the network.
-
-    Nothing without scikit-learn's images.
-    """
-    if peers.is_installed("scikit-learn"):
-        for name in ("regression",) if choice.quick else TITLES:
-            yield Study(
-                f"{PREFIX}{name}",
-                f"Convergence on {TITLES[name]}",
-                "digits",
-                functools.partial(run, name, longest=0.3 if choice.quick else 3.0),
-            )
+    """Both, in a full run; nothing without scikit-learn's images."""
+    if peers.is_installed("scikit-learn") and not choice.quick:
+        for name, title in TITLES.items():
+            yield Study(f"{PREFIX}{name}", f"Convergence on {title}", "digits", functools.partial(run, name))
 
 
 def setting(name: str) -> Setting:
@@ -104,14 +97,14 @@ def _adam(objective: Callable[..., jax.Array], most_steps: Any, x: Any, data: An
     return jax.lax.fori_loop(0, most_steps, step, (x, solver.init(x)))[0]
 
 
-def run(name: str, report: Callable[[str], Any], *, longest: float) -> Outcome:
+def run(name: str, report: Callable[[str], Any]) -> Outcome:
     """The curve of each way: steps, seconds, value, largest entry of the gradient."""
     s = setting(name)
     value_and_grad = jax.jit(jax.value_and_grad(s.objective))
     outcome = Outcome(caption=CAPTION)
     for label, peer, solve in ways(name, s):
         report(label)
-        curve = trace(solve, lambda x: _measure(value_and_grad(x, *s.data)), longest)
+        curve = trace(solve, lambda x: _measure(value_and_grad(x, *s.data)), LONGEST)
         outcome.series[label] = curve
         steps, seconds, value, slope = curve[-1]
         metrics = {"steps": steps, "seconds": seconds, "value": value, "gradient": slope}
@@ -220,4 +213,4 @@ def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
             rest = f" Not there, for want of time or at another minimum: {', '.join(never)}." if never else ""
             told.append(f"On {TITLES[id.removeprefix(PREFIX)]}: {'; '.join(times) or 'nobody'}.{rest}")
     ids = [id for id in outcomes if id.startswith(PREFIX)]
-    return [Finding(question, " ".join(told) or "It was not run.", ids)]
+    return [Finding(question, " ".join(told), ids)] if told else []
