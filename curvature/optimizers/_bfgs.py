@@ -8,8 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import Status, Tree
-from curvature.linalg._dense import norm
-from curvature.optimizers._line_search import Descent, descend
+from curvature.optimizers._line_search import Descent, descend, shows_curvature
 from curvature.optimizers._protocol import (
     FirstOrder,
     Matrix,
@@ -135,7 +134,7 @@ def _learn(
     """The approximation after a step that changed the gradient by ``y``, and whether that was of use."""
     step = found.step
     ys, yy = jnp.vdot(y, step, precision="highest"), jnp.vdot(y, y, precision="highest")
-    useful = ys > jnp.finfo(ys.dtype).eps * norm(y) * norm(step)
+    useful = shows_curvature(step, y)
     ys, yy = jnp.where(useful, ys, 1), jnp.where(useful & (yy > 0), yy, 1)
     H = jnp.where(num_updates == 0, ys / yy, 1) * H  # N&W (6.20)
     Hy = _matvec(H, y)

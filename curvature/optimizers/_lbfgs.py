@@ -9,8 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from curvature import _checks
 from curvature._types import Status, Tree
-from curvature.linalg._dense import norm
-from curvature.optimizers._line_search import descend
+from curvature.optimizers._line_search import descend, shows_curvature
 from curvature.optimizers._protocol import (
     FirstOrder,
     Scalar,
@@ -163,7 +162,7 @@ def remember(pairs: Pairs, step: Vector, change: Vector, expected: Scalar) -> Pa
     here = jnp.arange(most, dtype=jnp.int32) == place
     known = ~here & (pairs.count > 0)
     curvature = jnp.vdot(step, change, precision="highest")
-    useful = curvature > jnp.finfo(step.dtype).eps * norm(step) * norm(change)
+    useful = shows_curvature(step, change)
 
     def write(rows: Array, row: Array) -> Array:  # what is no use leaves the row as it is, without a copy of the others
         old = jax.lax.dynamic_index_in_dim(rows, place, keepdims=False)

@@ -138,6 +138,12 @@ def descend(local: Slope, direction: Vector, remembers: Bool[Array, ""]) -> Desc
     )
 
 
+def shows_curvature(step: Vector, change: Vector) -> Bool[Array, ""]:
+    """Whether ``s'y`` is positive beyond the rounding of its own sum, in whatever units each variable comes."""
+    products = step * change
+    return jnp.sum(products) > jnp.finfo(step.dtype).eps * jnp.sum(jnp.abs(products))
+
+
 def _first_step_size(local: Slope) -> Scalar:
     """For steepest descent, whose direction says nothing of its length; the search goes on from there."""
     return first_length(local.x) / norm(local.grad)

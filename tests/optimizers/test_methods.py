@@ -141,6 +141,16 @@ def test_a_pair_without_curvature_is_not_remembered():
     assert remember(pairs, jnp.ones(3), -jnp.ones(3), jnp.asarray(1.0)).count == 0
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-12])
+def test_whether_a_pair_is_remembered_does_not_depend_on_the_units(unit):
+    """The norms of a step and of a gradient in mixed units say nothing of the rounding of their product."""
+    units = jnp.array([1.0, unit, 1.0], jnp.float32)
+    pairs = no_pairs(2, 3, jnp.dtype(jnp.float32))
+    curved, flat = jnp.array([1.0, 1.0, -1.0], jnp.float32), jnp.array([1.0, -1.0, 5e-8], jnp.float32)
+    for change, count in ((curved, 1), (flat, 0)):
+        assert remember(pairs, units, change / units, jnp.asarray(1.0, jnp.float32)).count == count
+
+
 def test_sr1_learns_the_hessian_of_a_quadratic():
     matrix = symmetric(np.random.default_rng(1), 3) + 10 * np.eye(3)
     solver, x = curvature.sr1(), jnp.array([3.0, -2.0, 1.0])
