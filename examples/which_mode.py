@@ -88,7 +88,10 @@ def clipped_sine(x: jax.Array) -> jax.Array:
     return jnp.sin(x)
 
 
-clipped_sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, cotangent: (cotangent * jnp.clip(jnp.cos(x), -0.5, 0.5),))
+clipped_sine.defvjp(
+    lambda x: (clipped_sine(x), x),  # calls the function itself, so that the rule has no forward derivative either
+    lambda x, cotangent: (cotangent * jnp.clip(jnp.cos(x), -0.5, 0.5),),
+)
 
 
 def show_special(screen: Console) -> None:
@@ -101,9 +104,8 @@ def show_special(screen: Console) -> None:
     report = curvature.explain(lambda x: jnp.sum(clipped_sine(x)), jnp.array([0.3, 1.2]))
     way = report.way("hessian")
     assert way is not None
-    screen.print(
-        f"A custom_vjp has no forward mode: there the Hessian is made by {way.mode}, where jax.hessian raises."
-    )
+    screen.print("A custom_vjp has no forward mode, and here its rule calls it, so that the gradient has none either:")
+    screen.print(f"the Hessian is made by {way.mode}, where jax.hessian raises.")
     screen.print("That it is legal does not make it right:\n")
     screen.print(curvature.check_derivatives(lambda x: jnp.sum(clipped_sine(x)), jnp.array([0.3, 1.2])))
     good = curvature.check_derivatives(looping, jnp.array([2.0, 3.0]))
