@@ -207,3 +207,11 @@ def test_a_whole_hessian_is_pulled_where_that_is_cheaper_on_a_cpu():
     assert modes(quartic, same) == ("fwd_over_rev", "rev_over_rev", 4)
     assert modes(looped, same) == ("fwd_over_rev", "rev_over_rev", 4)
     assert modes(chain, same) == ("fwd_over_rev", "fwd_over_rev", 4)
+
+
+def test_what_writes_much_goes_in_chunks():
+    def fun(x, rows):
+        return jnp.sum(jnp.sin(rows @ x)) ** 2
+
+    report = curvature.explain(fun, jnp.ones(100), jnp.ones((100_000, 100)))
+    assert 8 <= report.chunk < 50
