@@ -140,8 +140,9 @@ def _moves_tangents(program: Program) -> bool:
     out on a CPU, and a network's Hessian takes up to twice as long pushed as pulled. Without products nothing is
     moved, and pushing fuses better: a chain's Hessian takes a fifth of the time (benchmarks/suites/sparse).
     """
-    mixes = _has("dot_general", program.jaxpr) or _has(_CONVOLUTION, program.jaxpr)
-    return jax.default_backend() == "cpu" and mixes
+    if jax.default_backend() != "cpu":
+        return False
+    return _has("dot_general", program.jaxpr) or _has(_CONVOLUTION, program.jaxpr)
 
 
 _TALL_ON_CPU = 1.5
@@ -154,7 +155,9 @@ _FEW_LANES = 8  # up to here it does not matter, and pushing is the smaller prog
 def choose_jacobian(function: str, program: Program, mode: JacobianMode) -> str:
     """The mode to use: ``mode`` itself if it is legal; for "auto" forward for tall Jacobians, reverse for wide."""
     inputs, outputs = num_entries(program.x), num_entries(program.out)
-    is_tall = outputs >= (_TALL_ON_CPU if inputs > _FEW_LANES and _moves_tangents(program) else 1) * inputs
+    is_tall = outputs >= inputs and (
+        inputs <= _FEW_LANES or outputs >= _TALL_ON_CPU * inputs or not _moves_tangents(program)
+    )
     order = ("fwd", "rev") if is_tall else ("rev", "fwd")
     blockers = {name: program.blocker(name) for name in order}
     legal = [name for name in order if blockers[name] is None]

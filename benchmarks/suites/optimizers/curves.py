@@ -104,7 +104,7 @@ def run(name: str, report: Callable[[str], Any]) -> Outcome:
     outcome = Outcome(caption=CAPTION)
     for label, peer, solve in ways(name, s):
         report(label)
-        curve = trace(solve, lambda x: _measure(value_and_grad(x, *s.data)), LONGEST)
+        curve = trace(solve, lambda x: _measure(value_and_grad(x, *s.data)))
         outcome.series[label] = curve
         steps, seconds, value, slope = curve[-1]
         metrics = {"steps": steps, "seconds": seconds, "value": value, "gradient": slope}
@@ -113,7 +113,7 @@ def run(name: str, report: Callable[[str], Any]) -> Outcome:
     return outcome
 
 
-def trace(solve: Solve, measure: Callable[[Any], tuple[float, float]], longest: float) -> list[list[float]]:
+def trace(solve: Solve, measure: Callable[[Any], tuple[float, float]]) -> list[list[float]]:
     """Runs of 0, 1, 2, 3, 4, 6, 8, 12 ... steps, until one takes too long, converges or comes to the last count."""
     jax.block_until_ready(solve(0))  # compiles
     curve: list[list[float]] = []
@@ -122,7 +122,7 @@ def trace(solve: Solve, measure: Callable[[Any], tuple[float, float]], longest: 
         value, slope = measure(x)
         curve.append([float(steps), seconds, value, slope])
         still = len(curve) > 3 and curve[-1][2:] == curve[-3][2:]
-        if seconds > longest or slope <= GTOL or still:
+        if seconds > LONGEST or slope <= GTOL or still:
             break
     return curve
 
