@@ -38,7 +38,7 @@ def check_hessian_used(function: str, method: Any, used: bool) -> None:
     """Refuse a Hessian given to a method that forms none, which would silently ignore it."""
     if not used:
         raise ValueError(
-            f"{function}: hessian= is for the methods that form a Hessian, 'newton' and 'trust-exact'; "
+            f"{function}: hessian= is for the methods that form a Hessian, 'newton', 'trust-exact' and 'cubic-newton'; "
             f"method={method!r} forms none."
         )
 

@@ -21,26 +21,32 @@ from curvature.linalg import solve
 from curvature.linalg._dense import rounding_level, scaling
 from curvature.transforms import vmap
 from curvature.transforms._compositions import linearize_program, trace_objective
-from curvature.transforms._modes import choose_composition
+from curvature.transforms._modes import Program, choose_composition
 
 Vector = Float[Array, " n"]
 Operands = list[Any]
 Lifted = Callable[..., Any]
-"""An objective ``(x, *operands) -> value`` that closes over no array."""
+"""A function of ``(x, *operands)`` that closes over no array."""
 
 _SMALL = 1000  # entries, as for ``solve``: above, no matrix is formed
 
 
 def lift_objective(function: str, fun: Objective, x: Tree, args: tuple[Any, ...]) -> tuple[Lifted, Operands]:
-    """``fun`` traced once, as a function of ``x`` and of every array it takes or closes over, and these arrays.
+    """``fun`` traced once, and lifted.
 
     So what ``fun`` has in its closure is differentiated by as its arguments are.
     """
-    program = trace_objective(function, "fun", fun, x, args)
+    return lift(trace_objective(function, "fun", fun, x, args))
+
+
+def lift(program: Program) -> tuple[Lifted, Operands]:
+    """The traced function as one of ``x`` and of every array it takes or closes over, and these arrays."""
     closed: Any = program.jaxpr
+    structure = jax.tree.structure(program.out)
 
     def lifted(x: Tree, *operands: Any) -> Any:
-        return jex.core.jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, operands))(*jax.tree.leaves(x))[0]
+        leaves = jex.core.jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, operands))(*jax.tree.leaves(x))
+        return structure.unflatten(leaves[: structure.num_leaves])
 
     return lifted, list(closed.consts)
 
@@ -95,6 +101,40 @@ def _solution_jvp(objective: Lifted, primals: Any, tangents: Any) -> Any:
     dx = _solve(of_free, _where(free, jax.tree.map(jnp.negative, product((at_rest[0], directions))[0])))
     parts = [jnp.vdot(slope, da, precision="highest") for slope, da in zip(slopes, directions, strict=True)]
     return (x, value), (dx, sum(part.astype(value.dtype) for part in parts))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def known_at(fun: Lifted, known: Tree, x: Tree, operands: Operands) -> Tree:
+    """``fun(x, *operands)`` where it is known already, with its derivatives by ``x`` and the operands."""
+    return known
+
+
+@known_at.defjvp
+def _known_at_jvp(fun: Lifted, primals: Any, tangents: Any) -> Any:
+    _, x, operands = primals
+    moved = jax.jvp(fun, (x, *operands), (tangents[1], *tangents[2]))[1]
+    return known_at(fun, *primals), moved
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def root_at(jacobian: Lifted, root: Float[Array, "n k"], x: Tree, operands: Operands) -> Float[Array, "n k"]:
+    """A known ``B`` with ``B B' = (J'J)^-1`` for ``J = jacobian(x, *operands)``, with derivatives by both.
+
+    ``dB = -B (M + M') / 2`` with ``M = (J B)' (dJ B)``, so that ``d(B B') = -(J'J)^-1 d(J'J) (J'J)^-1``, without
+    ``J'J``. What is infinite in ``B`` stays.
+    """
+    return root
+
+
+@root_at.defjvp
+def _root_at_jvp(jacobian: Lifted, primals: Any, tangents: Any) -> Any:
+    _, x, operands = primals
+    root = root_at(jacobian, *primals)
+    finite = jnp.where(jnp.isfinite(root), root, 0)
+    multiply = functools.partial(jnp.matmul, precision="highest")
+    matrix, moved = jax.jvp(jacobian, (x, *operands), (tangents[1], *tangents[2]))
+    product = multiply(multiply(matrix, finite).T, multiply(moved, finite))
+    return root, -multiply(finite, product + product.T) / 2
 
 
 def _where(free: Tree, tree: Tree, otherwise: Tree | None = None) -> Tree:

@@ -122,7 +122,7 @@ def lbfgsb(lower: Tree = None, upper: Tree = None, *, memory_size: int = 10) -> 
         doi:10.1137/S1052623498345075; Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), sections 7.2
         and 18.3.
     """
-    _checks.check_count("lbfgsb", "memory_size", memory_size, least=1)
+    _checks.check_static_count("lbfgsb", "memory_size", memory_size, 1)
     init = functools.partial(_init, memory_size)
 
     def init_fn(params: Tree) -> LBFGSBState:

@@ -14,7 +14,7 @@ from curvature._types import Status, Tree, ravel
 from curvature.linalg._dense import norm
 from curvature.optimizers._fit import LeastSquaresResult
 from curvature.optimizers._gauss_newton import gauss_newton
-from curvature.optimizers._implicit import implicit_minimizer, lift_objective
+from curvature.optimizers._implicit import implicit_minimizer, known_at, lift, root_at
 from curvature.optimizers._levenberg_marquardt import levenberg_marquardt
 from curvature.optimizers._programs import compiled
 from curvature.optimizers._residual_method import DenseResidualMethod, ResidualMethod
@@ -25,6 +25,7 @@ from curvature.optimizers._residuals import (
     offset,
     rounding_of,
     trace_residuals,
+    weighted_jacobian,
 )
 from curvature.optimizers._robust import Loss, half_sum
 from curvature.transforms._modes import num_entries
@@ -62,7 +63,7 @@ class _Loop(NamedTuple):
     x: Tree
     state: Any
     best: _Point
-    largest: Float[Array, " n"]  # what abs(x) has been at most
+    largest: Float[Array, " n"]  # what abs(x) has been at most, what is long ago counting less
     tolerance: Float[Array, ""]
     num_steps: Int[Array, ""]
     idle_steps: Int[Array, ""]
@@ -90,7 +91,8 @@ def least_squares(
     where ``P`` projects on the range of the Jacobian ``J``, and nothing else is called success. This is the gradient
     ``J'r`` in the one norm that no change of units alters: ``norm(P r)^2 = (J'r)' (J'J)^-1 (J'r)``. It says that the
     next Gauss-Newton step is about ``gtol`` standard errors or less, give or take the last term: what rounding of the
-    variables, at their largest on the way, does to the residuals, so that fits without residuals end too. Directions
+    variables does to the residuals, so that fits without residuals end too. There ``max|x_k|`` is over the way to the
+    point, a place of j steps ago counting ``eps^(j/2)`` of itself, so that a solution at zero can be told. Directions
     that ``J``, its columns brought to norm one, loses in rounding are not in its range. Where ``J`` is not formed,
     ``P`` projects on its product with the scaled gradient only, a weaker test.
 
@@ -123,8 +125,11 @@ def least_squares(
             floating dtype, or when no mode can differentiate ``residuals``.
         ValueError: when ``x0`` is known to hold NaN or infinity, a word is unknown or a number is out of range.
 
-    Cost: each step as ``levenberg_marquardt`` says. Compiled once for each function, method, loss and shape; data,
-        tolerances and ``f_scale`` are operands.
+    Derivatives are those of the solution, forward and reverse, of ``x``, ``value``, ``residuals`` and ``covariance()``,
+    by ``args``, by what ``residuals`` closes over, and by ``f_scale``.
+
+    Cost: each step as ``levenberg_marquardt`` says, and of derivatives as ``minimize`` says. Compiled once for each
+        function, method, loss and shape; data, tolerances and ``f_scale`` are operands.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -187,17 +192,21 @@ def run(
 
     Derivatives are taken of the solution, so nothing that goes through the loop has any.
     """
-    limits = jax.lax.stop_gradient(limits)
+    program = trace_residuals("least_squares", lambda x: residuals(x, *args), x0)
+    num_residuals = num_entries(program.out)
+    residuals_of, operands = lift(program)
+    scaled = [limits.f_scale, *operands]
 
-    def cost(x: Tree, *args: Any) -> Array:
-        return half_sum(flat(residuals(x, *args), limits.gtol.dtype), loss, limits.f_scale)
+    def cost(x: Tree, scale: Array, *operands: Any) -> Array:
+        return half_sum(flat(residuals_of(x, *operands), scale.dtype), loss, scale)
 
-    num_residuals = num_entries(trace_residuals("least_squares", lambda x: residuals(x, *args), x0).out)
-    objective, operands = lift_objective("least_squares", cost, x0, args)
-    x0, args = jax.lax.stop_gradient((x0, args))
+    def jacobian(x: Tree, scale: Array, *operands: Any) -> Array:
+        return weighted_jacobian("least_squares", lambda x: residuals_of(x, *operands), x, loss=loss, scale=scale)
+
+    x0, limits, data = jax.lax.stop_gradient((x0, limits, operands))
 
     def residual_fn(x: Tree) -> Tree:
-        return residuals(x, *args)
+        return residuals_of(x, *data)
 
     transformation = _resolve(method, num_residuals, num_entries(x0))
     update_fn: Callable[..., tuple[Tree, Any]] = transformation.update
@@ -216,15 +225,16 @@ def run(
             x = optax.apply_updates(loop.x, updates)
             return loop._replace(x=x, state=state, status=state.status, num_steps=loop.num_steps + moved)
 
-        loop = jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
-        return jax.lax.stop_gradient(loop)  # what the residuals may have closed over
+        return jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
 
     start = _start(transformation.init(x0), jax.eval_shape(lambda x: _point(x, linearize(x)), x0), x0, limits)
     loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, start)
     best = loop.best
     degrees = num_residuals - num_entries(x0)
-    x, value = implicit_minimizer(objective, operands, best.x, best.value)
-    return LeastSquaresResult(x, value, best.residuals, best.grad, loop.num_steps, loop.status, best.root, degrees)
+    x, value = implicit_minimizer(cost, scaled, best.x, best.value)
+    found = known_at(residuals_of, best.residuals, x, operands)
+    root = None if best.root is None else root_at(jacobian, best.root, x, scaled)
+    return LeastSquaresResult(x, value, found, best.grad, loop.num_steps, loop.status, root, degrees)
 
 
 def _resolve(method: str | ResidualMethod, num_residuals: int, n: int) -> ResidualMethod:
@@ -267,7 +277,7 @@ def _point(x: Tree, linear: Linearized) -> _Point:
 def _judge(loop: _Loop, linear: Linearized, limits: Limits) -> _Loop:
     """Update the best point and the status: is it converged, out of steps, stuck, or broken?"""
     first = loop.best.value == jnp.inf
-    largest = jnp.maximum(loop.largest, jnp.abs(linear.x))
+    largest = jnp.maximum(loop.largest * jnp.finfo(linear.x.dtype).eps ** 0.5, jnp.abs(linear.x))
     point = _point(loop.x, linear)
     tolerance = jnp.where(first, limits.rtol * point.offset, loop.tolerance)
     finite = jnp.isfinite(point.value) & jnp.isfinite(point.offset) & jnp.isfinite(norm(linear.grad))

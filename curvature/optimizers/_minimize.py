@@ -41,8 +41,9 @@ def minimize(
     """Minimize ``fun(x, *args)`` from ``x0`` in one compiled loop.
 
     Converged means ``max|grad| <= gtol + rtol * max|grad at x0|`` at the returned point, and nothing else is called
-    success. The program is compiled once for each ``fun``, method and shape; data, tolerances and ``max_steps`` are
-    operands. It runs under ``jit`` and under ``vmap``, where each lane stops by itself with a status of its own.
+    success. The program is compiled once for each ``fun``, ``hessian``, ``callback``, method and shape, functions being
+    told apart as objects, as ``jit`` does; data, tolerances and ``max_steps`` are operands. It runs under ``jit`` and
+    under ``vmap``, where each lane stops by itself with a status of its own.
 
     The solution, not the iteration, is differentiated, in forward and reverse mode and to any order, by ``args`` and by
     what ``fun`` closes over: ``x`` by ``H dx = -(d grad f / d args) d args`` with the Hessian ``H`` at ``x``, as the
@@ -54,14 +55,15 @@ def minimize(
         fun: the objective, ``fun(x, *args) -> scalar``; pure, as for ``jit``.
         x0: where to start, any tree of floating arrays.
         args: data for ``fun``: a tuple, or one argument that is not a tuple.
-        method: ``"trust-exact"``, ``"trust-region"`` (by conjugate gradients), ``"newton"``, any optax transformation,
-            or ``"auto"``: exact up to 100 entries, by conjugate gradients beyond.
+        method: ``"trust-exact"``, ``"trust-region"`` (by conjugate gradients), ``"newton"``, ``"newton-cg"``,
+            ``"cubic-newton"``, ``"bfgs"``, ``"l-bfgs"``, ``"sr1"``, any optax transformation of gradients, or
+            ``"auto"``: exact up to 100 entries, by conjugate gradients beyond.
         gtol: the absolute tolerance; ``None`` is the square root of the rounding unit of ``x0``: 1.5e-8 in double
             precision, 3.5e-4 in single.
         rtol: the tolerance relative to the first gradient; with ``gtol=0`` it makes the test independent of scale.
         max_steps: the most steps.
         hessian: ``hessian(x, *args)`` forms the Hessian, as ``curvature.hessian(fun)`` would, for the methods that form
-            one; then ``fun`` needs no second derivative.
+            one; then ``fun`` needs no second derivative. Make it once: a new one compiles anew.
         bounds: ``(lower, upper)``, each a tree like ``x0`` or a prefix of one, where a number stands for all entries
             below it; ``None`` and infinities are no bound. ``x0`` is projected into the box, which no iterate and no
             trial point leaves, and converged means that the projected gradient passes,

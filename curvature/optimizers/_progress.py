@@ -39,7 +39,7 @@ def start_watch(like: Float[Array, ""], history_length: int, progress: bool) -> 
     zero, empty = jnp.asarray(0, jnp.int32), jnp.full(history_length, jnp.nan, like.dtype)
     return Watch(
         history=History(empty, empty) if history_length else None,
-        report=Report(zero, zero, zero, jnp.zeros((), jnp.float32)) if progress else None,
+        report=Report(zero, zero, zero, jnp.zeros_like(like)) if progress else None,
     )
 
 
@@ -73,7 +73,7 @@ def _write_last(report: Report, step: Any, value: Any, grad_norm: Any, tolerance
 
 def _speak(report: Report, step: Any, value: Any, grad_norm: Any, tolerance: Any) -> tuple[np.generic, ...]:
     """Write the line, and decide at which step to do so again: the next ``Report``."""
-    start_norm = np.float32(grad_norm if step == 0 else report.start_norm)
+    start_norm = report.start_norm.dtype.type(grad_norm if step == 0 else report.start_norm)
     _write(step, value, grad_norm, start_norm, tolerance)
     now = time.monotonic_ns() // 10**6 % 2**31
     rate = int(step - report.step) / max(now - int(report.milliseconds), 1)
@@ -92,7 +92,7 @@ def _line(step: int, value: float, grad_norm: float, start_norm: float, toleranc
     share = 0.0
     if grad_norm <= tolerance:
         share = 1.0
-    elif 0 < tolerance < start_norm:
+    elif 0 < tolerance < start_norm < math.inf and grad_norm < math.inf:
         share = min(max(math.log(start_norm / grad_norm) / math.log(start_norm / tolerance), 0.0), 1.0)
     bar = "#" * round(_WIDTH * share)
     return f"[{bar:-<{_WIDTH}}] step {step:6}  value {value:13.6e}  max|grad| {grad_norm:.1e} of {tolerance:.1e}"

@@ -145,11 +145,11 @@ def first_order(
         value_fn: Callable[..., Any] | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, Any]:
-        params, value, grad, fun = _operands(name, updates, params, value, grad, value_fn, extra_args)
-        x, unravel = ravel(params)
+        point, value, grad, fun = _operands(name, updates, params, value, grad, value_fn, extra_args)
+        x, unravel = ravel(point)
 
         def value_and_grad_after(step: Vector) -> tuple[Scalar, Vector]:
-            after, grad_after = evaluate(name, fun, unravel(x + step))
+            after, grad_after = evaluate(name, fun, optax.apply_updates(point, unravel(step)))  # rounded as that is
             return after.astype(x.dtype), ravel(grad_after)[0]
 
         slope = Slope(x, value.astype(x.dtype), noise_of(value).astype(x.dtype), ravel(grad)[0], value_and_grad_after)
@@ -219,7 +219,7 @@ def _localize(
         grad=ravel(grad)[0],
         hvp=lambda v: ravel(product(unravel(v)))[0],
         hessian=hessian,
-        value_after=lambda step: jnp.asarray(fun(unravel(x + step)), x.dtype),
+        value_after=lambda step: jnp.asarray(fun(optax.apply_updates(params, unravel(step))), x.dtype),
     )
 
 

@@ -110,6 +110,14 @@ def linearize_residuals(
     )
 
 
+def weighted_jacobian(
+    function: str, residual_fn: Callable[[Tree], Any], x: Tree, *, loss: str, scale: Scalar
+) -> Matrix:
+    """The Jacobian of the residuals with its rows weighted by the loss, as ``linearize_residuals`` factors it."""
+    out, _, _, matrix = _dense_map(function, trace_residuals(function, residual_fn, x))
+    return weigh(flat(out, matrix.dtype), loss, scale).weights[:, None] * matrix
+
+
 def _second(program: Program, value_at: Callable[[Vector], Scalar], point: Vector) -> Second | None:
     """Second derivatives, where forward mode can be applied twice; the matrix by the cheapest composition."""
     if program.jaxpr is None or program.composition_blocker("fwd_over_fwd") is not None:

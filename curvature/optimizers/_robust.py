@@ -62,5 +62,6 @@ def weigh(residual: Residual, loss: str, scale: Scalar) -> Weighted:
         return jax.jvp(LOSSES[loss], (z,), (ones,))[1]
 
     slope, bend = jax.jvp(slope_of, (z,), (ones,))
-    weights = jnp.sqrt(jnp.maximum(slope + 2 * z * bend, _LEAST_CURVATURE * slope))
-    return Weighted(value, weights, residual * slope / weights)
+    curvature, least = slope + 2 * z * bend, _LEAST_CURVATURE * slope
+    weights = jnp.sqrt(jnp.where(curvature > least, curvature, least))  # of a NaN, where z is too large, the least
+    return Weighted(value, weights, residual * slope / jnp.where(weights > 0, weights, 1))

@@ -162,7 +162,8 @@ def _attempt(trial: _Trial, local: Slope) -> _Trial:
     ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
     ratio = jnp.where(finite, ratio, -jnp.inf)
     near = ratio > -_FAR
-    hessian, learned = _learn(trial.hessian, trial.num_updates, step, jnp.where(near, grad - local.grad, 0))
+    hessian, learned = _learn(trial.hessian, trial.num_updates, step, grad - local.grad)
+    learned = learned & near
     length = norm(step)
     slope = jnp.vdot(local.grad, step, precision="highest")
     shrink = jnp.where(near, 0.5, shrink_factor(local.value, slope, value))
@@ -170,7 +171,7 @@ def _attempt(trial: _Trial, local: Slope) -> _Trial:
     grown = jnp.minimum(grown, jnp.finfo(grown.dtype).max / 8)
     radius = jnp.where(ratio < _POOR, shrink * jnp.minimum(length, trial.radius), grown)
     return _Trial(
-        hessian=hessian,
+        hessian=jnp.where(learned, hessian, trial.hessian),
         num_updates=trial.num_updates + learned.astype(jnp.int32),
         radius=radius,
         step=step,

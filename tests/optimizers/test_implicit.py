@@ -72,6 +72,44 @@ def test_derivatives_of_a_ridge_solution_by_least_squares():
     np.testing.assert_allclose(second, jax.jacfwd(exact)(PENALTY), rtol=1e-11)
 
 
+def test_residuals_and_covariance_of_a_fit_have_the_derivatives_of_their_closed_form():
+    """By the place of a measurement, which moves the Jacobian; both modes and the second derivative."""
+    times, data = np.linspace(0.0, 2.0, 7), TARGETS[:7]
+
+    def design(time):
+        return jnp.stack([jnp.ones(7), jnp.exp(-jnp.asarray(times).at[2].set(time))], axis=1)
+
+    def fitted(time):
+        fit = curvature.least_squares(lambda x, time: design(time) @ x - data, jnp.zeros(2), (time,))
+        return fit.residuals, fit.covariance(), fit.standard_errors()
+
+    def exact(time):
+        matrix = design(time)
+        residuals = matrix @ jnp.linalg.solve(matrix.T @ matrix, matrix.T @ data) - data
+        covariance = residuals @ residuals / 5 * jnp.linalg.inv(matrix.T @ matrix)
+        return residuals, covariance, jnp.sqrt(jnp.diagonal(covariance))
+
+    @jax.jit
+    def all_derivatives(time):
+        return [
+            d(f)(time) for f in (fitted, exact) for d in (jax.jacfwd, jax.jacrev, lambda f: jax.jacfwd(jax.jacrev(f)))
+        ]
+
+    found = all_derivatives(0.4)
+    for ours, theirs in zip(jax.tree.leaves(found[:3]), jax.tree.leaves(found[3:]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_a_robust_fit_has_a_derivative_by_its_scale():
+    """A location by soft_l1: ``sum r / sqrt(1 + (r / s)^2) = 0``."""
+    solve = lambda scale: curvature.least_squares(
+        lambda x: x - TARGETS, jnp.zeros(1), loss="soft_l1", f_scale=scale, gtol=1e-13
+    ).x[0]
+    slope = lambda x, scale: jnp.sum((x - TARGETS) / jnp.sqrt(1 + ((x - TARGETS) / scale) ** 2))
+    by_x, by_scale = jax.grad(slope, argnums=(0, 1))(solve(0.5), 0.5)
+    np.testing.assert_allclose(jax.jit(jax.grad(solve))(0.5), -by_scale / by_x, rtol=1e-8)
+
+
 def test_the_value_has_derivatives_by_the_envelope_theorem():
     value = lambda penalty: by_argument(penalty).value
     exact = lambda penalty: ridge(closed_form(penalty), penalty, INPUTS, TARGETS)
@@ -210,3 +248,17 @@ def test_within_bounds_the_free_variables_move_by_the_reduced_system_and_the_oth
     wanted = exact(0.1, b, upper), jax.jacfwd(exact)(0.1, b, upper)
     jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-8), (ours, by_shift), wanted)
     np.testing.assert_array_equal(ours[1][~free], 0)
+
+
+def test_a_start_within_the_tolerance_of_a_bound_rests_on_it():
+    """It is converged where it is, and moves with the bound, not with the data."""
+
+    def solve(shift, lower):
+        result = curvature.minimize(
+            lambda x, shift: (x + shift) ** 2 / 2, jnp.asarray(1e-10), (shift,), bounds=(lower, None)
+        )
+        return result.x, result.num_steps
+
+    by_shift, by_lower = jax.jit(jax.grad(lambda *data: solve(*data)[0], argnums=(0, 1)))(1.0, 0.0)
+    assert solve(1.0, 0.0)[1] == 0
+    assert (by_shift, by_lower) == (0, 1)

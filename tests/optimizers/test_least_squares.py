@@ -146,6 +146,21 @@ def test_success_is_never_claimed_without_the_test():
     assert status(lambda x: wrong(x), [0.5]) == Status.STALLED
 
 
+def test_the_rounding_of_a_far_start_is_forgotten():
+    """In single precision the way from 1e8 is known to 12: what is left after one step is not."""
+    fit = curvature.least_squares(lambda x: jnp.stack([x[0], x[1] ** 2 - 4]), jnp.array([1e8, 3.0], jnp.float32))
+    assert fit.success
+    np.testing.assert_allclose(fit.x[1], 2.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["soft_l1", "huber", "cauchy", "arctan"])
+def test_an_outlier_whose_square_overflows_does_no_harm(loss):
+    start, data = jnp.zeros(1, jnp.float32), jnp.array([0.0, 1e-3, 3e9], jnp.float32)
+    fit = curvature.least_squares(lambda x, data: x - data, start, (data,), loss=loss, f_scale=1e-3)
+    assert jnp.all(jnp.isfinite(fit.x))
+    assert fit.status not in (Status.NONFINITE, Status.NONFINITE_START)
+
+
 def test_undetermined_variables_are_left_and_have_infinite_variance():
     def residuals(x):  # x[2] and the difference of x[0] and x[1] do not show
         return jnp.stack([x[0] + x[1] - 3, 2 * (x[0] + x[1]) - 6.5, x[3] - 1, x[3] - 1.5, x[3] + x[0] + x[1]])

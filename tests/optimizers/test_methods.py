@@ -163,6 +163,19 @@ def test_sr1_learns_the_hessian_of_a_quadratic():
     assert_close(state.hessian, matrix, roundings=1e12)  # the last steps are short, and divide by their squares
 
 
+def test_sr1_keeps_what_it_knows_when_a_trial_is_nan():
+    """The whole step ends where nothing is defined, a shorter one agrees with the Hessian."""
+    solver, x = curvature.sr1(), jnp.array([1.0, 2.0])
+    bowl = lambda x: jnp.where(jnp.sum(x**2) < 0.1, jnp.nan, jnp.sum(x**2))
+    state = solver.init(x)._replace(
+        hessian=2 * jnp.eye(2), num_updates=jnp.asarray(1, jnp.int32), radius=jnp.asarray(9.0)
+    )
+    _, state = solver.update(2 * x, state, x, value=bowl(x), grad=2 * x, value_fn=bowl)
+    assert state.num_trials > 1
+    assert state.num_updates <= 2  # the trial that it accepted may have taught it a rounding
+    np.testing.assert_allclose(state.hessian, 2 * np.eye(2), atol=1e-12)
+
+
 @pytest.mark.parametrize("size", [2, 6])
 def test_sr1_learns_nothing_from_behind_a_cliff(size):
     """The first trial, a hundredth of x long, overshoots by 20 orders of magnitude in value and curvature."""

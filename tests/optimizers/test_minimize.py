@@ -236,6 +236,20 @@ def test_leaves_of_low_and_different_precision():
         np.testing.assert_allclose(result.x["single"], 2.0, atol=0.05)  # gtol follows the lowest precision
 
 
+@pytest.mark.parametrize("method", ["bfgs", "l-bfgs", "sr1"])
+def test_the_test_holds_at_the_returned_point_as_its_leaves_are_rounded(method):
+    """A step of 1e4 in single precision ends 5e-4 beside the sum in double precision."""
+    x0 = {"single": jnp.asarray(1e4, jnp.float32), "double": jnp.asarray(0.0)}
+
+    def fun(x):
+        return (x["single"].astype(jnp.float64) - jnp.pi) ** 2 / 2 + x["double"] ** 2 / 2
+
+    result = curvature.minimize(fun, x0, method=method)
+    slope = max(abs(float(g)) for g in jax.grad(fun)(result.x).values())
+    assert result.success
+    assert slope <= float(jnp.finfo(jnp.float32).eps) ** 0.5
+
+
 def test_a_supplied_hessian_is_used():
     x0, args = SCENARIOS[2].make(jnp.float64)
     for method in ("newton", "trust-exact"):
@@ -445,3 +459,10 @@ def test_progress_speaks_seldom_and_says_how_it_ended(capsys):
     assert lines[-1].endswith("\n")
     assert_close(jax.grad(lambda shift: jnp.sum(solve(shift).x))(0.5), 2.0)
     jax.effects_barrier()
+
+
+def test_progress_bears_gradients_that_single_precision_does_not_hold(capsys):
+    result = curvature.minimize(lambda x: 1e40 * jnp.sum(x**2), jnp.ones(2), gtol=1e20, progress=True)
+    jax.effects_barrier()
+    assert result.success
+    assert "max|grad| 2.0e+40 of 1.0e+20" in capsys.readouterr().err
