@@ -108,12 +108,14 @@ def fill(row: Row, contestant: Contestant, compiled: Timing, timed: Timing) -> N
         row.status, row.note = "failed", timed.error
         return
     pieces, (low, high) = contestant.pieces, timed.spread
+    flops, moved = (
+        None if amount is None or compiled.has_loop else amount / pieces
+        for amount in (compiled.flops, compiled.bytes_accessed)
+    )
     metrics: dict[str, Any] = {
         "ratio": math.nan, "seconds": timed.seconds / pieces, "low": low / pieces, "high": high / pieces,
         "compile_seconds": compiled.compile_seconds, "temporary_bytes": compiled.temporary_bytes,
-        "flops": None if compiled.has_loop else compiled.flops,
-        "bytes": None if compiled.has_loop else compiled.bytes_accessed,
-        "program": compiled.program,
+        "flops": flops, "bytes": moved, "program": compiled.program,
     }  # fmt: skip
     row.metrics = metrics | row.metrics
 

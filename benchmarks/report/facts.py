@@ -36,20 +36,34 @@ def timed(rows: Iterable[Row]) -> list[Row]:
 
 
 def ours(outcome: Outcome) -> Row | None:
-    """The row that ratios are to."""
-    return next((row for row in timed(outcome.rows) if row.peer == OURS), None)
+    """The row that ratios are to: the first of ours in a race, the fastest in a study."""
+    return next((row for row in timed(outcome.rows) if row.peer == OURS and row.metrics["ratio"] == 1), None)
 
 
 def apart(a: Row, b: Row) -> bool:
-    """Whether the quartiles of two rows do not overlap."""
-    ends = [number(row, name) for row in (a, b) for name in ("low", "high")]
-    if None in ends:
-        return True
-    return ends[1] < ends[2] or ends[3] < ends[0]
+    """Whether the median of neither row lies between the quartiles of the other."""
+    return not (_holds(a, b) or _holds(b, a))
+
+
+def _holds(a: Row, b: Row) -> bool:
+    """Whether the quartiles of one row hold the median of the other."""
+    low, median, high = number(a, "low"), number(b, "seconds"), number(a, "high")
+    return low is not None and median is not None and high is not None and low <= median <= high
+
+
+def is_one_call(row: Row) -> bool:
+    """Whether a row was so slow that one call is all there is of it."""
+    return number(row, "low") == number(row, "seconds") == number(row, "high") is not None
+
+
+def twins(outcomes: Mapping[str, Outcome]) -> list[float]:
+    """The ratios of rows that are the same program as ours, from which only the clock can have kept them: sorted."""
+    pairs = [(row, own) for outcome in outcomes.values() if (own := ours(outcome)) for row in timed(outcome.rows)]
+    return sorted(row.metrics["ratio"] for row, own in pairs if row is not own and row.shares_program_with(own))
 
 
 def standing(row: Row, ours: Row) -> str:
-    """Whether ours is ``"ahead"`` of a row, ``"level"`` with it or ``"behind"``: by over 5%, quartiles apart."""
+    """Whether ours is ``"ahead"`` of a row, ``"level"`` with it or ``"behind"``: by over 5%, and apart."""
     ratio = row.metrics["ratio"]
     if MARGIN <= ratio <= 1 / MARGIN or not apart(row, ours):
         return "level"

@@ -254,16 +254,19 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def roofline(results: Results) -> Plot | None:
-    """What XLA's programs reach, against what the machine can: every timed row without a loop, by library."""
+    """What XLA's programs reach, against what the machine can: every timed row without a loop, by library.
+
+    Of the suites in the precision of the run, for which the roofs are.
+    """
+    rates = results.rates.get(results.options.get("dtype", ""))
     points: dict[str, list[tuple[float, float]]] = {}
     for id, outcome in results.outcomes.items():
-        if not facts.rates(results, id.split("/")[0]):
+        if facts.rates(results, id.split("/")[0]) != rates:
             continue
         for row in outcome.rows:
             flops, moved, seconds = (facts.number(row, name) for name in ("flops", "bytes", "seconds"))
             if row.status == "ok" and flops and moved and seconds:
                 points.setdefault(row.peer, []).append((flops / moved, flops / seconds))
-    rates = results.rates.get(results.options.get("dtype", ""))
     if not points or not rates:
         return None
     marks = [

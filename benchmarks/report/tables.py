@@ -77,6 +77,8 @@ def _scaled(row: Row, name: str, factor: float) -> str:
 
 
 def _quartiles(row: Row) -> str:
+    if facts.is_one_call(row):
+        return "one call"
     low, high = facts.number(row, "low"), facts.number(row, "high")
     return "" if low is None or high is None else f"{digits(1e3 * low, 5)} \u2013 {digits(1e3 * high, 5)}"
 

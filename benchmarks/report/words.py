@@ -9,9 +9,10 @@ from benchmarks.timing import digits
 STATUS = {"wrong": "WRONG", "failed": "failed", "absent": "absent", "floor": "a part"}
 
 HOW_TO_READ = (
-    "**\u00d7 ours** is the median time divided by that of the first row of ours: above 1, ours is faster.",
-    "**quartiles** are those of the same calls, taken in turns with the other rows. Rows whose quartiles overlap, or "
-    "whose medians lie within 5%, are level.",
+    "**\u00d7 ours** is the median time divided by that of the first row of ours, among minimizers by "
+    "that of the fastest of ours: above 1, ours is faster.",
+    "**quartiles** are those of the same calls, taken in turns with the other rows. Rows are level if their medians "
+    "lie within 5%, or one of these between the quartiles of the other. Who takes seconds may have had one call only.",
     "**temporary MiB** is what XLA sets aside beyond arguments and results; other libraries do not tell.",
     "**compile s** is tracing and compiling, or the first call of a library that compiles then; it is no part of the "
     "time.",
@@ -38,7 +39,11 @@ def question(suite: str) -> str:
 def scope(results: Results) -> str:
     """Which run this is."""
     options = results.options
-    parts = ["Quick run" if options["quick"] else "Full run", options["dtype"], options["device"].upper()]
+    dtype = options["dtype"]
+    own = {suite: getattr(suites.SUITES.get(suite), "DTYPE", dtype) for suite in results.suites()}
+    others = [f"{other} in {suite}" for suite, other in own.items() if other != dtype]
+    dtype = f"{dtype} ({', '.join(others)})" if others else dtype
+    parts = ["Quick run" if options["quick"] else "Full run", dtype, options["device"].upper()]
     if options["models"]:
         parts.append(f"models {', '.join(options['models'])}")
     cases = f"{len(results.outcomes)} cases"
@@ -75,10 +80,17 @@ def summary(results: Results) -> str:
     wrong = sum(row.status == "wrong" for outcome in results.outcomes.values() for row in outcome.rows)
     if not found:
         return "No race of this run has a right answer of ours."
+    twins = facts.twins(results.outcomes)
+    noise = ""
+    if twins:
+        noise = (
+            " Rows that are one and the same compiled program as ours differ from it by factors from "
+            f"{digits(twins[0])} to {digits(twins[-1])}: finer than that the clock was not."
+        )
     return (
         f"Ours is ahead of or level with every row of every other library in {len(found) - len(late)} of {len(found)} "
         f"races, and behind one in {len(late)}. {wrong or 'No'} answer{'s' * (wrong != 1)} "
-        f"{'was' if wrong == 1 else 'were'} wrong."
+        f"{'was' if wrong == 1 else 'were'} wrong.{noise}"
     )
 
 
@@ -112,4 +124,4 @@ def behind(results: Results) -> list[list[str]]:
     ]  # fmt: skip
 
 
-NOT_BEHIND = "In no row: no right answer of another library came over 5% sooner, with its quartiles apart from ours."
+NOT_BEHIND = "In no row: no right answer of another library came over 5% sooner, beyond the quartiles of ours."

@@ -43,18 +43,19 @@ def cases(choice: Choice) -> Iterator[Case]:
         caption="The trusted answer is SciPy's, in double precision.",
     )
     yield Study(race.id, race.title, race.model, partial(eigenvalues, race, network), {"n": n})
-    yield Study("operators/density/mlp/n=1008", "Spectral density of a Hessian, 1,008 parameters", "mlp", density,
-                {"n": 1008})  # fmt: skip
+    if not choice.quick:
+        yield Study("operators/density/mlp/n=1008", "Spectral density of a Hessian, 1,008 parameters", "mlp", density,
+                    {"n": 1008})  # fmt: skip
     small = partial(perceptron, (20, 16, 10) if choice.quick else (30, 48, 10), 256)
     yield solve_case(
         choice, "definite", "(Gauss-Newton + 0.01 I) x = gradient", small().model.num_parameters,
         lambda: definite_contestants(small()), lambda: definite_reference(small()),
     )  # fmt: skip
-    size = 300 if choice.quick else 1000
-    yield solve_case(
-        choice, "indefinite", "dense symmetric A x = b, eigenvalues in [-10, -1] and [1, 10]", size,
-        lambda: indefinite_contestants(size), lambda: np.linalg.solve(*indefinite(size)),
-    )  # fmt: skip
+    if not choice.quick:
+        yield solve_case(
+            choice, "indefinite", "dense symmetric A x = b, eigenvalues in [-10, -1] and [1, 10]", 1000,
+            lambda: indefinite_contestants(1000), lambda: np.linalg.solve(*indefinite(1000)),
+        )  # fmt: skip
 
 
 def solve_case(

@@ -39,7 +39,7 @@ MAGNITUDES = 100  # "orders of magnitude", in the plural
 def cases(choice: Choice) -> Iterator[Case]:
     """The order of a product, the order of a derivative, the shape of a Jacobian, and the vectorized Hessian."""
     for name in filter(choice.wants, ORDERED[:1] if choice.quick and not choice.models else ORDERED):
-        for derivative in ("hvp", "hessian"):
+        for derivative in ("hvp",) if choice.quick and not choice.models else ("hvp", "hessian"):
             yield of_model(choice, f"order/{derivative}", MODELS[name](), derivative, ORDER_ROWS)
     for name, make, points, orders in HIGHER:
         for order in orders if choice.quick else range(1, MOST + 1):

@@ -81,11 +81,11 @@ def small(batch: int) -> Model:
 def cases(choice: Choice) -> Iterator[Case]:
     """Each quantity over growing batches of a perceptron; norms on the others; then what forms every gradient."""
     grid: list[tuple[Make, str, tuple[int, ...]]] = [
-        *((perceptron, what, (32, 256) if choice.quick else (16, 64, 256, 1024)) for what in BY_GRADIENTS),
+        *((perceptron, what, (256,) if choice.quick else (16, 64, 256, 1024)) for what in BY_GRADIENTS),
         (convolutional, "norms", (32,) if choice.quick else (32, 128)),
         (transformer, "norms", () if choice.quick else (16, 64)),
         (perceptron, "gradients", (32,) if choice.quick else (32, 256)),
-        (small, "Hessians", (16,) if choice.quick else (16, 64, 256)),
+        (small, "Hessians", () if choice.quick else (16, 64, 256)),
     ]
     if not choice.quick:
         grid += [(make, what, (64,)) for make in (convolutional, transformer) for what in BY_GRADIENTS[1:]]

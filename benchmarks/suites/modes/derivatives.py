@@ -22,7 +22,7 @@ GROWTH = (
     ((10, 8, 4), 256), ((20, 16, 5), 256), ((20, 32, 10), 256), ((32, 64, 10), 256), ((40, 96, 10), 256),
     ((20, 32, 10), 32), ((20, 32, 10), 1024), ((20, 32, 10), 4096),
 )  # fmt: skip
-QUICK_GROWTH = {((10, 8, 4), 256), ((20, 32, 10), 256)}
+QUICK_GROWTH = {((10, 8, 4), 256), ((20, 16, 5), 256)}
 # Where a case takes minutes, most of them for the slowest libraries, fewer points make the line.
 SPARSE_GROWTH = {
     "products": {((10, 8, 4), 256), ((20, 32, 10), 256), ((40, 96, 10), 256)},

@@ -8,6 +8,10 @@ from benchmarks.suites.optimizers import curves, fits, many, regression, scalar,
 TITLE = "Optimizers"
 QUESTION = "Which minimizer reaches the minimum, says so truly, and is fastest?"
 REASONS = {
+    ("optimizers/cutest", ""): (
+        "an objective of less than a microsecond: what is timed is the work around it, and each step of ours also "
+        "judges the point, keeps the best one and looks for a stall"
+    ),
     ("optimizers/batched/rosenbrock", ""): (
         "in ten dimensions a step of a quasi-Newton method takes less than one of newton-cg; where all problems end "
         "at about the same step, nothing is gained by dropping those that have"

@@ -19,7 +19,7 @@ SOURCES = {
     "mgh": "Moré, Garbow and Hillstrom, sums of squares",
 }
 THINNED = 3  # with all of them an hour goes into compilation; ``--models cutest`` takes it
-QUICK = ("rosenbrock", "powell singular", "wood")
+QUICK = ("rosenbrock", "wood")
 
 
 @dataclass(frozen=True)

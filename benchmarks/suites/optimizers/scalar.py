@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,8 @@ CAPTION = (
     f"Solved: within {EXCESS:.0e} max(1, |best|) of the best value known. A false success is one that is claimed where "
     f"nothing is solved and an entry of the gradient, computed anew, exceeds {STATIONARY:.0e} max(1, |value|). "
     "Evaluations are points at which the objective, with or without derivatives, is computed; products with a Hessian "
-    "are in no count. Only who solves the problem is timed: warm, with the best of what each library has to compile."
+    "are in no count. Only who solves the problem is timed: warm, with the best of what each library has to compile, "
+    "and set against the fastest of ours."
 )
 SECOND = {solver.name for solver in SOLVERS if solver.second}
 ORDERS = {"second": "with second derivatives", "first": "with first derivatives only"}
@@ -72,6 +73,7 @@ def run(problem: Problem, solvers: list[Solver], quick: bool, report: Callable[[
     timed = measure(calls, budget=0.03 if quick else 0.1, rounds=3, report=report)
     for name, timing in timed.items():
         rows[name].metrics |= {"seconds": timing.seconds, "low": timing.spread[0], "high": timing.spread[1]}
+    relate(rows.values())
     return Outcome(rows=list(rows.values()), claims=honesty(rows.values()), caption=CAPTION)
 
 
@@ -102,6 +104,14 @@ def judge(row: Row, answer: Answer, best: float, value: Any, grad: Any) -> None:
         )
     elif not solved:
         row.note = f"ends at {end:.6g}, {'stationary' if slope <= STATIONARY * max(1, abs(end)) else 'not stationary'}"
+
+
+def relate(rows: Iterable[Row]) -> None:
+    """The ratio of each time to that of the fastest of ours."""
+    timed = [row for row in rows if "seconds" in row.metrics]
+    ours = min((row.metrics["seconds"] for row in timed if row.peer == OURS), default=None)
+    for row in timed if ours else ():
+        row.metrics = {"ratio": row.metrics["seconds"] / ours} | row.metrics
 
 
 def honesty(rows: Any) -> list[Claim]:
