@@ -61,12 +61,6 @@ def test_regret_is_against_the_best_by_hand():
     assert regret.regret("Jacobian", outcome(jax_jacfwd=1.0)) == []
 
 
-def test_a_peer_ahead_is_named():
-    race = outcome(curvature_hvp=1.0, torch_hvp=0.5)
-    answer = modes.behind({"modes/hvp/mlp/n=5": race}).answer
-    assert answer == "torch.hvp takes 0.500 of our time in modes/hvp/mlp/n=5."
-
-
 def test_higher_orders_are_held_against_jax():
     races = {
         f"folklore/higher/scalar/points=1/order={order}": outcome(

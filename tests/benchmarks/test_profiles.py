@@ -5,6 +5,7 @@ import math
 import pytest
 
 from benchmarks.cases import Choice, Outcome, Row
+from benchmarks.report import facts
 from benchmarks.suites import optimizers
 from benchmarks.suites.optimizers import curves, scalar
 from benchmarks.suites.optimizers.profiles import data_profile, performance_profile
@@ -99,3 +100,14 @@ def test_no_curve_ends_at_a_minimum_where_its_gradient_does_not_vanish(slope):
         assert [row.metrics["steps_to_close"] for row in outcome.rows] == [None, None]
         assert drawn == {"Gradient"}
         assert "digits: nobody. Not there" in finding.answer
+
+
+def test_minimizers_are_set_against_the_fastest_of_ours():
+    times = {"curvature": 3.0, "curvature too": 2.0, "scipy": 1.0}
+    rows = [Row(name, name.split()[0], metrics={"seconds": seconds}) for name, seconds in times.items()]
+    unsolved = Row("optax", "optax", metrics={"solved": False})
+    scalar.relate([*rows, unsolved])
+    assert [row.metrics["ratio"] for row in rows] == [1.5, 1.0, 0.5]
+    assert "ratio" not in unsolved.metrics
+    assert facts.ours(Outcome(rows=rows)) is rows[1]
+    assert [entry.peer.name for entry in facts.behind({"optimizers/made/up": Outcome(rows=rows)})] == ["scipy"]

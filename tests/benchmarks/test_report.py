@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.cases import Line, Outcome, Plot, Row
-from benchmarks.report import facts, plots
+from benchmarks.report import facts, plots, tables
 from benchmarks.report.compare import compare
 from benchmarks.suites import SUITES
 from benchmarks.timing import console
@@ -117,11 +117,23 @@ def test_we_are_behind_only_beyond_noise():
     assert found[0].note == "gives up a factor of two for symmetry"
 
 
-def test_overlapping_quartiles_are_level():
-    outcome = made_up.troubled()
-    ours, peer = outcome.rows[:2]
+def test_a_median_between_the_quartiles_of_the_other_is_level():
+    ours, peer = made_up.troubled().rows[:2]
     peer.metrics["high"] = ours.metrics["low"]
+    assert facts.standing(peer, ours) == "behind"  # quartiles may touch
+    peer.metrics["high"] = ours.metrics["seconds"]
     assert facts.standing(peer, ours) == "level"
+
+
+def test_one_call_has_no_quartiles():
+    outcome = made_up.troubled()
+    for row in outcome.rows[:2]:
+        row.metrics["low"] = row.metrics["high"] = row.metrics["seconds"]
+    outcome.rows[0].metrics["high"] *= 1.5
+    table = tables.table(outcome)
+    cells = {row.name: line[table.columns.index("quartiles, ms")] for row, line in table.lines}
+    assert cells["jax, <by hand>"] == "one call"
+    assert cells["curvature.hessian"] != "one call"
 
 
 def test_a_suite_that_cannot_conclude_does_not_cost_the_report(only, tmp_path):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import peers, results
+from benchmarks import peers, results, runner
 from benchmarks.cases import Choice, Contestant, Outcome, Race, Study
 from benchmarks.suites import SUITES
 from tests.benchmarks import made_up
@@ -68,6 +68,16 @@ def test_a_compiled_contestant_is_checked_as_well(only, run):
     ours, planted = found.outcomes["toy/square/mlp"].rows
     assert (ours.status, planted.status) == ("ok", "wrong")
     assert ours.metrics["compile_seconds"] > 0
+
+
+def test_the_cost_of_one_piece_is_told():
+    args = (np.arange(1000.0, dtype=np.float32),)
+    whole = Contestant("curvature.square", "curvature", lambda x: x**2, args)
+    part = Contestant("curvature.square, in four", "curvature", lambda x: x**2, args, pieces=4)
+    case = Race("toy/pieces", "", "", lambda: [whole, part], lambda: args[0] ** 2, 1e-6, budget=0.01, rounds=1)
+    rows = runner.race(case, lambda line: None).rows
+    for name in ("flops", "bytes"):
+        assert rows[0].metrics[name] == 4 * rows[1].metrics[name] > 0
 
 
 def test_an_answer_of_ours_that_is_wrong_fails_the_run(only, run, capsys):
