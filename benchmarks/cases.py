@@ -60,6 +60,7 @@ class Contestant:
         read: turns what a call returns into an array, or a tree of arrays, laid out as the reference is.
         pieces: how many equal pieces of work one call does in a row; the time of one is reported.
         floor: it does a part of the work only and answers nothing, to show what that part costs.
+        only_cpu: it is written for the CPU, though its library knows GPUs, and is left out of races on one.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Contestant:
     read: Callable[[Any], Any] = lambda answer: answer
     pieces: int = 1
     floor: bool = False
+    only_cpu: bool = False
 
 
 @dataclass(frozen=True)

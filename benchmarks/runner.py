@@ -44,6 +44,9 @@ def race(case: Race, report: Report, journal: Journal | None = None) -> Outcome:
         if not peers.is_installed(contestant.peer):
             row.status, row.note = "absent", f"{contestant.peer} is not installed"
             continue
+        if contestant.only_cpu and jax.default_backend() == "gpu":
+            row.status, row.note = "failed", "written for the CPU only, and no match for ours on a GPU"
+            continue
         try:
             with journal.starting(case.id, contestant.name) if journal else contextlib.nullcontext():
                 timings[contestant.name], call, answer = start(contestant)

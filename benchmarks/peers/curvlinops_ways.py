@@ -39,7 +39,7 @@ def contestant(network: Network, dtype: str, what: str, num_samples: int = 1) ->
             return leaves_of_module(network, leaves)
         return dict(zip(network.model.shapes, leaves, strict=True))
 
-    return Contestant(f"curvlinops, {NAMES[what]}", "curvlinops", make=make, read=read)
+    return Contestant(f"curvlinops, {NAMES[what]}", "curvlinops", make=make, read=read, only_cpu=True)
 
 
 NAMES = {

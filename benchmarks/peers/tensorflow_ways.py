@@ -50,6 +50,8 @@ def library(threads: int, device: str) -> TensorFlow:
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     if device == "cpu":
         tf.config.set_visible_devices([], "GPU")
+    elif not tf.config.list_physical_devices("GPU"):
+        raise RuntimeError("this build of TensorFlow sees no GPU; install tensorflow[and-cuda] in its place")
     return tf
 
 

@@ -29,8 +29,8 @@ def contestants(formula: Formula, points: np.ndarray, params: Mapping[str, np.nd
         return make
 
     return [
-        Contestant("torch.func, trace of hessian", "torch", make=maker(by_trace)),
-        Contestant("torch.func, jvp of jvp", "torch", make=maker(by_directions)),
+        Contestant("torch.func, trace of hessian", "torch", make=maker(by_trace), only_cpu=True),
+        Contestant("torch.func, jvp of jvp", "torch", make=maker(by_directions), only_cpu=True),
     ]
 
 

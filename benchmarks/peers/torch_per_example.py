@@ -37,7 +37,7 @@ def contestant(name: str, model: Model, dtype: str, what: str, max_norm: float =
 
         return run
 
-    return Contestant(name, "torch", make=make)
+    return Contestant(name, "torch", make=make, only_cpu=True)
 
 
 def functions(model: Model, max_norm: float) -> dict[str, Callable[..., Any]]:

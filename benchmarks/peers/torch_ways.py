@@ -38,7 +38,9 @@ def contestants(flat: Flat, derivative: str, choice: Choice, *, compiled: bool =
 def start(flat: Flat, way: Way, choice: Choice, *, compiled: bool = False) -> Task:
     """The call to be timed; compilation happens at its first call."""
     torch = library(choice.threads)
-    device = "cuda" if choice.device == "gpu" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if choice.device == "gpu" else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("this build of torch has no CUDA; install another in place of that of make peers")
 
     def tensor(array: np.ndarray) -> Any:
         return torch.tensor(array, dtype=getattr(torch, choice.dtype), device=device)

@@ -70,6 +70,15 @@ def test_a_compiled_contestant_is_checked_as_well(only, run):
     assert ours.metrics["compile_seconds"] > 0
 
 
+def test_a_contestant_for_the_cpu_is_no_rival_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(runner.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(peers, "is_installed", lambda name: True)
+    contestants = [contestant("curvature.square", "curvature", X), contestant("torch", "torch", X, only_cpu=True)]
+    rows = runner.race(Race("toy/gpu", "", "", lambda: contestants, lambda: X, 1e-6, budget=0.01), print).rows
+    assert [row.status for row in rows] == ["ok", "failed"]
+    assert "CPU only" in rows[1].note
+
+
 def test_the_cost_of_one_piece_is_told():
     args = (np.arange(1000.0, dtype=np.float32),)
     whole = Contestant("curvature.square", "curvature", lambda x: x**2, args)
