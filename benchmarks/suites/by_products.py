@@ -23,6 +23,7 @@ WANTED_DISTANCE = 0.05  # half the absolute difference of two densities, integra
 WANTED_SOLUTION = 1e-3  # of its largest entry; residuals are asked to be 1e-5 of the right-hand side
 RTOL = 1e-5
 EIGENVALUES = 10
+INDEFINITE = 1000  # variables
 EIGSH, SCIPY = "curvature.eigsh", "scipy, eigsh"
 
 
@@ -43,28 +44,26 @@ def cases(choice: Choice) -> Iterator[Case]:
         caption="The trusted answer is SciPy's, in double precision.",
     )
     yield Study(race.id, race.title, race.model, partial(eigenvalues, race, network), {"n": n})
-    if not choice.quick:
-        yield Study("operators/density/mlp/n=1008", "Spectral density of a Hessian, 1,008 parameters", "mlp", density,
-                    {"n": 1008})  # fmt: skip
-    small = partial(perceptron, (20, 16, 10) if choice.quick else (30, 48, 10), 256)
+    if choice.quick:
+        return
+    yield Study("operators/density/mlp/n=1008", "Spectral density of a Hessian, 1,008 parameters", "mlp", density,
+                {"n": 1008})  # fmt: skip
+    small = partial(perceptron, (30, 48, 10), 256)
     yield solve_case(
-        choice, "definite", "(Gauss-Newton + 0.01 I) x = gradient", small().model.num_parameters,
+        "definite", "(Gauss-Newton + 0.01 I) x = gradient", small().model.num_parameters,
         lambda: definite_contestants(small()), lambda: definite_reference(small()),
     )  # fmt: skip
-    if not choice.quick:
-        yield solve_case(
-            choice, "indefinite", "dense symmetric A x = b, eigenvalues in [-10, -1] and [1, 10]", 1000,
-            lambda: indefinite_contestants(1000), lambda: np.linalg.solve(*indefinite(1000)),
-        )  # fmt: skip
+    yield solve_case(
+        "indefinite", "dense symmetric A x = b, eigenvalues in [-10, -1] and [1, 10]", INDEFINITE,
+        lambda: indefinite_contestants(INDEFINITE), lambda: np.linalg.solve(*indefinite(INDEFINITE)),
+    )  # fmt: skip
 
 
-def solve_case(
-    choice: Choice, name: str, title: str, n: int, contestants: Callable[[], Any], reference: Callable[[], Any]
-) -> Race:
+def solve_case(name: str, title: str, n: int, contestants: Callable[[], Any], reference: Callable[[], Any]) -> Race:
     """A race for the solution of one system."""
     return Race(
         f"operators/solve-{name}/mlp/n={n}", f"Solve {title}, {n:,} variables", "mlp", contestants, reference,
-        WANTED_SOLUTION, {"n": n}, budget=0.25 if choice.quick else 1.0, rounds=3 if choice.quick else 5,
+        WANTED_SOLUTION, {"n": n}, budget=1.0,
         caption=f"Each iterates to {RTOL:.0e} in its own sense of it; curvature.solve chooses its method.",
     )  # fmt: skip
 

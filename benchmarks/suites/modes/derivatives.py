@@ -31,9 +31,9 @@ SPARSE_GROWTH = {
 
 QUICK = {
     "gradient": ("mlp", "neural-ode"),
-    "hvp": ("mlp", "convolutional"),
+    "hvp": ("mlp",),
     "products": ("mlp",),
-    "hessian": ("mlp", "logistic"),
+    "hessian": ("mlp",),
 }
 """The models of a quick run that names none."""
 
@@ -57,7 +57,7 @@ def models(choice: Choice, derivative: str) -> Iterator[Model]:
         if name != "mlp":
             yield MODELS[name]()
             continue
-        wanted = QUICK_GROWTH if choice.quick else SPARSE_GROWTH.get(derivative, GROWTH)
+        wanted = set(SPARSE_GROWTH.get(derivative, GROWTH)) & (QUICK_GROWTH if choice.quick else set(GROWTH))
         yield from (mlp(*pair) for pair in GROWTH if pair in wanted)
 
 
