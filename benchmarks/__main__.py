@@ -17,7 +17,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="few sizes, fewer turns: about ten minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="few sizes, fewer turns: eight minutes on two cores")
     parser.add_argument("--suite", nargs="+", metavar="SUITE", help="only these; --list names them")
     parser.add_argument("--models", nargs="+", default=[], metavar="MODEL", help="only the cases of these models")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
