@@ -45,7 +45,7 @@ def race(case: Race, report: Report, journal: Journal | None = None) -> Outcome:
             row.status, row.note = "absent", f"{contestant.peer} is not installed"
             continue
         if contestant.only_cpu and jax.default_backend() == "gpu":
-            row.status, row.note = "failed", "written for the CPU only, and no match for ours on a GPU"
+            row.status, row.note = "absent", "written for the CPU only, and no match for ours on a GPU"
             continue
         try:
             with journal.starting(case.id, contestant.name) if journal else contextlib.nullcontext():

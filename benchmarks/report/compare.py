@@ -109,7 +109,7 @@ def _claims(old: Results, new: Results) -> Iterator[Change]:
 
 
 def _times(both: list[tuple[str, Row, Row]], machine: float) -> Iterator[Change]:
-    """Times whose quartiles lie apart and whose medians differ by over 5%, both on the new machine's clock."""
+    """Times whose medians differ by over 5% and lie out of each other's quartiles, both on the new machine's clock."""
     for id, old, new in both:
         if not _has_time(old, new):
             continue

@@ -108,6 +108,15 @@ def behind(outcomes: Mapping[str, Outcome]) -> list[Behind]:
     return sorted(found, key=lambda entry: entry.peer.metrics["ratio"])
 
 
+def lost(outcomes: Mapping[str, Outcome]) -> list[str]:
+    """The races in which another library has a right answer, and ours none."""
+    return [
+        id
+        for id, outcome in outcomes.items()
+        if ours(outcome) is None and any("ratio" in row.metrics and row.status == "ok" for row in outcome.rows)
+    ]
+
+
 def best(outcome: Outcome, peer: str) -> Row | None:
     """The fastest right row of a library; of ours, the one that ratios are to."""
     if peer == OURS:

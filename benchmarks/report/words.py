@@ -21,7 +21,7 @@ HOW_TO_READ = (
     "share may exceed 100%. Programs with loops have none: XLA counts the body of a loop once.",
     "**error** is the largest difference from the reference, relative to its largest entry.",
     "**WRONG**: the answer differs from the reference, and was not timed. **failed**: it raised. **absent**: not "
-    "installed. **a part**: it does some of the work only, to show what that costs.",
+    "installed, or not for this device. **a part**: it does some of the work only, to show what that costs.",
 )
 BY_FASTEST = "By the fastest right answer of each library in each case; ours is the row that ratios are to."
 
@@ -81,6 +81,8 @@ def summary(results: Results) -> str:
     if not found:
         return "No race of this run has a right answer of ours."
     twins = facts.twins(results.outcomes)
+    lost = facts.lost(results.outcomes)
+    without = f" Others have a right answer where ours has none: {', '.join(lost)}." if lost else ""
     noise = ""
     if twins:
         noise = (
@@ -90,7 +92,7 @@ def summary(results: Results) -> str:
     return (
         f"Ours is ahead of or level with every row of every other library in {len(found) - len(late)} of {len(found)} "
         f"races, and behind one in {len(late)}. {wrong or 'No'} answer{'s' * (wrong != 1)} "
-        f"{'was' if wrong == 1 else 'were'} wrong.{noise}"
+        f"{'was' if wrong == 1 else 'were'} wrong.{without}{noise}"
     )
 
 

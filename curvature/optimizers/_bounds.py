@@ -93,14 +93,14 @@ def stay_inside(box: Box, x: Tree, step: Tree) -> Tree:
 def rest_on_bounds(box: Box, x: Tree, grad: Tree) -> tuple[Tree, Tree]:
     """Which entries of a minimizer are free, and for the others how they move with their bound: a shift of zero.
 
-    An entry rests on a bound where a step along the gradient ends at it or beyond, as the convergence test has it: the
-    entry itself may be within the tolerance of its bound. The shift is zero in value and has
-    the derivative of the bound.
+    An entry rests on a bound where a step against the gradient ends at it or beyond, as the convergence test has it:
+    the entry itself may be within the tolerance of its bound. The shift is zero in value and has the derivative of the
+    bound.
     """
 
     def leaf(lower: Array, upper: Array, x: Array, grad: Array) -> tuple[Array, Array]:
-        low = (x - grad <= lower) & (grad > 0) | (lower == upper)
-        high = (x - grad >= upper) & (grad < 0) & ~low
+        low = (x - grad <= lower) & (grad > 0) & jnp.isfinite(lower) | (lower == upper)
+        high = (x - grad >= upper) & (grad < 0) & jnp.isfinite(upper) & ~low
         bound = jnp.where(low, lower, jnp.where(high, upper, 0))
         return ~(low | high), bound - jax.lax.stop_gradient(bound)
 

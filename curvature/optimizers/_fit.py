@@ -67,10 +67,12 @@ class LeastSquaresResult:
     def standard_errors(self) -> Tree:
         """The roots of the diagonal of ``covariance()``, shaped like ``x``."""
         root = _checks.require_inverse_root(self.inverse_root)
+        undetermined = jnp.any(jnp.isinf(root), axis=-1)
+        root = jnp.where(undetermined[..., None], 1, root)  # an infinite norm would have a derivative of NaN
         largest = jnp.max(jnp.abs(root), axis=-1, keepdims=True)
-        divisor = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+        divisor = jnp.where(largest > 0, largest, 1)
         errors = self._deviation()[..., None] * jnp.linalg.norm(root / divisor, axis=-1) * divisor[..., 0]
-        errors = jnp.where(self.degrees_of_freedom > 0, errors, jnp.inf)
+        errors = jnp.where(undetermined | (self.degrees_of_freedom <= 0), jnp.inf, errors)
         lane = jax.tree.map(lambda leaf: leaf[(0,) * (self.status.ndim)], self.x)
         unravel = ravel_pytree(lane)[1]
         for _ in range(self.status.ndim):

@@ -21,7 +21,7 @@ from curvature.linalg import solve
 from curvature.linalg._dense import rounding_level, scaling
 from curvature.transforms import vmap
 from curvature.transforms._compositions import linearize_program, trace_objective
-from curvature.transforms._modes import Program, choose_composition
+from curvature.transforms._modes import Program, choose_composition, trace
 
 Vector = Float[Array, " n"]
 Operands = list[Any]
@@ -109,11 +109,31 @@ def known_at(fun: Lifted, known: Tree, x: Tree, operands: Operands) -> Tree:
     return known
 
 
-@known_at.defjvp
+@functools.partial(known_at.defjvp, symbolic_zeros=True)
 def _known_at_jvp(fun: Lifted, primals: Any, tangents: Any) -> Any:
-    _, x, operands = primals
-    moved = jax.jvp(fun, (x, *operands), (tangents[1], *tangents[2]))[1]
-    return known_at(fun, *primals), moved
+    return known_at(fun, *primals), _push(fun, primals[1:], tangents[1:])[1]
+
+
+def _push(fun: Lifted, point: tuple[Tree, Operands], direction: Any) -> tuple[Tree, Tree]:
+    """``fun(x, *operands)`` and its derivative along a direction, in what moves alone.
+
+    It is zero where forward mode cannot give it, so that other results of the same solve keep theirs.
+    """
+    leaves, structure = jax.tree.flatten(point)
+    along = jax.tree.leaves(direction, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+    moving = [i for i, tangent in enumerate(along) if not isinstance(tangent, SymbolicZero)]
+
+    def of_moving(values: list[Any]) -> tuple[Tree, None]:
+        now = dict(zip(moving, values, strict=True))
+        x, operands = structure.unflatten([now.get(i, leaf) for i, leaf in enumerate(leaves)])
+        return fun(x, *operands), None
+
+    program = trace(of_moving, [leaves[i] for i in moving])
+    if program.blocker("fwd") is not None:
+        value = program.fun(program.x)[0]
+        return value, jax.tree.map(jnp.zeros_like, value)
+    value, moved, _ = jax.jvp(program.fun, (program.x,), ([along[i] for i in moving],), has_aux=True)
+    return value, moved
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -121,20 +141,19 @@ def root_at(jacobian: Lifted, root: Float[Array, "n k"], x: Tree, operands: Oper
     """A known ``B`` with ``B B' = (J'J)^-1`` for ``J = jacobian(x, *operands)``, with derivatives by both.
 
     ``dB = -B (M + M') / 2`` with ``M = (J B)' (dJ B)``, so that ``d(B B') = -(J'J)^-1 d(J'J) (J'J)^-1``, without
-    ``J'J``. What is infinite in ``B`` stays.
+    ``J'J``. Of a pseudo-inverse the other terms are dropped: they vanish in the rows of variables that ``J``
+    determines.
     """
     return root
 
 
-@root_at.defjvp
+@functools.partial(root_at.defjvp, symbolic_zeros=True)
 def _root_at_jvp(jacobian: Lifted, primals: Any, tangents: Any) -> Any:
-    _, x, operands = primals
     root = root_at(jacobian, *primals)
-    finite = jnp.where(jnp.isfinite(root), root, 0)
     multiply = functools.partial(jnp.matmul, precision="highest")
-    matrix, moved = jax.jvp(jacobian, (x, *operands), (tangents[1], *tangents[2]))
-    product = multiply(multiply(matrix, finite).T, multiply(moved, finite))
-    return root, -multiply(finite, product + product.T) / 2
+    matrix, moved = _push(jacobian, primals[1:], tangents[1:])
+    product = multiply(multiply(matrix, root).T, multiply(moved, root))
+    return root, -multiply(root, product + product.T) / 2
 
 
 def _where(free: Tree, tree: Tree, otherwise: Tree | None = None) -> Tree:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import Status, Tree, ravel
@@ -53,7 +53,7 @@ class _Point(NamedTuple):
     value: Float[Array, ""]
     residuals: Tree
     grad: Tree
-    root: Float[Array, "n k"] | None  # of the inverse of J'J, for the covariance
+    root: tuple[Float[Array, "n k"], Bool[Array, " n"]] | None  # of the inverse of J'J, for the covariance
     offset: Float[Array, ""]
     rounding: Float[Array, ""]
     noise: Float[Array, ""]
@@ -126,10 +126,13 @@ def least_squares(
         ValueError: when ``x0`` is known to hold NaN or infinity, a word is unknown or a number is out of range.
 
     Derivatives are those of the solution, forward and reverse, of ``x``, ``value``, ``residuals`` and ``covariance()``,
-    by ``args``, by what ``residuals`` closes over, and by ``f_scale``.
+    by ``args``, by what ``residuals`` closes over, and by ``f_scale``. The last two have them where forward mode can
+    differentiate ``residuals``; through a ``custom_vjp`` they are constants.
 
-    Cost: each step as ``levenberg_marquardt`` says, and of derivatives as ``minimize`` says. Compiled once for each
-        function, method, loss and shape; data, tolerances and ``f_scale`` are operands.
+    Cost: each step as ``levenberg_marquardt`` says. Of derivatives as ``minimize`` says, and for ``residuals`` and
+        ``covariance()`` one product with the Jacobian and one derivative of the Jacobian for each direction, which
+        ``jit`` leaves out where they are not used. Compiled once for each function, method, loss and shape; data,
+        tolerances and ``f_scale`` are operands.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -233,7 +236,10 @@ def run(
     degrees = num_residuals - num_entries(x0)
     x, value = implicit_minimizer(cost, scaled, best.x, best.value)
     found = known_at(residuals_of, best.residuals, x, operands)
-    root = None if best.root is None else root_at(jacobian, best.root, x, scaled)
+    root = None
+    if best.root is not None:
+        root, determined = best.root
+        root = jnp.where(determined[:, None], root_at(jacobian, root, x, scaled), jnp.inf)
     return LeastSquaresResult(x, value, found, best.grad, loop.num_steps, loop.status, root, degrees)
 
 

@@ -148,11 +148,7 @@ def _limits(function: str, dtype: Any, gtol: ArrayLike, rtol: ArrayLike, max_ste
     return Limits(_operand(gtol, dtype), _operand(rtol, dtype), _operand(max_steps, jnp.int32))
 
 
-@functools.lru_cache(typed=True)
-def _limits_once(function: str, dtype: Any, gtol: float, rtol: float, max_steps: int) -> Limits:
-    """As ``_limits``, on the device: numbers are mostly those of the call before, and to send them takes a while."""
-    with jax.ensure_compile_time_eval():
-        return jax.tree.map(jnp.asarray, _limits(function, dtype, gtol, rtol, max_steps))
+_limits_once = functools.lru_cache(typed=True)(_limits)  # numbers are mostly those of the call before
 
 
 def _operand(number: ArrayLike, dtype: Any) -> Any:

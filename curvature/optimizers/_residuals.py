@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from curvature import _checks
 from curvature._types import Tree, ravel
@@ -35,13 +35,13 @@ class Factors(NamedTuple):
     vectors: Float[Array, "n k"]
     coordinates: Float[Array, " k"]  # U' r
 
-    def inverse_root(self) -> Float[Array, "n k"]:
-        """A matrix ``B`` with ``B B' = (J'J)^-1``; infinite in the rows of variables that ``J`` does not determine."""
+    def inverse_root(self) -> tuple[Float[Array, "n k"], Bool[Array, " n"]]:
+        """A matrix ``B`` with ``B B'`` the pseudo-inverse of ``J'J``, and which variables ``J`` determines."""
         kept = (self.values > 0)[None]
         found = jnp.sum(jnp.where(kept, self.vectors, 0) ** 2, axis=1)  # 1 for a variable seen in full
         seen = (self.columns > 0) & (found > 1 - jnp.finfo(found.dtype).eps ** 0.5)
         scaled = jnp.where(kept, self.vectors / jnp.where(kept, self.values[None], 1), 0)
-        return jnp.where(seen[:, None], scaled / where_positive(self.columns)[:, None], jnp.inf)
+        return scaled / where_positive(self.columns)[:, None], seen
 
 
 class Second(NamedTuple):

@@ -63,5 +63,7 @@ def weigh(residual: Residual, loss: str, scale: Scalar) -> Weighted:
 
     slope, bend = jax.jvp(slope_of, (z,), (ones,))
     curvature, least = slope + 2 * z * bend, _LEAST_CURVATURE * slope
-    weights = jnp.sqrt(jnp.where(curvature > least, curvature, least))  # of a NaN, where z is too large, the least
-    return Weighted(value, weights, residual * slope / jnp.where(weights > 0, weights, 1))
+    curvature = jnp.where(curvature > least, curvature, least)  # of a NaN, where z is too large, the least
+    flat = curvature == 0
+    weights = jnp.where(flat, 0, jnp.sqrt(jnp.where(flat, 1, curvature)))
+    return Weighted(value, weights, residual * slope / jnp.where(flat, 1, weights))

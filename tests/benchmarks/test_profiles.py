@@ -111,3 +111,6 @@ def test_minimizers_are_set_against_the_fastest_of_ours():
     assert "ratio" not in unsolved.metrics
     assert facts.ours(Outcome(rows=rows)) is rows[1]
     assert [entry.peer.name for entry in facts.behind({"optimizers/made/up": Outcome(rows=rows)})] == ["scipy"]
+    alone = Outcome(rows=[Row("scipy", "scipy", metrics={"seconds": 1.0})])
+    scalar.relate(alone.rows)
+    assert facts.lost({"a": alone, "b": Outcome(rows=rows)}) == ["a"]

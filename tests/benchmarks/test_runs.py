@@ -75,7 +75,7 @@ def test_a_contestant_for_the_cpu_is_no_rival_on_a_gpu(monkeypatch):
     monkeypatch.setattr(peers, "is_installed", lambda name: True)
     contestants = [contestant("curvature.square", "curvature", X), contestant("torch", "torch", X, only_cpu=True)]
     rows = runner.race(Race("toy/gpu", "", "", lambda: contestants, lambda: X, 1e-6, budget=0.01), print).rows
-    assert [row.status for row in rows] == ["ok", "failed"]
+    assert [row.status for row in rows] == ["ok", "absent"]
     assert "CPU only" in rows[1].note
 
 

@@ -100,6 +100,38 @@ def test_residuals_and_covariance_of_a_fit_have_the_derivatives_of_their_closed_
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_what_is_undetermined_leaves_the_derivatives_of_the_rest():
+    """``x[0]`` and ``x[1]`` show in their sum only, whose column correlates with that of ``x[2]``."""
+
+    def fitted(t):
+        rows = lambda x: (
+            jnp.asarray(TARGETS[:5]) - t * jnp.arange(5.0) * (x[0] + x[1]) - x[2] * jnp.exp(t * INPUTS[:5, 0])
+        )
+        fit = curvature.least_squares(rows, jnp.zeros(3), gtol=1e-12)
+        return fit.covariance()[2, 2], fit.standard_errors()[2]
+
+    def exact(t):
+        matrix = jnp.stack([t * jnp.arange(5.0), jnp.exp(t * INPUTS[:5, 0])], axis=1)
+        rest = TARGETS[:5] - matrix @ jnp.linalg.solve(matrix.T @ matrix, matrix.T @ TARGETS[:5])
+        variance = rest @ rest / 2 * jnp.linalg.inv(matrix.T @ matrix)[1, 1]
+        return variance, jnp.sqrt(variance)
+
+    both = jax.jit(lambda t: [(f(t), d(f)(t)) for f in (fitted, exact) for d in (jax.jacfwd, jax.jacrev)])
+    found = both(0.7)
+    for ours, theirs in zip(jax.tree.leaves(found[:2]), jax.tree.leaves(found[2:]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-8)
+
+
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
+def test_residuals_without_forward_mode_leave_the_derivatives_of_the_solution(mode):
+    """By a ``custom_vjp``: ``x = t^2``."""
+    square = jax.custom_vjp(lambda t: t**2)
+    square.defvjp(lambda t: (t**2, t), lambda t, ct: (2 * t * ct,))
+    solve = lambda t: curvature.least_squares(lambda x, t: jnp.stack([x[0] - square(t), 0 * x[0]]), jnp.zeros(1), (t,))
+    assert_close(mode(lambda t: solve(t).x[0])(3.0), 6.0)
+    assert mode(lambda t: solve(t).residuals[0])(3.0) == 0
+
+
 def test_a_robust_fit_has_a_derivative_by_its_scale():
     """A location by soft_l1: ``sum r / sqrt(1 + (r / s)^2) = 0``."""
     solve = lambda scale: curvature.least_squares(
@@ -262,3 +294,9 @@ def test_a_start_within_the_tolerance_of_a_bound_rests_on_it():
     by_shift, by_lower = jax.jit(jax.grad(lambda *data: solve(*data)[0], argnums=(0, 1)))(1.0, 0.0)
     assert solve(1.0, 0.0)[1] == 0
     assert (by_shift, by_lower) == (0, 1)
+
+
+def test_a_start_that_fails_at_a_bound_is_returned_as_it_was():
+    result = curvature.minimize(lambda x: -jnp.sum(jnp.sqrt(x)), jnp.zeros(1), bounds=(0.0, None))
+    assert not result.success
+    assert result.x == 0

@@ -153,12 +153,12 @@ def test_the_rounding_of_a_far_start_is_forgotten():
     np.testing.assert_allclose(fit.x[1], 2.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["soft_l1", "huber", "cauchy", "arctan"])
-def test_an_outlier_whose_square_overflows_does_no_harm(loss):
+def test_an_outlier_beyond_the_range_of_a_derivative_does_no_harm():
+    """Of arctan: ``(r / f_scale)^4`` overflows in single precision, and the outlier weighs nothing."""
     start, data = jnp.zeros(1, jnp.float32), jnp.array([0.0, 1e-3, 3e9], jnp.float32)
-    fit = curvature.least_squares(lambda x, data: x - data, start, (data,), loss=loss, f_scale=1e-3)
-    assert jnp.all(jnp.isfinite(fit.x))
-    assert fit.status not in (Status.NONFINITE, Status.NONFINITE_START)
+    fit = curvature.least_squares(lambda x, data: x - data, start, (data,), loss="arctan", f_scale=1e-3)
+    assert fit.success
+    np.testing.assert_allclose(fit.x, 5e-4, rtol=1e-2)
 
 
 def test_undetermined_variables_are_left_and_have_infinite_variance():

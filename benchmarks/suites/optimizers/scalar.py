@@ -107,11 +107,11 @@ def judge(row: Row, answer: Answer, best: float, value: Any, grad: Any) -> None:
 
 
 def relate(rows: Iterable[Row]) -> None:
-    """The ratio of each time to that of the fastest of ours."""
+    """The ratio of each time to that of the fastest of ours; none where none of ours has one."""
     timed = [row for row in rows if "seconds" in row.metrics]
     ours = min((row.metrics["seconds"] for row in timed if row.peer == OURS), default=None)
-    for row in timed if ours else ():
-        row.metrics = {"ratio": row.metrics["seconds"] / ours} | row.metrics
+    for row in timed:
+        row.metrics = {"ratio": row.metrics["seconds"] / ours if ours else None} | row.metrics
 
 
 def honesty(rows: Any) -> list[Claim]:
