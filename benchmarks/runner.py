@@ -123,10 +123,13 @@ def fill(row: Row, contestant: Contestant, compiled: Timing, timed: Timing) -> N
     row.metrics = metrics | row.metrics
 
 
-def relate(rows: list[Row]) -> None:
-    """The ratio of each time to that of the first of ours that was right."""
+def relate(rows: list[Row], *, to_fastest: bool = False) -> None:
+    """The ratio of each time to that of the first, or the fastest, of ours that was right; None where none was."""
     timed = [row for row in rows if "seconds" in row.metrics]
-    ours = next((row for row in timed if row.peer == OURS and row.status == "ok"), None)
+    right = [row for row in timed if row.peer == OURS and row.status == "ok"]
+    if to_fastest:
+        right.sort(key=lambda row: row.metrics["seconds"])
+    ours = next(iter(right), None)
     for row in timed:
         row.metrics["ratio"] = None if ours is None else row.metrics["seconds"] / ours.metrics["seconds"]
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from benchmarks import runner
 from benchmarks.cases import Choice, Outcome, Row
 from benchmarks.report import facts
 from benchmarks.suites import optimizers
@@ -106,11 +107,11 @@ def test_minimizers_are_set_against_the_fastest_of_ours():
     times = {"curvature": 3.0, "curvature too": 2.0, "scipy": 1.0}
     rows = [Row(name, name.split()[0], metrics={"seconds": seconds}) for name, seconds in times.items()]
     unsolved = Row("optax", "optax", metrics={"solved": False})
-    scalar.relate([*rows, unsolved])
+    runner.relate([*rows, unsolved], to_fastest=True)
     assert [row.metrics["ratio"] for row in rows] == [1.5, 1.0, 0.5]
     assert "ratio" not in unsolved.metrics
     assert facts.ours(Outcome(rows=rows)) is rows[1]
     assert [entry.peer.name for entry in facts.behind({"optimizers/made/up": Outcome(rows=rows)})] == ["scipy"]
     alone = Outcome(rows=[Row("scipy", "scipy", metrics={"seconds": 1.0})])
-    scalar.relate(alone.rows)
+    runner.relate(alone.rows, to_fastest=True)
     assert facts.lost({"a": alone, "b": Outcome(rows=rows)}) == ["a"]

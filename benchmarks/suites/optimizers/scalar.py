@@ -5,14 +5,14 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import peers
+from benchmarks import peers, runner
 from benchmarks.cases import OURS, Case, Choice, Claim, Finding, Line, Outcome, Plot, Row, Study
 from benchmarks.suites.optimizers.problems import SOURCES, Problem, chosen
 from benchmarks.suites.optimizers.profiles import Costs, data_profile, performance_profile
@@ -73,7 +73,7 @@ def run(problem: Problem, solvers: list[Solver], quick: bool, report: Callable[[
     timed = measure(calls, budget=0.03 if quick else 0.1, rounds=3, report=report)
     for name, timing in timed.items():
         rows[name].metrics |= {"seconds": timing.seconds, "low": timing.spread[0], "high": timing.spread[1]}
-    relate(rows.values())
+    runner.relate(list(rows.values()), to_fastest=True)
     return Outcome(rows=list(rows.values()), claims=honesty(rows.values()), caption=CAPTION)
 
 
@@ -104,14 +104,6 @@ def judge(row: Row, answer: Answer, best: float, value: Any, grad: Any) -> None:
         )
     elif not solved:
         row.note = f"ends at {end:.6g}, {'stationary' if slope <= STATIONARY * max(1, abs(end)) else 'not stationary'}"
-
-
-def relate(rows: Iterable[Row]) -> None:
-    """The ratio of each time to that of the fastest of ours; none where none of ours has one."""
-    timed = [row for row in rows if "seconds" in row.metrics]
-    ours = min((row.metrics["seconds"] for row in timed if row.peer == OURS), default=None)
-    for row in timed:
-        row.metrics = {"ratio": row.metrics["seconds"] / ours if ours else None} | row.metrics
 
 
 def honesty(rows: Any) -> list[Claim]:
