@@ -7,28 +7,43 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
+from jax.extend.core import get_opaque_trace_state
 
 from curvature._types import Objective
 
 # A cache and nothing else: it is never read but for the very function that put its programs there.
 _PROGRAMS: weakref.WeakKeyDictionary[Objective, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
+# Up to JAX 0.11.0, XLA's newer emitters of fusions take more than half of a compilation for the CPU, and the program is
+# no faster for it. Later versions compile as quickly as this makes these, and have no such option.
+_QUICK_TO_COMPILE = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11, 1) else None
+
+with jax.core.eval_context():
+    _UNTRACED = get_opaque_trace_state()
+
 
 def compiled(program: Callable[..., Any], fun: Objective) -> Callable[..., Any]:
     """``program(fun, ...)`` compiled, found again as long as the objective lives, and not kept any longer.
 
     Keyword arguments are static. What cannot be looked up, a bound method (made anew at each mention) or a callable
-    that holds arrays, is compiled at every call.
+    that holds arrays, is compiled at every call. Under another transformation the outermost one says how to compile.
     """
-    static = _keyword_only(program)
+    outermost = get_opaque_trace_state() == _UNTRACED
     try:
         programs = _PROGRAMS.setdefault(fun, {})
-        if program not in programs:
+        key = program, outermost
+        if key not in programs:
             alive = functools.partial(_run_alive, program, weakref.ref(fun))
-            programs[program] = jax.jit(alive, static_argnames=static)
-        return programs[program]
+            programs[key] = _jit(alive, program, outermost)
+        return programs[key]
     except TypeError:  # not hashable, or not weakly referable
-        return jax.jit(functools.partial(program, fun), static_argnames=static)
+        return _jit(functools.partial(program, fun), program, outermost)
+
+
+def _jit(call: Callable[..., Any], program: Callable[..., Any], outermost: bool) -> Callable[..., Any]:
+    options = _QUICK_TO_COMPILE if outermost and jax.default_backend() == "cpu" else None
+    return jax.jit(call, static_argnames=_keyword_only(program), compiler_options=options)
 
 
 @functools.cache

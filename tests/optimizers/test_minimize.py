@@ -353,6 +353,21 @@ def test_calling_again_traces_and_compiles_nothing():
     np.testing.assert_array_equal(again.x, first.x)
 
 
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap, lambda solve: jax.jit(jax.vmap(solve))])
+def test_options_of_compilation_are_left_to_the_outermost_program(transform):
+    def solve(start):  # alone it sets options, which JAX refuses of a program inside another
+        return curvature.minimize(near, start).x
+
+    def near(x):
+        return jnp.sum((x - 1) ** 2)
+
+    start = jnp.zeros((2, 2))
+    alone = solve(start)
+    assert_close(alone, jnp.ones((2, 2)), roundings=1e3)
+    assert_close(transform(solve)(start), alone, roundings=1e3)
+    np.testing.assert_array_equal(solve(start), alone)
+
+
 @methods
 def test_limits_of_any_type_find_the_same_program(method):
     traces = []
