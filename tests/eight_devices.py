@@ -77,6 +77,47 @@ def test_each_device_minimizes_its_own_problems(mesh, inputs):
     assert_close(got, inputs, roundings=1e8)
 
 
+MINIMIZERS = {
+    **{
+        method: lambda x0, a, method=method: curvature.minimize(decay, x0, (a,), method=method, gtol=1e-9)
+        for method in ("trust-exact", "trust-region", "newton", "newton-cg", "cubic-newton", "bfgs", "l-bfgs", "sr1")
+    },
+    "bounds": lambda x0, a: curvature.minimize(decay, x0, (a,), bounds=(-10.0, 10.0), gtol=1e-9),
+    "lbfgsb": lambda x0, a: curvature.minimize(decay, x0, (a,), method="l-bfgs", bounds=(-10.0, 10.0), gtol=1e-9),
+    **{
+        method: lambda x0, a, method=method: curvature.least_squares(residuals, x0, (a,), method=method)
+        for method in ("levenberg-marquardt", "dogleg", "gauss-newton")
+    },
+    "products": lambda x0, a: curvature.least_squares(
+        residuals, x0, (a,), method=curvature.levenberg_marquardt("cg"), rtol=1e-9
+    ),
+}
+
+
+def residuals(x, a):
+    return jnp.concatenate([x - a, 0.1 * jnp.sinh(x - a)])
+
+
+def decay(x, a):
+    return jnp.sum(residuals(x, a) ** 2)
+
+
+@pytest.mark.parametrize("solve", MINIMIZERS.values(), ids=MINIMIZERS)
+def test_from_a_start_that_all_share_each_device_solves_its_own_problem(mesh, solve):
+    """And differentiates it: the minimizer is ``a``."""
+
+    def of_shard(a):
+        def solution(a):
+            return solve(jnp.zeros(3), a).x
+
+        return solution(a[0])[None], jax.jacobian(solution)(a[0])[None]
+
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)))
+    x, derivative = jax.jit(jax.shard_map(of_shard, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(a)
+    assert_close(x, a, roundings=1e8)
+    assert_close(derivative, np.broadcast_to(np.eye(3), (8, 3, 3)), roundings=1e8)
+
+
 def test_a_summed_loss_is_minimized_on_all_devices_together(mesh, inputs):
     def whole(inputs):
         def summed(x, inputs):

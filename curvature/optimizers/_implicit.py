@@ -16,11 +16,12 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, Float
 
-from curvature._types import Objective, Tree, ravel
+from curvature._types import Tree, ravel
 from curvature.linalg import solve
 from curvature.linalg._dense import rounding_level, scaling
-from curvature.transforms import vmap
+from curvature.transforms._accumulate import vary_like
 from curvature.transforms._compositions import linearize_program, trace_objective
+from curvature.transforms._jacobian import map_basis
 from curvature.transforms._modes import Program, choose_composition, trace
 
 Vector = Float[Array, " n"]
@@ -31,16 +32,23 @@ Lifted = Callable[..., Any]
 _SMALL = 1000  # entries, as for ``solve``: above, no matrix is formed
 
 
-def lift_objective(function: str, fun: Objective, x: Tree, args: tuple[Any, ...]) -> tuple[Lifted, Operands]:
-    """``fun`` traced once, and lifted.
+def trace_from(traced: Callable[[Tree], Program], x0: Tree) -> tuple[Program, Tree]:
+    """The function traced at the start, and the start.
 
-    So what ``fun`` has in its closure is differentiated by as its arguments are.
+    Inside ``shard_map`` that varies from device to device if the function does: each solves a problem of its own.
     """
-    return lift(trace_objective(function, "fun", fun, x, args))
+    program = traced(x0)
+    varying = vary_like(x0, program.out)
+    if jax.tree.map(jax.typeof, varying) == jax.tree.map(jax.typeof, x0):
+        return program, x0
+    return traced(varying), varying
 
 
 def lift(program: Program) -> tuple[Lifted, Operands]:
-    """The traced function as one of ``x`` and of every array it takes or closes over, and these arrays."""
+    """The traced function as one of ``x`` and of every array it takes or closes over, and these arrays.
+
+    So what the function has in its closure is differentiated by as its arguments are.
+    """
     closed: Any = program.jaxpr
     structure = jax.tree.structure(program.out)
 
@@ -170,7 +178,7 @@ def _solve(product: Callable[[Tree], Tree], b: Tree) -> Tree:
     def on_vectors(v: Vector) -> Vector:
         return ravel(product(unravel(v)))[0]
 
-    inverse = _pseudo_inverse(jax.lax.stop_gradient(vmap(on_vectors)(jnp.eye(vector.size, dtype=vector.dtype))))
+    inverse = _pseudo_inverse(jax.lax.stop_gradient(map_basis(on_vectors, vector, "auto")))
 
     def refined(product: Callable[[Vector], Vector], b: Vector) -> Vector:
         x = inverse(b)

@@ -14,7 +14,7 @@ from curvature._types import Status, Tree, ravel
 from curvature.linalg._dense import norm
 from curvature.optimizers._fit import LeastSquaresResult
 from curvature.optimizers._gauss_newton import gauss_newton
-from curvature.optimizers._implicit import implicit_minimizer, known_at, lift, root_at
+from curvature.optimizers._implicit import implicit_minimizer, known_at, lift, root_at, trace_from
 from curvature.optimizers._levenberg_marquardt import levenberg_marquardt
 from curvature.optimizers._programs import compiled
 from curvature.optimizers._residual_method import DenseResidualMethod, ResidualMethod
@@ -28,6 +28,7 @@ from curvature.optimizers._residuals import (
     weighted_jacobian,
 )
 from curvature.optimizers._robust import Loss, half_sum
+from curvature.transforms._accumulate import vary_like
 from curvature.transforms._modes import num_entries
 
 _METHODS: dict[str, Callable[[bool], ResidualMethod]] = {
@@ -195,7 +196,7 @@ def run(
 
     Derivatives are taken of the solution, so nothing that goes through the loop has any.
     """
-    program = trace_residuals("least_squares", lambda x: residuals(x, *args), x0)
+    program, x0 = trace_from(lambda x: trace_residuals("least_squares", lambda x: residuals(x, *args), x), x0)
     num_residuals = num_entries(program.out)
     residuals_of, operands = lift(program)
     scaled = [limits.f_scale, *operands]
@@ -231,6 +232,7 @@ def run(
         return jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
 
     start = _start(transformation.init(x0), jax.eval_shape(lambda x: _point(x, linearize(x)), x0), x0, limits)
+    start = vary_like(start, x0)  # what is counted in a step varies as the step does, and so from the start
     loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, start)
     best = loop.best
     degrees = num_residuals - num_entries(x0)

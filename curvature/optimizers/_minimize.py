@@ -14,12 +14,13 @@ from curvature import _checks
 from curvature._types import MinimizeResult, Objective, Tree
 from curvature.optimizers._bounded import Resolved, resolve_bounded, start_within
 from curvature.optimizers._bounds import Box, box_of, rest_on_bounds
-from curvature.optimizers._implicit import implicit_minimizer, lift_objective
+from curvature.optimizers._implicit import implicit_minimizer, lift, trace_from
 from curvature.optimizers._loop import Limits, MinimizeStep, Point, is_running, start_loop, stepper
 from curvature.optimizers._methods import DENSE_ENTRIES, Method, resolve
 from curvature.optimizers._programs import compiled
 from curvature.optimizers._progress import close, start_watch
 from curvature.transforms._accumulate import vary_like
+from curvature.transforms._compositions import trace_objective
 from curvature.transforms._modes import num_entries
 
 
@@ -43,7 +44,8 @@ def minimize(
     Converged means ``max|grad| <= gtol + rtol * max|grad at x0|`` at the returned point, and nothing else is called
     success. The program is compiled once for each ``fun``, ``hessian``, ``callback``, method and shape, functions being
     told apart as objects, as ``jit`` does; data, tolerances and ``max_steps`` are operands. It runs under ``jit`` and
-    under ``vmap``, where each lane stops by itself with a status of its own.
+    under ``vmap``, where each lane stops by itself with a status of its own. Inside ``shard_map`` each device minimizes
+    what ``fun`` gives there; what ``psum`` has summed over devices they minimize together.
 
     The solution, not the iteration, is differentiated, in forward and reverse mode and to any order, by ``args`` and by
     what ``fun`` closes over: ``x`` by ``H dx = -(d grad f / d args) d args`` with the Hessian ``H`` at ``x``, as the
@@ -188,7 +190,8 @@ def _run(
 
     Derivatives are taken of the solution, so nothing that goes through the loop has any.
     """
-    objective, operands = lift_objective("minimize", fun, x0, args)
+    program, x0 = trace_from(lambda x: trace_objective("minimize", "fun", fun, x, args), x0)
+    objective, operands = lift(program)
     x0, args, limits, data, walls = jax.lax.stop_gradient((x0, args, limits, operands, box))
     value_fn = functools.partial(_at, objective, data)
     transformation, x0 = start_within(walls, method, x0)

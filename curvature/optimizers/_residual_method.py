@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from curvature import _checks
@@ -11,6 +10,7 @@ from curvature._types import Tree, ravel
 from curvature.linalg._dense import Matrix
 from curvature.optimizers._protocol import Local, Vector, WithStatus, bind_extras
 from curvature.optimizers._residuals import Linearized, linearize_residuals
+from curvature.transforms._jacobian import map_basis
 
 
 class ResidualMethod(WithStatus):
@@ -60,7 +60,7 @@ def scaled_local(linear: Linearized, scale: Vector) -> Local:
         return linear.pull(linear.push(v / scale)) / scale
 
     def matrix() -> Matrix:
-        return jax.vmap(product)(jnp.eye(scale.size, dtype=scale.dtype))
+        return map_basis(product, scale, None)
 
     return Local(
         x=scale * linear.x,

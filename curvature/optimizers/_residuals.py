@@ -125,7 +125,7 @@ def _second(program: Program, value_at: Callable[[Vector], Scalar], point: Vecto
 
     def matrix() -> Float[Array, "n n"]:
         product = linearize_grad(value_at, point)[2]
-        rows = jax.vmap(product)(jnp.eye(point.size, dtype=point.dtype))
+        rows = map_basis(product, point, None)
         return (rows + rows.T) / 2
 
     def along(v: Vector) -> Scalar:
