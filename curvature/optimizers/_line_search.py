@@ -7,13 +7,32 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from curvature.linalg._dense import norm
-from curvature.optimizers._protocol import MAX_TRIALS, Local, Scalar, Slope, Vector, first_length, shrink_factor
+from curvature.optimizers._protocol import (
+    MAX_TRIALS,
+    Local,
+    Scalar,
+    Slope,
+    Vector,
+    evaluate,
+    first_length,
+    shrink_factor,
+)
 
 _ARMIJO = 1e-4  # N&W (3.6a)
 _WOLFE = 0.9  # N&W (3.7b): the share of the slope that may be left
 _EXPANSION = (2.0, 10.0)  # how much longer the next trial is while every one is too short
 _MARGIN = 0.1  # a trial keeps this share of the bracket away from its ends
 _BISECT = 3  # every so many trials the bracket is halved, whatever the cubic says
+
+
+def with_gradients(local: Local) -> Local:
+    """The objective that is NaN wherever its gradient is not finite: from there no Newton step leads on."""
+
+    def value_after(step: Vector) -> Scalar:
+        value, grad = evaluate("value_fn", local.value_after, step)
+        return jnp.where(jnp.all(jnp.isfinite(grad)), value, jnp.nan)
+
+    return local._replace(value_after=value_after)
 
 
 class ValueSearch(NamedTuple):

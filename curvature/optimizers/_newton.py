@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from curvature._types import Status, Tree
 from curvature.linalg._dense import positive_definite_solve
-from curvature.optimizers._line_search import search_values
+from curvature.optimizers._line_search import search_values, with_gradients
 from curvature.optimizers._protocol import (
     Local,
     SecondOrder,
@@ -55,7 +55,7 @@ def newton() -> SecondOrder:
         ValueError: from ``update`` when an argument is missing.
 
     Cost: for each update one linearization of the gradient, n Hessian products, n^3 / 3 FLOPs (30 times that where the
-        Hessian is not positive definite), one value for each trial; memory for 3 n^2 numbers.
+        Hessian is not positive definite), one value and gradient for each trial; memory for 3 n^2 numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, curvature
@@ -86,7 +86,7 @@ def _init(x: Vector, params: Tree) -> NewtonState:
 def _step(state: NewtonState, local: Local) -> tuple[Vector, NewtonState]:
     direction = -positive_definite_solve(local.hessian(), local.grad)
     slope = jnp.vdot(local.grad, direction, precision="highest")
-    last = search_values(local, direction, slope)
+    last = search_values(with_gradients(local), direction, slope)
     return jnp.where(last.accepted, last.step_size * direction, 0), state._replace(
         step_size=last.step_size,
         num_trials=last.count,

@@ -12,7 +12,7 @@ from curvature._types import Status, Tree
 from curvature.linalg._dense import norm
 from curvature.linalg._krylov import truncated_cg
 from curvature.optimizers._inexact import first_norm, inner_solve
-from curvature.optimizers._line_search import search_values
+from curvature.optimizers._line_search import search_values, with_gradients
 from curvature.optimizers._protocol import (
     Local,
     SecondOrder,
@@ -68,7 +68,7 @@ def newton_cg(*, max_inner_steps: int | None = None) -> SecondOrder:
         ValueError: when ``max_inner_steps`` is out of range; from ``update`` when an argument is missing.
 
     Cost: for each update one linearization of the gradient, a Hessian product for each conjugate gradient step and one
-        value for each trial; memory for eight vectors.
+        value and gradient for each trial; memory for eight vectors.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, curvature
@@ -120,7 +120,7 @@ def _step(max_inner_steps: int | None, state: NewtonCGState, local: Local) -> tu
     direction, curves_down, num_inner_steps, is_finite = _direction(local, size, first, max_inner_steps, state.length)
     slope = jnp.vdot(local.grad, direction, precision="highest")
     slope = jnp.where(is_finite, slope, jnp.nan)
-    last = search_values(local, direction, slope, curves_down)
+    last = search_values(with_gradients(local), direction, slope, curves_down)
     step = jnp.where(last.accepted, last.step_size * direction, 0)
     return step, state._replace(
         step_size=last.step_size,

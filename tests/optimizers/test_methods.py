@@ -69,6 +69,22 @@ def test_where_the_objective_has_no_value_the_step_shrinks(method):
     assert_close(result.x, jnp.array([1.0, 2.0]), roundings=1e9)
 
 
+@pytest.mark.parametrize("method", ["newton", "newton-cg"])
+def test_a_newton_step_to_where_there_is_no_gradient_shrinks(method):
+    """From 1.5 the full step leads to -3.4, where the value is lower and the gradient NaN, as behind ``jnp.where``."""
+
+    def f(x):
+        return jnp.sum(jnp.where(x < -2, 1.1, jnp.sqrt(1 + x**2) + 0 * jnp.sqrt(x + 2)))
+
+    x0 = jnp.full(2, 1.5)
+    full = x0 - jax.grad(f)(x0) / jnp.diagonal(jax.hessian(f)(x0))
+    assert f(full) < f(x0)
+    assert jnp.isnan(jax.grad(f)(full)).all()
+    result = curvature.minimize(f, x0, method=method)
+    assert result.success
+    assert_close(1 + result.x, jnp.ones(2), roundings=1e8)
+
+
 @pytest.mark.parametrize("method", ["bfgs", "l-bfgs", "sr1"])
 def test_quasi_newton_methods_take_one_gradient_a_trial(method):
     calls = []
