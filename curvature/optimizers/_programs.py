@@ -42,14 +42,9 @@ def compiled(program: Callable[..., Any], fun: Objective) -> Callable[..., Any]:
 
 
 def _jit(call: Callable[..., Any], program: Callable[..., Any], outermost: bool) -> Callable[..., Any]:
+    static = [name for name, p in inspect.signature(program).parameters.items() if p.kind is p.KEYWORD_ONLY]
     options = _QUICK_TO_COMPILE if outermost and jax.default_backend() == "cpu" else None
-    return jax.jit(call, static_argnames=_keyword_only(program), compiler_options=options)
-
-
-@functools.cache
-def _keyword_only(program: Callable[..., Any]) -> tuple[str, ...]:
-    """The names, looked up once: ``inspect`` takes as long as a small solve."""
-    return tuple(name for name, p in inspect.signature(program).parameters.items() if p.kind is p.KEYWORD_ONLY)
+    return jax.jit(call, static_argnames=static, compiler_options=options)
 
 
 def _run_alive(program: Callable[..., Any], reference: Callable[[], Any], *operands: Any, **how: Any) -> Any:
