@@ -12,6 +12,9 @@ REASONS = {
     ("modes/products/convolutional", "GradientTape"): (
         "jax.linearize takes as long: XLA as TensorFlow ships it makes faster code of these small convolutions"
     ),
+    ("modes/hvp/while-loop", "jax, forward over forward"): (
+        "the same tangents through the same loop, traced in another order, of which XLA makes a loop a tenth slower"
+    ),
 }
 
 
