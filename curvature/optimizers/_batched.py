@@ -108,9 +108,9 @@ def minimize_batched(
     _checks.check_entries(name, "x0_batch", first)
     limits = limits_of(name, first, gtol, rtol, max_steps)
     how = {"layout": layout, "transformation": resolve(name, method, first, hessian), "hessian": hessian}
-    loop = _align(compiled(_start, fun)(x0, data, limits, **how), jax.tree.leaves(x0)[0])
+    loop = _align(compiled(_start, fun, (x0, data))(x0, data, limits, **how), jax.tree.leaves(x0)[0])
     data = data._replace(mapped=_align(data.mapped, jax.tree.leaves(x0)[0]))
-    return _run_blocks(compiled(_advance, fun), how, loop, data, limits, lanes)
+    return _run_blocks(compiled(_advance, fun, (x0, data)), how, loop, data, limits, lanes)
 
 
 def _of_one(in_axes: Any) -> Any:

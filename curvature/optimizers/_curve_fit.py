@@ -61,7 +61,7 @@ def curve_fit(
     ydata = _checks.check_observations("curve_fit", ydata)
     p0, (xdata,) = check_start("curve_fit", p0, (xdata,))
     limits = check_limits("curve_fit", p0, "levenberg-marquardt", loss, f_scale, None, 0.0, max_steps)
-    return compiled(_fit, model)(p0, xdata, ydata, limits, loss=loss)
+    return compiled(_fit, model, (p0, xdata, ydata))(p0, xdata, ydata, limits, loss=loss)
 
 
 def _fit(

@@ -149,7 +149,7 @@ def least_squares(
     _checks.check_callable("least_squares", "residuals", residuals)
     x0, args = check_start("least_squares", x0, args)
     limits = check_limits("least_squares", x0, method, loss, f_scale, gtol, rtol, max_steps)
-    return compiled(run, residuals)(x0, args, limits, method=method, loss=loss)
+    return compiled(run, residuals, (x0, args))(x0, args, limits, method=method, loss=loss)
 
 
 def check_start(function: str, x0: Tree, args: Any) -> tuple[Tree, tuple[Any, ...]]:

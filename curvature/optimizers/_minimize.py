@@ -127,7 +127,7 @@ def minimize(
     else:
         resolved = resolve_bounded(method, num_entries(x0) <= DENSE_ENTRIES, hessian is not None)
         box = box_of("minimize", *_checks.check_pair_of_bounds("minimize", bounds), "x0", x0)
-    return compiled(_run, fun)(
+    return compiled(_run, fun, (x0, args))(
         strongly_typed(x0), args, limits, box, method=resolved, hessian=hessian, callback=callback,
         history_length=int(most_steps) + 1 if history else 0, progress=bool(progress),
     )  # fmt: skip
