@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import jax.core
-import numpy as np
 from jax.extend.core import get_opaque_trace_state
 
 from curvature._types import Objective, Tree
+from curvature.transforms._modes import num_entries
 
 # A cache and nothing else: it is never read but for the very function that put its programs there.
 _PROGRAMS: weakref.WeakKeyDictionary[Objective, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
@@ -33,7 +33,7 @@ def compiled(program: Callable[..., Any], fun: Objective, operands: Tree) -> Cal
     that holds arrays, is compiled at every call. Few ``operands``, the start and the data, are compiled quickly; under
     another transformation the outermost one says how.
     """
-    small = sum(np.size(leaf) for leaf in jax.tree.leaves(operands)) <= _SMALL
+    small = num_entries(operands) <= _SMALL
     quickly = small and get_opaque_trace_state() == _UNTRACED
     try:
         programs = _PROGRAMS.setdefault(fun, {})

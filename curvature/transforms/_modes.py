@@ -9,6 +9,7 @@ from typing import Any, get_args
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from curvature import _checks
@@ -171,8 +172,8 @@ def choose_jacobian(function: str, program: Program, mode: JacobianMode) -> str:
 
 
 def num_entries(tree: Tree) -> int:
-    """The number of entries of all leaves together."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """The number of entries of all leaves together, plain numbers among them."""
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(tree))
 
 
 # ---- how many lanes at once --------------------------------------------------------------------------------------
