@@ -105,6 +105,20 @@ def solve_region(model: QuadraticModel, radius: Scalar) -> RegionStep:
     return RegionStep(_matmul(model.vectors, coordinates), predicted, ~inside | indefinite)
 
 
+def model_gradient(model: QuadraticModel, step: Vector) -> Vector:
+    """``g + H step``."""
+    return _matmul(model.vectors, model.gradient + model.eigenvalues * _matmul(model.vectors.T, step))
+
+
+def solve_shifted(model: QuadraticModel, step: Vector, b: Vector) -> Vector:
+    """``(H + mu I)^-1 b`` for the ``mu`` by which ``step`` minimizes the model in a region, 0 where ``H + mu I`` is."""
+    size = jnp.sum(step**2)
+    mu = jnp.maximum(-jnp.vdot(step, model_gradient(model, step), precision="highest"), 0) / jnp.where(
+        size > 0, size, 1
+    )
+    return _matmul(model.vectors, _divide(_matmul(model.vectors.T, b), model.eigenvalues + mu))
+
+
 def _solve_secular(share: Vector, gaps: Vector, floor: Scalar, inside: Bool[Array, ""]) -> Scalar:
     """The ``t >= floor`` with ``norm(share / (gaps + t)) = 1``, by Newton on ``1 / norm``, from the left.
 

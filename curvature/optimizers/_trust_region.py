@@ -10,7 +10,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import Status, Tree
-from curvature.linalg._dense import RegionStep, factor_model, norm, solve_region
+from curvature.linalg._dense import (
+    QuadraticModel,
+    RegionStep,
+    factor_model,
+    model_gradient,
+    norm,
+    solve_region,
+    solve_shifted,
+)
 from curvature.linalg._krylov import truncated_cg
 from curvature.linalg._krylov_model import MAX_BASIS, krylov_model, solve_krylov_region
 from curvature.optimizers._inexact import Inner, first_norm, inner_solve
@@ -35,6 +43,15 @@ ACCEPT = 1e-4  # N&W algorithm 4.1: the least ratio of actual to predicted reduc
 POOR, _GOOD = 0.25, 0.75  # below which the region shrinks, above which it grows
 _GROWTH = 4.0
 _DOUBLING = 2.0  # of a region within one update
+_SURPRISED = 0.1  # a gradient of which less was foreseen is the model's failure
+_BEND = 0.375  # the most that a step bends, in its lengths: what geodesic acceleration allows, arXiv:1201.5885 (15)
+
+
+class Foreseen(NamedTuple):
+    """The last step, and the gradient that its model foresaw where it ended."""
+
+    step: Vector
+    gradient: Vector  # not ``grad``, which optax looks for in a state
 
 
 class TrustRegionState(NamedTuple):
@@ -47,6 +64,7 @@ class TrustRegionState(NamedTuple):
         grad_norm: the norm of the first gradient, by which the inner tolerance is measured.
         status: a ``Status``: running, or why the last update could not move.
         stored: nothing, for optax.
+        foreseen: the last step and the gradient foreseen at its end, as flat vectors; None without eigenvectors.
     """
 
     radius: Float[Array, ""]
@@ -55,6 +73,7 @@ class TrustRegionState(NamedTuple):
     grad_norm: Float[Array, ""]
     status: Int[Array, ""]
     stored: Unevaluated
+    foreseen: Foreseen | None = None
 
 
 class Trial(NamedTuple):
@@ -103,7 +122,9 @@ def trust_region(
             space, it is ``"exact"``, unless ``max_inner_steps`` asks for less. ``"exact"`` forms the Hessian, of
             products that are taken together, and solves the subproblem to rounding by one eigendecomposition, the hard
             case included; variables that curve less than the square root of the rounding unit beside the largest are
-            scaled up to that, so that rounding does not hide them.
+            scaled up to that, so that rounding does not hide them. Where less than a tenth of the gradient ``g`` was
+            foreseen by the last model, its step ``s'`` and ``e = g - (g' + H's')`` bend the step to
+            ``s - (s's / s's')^2 (H + mu I)^-1 e``, by at most 3/8 of its length, if that lowers the value further.
         initial_radius: the radius of the first step, in the units of ``params``; ``None`` is
             ``max(1, norm(params)) / 100``.
         max_inner_steps: the most conjugate gradient steps at one radius; ``None`` is 2 n + 10.
@@ -117,8 +138,8 @@ def trust_region(
 
     Cost: for each update one linearization of the gradient, one value at each trial, and at each trial as many Hessian
         products as there are conjugate gradient steps; or for ``"exact"`` n Hessian products and about 9 n^3 FLOPs in
-        all, and memory for 3 n^2 numbers. ``"gltr"`` adds memory for up to 100 vectors. No Hessian is computed at a
-        rejected point.
+        all, one more value, and memory for 3 n^2 numbers. ``"gltr"`` adds memory for up to 100 vectors. No Hessian is
+        computed at a rejected point.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, curvature
@@ -149,6 +170,10 @@ def trust_region(
 
 
 def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inner_steps: int | None) -> SecondOrder:
+    def factors(x: Vector) -> bool:
+        spanned = subproblem == "gltr" and x.size <= MAX_BASIS and max_inner_steps is None
+        return subproblem == "exact" or spanned
+
     def init(x: Vector, params: Tree) -> TrustRegionState:
         radius = first_length(x) if initial_radius is None else jnp.asarray(initial_radius, x.dtype)
         zero = jnp.asarray(0, jnp.int32)
@@ -159,27 +184,29 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
             grad_norm=jnp.asarray(0, x.dtype),
             status=jnp.asarray(Status.RUNNING, jnp.int32),
             stored=unevaluated(x, params),
+            foreseen=Foreseen(jnp.zeros_like(x), jnp.zeros_like(x)) if factors(x) else None,
         )
 
     def step(state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
-        spanned = subproblem == "gltr" and local.x.size <= MAX_BASIS and max_inner_steps is None
-        if spanned or subproblem == "exact":
-            local, d = resolved(local)
-            solver = _exact(local)
-        else:
-            d, solve_inexactly = jnp.ones_like(local.x), _gltr if subproblem == "gltr" else steihaug
-            solver = solve_inexactly(local, inner_solve(local, size, first, max_inner_steps), state.radius)
+        if state.foreseen is not None:
+            return step_exactly(state._replace(grad_norm=first), local, state.foreseen)
+        solve_inexactly = _gltr if subproblem == "gltr" else steihaug
+        solver = solve_inexactly(local, inner_solve(local, size, first, max_inner_steps), state.radius)
         last = search_radius(local, solver, state.radius, grows=subproblem != "cg")
-        accepted = last.ratio >= ACCEPT
-        return jnp.where(accepted, last.step / d, 0), state._replace(
-            radius=jnp.where(accepted, next_radius(last), POOR * state.radius),
-            num_trials=last.count,
-            num_inner_steps=last.inner_steps,
-            grad_norm=first,
-            status=trial_status(accepted, last.value, last.predicted),
-        )
+        return _step_of(last), _after(state._replace(grad_norm=first), last)
+
+    def step_exactly(state: TrustRegionState, local: Local, foreseen: Foreseen) -> tuple[Vector, TrustRegionState]:
+        """In the variables of ``resolved``, where the eigenvectors are."""
+        local, d = resolved(local)
+        model = factor_model(local.hessian(), local.grad)
+        last = search_radius(local, _exact(model), state.radius, grows=True)
+        state = _after(state, last)
+        last = _bend(local, model, last, Foreseen(d * foreseen.step, foreseen.gradient / d))
+        step = _step_of(last)
+        foreseen = Foreseen(step / d, d * model_gradient(model, step))
+        return foreseen.step, state._replace(num_trials=last.count, foreseen=foreseen)
 
     return second_order("trust_region", init, step, dense=subproblem == "exact")
 
@@ -187,10 +214,46 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
 _build_once = functools.lru_cache(maxsize=64)(_build)  # so that equal settings find the compiled solve again
 
 
-def _exact(local: Local) -> Solver:
-    """The eigenvectors of the Hessian, once; then each radius takes O(n^2)."""
-    model = factor_model(local.hessian(), local.grad)
-    none = jnp.zeros_like(local.value, jnp.int32)
+def _step_of(last: Trial) -> Vector:
+    return jnp.where(last.ratio >= ACCEPT, last.step, 0)
+
+
+def _after(state: TrustRegionState, last: Trial) -> TrustRegionState:
+    """The region for the next step, and what the update was."""
+    accepted = last.ratio >= ACCEPT
+    return state._replace(
+        radius=jnp.where(accepted, next_radius(last), POOR * state.radius),
+        num_trials=last.count,
+        num_inner_steps=last.inner_steps,
+        status=trial_status(accepted, last.value, last.predicted),
+    )
+
+
+def _bend(local: Local, model: QuadraticModel, last: Trial, foreseen: Foreseen) -> Trial:
+    """Bend an accepted step by what the last model failed to foresee, if that lowers the value further.
+
+    The surprise ``e = g - (g' + H's')``, primes for the last point, is ``T(s', s') / 2`` with the third derivative
+    ``T``, to leading order. If the new step ``s`` goes on where ``s'`` went, ``T(s, s) / 2`` is ``w e`` with
+    ``w = (s's / s's')^2``, and the minimizer of the model with it is ``s - w (H + mu I)^-1 e`` to first order, which is
+    Chebyshev's method. It is for walls that curve: along one a straight step ends against the wall, always, and each
+    halves or doubles a distance that has to be crossed as a whole. Only where nearly all of the gradient is surprise.
+    """
+    surprise = local.grad - foreseen.gradient
+    size = jnp.sum(foreseen.step**2)
+    share = jnp.vdot(last.step, foreseen.step, precision="highest") / jnp.where(size > 0, size, 1)
+    bend = -(share**2) * solve_shifted(model, last.step, surprise)
+    length, allowed = norm(bend), _BEND * norm(last.step)
+    step = last.step + jnp.where(length > allowed, allowed / jnp.where(length > 0, length, 1), 1) * bend
+    surprised = (size > 0) & (norm(foreseen.gradient) <= _SURPRISED * norm(local.grad))
+    value = local.value_after(step)
+    better = surprised & (last.ratio >= ACCEPT) & (value < last.value - local.noise)
+    bent = last._replace(step=step, value=value)
+    return jax.tree.map(lambda new, old: jnp.where(better, new, old), bent, last)._replace(count=last.count + 1)
+
+
+def _exact(model: QuadraticModel) -> Solver:
+    """From the eigenvectors of the Hessian each radius takes O(n^2)."""
+    none = jnp.zeros_like(model.gradient[0], jnp.int32)
     return Solver(none, lambda radius: (solve_region(model, radius), none))
 
 
