@@ -12,6 +12,7 @@ Matrix = Float[Array, "n n"]
 Scalar = Float[Array, ""]
 
 _MAX_SECULAR_STEPS = 50
+_BEND = 0.375  # the most that a step bends, in its lengths: what geodesic acceleration allows, arXiv:1201.5885 (15)
 
 
 def positive_definite_solve(matrix: Matrix, b: Vector) -> Vector:
@@ -68,6 +69,14 @@ class RegionStep(NamedTuple):
     step: Vector
     predicted: Scalar  # -q(step) >= 0
     on_boundary: Bool[Array, ""]
+    bend: Vector | None = None  # what a ``Surprise`` adds to the step
+
+
+class Surprise(NamedTuple):
+    """What the model at the last point did not foresee of the gradient, in the eigenvectors of the Hessian here."""
+
+    step: Vector  # V's' / s's', of the last step
+    gradient: Vector  # V'e
 
 
 def factor_model(matrix: Matrix, gradient: Vector) -> QuadraticModel:
@@ -78,7 +87,7 @@ def factor_model(matrix: Matrix, gradient: Vector) -> QuadraticModel:
     return QuadraticModel(eigenvalues, vectors, jnp.where(noise, 0, coordinates))
 
 
-def solve_region(model: QuadraticModel, radius: Scalar) -> RegionStep:
+def solve_region(model: QuadraticModel, radius: Scalar, surprise: Surprise | None = None) -> RegionStep:
     """Minimize ``g's + s'Hs / 2`` over ``norm(s) <= radius`` to rounding, the hard case included.
 
     With ``H = V diag(l) V'`` the minimizer is ``s = -V (V'g / (l + mu))`` for the ``mu >= max(0, -l_1)`` that puts it
@@ -102,21 +111,35 @@ def solve_region(model: QuadraticModel, radius: Scalar) -> RegionStep:
     along_lowest = jnp.where(share[0] > 0, -rest, rest)
     coordinates = radius * _with_lowest(coordinates, along_lowest, indefinite)
     predicted = -jnp.sum(coordinates * (gradient + eigenvalues * coordinates / 2))
-    return RegionStep(_matmul(model.vectors, coordinates), predicted, ~inside | indefinite)
+    bend = None if surprise is None else _matmul(model.vectors, _bend(coordinates, gaps + t, surprise))
+    return RegionStep(_matmul(model.vectors, coordinates), predicted, ~inside | indefinite, bend)
+
+
+def surprise_of(model: QuadraticModel, last_step: Vector, gradient: Vector) -> Surprise:
+    """The ``Surprise`` of a ``gradient`` that came after ``last_step`` and that its model did not foresee."""
+    size = jnp.sum(last_step**2)
+    step = _matmul(model.vectors.T, last_step) / jnp.where(size > 0, size, 1)
+    return Surprise(step, _matmul(model.vectors.T, gradient))
+
+
+def _bend(coordinates: Vector, shifted: Vector, surprise: Surprise) -> Vector:
+    """The correction of third order to the minimizer of a model in a region, ``shifted`` being ``l + mu`` there.
+
+    The surprise ``e = g - (g' + H's')``, primes for the last point, is ``T(s', s') / 2`` with the third derivative
+    ``T``, to leading order. If the new step ``s`` goes on where ``s'`` went, ``T(s, s) / 2`` is ``w e`` with
+    ``w = (s's / s's')^2``, and the minimizer of the model with it is ``s - w (H + mu I)^-1 e`` to first order, which is
+    Chebyshev's method. Along each eigenvector it is cut to a share of the length of ``s``. It is for walls that curve:
+    along one a straight step ends against the wall, always, and each halves or doubles a distance that has to be
+    crossed as a whole.
+    """
+    bend = jnp.sum(coordinates * surprise.step) ** 2 * _divide(surprise.gradient, shifted)
+    most = _BEND * norm(coordinates)
+    return -jax.lax.clamp(-most, bend, most)
 
 
 def model_gradient(model: QuadraticModel, step: Vector) -> Vector:
     """``g + H step``."""
     return _matmul(model.vectors, model.gradient + model.eigenvalues * _matmul(model.vectors.T, step))
-
-
-def solve_shifted(model: QuadraticModel, step: Vector, b: Vector) -> Vector:
-    """``(H + mu I)^-1 b`` for the ``mu`` by which ``step`` minimizes the model in a region, 0 where ``H + mu I`` is."""
-    size = jnp.sum(step**2)
-    mu = jnp.maximum(-jnp.vdot(step, model_gradient(model, step), precision="highest"), 0) / jnp.where(
-        size > 0, size, 1
-    )
-    return _matmul(model.vectors, _divide(_matmul(model.vectors.T, b), model.eigenvalues + mu))
 
 
 def _solve_secular(share: Vector, gaps: Vector, floor: Scalar, inside: Bool[Array, ""]) -> Scalar:
@@ -221,8 +244,8 @@ def _positive_root(b: Scalar, c: Scalar) -> Scalar:
 
 def norm(vector: Vector) -> Scalar:
     """The Euclidean norm, safe from overflow and underflow of the squares."""
-    largest = jnp.max(jnp.abs(vector))
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)  # ldexp would be exact, and slow to compile
+    limits = jnp.finfo(vector.dtype)
+    unit = jax.lax.clamp(limits.tiny, jnp.max(jnp.abs(vector)), limits.max)  # neither zero nor infinite; NaN stays NaN
     return unit * jnp.sqrt(jnp.sum((vector / unit) ** 2))
 
 

@@ -17,7 +17,7 @@ from curvature.linalg._dense import (
     model_gradient,
     norm,
     solve_region,
-    solve_shifted,
+    surprise_of,
 )
 from curvature.linalg._krylov import truncated_cg
 from curvature.linalg._krylov_model import MAX_BASIS, krylov_model, solve_krylov_region
@@ -43,8 +43,7 @@ ACCEPT = 1e-4  # N&W algorithm 4.1: the least ratio of actual to predicted reduc
 POOR, _GOOD = 0.25, 0.75  # below which the region shrinks, above which it grows
 _GROWTH = 4.0
 _DOUBLING = 2.0  # of a region within one update
-_SURPRISED = 0.1  # a gradient of which less was foreseen is the model's failure
-_BEND = 0.375  # the most that a step bends, in its lengths: what geodesic acceleration allows, arXiv:1201.5885 (15)
+_FORESEEN = 0.1  # a gradient of which less was foreseen is the model's failure
 
 
 class Foreseen(NamedTuple):
@@ -124,7 +123,8 @@ def trust_region(
             case included; variables that curve less than the square root of the rounding unit beside the largest are
             scaled up to that, so that rounding does not hide them. Where less than a tenth of the gradient ``g`` was
             foreseen by the last model, its step ``s'`` and ``e = g - (g' + H's')`` bend the step to
-            ``s - (s's / s's')^2 (H + mu I)^-1 e``, by at most 3/8 of its length, if that lowers the value further.
+            ``s - (s's / s's')^2 (H + mu I)^-1 e``, along each eigenvector by at most 3/8 of its length, if that lowers
+            the value further.
         initial_radius: the radius of the first step, in the units of ``params``; ``None`` is
             ``max(1, norm(params)) / 100``.
         max_inner_steps: the most conjugate gradient steps at one radius; ``None`` is 2 n + 10.
@@ -138,8 +138,8 @@ def trust_region(
 
     Cost: for each update one linearization of the gradient, one value at each trial, and at each trial as many Hessian
         products as there are conjugate gradient steps; or for ``"exact"`` n Hessian products and about 9 n^3 FLOPs in
-        all, one more value, and memory for 3 n^2 numbers. ``"gltr"`` adds memory for up to 100 vectors. No Hessian is
-        computed at a rejected point.
+        all, one more value where a bend is tried, and memory for 3 n^2 numbers. ``"gltr"`` adds memory for up to 100
+        vectors. No Hessian is computed at a rejected point.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, curvature
@@ -191,22 +191,24 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
         if state.foreseen is not None:
-            return step_exactly(state._replace(grad_norm=first), local, state.foreseen)
+            return step_exactly(state._replace(grad_norm=first), local, state.foreseen, size)
         solve_inexactly = _gltr if subproblem == "gltr" else steihaug
         solver = solve_inexactly(local, inner_solve(local, size, first, max_inner_steps), state.radius)
         last = search_radius(local, solver, state.radius, grows=subproblem != "cg")
         return _step_of(last), _after(state._replace(grad_norm=first), last)
 
-    def step_exactly(state: TrustRegionState, local: Local, foreseen: Foreseen) -> tuple[Vector, TrustRegionState]:
+    def step_exactly(
+        state: TrustRegionState, local: Local, last: Foreseen, size: Scalar
+    ) -> tuple[Vector, TrustRegionState]:
         """In the variables of ``resolved``, where the eigenvectors are."""
+        surprised = norm(last.gradient) <= _FORESEEN * size
         local, d = resolved(local)
         model = factor_model(local.hessian(), local.grad)
-        last = search_radius(local, _exact(model), state.radius, grows=True)
-        state = _after(state, last)
-        last = _bend(local, model, last, Foreseen(d * foreseen.step, foreseen.gradient / d))
-        step = _step_of(last)
+        surprise = jnp.where(surprised, local.grad - last.gradient / d, 0)
+        found = search_radius(local, _exact(model, d * last.step, surprise), state.radius, grows=True)
+        step = _step_of(found)
         foreseen = Foreseen(step / d, d * model_gradient(model, step))
-        return foreseen.step, state._replace(num_trials=last.count, foreseen=foreseen)
+        return foreseen.step, _after(state, found)._replace(foreseen=foreseen)
 
     return second_order("trust_region", init, step, dense=subproblem == "exact")
 
@@ -229,32 +231,11 @@ def _after(state: TrustRegionState, last: Trial) -> TrustRegionState:
     )
 
 
-def _bend(local: Local, model: QuadraticModel, last: Trial, foreseen: Foreseen) -> Trial:
-    """Bend an accepted step by what the last model failed to foresee, if that lowers the value further.
-
-    The surprise ``e = g - (g' + H's')``, primes for the last point, is ``T(s', s') / 2`` with the third derivative
-    ``T``, to leading order. If the new step ``s`` goes on where ``s'`` went, ``T(s, s) / 2`` is ``w e`` with
-    ``w = (s's / s's')^2``, and the minimizer of the model with it is ``s - w (H + mu I)^-1 e`` to first order, which is
-    Chebyshev's method. It is for walls that curve: along one a straight step ends against the wall, always, and each
-    halves or doubles a distance that has to be crossed as a whole. Only where nearly all of the gradient is surprise.
-    """
-    surprise = local.grad - foreseen.gradient
-    size = jnp.sum(foreseen.step**2)
-    share = jnp.vdot(last.step, foreseen.step, precision="highest") / jnp.where(size > 0, size, 1)
-    bend = -(share**2) * solve_shifted(model, last.step, surprise)
-    length, allowed = norm(bend), _BEND * norm(last.step)
-    step = last.step + jnp.where(length > allowed, allowed / jnp.where(length > 0, length, 1), 1) * bend
-    surprised = (size > 0) & (norm(foreseen.gradient) <= _SURPRISED * norm(local.grad))
-    value = local.value_after(step)
-    better = surprised & (last.ratio >= ACCEPT) & (value < last.value - local.noise)
-    bent = last._replace(step=step, value=value)
-    return jax.tree.map(lambda new, old: jnp.where(better, new, old), bent, last)._replace(count=last.count + 1)
-
-
-def _exact(model: QuadraticModel) -> Solver:
+def _exact(model: QuadraticModel, last_step: Vector, surprise: Vector) -> Solver:
     """From the eigenvectors of the Hessian each radius takes O(n^2)."""
     none = jnp.zeros_like(model.gradient[0], jnp.int32)
-    return Solver(none, lambda radius: (solve_region(model, radius), none))
+    unforeseen = surprise_of(model, last_step, surprise)
+    return Solver(none, lambda radius: (solve_region(model, radius, unforeseen), none))
 
 
 def _gltr(local: Local, inner: Inner, radius: Scalar) -> Solver:
@@ -265,9 +246,9 @@ def _gltr(local: Local, inner: Inner, radius: Scalar) -> Solver:
     without_basis = steihaug(local, inner._replace(limit=jnp.where(krylov.too_small, inner.limit, 0)), radius)
 
     def solve(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
-        step, predicted, on_boundary = solve_krylov_region(krylov, jnp.ldexp(radius, -exponent))
-        predicted = jnp.ldexp(jnp.ldexp(predicted, exponent), exponent)
-        known = RegionStep(jnp.ldexp(step, exponent), predicted, on_boundary)
+        region = solve_krylov_region(krylov, jnp.ldexp(radius, -exponent))
+        predicted = jnp.ldexp(jnp.ldexp(region.predicted, exponent), exponent)
+        known = region._replace(step=jnp.ldexp(region.step, exponent), predicted=predicted)
         further, inner_steps = without_basis.solve(radius)
         return jax.tree.map(lambda a, b: jnp.where(krylov.too_small, a, b), further, known), inner_steps
 
@@ -290,11 +271,11 @@ def steihaug(local: Local, inner: Inner, radius: Scalar) -> Solver:
 
 
 class _Search(NamedTuple):
-    """The last radius tried, and the best of those that were accepted."""
+    """The last radius tried, or the one before where that was accepted and the last is no better."""
 
     trial: Trial
-    best: Trial
     done: Bool[Array, ""]
+    bends: Bool[Array, ""]  # whether the next trial is the accepted step, bent
 
 
 def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool = False) -> Trial:
@@ -303,22 +284,27 @@ def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool =
     Where the first step is accepted, ends on the boundary and is as good as promised, a region that ``grows`` is tried
     larger and larger for as long as that lowers the value: the internal doubling of Dennis and Schnabel (1996),
     algorithm A6.4.5, doi:10.1137/1.9781611971200. It pays where another radius costs little beside another Hessian.
+    Last, where the solver has a bend for the step that was accepted, that is taken if the value is lower.
     """
     noise = local.noise + jnp.finfo(local.noise.dtype).tiny
 
     def attempt(search: _Search) -> _Search:
-        trial, best = search.trial, search.best
-        growing = best.ratio >= ACCEPT
-        slope = jnp.vdot(local.grad, trial.step, precision="highest")
-        shrunk = norm(trial.step) * shrink_factor(local.value, slope, trial.value)
-        radius = jnp.where(trial.count == 0, trial.radius, jnp.where(growing, _DOUBLING * trial.radius, shrunk))
-        (step, predicted, on_boundary), inner_steps = solver.solve(radius)
+        last = search.trial
+        growing = last.ratio >= ACCEPT
+        slope = jnp.vdot(local.grad, last.step, precision="highest")
+        shrunk = norm(last.step) * shrink_factor(local.value, slope, last.value)
+        radius = jnp.where(growing, _DOUBLING * last.radius, shrunk)
+        radius = jnp.where((last.count == 0) | search.bends, last.radius, radius)
+        (step, predicted, on_boundary, bend), inner_steps = solver.solve(radius)
+        if bend is not None:
+            step = jnp.where(search.bends, step + bend, step)
         value = local.value_after(step)
         ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
         ratio = jnp.where(jnp.isfinite(value), ratio, -jnp.inf).astype(radius.dtype)
-        inner_steps += trial.inner_steps
-        trial = Trial(radius, step, value, predicted, on_boundary, ratio, trial.count + 1, inner_steps)
-        return _judge(trial, best, growing, local.noise, grows)
+        inner_steps += last.inner_steps
+        trial = Trial(radius, step, value, predicted, on_boundary, ratio, last.count + 1, inner_steps)
+        bendable = jnp.zeros_like(growing) if bend is None else jnp.any(bend != 0)
+        return _judge(trial, search, local.noise, grows, bendable)
 
     zero, none = jnp.zeros_like(local.grad[0]), jnp.zeros_like(local.grad[0], jnp.int32)
     start = Trial(
@@ -331,24 +317,29 @@ def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool =
         count=none,
         inner_steps=none + solver.num_shared,
     )
-    search = _Search(start, start, jnp.zeros_like(zero, bool))
-    search = jax.lax.while_loop(lambda search: ~search.done, attempt, search)
-    accepted = search.best.ratio >= ACCEPT
-    last = jax.tree.map(lambda best, trial: jnp.where(accepted, best, trial), search.best, search.trial)
-    return last._replace(count=search.trial.count, inner_steps=search.trial.inner_steps)
+    no = jnp.zeros_like(zero, bool)
+    return jax.lax.while_loop(lambda search: ~search.done, attempt, _Search(start, no, no)).trial
 
 
-def _judge(trial: Trial, best: Trial, growing: Bool[Array, ""], noise: Scalar, grows: bool) -> _Search:
-    """Accept the trial, or keep what was accepted before; end unless another radius is worth a value."""
-    better = (trial.ratio >= ACCEPT) & (~growing | (trial.value < best.value - noise))
-    worse = growing & ~(trial.ratio > _GOOD)  # then the region stays as it is
-    kept = best._replace(on_boundary=best.on_boundary & ~worse)
-    best = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, kept)
-    promising = (trial.ratio > _GOOD) & trial.on_boundary & (trial.radius < jnp.finfo(trial.radius.dtype).max / 64)
-    goes_on = better & promising & (growing | (trial.count == 1)) & grows
+def _judge(trial: Trial, search: _Search, noise: Scalar, grows: bool, bendable: Bool[Array, ""]) -> _Search:
+    """Keep the trial, or what was accepted before it; end unless another radius or a bend is worth a value."""
+    last = search.trial
+    good, improves, found = trial.ratio > _GOOD, trial.ratio >= ACCEPT, last.ratio >= ACCEPT
+    stays = found & ~(improves & (trial.value < last.value - noise))
+    kept = last._replace(
+        on_boundary=last.on_boundary & (good | search.bends),  # a larger region that was not good is not grown into
+        count=trial.count,
+        inner_steps=trial.inner_steps,
+    )
+    kept = jax.tree.map(lambda old, new: jnp.where(stays, old, new), kept, trial)
+
+    promising = good & trial.on_boundary & (trial.radius < jnp.finfo(trial.radius.dtype).max / 64)
+    goes_on = grows & promising & ~stays & (found | (trial.count == 1)) & ~search.bends
     hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
-    done = ((growing | better) & ~goes_on) | hopeless | (trial.count >= MAX_TRIALS)
-    return _Search(trial, best, done)
+    found |= improves
+    ends = (found & ~goes_on) | hopeless | (trial.count >= MAX_TRIALS)
+    bends = ends & found & bendable & ~search.bends
+    return _Search(kept, ends & ~bends, bends)
 
 
 def next_radius(last: Trial) -> Scalar:
