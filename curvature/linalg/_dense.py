@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 Vector = Float[Array, " n"]
@@ -117,9 +118,8 @@ def solve_region(model: QuadraticModel, radius: Scalar, surprise: Surprise | Non
 
 def surprise_of(model: QuadraticModel, last_step: Vector, gradient: Vector) -> Surprise:
     """The ``Surprise`` of a ``gradient`` that came after ``last_step`` and that its model did not foresee."""
-    size = jnp.sum(last_step**2)
-    step = _matmul(model.vectors.T, last_step) / jnp.where(size > 0, size, 1)
-    return Surprise(step, _matmul(model.vectors.T, gradient))
+    squared = jnp.maximum(jnp.sum(last_step**2), jnp.finfo(last_step.dtype).tiny)
+    return Surprise(_matmul(model.vectors.T, last_step) / squared, _matmul(model.vectors.T, gradient))
 
 
 def _bend(coordinates: Vector, shifted: Vector, surprise: Surprise) -> Vector:
@@ -227,7 +227,7 @@ def _solve_cubic_secular(gradient: Vector, base: Vector, shift: Scalar, weight: 
 
 def _with_lowest(coordinates: Vector, lowest: Scalar, replaced: Bool[Array, ""]) -> Vector:
     """The coordinates with another one along the lowest eigenvector where it is ``replaced``."""
-    first = jnp.arange(coordinates.size) == 0  # ``at[0].set`` would be a kernel of its own
+    first = np.arange(coordinates.size) == 0  # ``at[0].set`` would be a kernel of its own
     return jnp.where(first & replaced, lowest, coordinates)
 
 

@@ -42,7 +42,8 @@ Subproblem = Literal["exact", "gltr", "cg"]
 ACCEPT = 1e-4  # N&W algorithm 4.1: the least ratio of actual to predicted reduction that is a step,
 POOR, _GOOD = 0.25, 0.75  # below which the region shrinks, above which it grows
 _GROWTH = 4.0
-_DOUBLING = 2.0  # of a region within one update
+_DOUBLING = 2.0  # of a region within one update,
+_LASTING = 1.5  # where the fall of the value grows by this with it, though the model is poor
 _FORESEEN = 0.1  # a gradient of which less was foreseen is the model's failure
 
 
@@ -104,10 +105,10 @@ def trust_region(
     """Newton's method in a trust region: an optax transformation for smooth objectives, convex or not.
 
     A step minimizes the model ``f + g's + s'Hs / 2`` over ``norm(s) <= radius``; the region shrinks until the value
-    falls by a fair share of what the model promised, and grows where the model is good: at once, for as long as that
-    lowers the value, where another radius takes no product. Changes of the value below
-    10 roundings of it count as promised and delivered, so that single precision ends by its gradient and not in noise.
-    Nothing depends on the scale of the objective.
+    falls by a fair share of what the model promised, and grows where the model is good. Where another radius takes no
+    product it is doubled at once, for as long as that lowers the value, as the model foresees or else by half as much
+    again. Changes of the value below 10 roundings of it count as promised and delivered, so that single precision ends
+    by its gradient and not in noise. Nothing depends on the scale of the objective.
 
     Use it where ``optax.lbfgs()`` stands: ``update(grad, state, params, value=, grad=, value_fn=)`` returns the step to
     an accepted point. If there is none, the step is zero and ``state.status`` says why.
@@ -191,24 +192,21 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
         if state.foreseen is not None:
-            return step_exactly(state._replace(grad_norm=first), local, state.foreseen, size)
+            return step_exactly(state._replace(grad_norm=first), local, state.foreseen)
         solve_inexactly = _gltr if subproblem == "gltr" else steihaug
         solver = solve_inexactly(local, inner_solve(local, size, first, max_inner_steps), state.radius)
         last = search_radius(local, solver, state.radius, grows=subproblem != "cg")
         return _step_of(last), _after(state._replace(grad_norm=first), last)
 
-    def step_exactly(
-        state: TrustRegionState, local: Local, last: Foreseen, size: Scalar
-    ) -> tuple[Vector, TrustRegionState]:
+    def step_exactly(state: TrustRegionState, local: Local, foreseen: Foreseen) -> tuple[Vector, TrustRegionState]:
         """In the variables of ``resolved``, where the eigenvectors are."""
-        surprised = norm(last.gradient) <= _FORESEEN * size
         local, d = resolved(local)
         model = factor_model(local.hessian(), local.grad)
-        surprise = jnp.where(surprised, local.grad - last.gradient / d, 0)
-        found = search_radius(local, _exact(model, d * last.step, surprise), state.radius, grows=True)
-        step = _step_of(found)
+        before = Foreseen(d * foreseen.step, foreseen.gradient / d)
+        last = search_radius(local, _exact(model, before, local.grad), state.radius, grows=True)
+        step = _step_of(last)
         foreseen = Foreseen(step / d, d * model_gradient(model, step))
-        return foreseen.step, _after(state, found)._replace(foreseen=foreseen)
+        return foreseen.step, _after(state, last)._replace(foreseen=foreseen)
 
     return second_order("trust_region", init, step, dense=subproblem == "exact")
 
@@ -231,11 +229,12 @@ def _after(state: TrustRegionState, last: Trial) -> TrustRegionState:
     )
 
 
-def _exact(model: QuadraticModel, last_step: Vector, surprise: Vector) -> Solver:
+def _exact(model: QuadraticModel, foreseen: Foreseen, grad: Vector) -> Solver:
     """From the eigenvectors of the Hessian each radius takes O(n^2)."""
-    none = jnp.zeros_like(model.gradient[0], jnp.int32)
-    unforeseen = surprise_of(model, last_step, surprise)
-    return Solver(none, lambda radius: (solve_region(model, radius, unforeseen), none))
+    none = jnp.zeros_like(grad[0], jnp.int32)
+    failed = norm(foreseen.gradient) <= _FORESEEN * norm(grad)
+    surprise = surprise_of(model, foreseen.step, jnp.where(failed, grad - foreseen.gradient, 0))
+    return Solver(none, lambda radius: (solve_region(model, radius, surprise), none))
 
 
 def _gltr(local: Local, inner: Inner, radius: Scalar) -> Solver:
@@ -281,10 +280,12 @@ class _Search(NamedTuple):
 def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool = False) -> Trial:
     """Shrink the region until the model's step is accepted; only the value is evaluated at each trial.
 
-    Where the first step is accepted, ends on the boundary and is as good as promised, a region that ``grows`` is tried
-    larger and larger for as long as that lowers the value: the internal doubling of Dennis and Schnabel (1996),
-    algorithm A6.4.5, doi:10.1137/1.9781611971200. It pays where another radius costs little beside another Hessian.
-    Last, where the solver has a bend for the step that was accepted, that is taken if the value is lower.
+    Where the first step is accepted and ends on the boundary, a region that ``grows`` is doubled for as long as that
+    lowers the value, as the model foresees or else by half as much again: the internal doubling of Dennis and Schnabel
+    (1996), algorithm A6.4.5, doi:10.1137/1.9781611971200. It pays where another radius costs little beside another
+    Hessian. It need not follow the model, which is poor wherever the curvature is that of ripples on a slope; but a
+    fall that levels off ends on a plateau. Last, where the solver has a bend for the step, that is taken if the value
+    is lower.
     """
     noise = local.noise + jnp.finfo(local.noise.dtype).tiny
 
@@ -304,7 +305,7 @@ def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool =
         inner_steps += last.inner_steps
         trial = Trial(radius, step, value, predicted, on_boundary, ratio, last.count + 1, inner_steps)
         bendable = jnp.zeros_like(growing) if bend is None else jnp.any(bend != 0)
-        return _judge(trial, search, local.noise, grows, bendable)
+        return _judge(trial, search, local, grows, bendable)
 
     zero, none = jnp.zeros_like(local.grad[0]), jnp.zeros_like(local.grad[0], jnp.int32)
     start = Trial(
@@ -321,24 +322,26 @@ def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool =
     return jax.lax.while_loop(lambda search: ~search.done, attempt, _Search(start, no, no)).trial
 
 
-def _judge(trial: Trial, search: _Search, noise: Scalar, grows: bool, bendable: Bool[Array, ""]) -> _Search:
+def _judge(trial: Trial, search: _Search, local: Local, grows: bool, bendable: Bool[Array, ""]) -> _Search:
     """Keep the trial, or what was accepted before it; end unless another radius or a bend is worth a value."""
-    last = search.trial
+    last, bent = search.trial, search.bends
     good, improves, found = trial.ratio > _GOOD, trial.ratio >= ACCEPT, last.ratio >= ACCEPT
-    stays = found & ~(improves & (trial.value < last.value - noise))
+    falls_on = local.value - trial.value >= _LASTING * (local.value - last.value)
+    better = improves & (trial.value < last.value - local.noise) & (good | falls_on | bent)
+    stays = found & ~better
     kept = last._replace(
-        on_boundary=last.on_boundary & (good | search.bends),  # a larger region that was not good is not grown into
+        on_boundary=last.on_boundary & (good | bent),  # a larger region that was not good is not grown into
         count=trial.count,
         inner_steps=trial.inner_steps,
     )
-    kept = jax.tree.map(lambda old, new: jnp.where(stays, old, new), kept, trial)
+    kept = jax.tree.map(functools.partial(jax.lax.select, stays), kept, trial)
 
-    promising = good & trial.on_boundary & (trial.radius < jnp.finfo(trial.radius.dtype).max / 64)
-    goes_on = grows & promising & ~stays & (found | (trial.count == 1)) & ~search.bends
+    promising = trial.on_boundary & (trial.radius < jnp.finfo(trial.radius.dtype).max / 64)
+    goes_on = grows & promising & ~stays & (found | (trial.count == 1)) & ~bent
     hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
     found |= improves
     ends = (found & ~goes_on) | hopeless | (trial.count >= MAX_TRIALS)
-    bends = ends & found & bendable & ~search.bends
+    bends = ends & found & bendable & ~bent
     return _Search(kept, ends & ~bends, bends)
 
 

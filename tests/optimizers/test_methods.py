@@ -321,3 +321,17 @@ def test_a_step_bends_along_a_curved_wall():
         result = curvature.minimize(barrier, jnp.array([15.0, 6.0]), method="trust-exact", max_steps=200)
         assert result.num_steps < 200
         assert result.value < -8934.82  # the minimum, where rounding may hide the last of the gradient
+
+
+def test_a_region_grows_over_ripples_on_a_slope():
+    """CUTEst's LOGHAIRY: where ripples make the model poor, a region that follows it needs over a thousand steps."""
+
+    def hairy(x):
+        hair = 30 * jnp.sin(7 * x[0]) ** 2 * jnp.cos(7 * x[1]) ** 2
+        slope = 100 * jnp.sqrt(0.01 + (x[0] - x[1]) ** 2) + 100 * jnp.sqrt(0.01 + x[0] ** 2)
+        return jnp.log((100 + hair + slope) / 100)
+
+    with jax.enable_x64(True):
+        result = curvature.minimize(hairy, jnp.array([-500.0, -700.0]), method="trust-exact", max_steps=300)
+        assert result.success
+        assert result.value < 0.5  # among the hairs of the minimum, log(1.2)
