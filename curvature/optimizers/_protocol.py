@@ -250,12 +250,11 @@ def resolved(local: Local) -> tuple[Local, Vector]:
     own choice; a region in ``d x`` stays one in ``x`` to a bounded factor, as the theory of trust regions asks.
     """
     hessian = local.hessian()
-    curvature = jnp.abs(jnp.einsum("ii->i", hessian))
+    curvature = jnp.abs(jnp.diagonal(hessian))
     largest = jnp.max(curvature)
     root = float(jnp.finfo(curvature.dtype).eps) ** 0.5
     share = jnp.where(largest > 0, curvature / jnp.where(largest > 0, largest, 1), 1)
-    real = curvature.dtype.type
-    d = jnp.sqrt(jax.lax.clamp(real(root), share / real(root), real(1)))
+    d = jnp.sqrt(jnp.clip(share / root, root, 1))
     scaled = local._replace(
         x=d * local.x,
         grad=local.grad / d,
@@ -277,9 +276,9 @@ def shrink_factor(value: Scalar, slope: Scalar, trial: Scalar) -> Scalar:
     ``slope`` is the gradient times the step. N&W (3.57), kept within ``_SHRINK``, whose lesser end serves a trial that
     is NaN or infinite.
     """
-    low, high = map(slope.dtype.type, _SHRINK)
+    low, high = _SHRINK
     factor = -slope / (2 * (trial - value - slope))
-    return jnp.where(jnp.isfinite(factor) & jnp.isfinite(trial), jax.lax.clamp(low, factor, high), low)
+    return jnp.where(jnp.isfinite(factor) & jnp.isfinite(trial), jnp.clip(factor, low, high), low)
 
 
 def trial_status(accepted: Bool[Array, ""], trial: Scalar, model: Scalar) -> Int[Array, ""]:
