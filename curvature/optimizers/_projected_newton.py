@@ -88,7 +88,7 @@ def projected_newton(lower: Tree = None, upper: Tree = None, *, subproblem: Face
     step = _step_exact if subproblem == "exact" else _step_by_cg
     inner = functools.partial(second_order, "projected_newton", _init, dense=subproblem == "exact")
 
-    def init_fn(params: Tree) -> TrustRegionState:
+    def init_fn(params: Tree) -> Any:
         params = _checks.check_point("projected_newton", "params", params)
         box_of("projected_newton", lower, upper, "params", params)
         return _init(ravel(params)[0], params)

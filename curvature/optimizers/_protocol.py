@@ -250,11 +250,12 @@ def resolved(local: Local) -> tuple[Local, Vector]:
     own choice; a region in ``d x`` stays one in ``x`` to a bounded factor, as the theory of trust regions asks.
     """
     hessian = local.hessian()
-    curvature = jnp.abs(jnp.diagonal(hessian))
+    curvature = jnp.abs(jnp.einsum("ii->i", hessian))
     largest = jnp.max(curvature)
     root = float(jnp.finfo(curvature.dtype).eps) ** 0.5
     share = jnp.where(largest > 0, curvature / jnp.where(largest > 0, largest, 1), 1)
-    d = jnp.sqrt(jnp.clip(share / root, root, 1))
+    real = curvature.dtype.type
+    d = jnp.sqrt(jax.lax.clamp(real(root), share / real(root), real(1)))
     scaled = local._replace(
         x=d * local.x,
         grad=local.grad / d,
@@ -276,9 +277,9 @@ def shrink_factor(value: Scalar, slope: Scalar, trial: Scalar) -> Scalar:
     ``slope`` is the gradient times the step. N&W (3.57), kept within ``_SHRINK``, whose lesser end serves a trial that
     is NaN or infinite.
     """
-    low, high = _SHRINK
+    low, high = map(slope.dtype.type, _SHRINK)
     factor = -slope / (2 * (trial - value - slope))
-    return jnp.where(jnp.isfinite(factor) & jnp.isfinite(trial), jnp.clip(factor, low, high), low)
+    return jnp.where(jnp.isfinite(factor) & jnp.isfinite(trial), jax.lax.clamp(low, factor, high), low)
 
 
 def trial_status(accepted: Bool[Array, ""], trial: Scalar, model: Scalar) -> Int[Array, ""]:

@@ -304,3 +304,34 @@ def test_five_hundred_steps_below_the_rounding_of_the_first_value_end(start, sta
     fun = lambda x: jnp.where(x == 0, start, 0.0) - x
     result = curvature.minimize(fun, 0.0, method=drift, gtol=0, max_steps=600)
     assert (result.status, result.num_steps) == (status, 501 if status == Status.STALLED else 600)
+
+
+def test_a_step_bends_along_a_curved_wall():
+    """The two circles of CUTEst's DJTL: straight steps beside them lower the value by 2 each, over a thousand times."""
+
+    def barrier(x):
+        def wall(center, sign, offset):
+            room = sign * (jnp.sum((x - jnp.array(center)) ** 2) - offset)
+            inside = room > -1
+            return jnp.where(inside, -jnp.log(jnp.where(inside, room, 0) + 1), 1e10 * room**2)
+
+        return (x[0] - 10) ** 3 + (x[1] - 20) ** 3 + wall((5.0, 5.0), 1, 100) + wall((6.0, 5.0), -1, 82.81)
+
+    with jax.enable_x64(True):
+        result = curvature.minimize(barrier, jnp.array([15.0, 6.0]), method="trust-exact", max_steps=200)
+        assert result.num_steps < 200
+        assert result.value < -8934.82  # the minimum, where rounding may hide the last of the gradient
+
+
+def test_a_region_grows_over_ripples_on_a_slope():
+    """CUTEst's LOGHAIRY: where ripples make the model poor, a region that follows it needs over a thousand steps."""
+
+    def hairy(x):
+        hair = 30 * jnp.sin(7 * x[0]) ** 2 * jnp.cos(7 * x[1]) ** 2
+        slope = 100 * jnp.sqrt(0.01 + (x[0] - x[1]) ** 2) + 100 * jnp.sqrt(0.01 + x[0] ** 2)
+        return jnp.log((100 + hair + slope) / 100)
+
+    with jax.enable_x64(True):
+        result = curvature.minimize(hairy, jnp.array([-500.0, -700.0]), method="trust-exact", max_steps=300)
+        assert result.success
+        assert result.value < 0.5  # among the hairs of the minimum, log(1.2)
