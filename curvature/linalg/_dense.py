@@ -243,9 +243,14 @@ def _positive_root(b: Scalar, c: Scalar) -> Scalar:
 
 
 def norm(vector: Vector) -> Scalar:
-    """The Euclidean norm, safe from overflow and underflow of the squares."""
+    """The Euclidean norm, safe from overflow and underflow of the squares.
+
+    The entries are divided by the largest within limits whose squares are safe too, and that leave room for another
+    divisor: XLA computes ``(vector / scale) / unit`` as ``vector / (scale * unit)``, which must not be ``0 / 0``.
+    """
     limits = jnp.finfo(vector.dtype)
-    unit = jax.lax.clamp(limits.tiny, jnp.max(jnp.abs(vector)), limits.max)  # neither zero nor infinite; NaN stays NaN
+    smallest = (limits.tiny**0.5) * (limits.eps**0.5)
+    unit = jax.lax.clamp(smallest, jnp.max(jnp.abs(vector)), 1 / smallest)  # NaN stays NaN
     return unit * jnp.sqrt(jnp.sum((vector / unit) ** 2))
 
 

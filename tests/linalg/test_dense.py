@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from curvature.linalg._dense import factor_model, positive_definite_solve, solve_region
+from curvature.linalg._dense import factor_model, norm, positive_definite_solve, solve_region
 from tests.oracles import assert_close, exact_trust_region_step
 
 
@@ -89,3 +89,20 @@ def test_one_by_one_and_zero():
     step, predicted, *_ = solve_region(factor_model(jnp.zeros((2, 2)), jnp.zeros(2)), jnp.asarray(1.0))
     assert_close(step, jnp.zeros(2))
     assert_close(predicted, 0.0)
+
+
+def test_the_norm_is_safe_over_the_whole_range(dtype):
+    limits = jnp.finfo(dtype)
+    sizes = jnp.asarray([limits.tiny, limits.tiny / limits.eps, 1, limits.max / 8], dtype)
+    got = jax.vmap(lambda size: norm(size * jnp.asarray([3.0, 0, -4.0], dtype)))(sizes)
+    assert_close(got / sizes, jnp.full(4, 5.0), dtype)
+    ends = jax.jit(jax.vmap(norm))(jnp.asarray([[0, 0], [1, jnp.inf], [1, jnp.nan]], dtype))
+    np.testing.assert_array_equal(ends, [0, jnp.inf, jnp.nan])
+
+
+@pytest.mark.parametrize("scale", [1e-12, 0.5, 1e12])
+def test_the_norm_of_a_scaled_vector_is_safe(scale, dtype):
+    """XLA merges the two divisors into one, which must neither vanish nor overflow."""
+    scale = jnp.asarray(scale, dtype)
+    ends = jax.jit(lambda v, scale: jax.vmap(norm)(v / scale))(jnp.asarray([[0, 0], [1, jnp.inf]], dtype), scale)
+    np.testing.assert_array_equal(ends, [0, jnp.inf])
