@@ -73,7 +73,6 @@ from curvature._checks._trees import (
     check_direction,
     check_entries,
     check_factor,
-    check_finite,
     check_hessian,
     check_index_range,
     check_path,
@@ -81,6 +80,7 @@ from curvature._checks._trees import (
     check_pattern,
     check_point,
     check_same_structure,
+    check_start,
 )
 
 __all__ = [
@@ -104,7 +104,6 @@ __all__ = [
     "check_examples",
     "check_extra",
     "check_factor",
-    "check_finite",
     "check_floating_output",
     "check_grid",
     "check_hashable",
@@ -143,6 +142,7 @@ __all__ = [
     "check_sharding",
     "check_some_batch",
     "check_square_operator",
+    "check_start",
     "check_static_count",
     "check_structures",
     "check_untraced",

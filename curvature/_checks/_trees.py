@@ -1,6 +1,7 @@
 """Errors about points, directions, data and Hessians given as trees."""
 
-from typing import Any
+import functools
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +19,51 @@ _MOST_PATHS = 40  # in one message
 
 def check_point(function: str, name: str, tree: Tree) -> Tree:
     """``tree`` with every leaf a floating JAX array; refuses empty trees and leaves that cannot be differentiated."""
-    leaves, structure = tree_flatten_with_path(tree)
+    leaves, structure = jax.tree.flatten(tree)
     if not leaves:
         raise ValueError(f"{function}: {name} is an empty tree ({tree!r}), expected at least one floating array.")
-    return structure.unflatten([_floating_leaf(function, name + keystr(path), leaf) for path, leaf in leaves])
+    if all(map(_is_floating_array, leaves)):  # most are, and to name them would take longer than a step
+        return structure.unflatten(leaves)
+    paths = [keystr(path) for path, _ in tree_flatten_with_path(tree)[0]]
+    return structure.unflatten(
+        [_floating_leaf(function, name + path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    )
+
+
+def _is_floating_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and _is_floating(leaf.dtype)
+
+
+@functools.cache
+def _is_floating(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
 
 
 def _floating_leaf(function: str, name: str, leaf: Any) -> jax.Array:
     if not is_array_like(leaf):
         raise TypeError(f"{function}: {name} is {describe(leaf)}, expected an array of floats; {_HINT}.")
-    is_array = isinstance(leaf, jax.Array)  # most are, and promotion and conversion would take longer than a step
-    dtype = leaf.dtype if is_array else jnp.result_type(leaf)
+    dtype = jnp.result_type(leaf)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
             f"{function}: {name} has dtype {dtype}; complex leaves are not supported. Differentiate by the real and "
             "the imaginary part instead, as two real leaves."
         )
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not _is_floating(dtype):
         raise TypeError(f"{function}: {name} has dtype {dtype}, expected a floating dtype; cast it, or {_HINT}.")
-    return leaf if is_array else jnp.asarray(leaf)
+    return jnp.asarray(leaf)
+
+
+def check_start(function: str, name: str, tree: Tree) -> Tree:
+    """``check_point`` for where a solve starts: it has entries, those that are known are finite, none is weakly typed.
+
+    Weak types would change in a loop. It stands before every solve, and small ones take no longer.
+    """
+    x = check_point(function, name, tree)
+    check_entries(function, name, x)
+    leaves, structure = jax.tree.flatten(x)
+    if not all(map(_is_finite, leaves)):
+        _refuse_not_finite(function, name, x)
+    return structure.unflatten(map(_strongly_typed, leaves))
 
 
 def check_entries(function: str, name: str, tree: Tree) -> None:
@@ -45,18 +72,25 @@ def check_entries(function: str, name: str, tree: Tree) -> None:
         raise ValueError(f"{function}: {name} has no entries, expected at least one number.")
 
 
-def check_finite(function: str, name: str, tree: Tree) -> None:
-    """Refuse NaN and infinities wherever the values are known; those of tracers are reported by a status instead."""
-    for path, leaf in tree_flatten_with_path(tree)[0]:
-        if isinstance(leaf, Tracer) or not leaf.is_fully_addressable:
-            continue
-        finite = np.isfinite(np.asarray(leaf))
-        if not finite.all():
-            index = tuple(map(int, np.argwhere(~finite)[0]))
-            raise ValueError(
-                f"{function}: {name}{keystr(path)} is {np.asarray(leaf)[index]} at index {index}, "
-                "expected finite numbers to start from."
-            )
+def _strongly_typed(leaf: jax.Array) -> jax.Array:
+    return jax.lax.convert_element_type(leaf, leaf.dtype) if jax.typeof(leaf).weak_type else leaf
+
+
+def _is_finite(leaf: jax.Array) -> bool:
+    """Whether it is, where its values are known; those of tracers are reported by a status instead."""
+    if isinstance(leaf, Tracer) or not leaf.is_fully_addressable:
+        return True
+    finite = np.isfinite(np.asarray(leaf))
+    return bool(np.count_nonzero(finite) == finite.size)
+
+
+def _refuse_not_finite(function: str, name: str, tree: Tree) -> NoReturn:
+    path, leaf = next((path, leaf) for path, leaf in tree_flatten_with_path(tree)[0] if not _is_finite(leaf))
+    values = np.asarray(leaf)
+    index = tuple(map(int, np.argwhere(~np.isfinite(values))[0]))
+    raise ValueError(
+        f"{function}: {name}{keystr(path)} is {values[index]} at index {index}, expected finite numbers to start from."
+    )
 
 
 def check_direction(function: str, name: str, v: Tree, x_name: str, x: Tree) -> Tree:

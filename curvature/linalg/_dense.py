@@ -13,7 +13,6 @@ Matrix = Float[Array, "n n"]
 Scalar = Float[Array, ""]
 
 _MAX_SECULAR_STEPS = 50
-_BEND = 0.375  # the most that a step bends, in its lengths: what geodesic acceleration allows, arXiv:1201.5885 (15)
 
 
 def positive_definite_solve(matrix: Matrix, b: Vector) -> Vector:
@@ -70,14 +69,6 @@ class RegionStep(NamedTuple):
     step: Vector
     predicted: Scalar  # -q(step) >= 0
     on_boundary: Bool[Array, ""]
-    bend: Vector | None = None  # what a ``Surprise`` adds to the step
-
-
-class Surprise(NamedTuple):
-    """What the model at the last point did not foresee of the gradient, in the eigenvectors of the Hessian here."""
-
-    step: Vector  # V's' / s's', of the last step
-    gradient: Vector  # V'e
 
 
 def factor_model(matrix: Matrix, gradient: Vector) -> QuadraticModel:
@@ -88,7 +79,7 @@ def factor_model(matrix: Matrix, gradient: Vector) -> QuadraticModel:
     return QuadraticModel(eigenvalues, vectors, jnp.where(noise, 0, coordinates))
 
 
-def solve_region(model: QuadraticModel, radius: Scalar, surprise: Surprise | None = None) -> RegionStep:
+def solve_region(model: QuadraticModel, radius: Scalar) -> RegionStep:
     """Minimize ``g's + s'Hs / 2`` over ``norm(s) <= radius`` to rounding, the hard case included.
 
     With ``H = V diag(l) V'`` the minimizer is ``s = -V (V'g / (l + mu))`` for the ``mu >= max(0, -l_1)`` that puts it
@@ -112,34 +103,7 @@ def solve_region(model: QuadraticModel, radius: Scalar, surprise: Surprise | Non
     along_lowest = jnp.where(share[0] > 0, -rest, rest)
     coordinates = radius * _with_lowest(coordinates, along_lowest, indefinite)
     predicted = -jnp.sum(coordinates * (gradient + eigenvalues * coordinates / 2))
-    bend = None if surprise is None else _matmul(model.vectors, _bend(coordinates, gaps + t, surprise))
-    return RegionStep(_matmul(model.vectors, coordinates), predicted, ~inside | indefinite, bend)
-
-
-def surprise_of(model: QuadraticModel, last_step: Vector, gradient: Vector) -> Surprise:
-    """The ``Surprise`` of a ``gradient`` that came after ``last_step`` and that its model did not foresee."""
-    squared = jnp.maximum(jnp.sum(last_step**2), jnp.finfo(last_step.dtype).tiny)
-    return Surprise(_matmul(model.vectors.T, last_step) / squared, _matmul(model.vectors.T, gradient))
-
-
-def _bend(coordinates: Vector, shifted: Vector, surprise: Surprise) -> Vector:
-    """The correction of third order to the minimizer of a model in a region, ``shifted`` being ``l + mu`` there.
-
-    The surprise ``e = g - (g' + H's')``, primes for the last point, is ``T(s', s') / 2`` with the third derivative
-    ``T``, to leading order. If the new step ``s`` goes on where ``s'`` went, ``T(s, s) / 2`` is ``w e`` with
-    ``w = (s's / s's')^2``, and the minimizer of the model with it is ``s - w (H + mu I)^-1 e`` to first order, which is
-    Chebyshev's method. Along each eigenvector it is cut to a share of the length of ``s``. It is for walls that curve:
-    along one a straight step ends against the wall, always, and each halves or doubles a distance that has to be
-    crossed as a whole.
-    """
-    bend = jnp.sum(coordinates * surprise.step) ** 2 * _divide(surprise.gradient, shifted)
-    most = _BEND * norm(coordinates)
-    return -jax.lax.clamp(-most, bend, most)
-
-
-def model_gradient(model: QuadraticModel, step: Vector) -> Vector:
-    """``g + H step``."""
-    return _matmul(model.vectors, model.gradient + model.eigenvalues * _matmul(model.vectors.T, step))
+    return RegionStep(_matmul(model.vectors, coordinates), predicted, ~inside | indefinite)
 
 
 def _solve_secular(share: Vector, gaps: Vector, floor: Scalar, inside: Bool[Array, ""]) -> Scalar:

@@ -130,7 +130,7 @@ def _search_weight(local: Local, model: QuadraticModel, weight: Scalar) -> _Tria
 
     def attempt(trial: _Trial) -> _Trial:
         weight = jnp.where(trial.count == 0, trial.weight, _heavier(trial))
-        step, predicted, *_ = solve_cubic(model, weight)
+        step, predicted, _ = solve_cubic(model, weight)
         value, length = local.value_after(step), norm(step)
         cubic = weight * length * length * length / 3
         ratio = (local.value - value + noise) / (jnp.maximum(predicted - cubic, 0) + noise)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from curvature import _checks
 from curvature._types import Tree
-from curvature.optimizers._least_squares import Limits, check_limits, check_start, run
+from curvature.optimizers._least_squares import Limits, check_limits, run
 from curvature.optimizers._programs import compiled
 from curvature.optimizers._robust import Loss
 
@@ -59,7 +59,8 @@ def curve_fit(
     """
     _checks.check_callable("curve_fit", "model", model)
     ydata = _checks.check_observations("curve_fit", ydata)
-    p0, (xdata,) = check_start("curve_fit", p0, (xdata,))
+    p0 = _checks.check_start("curve_fit", "p0", p0)
+    _checks.check_data("curve_fit", (xdata,))
     limits = check_limits("curve_fit", p0, "levenberg-marquardt", loss, f_scale, None, 0.0, max_steps)
     return compiled(_fit, model, (p0, xdata, ydata))(p0, xdata, ydata, limits, loss=loss)
 

@@ -182,7 +182,7 @@ def _search_radius(box: Box, state: LBFGSBState, slope: Slope) -> _Tried:
         radius = jnp.where(last.count == 0, last.radius, shrunk)
         product = _product(tried.memory, norm(downhill(steps, slope.grad)) / radius)
         model = BoxModel(slope.grad, product, None, steps)
-        (step, predicted, on_boundary, _), inner_steps = minimize_in_box(model, radius, solve_face)
+        (step, predicted, on_boundary), inner_steps = minimize_in_box(model, radius, solve_face)
         step = stay_inside(box, slope.x, step)
         value, grad = slope.value_and_grad_after(step)
         ratio = (slope.value - value + noise) / (jnp.maximum(predicted, 0) + noise)

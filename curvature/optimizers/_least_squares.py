@@ -147,19 +147,11 @@ def least_squares(
         doi:10.1080/00401706.1981.10486268.
     """
     _checks.check_callable("least_squares", "residuals", residuals)
-    x0, args = check_start("least_squares", x0, args)
+    x0 = _checks.check_start("least_squares", "x0", x0)
+    args = args if type(args) is tuple else (args,)
+    _checks.check_data("least_squares", args)
     limits = check_limits("least_squares", x0, method, loss, f_scale, gtol, rtol, max_steps)
     return compiled(run, residuals, (x0, args))(x0, args, limits, method=method, loss=loss)
-
-
-def check_start(function: str, x0: Tree, args: Any) -> tuple[Tree, tuple[Any, ...]]:
-    """The start without weak types, and the data as a tuple."""
-    x0 = _checks.check_point(function, "x0", x0)
-    _checks.check_entries(function, "x0", x0)
-    _checks.check_finite(function, "x0", x0)
-    args = args if type(args) is tuple else (args,)
-    _checks.check_data(function, args)
-    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), x0), args
 
 
 def check_limits(

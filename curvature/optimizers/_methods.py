@@ -1,5 +1,6 @@
 """The methods of ``minimize`` by name."""
 
+import functools
 from collections.abc import Callable
 
 import optax
@@ -31,6 +32,11 @@ METHODS: dict[str, Callable[[], WithStatus]] = {
 DENSE_ENTRIES = 100  # up to here "auto" forms the Hessian
 
 
+@functools.cache
+def _named(method: str) -> WithStatus:
+    return METHODS[method]()
+
+
 def resolve(
     function: str, method: Method, x0: Tree, hessian: Callable[..., Tree] | None
 ) -> optax.GradientTransformation:
@@ -41,7 +47,7 @@ def resolve(
         _checks.check_method(function, method, ("auto", *METHODS))
         small = num_entries(x0) <= DENSE_ENTRIES
         automatic = "trust-exact" if hessian is not None or small else "trust-region"
-        transformation = METHODS[automatic if method == "auto" else method]()
+        transformation = _named(automatic if method == "auto" else method)
     if hessian is not None:
         _checks.check_hessian_used(function, method, isinstance(transformation, DenseSecondOrder))
     return transformation

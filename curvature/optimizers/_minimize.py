@@ -110,9 +110,7 @@ def minimize(
         Byrd, Lu, Nocedal and Zhu (1995), equation (6.1), doi:10.1137/0916069, for the projected gradient.
     """
     _checks.check_callable("minimize", "fun", fun)
-    x0 = _checks.check_point("minimize", "x0", x0)
-    _checks.check_entries("minimize", "x0", x0)
-    _checks.check_finite("minimize", "x0", x0)
+    x0 = _checks.check_start("minimize", "x0", x0)
     args = args if type(args) is tuple else (args,)
     _checks.check_data("minimize", args)
     for name, function in {"hessian": hessian, "callback": callback}.items():
@@ -128,7 +126,7 @@ def minimize(
         resolved = resolve_bounded(method, num_entries(x0) <= DENSE_ENTRIES, hessian is not None)
         box = box_of("minimize", *_checks.check_pair_of_bounds("minimize", bounds), "x0", x0)
     return compiled(_run, fun, (x0, args))(
-        strongly_typed(x0), args, limits, box, method=resolved, hessian=hessian, callback=callback,
+        x0, args, limits, box, method=resolved, hessian=hessian, callback=callback,
         history_length=int(most_steps) + 1 if history else 0, progress=bool(progress),
     )  # fmt: skip
 
@@ -156,13 +154,6 @@ _limits_once = functools.lru_cache(typed=True)(_limits)  # numbers are mostly th
 def _operand(number: ArrayLike, dtype: Any) -> Any:
     """The number in that dtype; by NumPy if it is not in JAX's hands, for a kernel takes longer than a small solve."""
     return jnp.asarray(number, dtype) if isinstance(number, jax.Array) else np.asarray(number, dtype)
-
-
-def strongly_typed(x: Tree) -> Tree:
-    """The tree without weak types, which would change in a loop."""
-    return jax.tree.map(
-        lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype) if jax.typeof(leaf).weak_type else leaf, x
-    )
 
 
 @functools.cache

@@ -250,7 +250,7 @@ def resolved(local: Local) -> tuple[Local, Vector]:
     own choice; a region in ``d x`` stays one in ``x`` to a bounded factor, as the theory of trust regions asks.
     """
     hessian = local.hessian()
-    curvature = jnp.abs(jnp.einsum("ii->i", hessian))
+    curvature = jnp.abs(jnp.einsum("ii->i", hessian))  # jnp.diagonal would be a gather
     largest = jnp.max(curvature)
     root = float(jnp.finfo(curvature.dtype).eps) ** 0.5
     share = jnp.where(largest > 0, curvature / jnp.where(largest > 0, largest, 1), 1)

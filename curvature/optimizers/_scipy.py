@@ -94,9 +94,7 @@ def scipy_minimize(
         (True, Array([1., 2.], dtype=float32), (3,))
     """
     _checks.check_callable("scipy_minimize", "fun", fun)
-    x0 = _checks.check_point("scipy_minimize", "x0", x0)
-    _checks.check_entries("scipy_minimize", "x0", x0)
-    _checks.check_finite("scipy_minimize", "x0", x0)
+    x0 = _checks.check_start("scipy_minimize", "x0", x0)
     args = args if type(args) is tuple else (args,)
     _checks.check_data("scipy_minimize", args)
     _checks.check_concrete("scipy_minimize", {"x0": x0, "args": args, "bounds": bounds})

@@ -156,7 +156,7 @@ def _step(state: SR1State, local: Slope) -> tuple[Vector, Scalar, Vector, SR1Sta
 def _attempt(trial: _Trial, local: Slope) -> _Trial:
     """Minimize the model in the region, look, learn, and judge."""
     noise = local.noise + jnp.finfo(local.noise.dtype).tiny
-    step, predicted, *_ = solve_region(factor_model(trial.hessian, local.grad), trial.radius)
+    step, predicted, _ = solve_region(factor_model(trial.hessian, local.grad), trial.radius)
     value, grad = local.value_and_grad_after(step)
     finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
     ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)

@@ -10,15 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import Status, Tree
-from curvature.linalg._dense import (
-    QuadraticModel,
-    RegionStep,
-    factor_model,
-    model_gradient,
-    norm,
-    solve_region,
-    surprise_of,
-)
+from curvature.linalg._dense import RegionStep, factor_model, norm, solve_region
 from curvature.linalg._krylov import truncated_cg
 from curvature.linalg._krylov_model import MAX_BASIS, krylov_model, solve_krylov_region
 from curvature.optimizers._inexact import Inner, first_norm, inner_solve
@@ -43,15 +35,7 @@ ACCEPT = 1e-4  # N&W algorithm 4.1: the least ratio of actual to predicted reduc
 POOR, _GOOD = 0.25, 0.75  # below which the region shrinks, above which it grows
 _GROWTH = 4.0
 _DOUBLING = 2.0  # of a region within one update,
-_LASTING = 1.5  # where the fall of the value grows by this with it, though the model is poor
-_FORESEEN = 0.1  # a gradient of which less was foreseen is the model's failure
-
-
-class Foreseen(NamedTuple):
-    """The last step, and the gradient that its model foresaw where it ended."""
-
-    step: Vector
-    gradient: Vector  # not ``grad``, which optax looks for in a state
+_LASTING = 1.25  # where the fall of the value grows by this with it, though the model is poor
 
 
 class TrustRegionState(NamedTuple):
@@ -64,7 +48,6 @@ class TrustRegionState(NamedTuple):
         grad_norm: the norm of the first gradient, by which the inner tolerance is measured.
         status: a ``Status``: running, or why the last update could not move.
         stored: nothing, for optax.
-        foreseen: the last step and the gradient foreseen at its end, as flat vectors; None without eigenvectors.
     """
 
     radius: Float[Array, ""]
@@ -73,7 +56,6 @@ class TrustRegionState(NamedTuple):
     grad_norm: Float[Array, ""]
     status: Int[Array, ""]
     stored: Unevaluated
-    foreseen: Foreseen | None = None
 
 
 class Trial(NamedTuple):
@@ -106,9 +88,9 @@ def trust_region(
 
     A step minimizes the model ``f + g's + s'Hs / 2`` over ``norm(s) <= radius``; the region shrinks until the value
     falls by a fair share of what the model promised, and grows where the model is good. Where another radius takes no
-    product it is doubled at once, for as long as that lowers the value, as the model foresees or else by half as much
-    again. Changes of the value below 10 roundings of it count as promised and delivered, so that single precision ends
-    by its gradient and not in noise. Nothing depends on the scale of the objective.
+    product it is doubled at once, for as long as that lowers the value, as the model foresees or else by a quarter as
+    much again. Changes of the value below 10 roundings of it count as promised and delivered, so that single precision
+    ends by its gradient and not in noise. Nothing depends on the scale of the objective.
 
     Use it where ``optax.lbfgs()`` stands: ``update(grad, state, params, value=, grad=, value_fn=)`` returns the step to
     an accepted point. If there is none, the step is zero and ``state.status`` says why.
@@ -122,10 +104,7 @@ def trust_region(
             space, it is ``"exact"``, unless ``max_inner_steps`` asks for less. ``"exact"`` forms the Hessian, of
             products that are taken together, and solves the subproblem to rounding by one eigendecomposition, the hard
             case included; variables that curve less than the square root of the rounding unit beside the largest are
-            scaled up to that, so that rounding does not hide them. Where less than a tenth of the gradient ``g`` was
-            foreseen by the last model, its step ``s'`` and ``e = g - (g' + H's')`` bend the step to
-            ``s - (s's / s's')^2 (H + mu I)^-1 e``, along each eigenvector by at most 3/8 of its length, if that lowers
-            the value further.
+            scaled up to that, so that rounding does not hide them.
         initial_radius: the radius of the first step, in the units of ``params``; ``None`` is
             ``max(1, norm(params)) / 100``.
         max_inner_steps: the most conjugate gradient steps at one radius; ``None`` is 2 n + 10.
@@ -139,8 +118,8 @@ def trust_region(
 
     Cost: for each update one linearization of the gradient, one value at each trial, and at each trial as many Hessian
         products as there are conjugate gradient steps; or for ``"exact"`` n Hessian products and about 9 n^3 FLOPs in
-        all, one more value where a bend is tried, and memory for 3 n^2 numbers. ``"gltr"`` adds memory for up to 100
-        vectors. No Hessian is computed at a rejected point.
+        all, and memory for 3 n^2 numbers. ``"gltr"`` adds memory for up to 100 vectors. No Hessian is computed at a
+        rejected point.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, curvature
@@ -171,10 +150,6 @@ def trust_region(
 
 
 def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inner_steps: int | None) -> SecondOrder:
-    def factors(x: Vector) -> bool:
-        spanned = subproblem == "gltr" and x.size <= MAX_BASIS and max_inner_steps is None
-        return subproblem == "exact" or spanned
-
     def init(x: Vector, params: Tree) -> TrustRegionState:
         radius = first_length(x) if initial_radius is None else jnp.asarray(initial_radius, x.dtype)
         zero = jnp.asarray(0, jnp.int32)
@@ -185,28 +160,27 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
             grad_norm=jnp.asarray(0, x.dtype),
             status=jnp.asarray(Status.RUNNING, jnp.int32),
             stored=unevaluated(x, params),
-            foreseen=Foreseen(jnp.zeros_like(x), jnp.zeros_like(x)) if factors(x) else None,
         )
 
     def step(state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
-        if state.foreseen is not None:
-            return step_exactly(state._replace(grad_norm=first), local, state.foreseen)
-        solve_inexactly = _gltr if subproblem == "gltr" else steihaug
-        solver = solve_inexactly(local, inner_solve(local, size, first, max_inner_steps), state.radius)
+        spanned = subproblem == "gltr" and local.x.size <= MAX_BASIS and max_inner_steps is None
+        if spanned or subproblem == "exact":
+            local, d = resolved(local)
+            solver = _exact(local)
+        else:
+            d, solve_inexactly = jnp.ones_like(local.x), _gltr if subproblem == "gltr" else steihaug
+            solver = solve_inexactly(local, inner_solve(local, size, first, max_inner_steps), state.radius)
         last = search_radius(local, solver, state.radius, grows=subproblem != "cg")
-        return _step_of(last), _after(state._replace(grad_norm=first), last)
-
-    def step_exactly(state: TrustRegionState, local: Local, foreseen: Foreseen) -> tuple[Vector, TrustRegionState]:
-        """In the variables of ``resolved``, where the eigenvectors are."""
-        local, d = resolved(local)
-        model = factor_model(local.hessian(), local.grad)
-        before = Foreseen(d * foreseen.step, foreseen.gradient / d)
-        last = search_radius(local, _exact(model, before, local.grad), state.radius, grows=True)
-        step = _step_of(last)
-        foreseen = Foreseen(step / d, d * model_gradient(model, step))
-        return foreseen.step, _after(state, last)._replace(foreseen=foreseen)
+        accepted = last.ratio >= ACCEPT
+        return jnp.where(accepted, last.step / d, 0), state._replace(
+            radius=jnp.where(accepted, next_radius(last), POOR * state.radius),
+            num_trials=last.count,
+            num_inner_steps=last.inner_steps,
+            grad_norm=first,
+            status=trial_status(accepted, last.value, last.predicted),
+        )
 
     return second_order("trust_region", init, step, dense=subproblem == "exact")
 
@@ -214,27 +188,11 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
 _build_once = functools.lru_cache(maxsize=64)(_build)  # so that equal settings find the compiled solve again
 
 
-def _step_of(last: Trial) -> Vector:
-    return jnp.where(last.ratio >= ACCEPT, last.step, 0)
-
-
-def _after(state: TrustRegionState, last: Trial) -> TrustRegionState:
-    """The region for the next step, and what the update was."""
-    accepted = last.ratio >= ACCEPT
-    return state._replace(
-        radius=jnp.where(accepted, next_radius(last), POOR * state.radius),
-        num_trials=last.count,
-        num_inner_steps=last.inner_steps,
-        status=trial_status(accepted, last.value, last.predicted),
-    )
-
-
-def _exact(model: QuadraticModel, foreseen: Foreseen, grad: Vector) -> Solver:
-    """From the eigenvectors of the Hessian each radius takes O(n^2)."""
-    none = jnp.zeros_like(grad[0], jnp.int32)
-    failed = norm(foreseen.gradient) <= _FORESEEN * norm(grad)
-    surprise = surprise_of(model, foreseen.step, jnp.where(failed, grad - foreseen.gradient, 0))
-    return Solver(none, lambda radius: (solve_region(model, radius, surprise), none))
+def _exact(local: Local) -> Solver:
+    """The eigenvectors of the Hessian, once; then each radius takes O(n^2)."""
+    model = factor_model(local.hessian(), local.grad)
+    none = jnp.zeros_like(local.value, jnp.int32)
+    return Solver(none, lambda radius: (solve_region(model, radius), none))
 
 
 def _gltr(local: Local, inner: Inner, radius: Scalar) -> Solver:
@@ -245,9 +203,9 @@ def _gltr(local: Local, inner: Inner, radius: Scalar) -> Solver:
     without_basis = steihaug(local, inner._replace(limit=jnp.where(krylov.too_small, inner.limit, 0)), radius)
 
     def solve(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
-        region = solve_krylov_region(krylov, jnp.ldexp(radius, -exponent))
-        predicted = jnp.ldexp(jnp.ldexp(region.predicted, exponent), exponent)
-        known = region._replace(step=jnp.ldexp(region.step, exponent), predicted=predicted)
+        step, predicted, on_boundary = solve_krylov_region(krylov, jnp.ldexp(radius, -exponent))
+        predicted = jnp.ldexp(jnp.ldexp(predicted, exponent), exponent)
+        known = RegionStep(jnp.ldexp(step, exponent), predicted, on_boundary)
         further, inner_steps = without_basis.solve(radius)
         return jax.tree.map(lambda a, b: jnp.where(krylov.too_small, a, b), further, known), inner_steps
 
@@ -274,18 +232,16 @@ class _Search(NamedTuple):
 
     trial: Trial
     done: Bool[Array, ""]
-    bends: Bool[Array, ""]  # whether the next trial is the accepted step, bent
 
 
 def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool = False) -> Trial:
     """Shrink the region until the model's step is accepted; only the value is evaluated at each trial.
 
     Where the first step is accepted and ends on the boundary, a region that ``grows`` is doubled for as long as that
-    lowers the value, as the model foresees or else by half as much again: the internal doubling of Dennis and Schnabel
-    (1996), algorithm A6.4.5, doi:10.1137/1.9781611971200. It pays where another radius costs little beside another
-    Hessian. It need not follow the model, which is poor wherever the curvature is that of ripples on a slope; but a
-    fall that levels off ends on a plateau. Last, where the solver has a bend for the step, that is taken if the value
-    is lower.
+    lowers the value, as the model foresees or else by a quarter as much again: the internal doubling of Dennis and
+    Schnabel (1996), algorithm A6.4.5, doi:10.1137/1.9781611971200. It pays where another radius costs little beside
+    another Hessian. It need not follow the model, which is poor wherever the curvature is that of ripples on a slope;
+    but a fall that levels off ends on a plateau.
     """
     noise = local.noise + jnp.finfo(local.noise.dtype).tiny
 
@@ -294,18 +250,14 @@ def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool =
         growing = last.ratio >= ACCEPT
         slope = jnp.vdot(local.grad, last.step, precision="highest")
         shrunk = norm(last.step) * shrink_factor(local.value, slope, last.value)
-        radius = jnp.where(growing, _DOUBLING * last.radius, shrunk)
-        radius = jnp.where((last.count == 0) | search.bends, last.radius, radius)
-        (step, predicted, on_boundary, bend), inner_steps = solver.solve(radius)
-        if bend is not None:
-            step = jnp.where(search.bends, step + bend, step)
+        radius = jnp.where(last.count == 0, last.radius, jnp.where(growing, _DOUBLING * last.radius, shrunk))
+        (step, predicted, on_boundary), inner_steps = solver.solve(radius)
         value = local.value_after(step)
         ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
         ratio = jnp.where(jnp.isfinite(value), ratio, -jnp.inf).astype(radius.dtype)
         inner_steps += last.inner_steps
         trial = Trial(radius, step, value, predicted, on_boundary, ratio, last.count + 1, inner_steps)
-        bendable = jnp.zeros_like(growing) if bend is None else jnp.any(bend != 0)
-        return _judge(trial, search, local, grows, bendable)
+        return _judge(trial, last, local, grows)
 
     zero, none = jnp.zeros_like(local.grad[0]), jnp.zeros_like(local.grad[0], jnp.int32)
     start = Trial(
@@ -318,31 +270,27 @@ def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool =
         count=none,
         inner_steps=none + solver.num_shared,
     )
-    no = jnp.zeros_like(zero, bool)
-    return jax.lax.while_loop(lambda search: ~search.done, attempt, _Search(start, no, no)).trial
+    search = _Search(start, jnp.zeros_like(zero, bool))
+    return jax.lax.while_loop(lambda search: ~search.done, attempt, search).trial
 
 
-def _judge(trial: Trial, search: _Search, local: Local, grows: bool, bendable: Bool[Array, ""]) -> _Search:
-    """Keep the trial, or what was accepted before it; end unless another radius or a bend is worth a value."""
-    last, bent = search.trial, search.bends
-    good, improves, found = trial.ratio > _GOOD, trial.ratio >= ACCEPT, last.ratio >= ACCEPT
+def _judge(trial: Trial, last: Trial, local: Local, grows: bool) -> _Search:
+    """Keep the trial, or what was accepted before it; end unless another radius is worth a value."""
+    good, found = trial.ratio > _GOOD, last.ratio >= ACCEPT
     falls_on = local.value - trial.value >= _LASTING * (local.value - last.value)
-    better = improves & (trial.value < last.value - local.noise) & (good | falls_on | bent)
-    stays = found & ~better
+    improves = (trial.ratio >= ACCEPT) & (~found | ((trial.value < last.value - local.noise) & (good | falls_on)))
     kept = last._replace(
-        on_boundary=last.on_boundary & (good | bent),  # a larger region that was not good is not grown into
+        on_boundary=last.on_boundary & good,  # a larger region that was not good is not grown into
         count=trial.count,
         inner_steps=trial.inner_steps,
     )
-    kept = jax.tree.map(functools.partial(jax.lax.select, stays), kept, trial)
+    kept = jax.tree.map(functools.partial(jax.lax.select, found & ~improves), kept, trial)
 
     promising = trial.on_boundary & (trial.radius < jnp.finfo(trial.radius.dtype).max / 64)
-    goes_on = grows & promising & ~stays & (found | (trial.count == 1)) & ~bent
+    goes_on = improves & promising & (found | (trial.count == 1)) & grows
     hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
-    found |= improves
-    ends = (found & ~goes_on) | hopeless | (trial.count >= MAX_TRIALS)
-    bends = ends & found & bendable & ~bent
-    return _Search(kept, ends & ~bends, bends)
+    done = ((found | improves) & ~goes_on) | hopeless | (trial.count >= MAX_TRIALS)
+    return _Search(kept, done)
 
 
 def next_radius(last: Trial) -> Scalar:

@@ -173,7 +173,7 @@ def choose_jacobian(function: str, program: Program, mode: JacobianMode) -> str:
 
 def num_entries(tree: Tree) -> int:
     """The number of entries of all leaves together, plain numbers among them."""
-    return sum(np.size(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(map(np.size, jax.tree.leaves(tree)))
 
 
 # ---- how many lanes at once --------------------------------------------------------------------------------------

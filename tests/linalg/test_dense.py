@@ -45,7 +45,7 @@ def test_the_solve_does_not_depend_on_the_units_of_the_variables():
 def test_region_step_reaches_the_exact_minimum(eigenvalues, radius):
     matrix, _ = symmetric(eigenvalues)
     gradient = jnp.array([1.0, -0.3, 0.2, 0.7])
-    step, predicted, on_boundary, _ = jax.jit(solve_region)(factor_model(matrix, gradient), radius)
+    step, predicted, on_boundary = jax.jit(solve_region)(factor_model(matrix, gradient), radius)
     assert jnp.linalg.norm(step) <= radius * (1 + 1e-6)
     best = exact_trust_region_step(matrix, gradient, radius)
     model = float(gradient @ step + step @ matrix @ step / 2)
@@ -61,7 +61,7 @@ def test_the_hard_case(lowest, dtype):
     matrix, q = symmetric(eigenvalues, dtype=dtype)
     gradient = q[:, len(lowest) :] @ np.arange(1.0, eigenvalues.size - len(lowest) + 1)  # orthogonal to the lowest
     radius = 10.0
-    step, predicted, on_boundary, _ = solve_region(
+    step, predicted, on_boundary = solve_region(
         factor_model(matrix, jnp.asarray(gradient, dtype)), jnp.asarray(radius, dtype)
     )
     assert bool(on_boundary)
@@ -70,23 +70,23 @@ def test_the_hard_case(lowest, dtype):
 
 
 def test_a_saddle_with_zero_gradient_is_left_along_negative_curvature():
-    step, predicted, *_ = solve_region(factor_model(jnp.diag(jnp.array([1.0, -3.0])), jnp.zeros(2)), jnp.asarray(0.5))
+    step, predicted, _ = solve_region(factor_model(jnp.diag(jnp.array([1.0, -3.0])), jnp.zeros(2)), jnp.asarray(0.5))
     assert_close(jnp.abs(step), jnp.array([0.0, 0.5]))
     assert_close(predicted, 0.5 * 3 * 0.25)
 
 
 def test_a_singular_model_takes_the_shortest_step():
     model = factor_model(jnp.diag(jnp.array([0.0, 2.0])), jnp.array([0.0, 1.0]))
-    step, _, on_boundary, _ = solve_region(model, jnp.asarray(1e6))
+    step, _, on_boundary = solve_region(model, jnp.asarray(1e6))
     assert_close(step, jnp.array([0.0, -0.5]))
     assert not on_boundary
 
 
 def test_one_by_one_and_zero():
-    step, predicted, *_ = solve_region(factor_model(jnp.array([[2.0]]), jnp.array([4.0])), jnp.asarray(10.0))
+    step, predicted, _ = solve_region(factor_model(jnp.array([[2.0]]), jnp.array([4.0])), jnp.asarray(10.0))
     assert_close(step, [-2.0])
     assert_close(predicted, 4.0)
-    step, predicted, *_ = solve_region(factor_model(jnp.zeros((2, 2)), jnp.zeros(2)), jnp.asarray(1.0))
+    step, predicted, _ = solve_region(factor_model(jnp.zeros((2, 2)), jnp.zeros(2)), jnp.asarray(1.0))
     assert_close(step, jnp.zeros(2))
     assert_close(predicted, 0.0)
 

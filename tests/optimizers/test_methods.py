@@ -306,23 +306,6 @@ def test_five_hundred_steps_below_the_rounding_of_the_first_value_end(start, sta
     assert (result.status, result.num_steps) == (status, 501 if status == Status.STALLED else 600)
 
 
-def test_a_step_bends_along_a_curved_wall():
-    """The two circles of CUTEst's DJTL: straight steps beside them lower the value by 2 each, over a thousand times."""
-
-    def barrier(x):
-        def wall(center, sign, offset):
-            room = sign * (jnp.sum((x - jnp.array(center)) ** 2) - offset)
-            inside = room > -1
-            return jnp.where(inside, -jnp.log(jnp.where(inside, room, 0) + 1), 1e10 * room**2)
-
-        return (x[0] - 10) ** 3 + (x[1] - 20) ** 3 + wall((5.0, 5.0), 1, 100) + wall((6.0, 5.0), -1, 82.81)
-
-    with jax.enable_x64(True):
-        result = curvature.minimize(barrier, jnp.array([15.0, 6.0]), method="trust-exact", max_steps=200)
-        assert result.num_steps < 200
-        assert result.value < -8934.82  # the minimum, where rounding may hide the last of the gradient
-
-
 def test_a_region_grows_over_ripples_on_a_slope():
     """CUTEst's LOGHAIRY: where ripples make the model poor, a region that follows it needs over a thousand steps."""
 
