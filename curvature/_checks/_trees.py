@@ -172,14 +172,16 @@ def check_concrete(function: str, operands: dict[str, Any]) -> None:
                 )
 
 
-def check_data(function: str, args: Any) -> None:
-    """Refuse data that cannot be an operand of a compiled program."""
+def check_data(function: str, args: Any) -> tuple[Any, ...]:
+    """The data as a tuple, of one if it is none; refuses what cannot be an operand of a compiled program."""
+    args = args if type(args) is tuple else (args,)
     for path, leaf in tree_flatten_with_path(args)[0]:
         if not is_array_like(leaf):
             raise TypeError(
                 f"{function}: args{keystr(path)} is {describe(leaf)}, expected an array or a number; "
                 "close the function over what is not data."
             )
+    return args
 
 
 def check_path(function: str, name: str, path: Any, num_found: int, paths: list[str]) -> None:

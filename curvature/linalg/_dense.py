@@ -213,7 +213,7 @@ def norm(vector: Vector) -> Scalar:
     divisor: XLA computes ``(vector / scale) / unit`` as ``vector / (scale * unit)``, which must not be ``0 / 0``.
     """
     limits = jnp.finfo(vector.dtype)
-    smallest = (limits.tiny**0.5) * (limits.eps**0.5)
+    smallest = limits.tiny**0.5 * limits.eps**0.5
     unit = jax.lax.clamp(smallest, jnp.max(jnp.abs(vector)), 1 / smallest)  # NaN stays NaN
     return unit * jnp.sqrt(jnp.sum((vector / unit) ** 2))
 

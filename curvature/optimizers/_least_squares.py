@@ -148,8 +148,7 @@ def least_squares(
     """
     _checks.check_callable("least_squares", "residuals", residuals)
     x0 = _checks.check_start("least_squares", "x0", x0)
-    args = args if type(args) is tuple else (args,)
-    _checks.check_data("least_squares", args)
+    args = _checks.check_data("least_squares", args)
     limits = check_limits("least_squares", x0, method, loss, f_scale, gtol, rtol, max_steps)
     return compiled(run, residuals, (x0, args))(x0, args, limits, method=method, loss=loss)
 

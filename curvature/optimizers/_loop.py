@@ -1,6 +1,5 @@
 """The loop that drives any optax transformation: evaluate, judge, step."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from curvature.optimizers._protocol import (
     SecondOrder,
     Stored,
     WithStatus,
+    choose,
     evaluate,
     noise_of,
     value_and_grad,
@@ -275,7 +275,7 @@ def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
     lower = point.value < loop.best.value - noise
     flatter = (point.value <= loop.best.value + noise) & (point.grad_norm < loop.best.grad_norm)
     better = finite & (lower | flatter)
-    best = _choose(better | converged | first, point, loop.best)
+    best = choose(better | converged | first, point, loop.best)
     idle_steps = jnp.where(better, 0, loop.idle_steps + 1)
     mark = _mark(loop, point)
 
@@ -297,9 +297,4 @@ def _mark(loop: Loop, point: Point) -> Mark:
     flatter = point.grad_norm < mark.grad_norm / 2
     steps = jnp.broadcast_to(loop.num_steps, mark.num_steps.shape)
     here = Mark(jnp.minimum(point.value, mark.value), jnp.minimum(point.grad_norm, mark.grad_norm), noise, steps)
-    return _choose(lower | flatter, here, mark)
-
-
-def _choose(condition: Bool[Array, " *shape"], new: Any, old: Any) -> Any:
-    """``jnp.where`` of trees whose leaves agree in shape and dtype, a third of its operations."""
-    return jax.tree.map(functools.partial(jax.lax.select, condition), new, old)
+    return choose(lower | flatter, here, mark)

@@ -111,8 +111,7 @@ def minimize(
     """
     _checks.check_callable("minimize", "fun", fun)
     x0 = _checks.check_start("minimize", "x0", x0)
-    args = args if type(args) is tuple else (args,)
-    _checks.check_data("minimize", args)
+    args = _checks.check_data("minimize", args)
     for name, function in {"hessian": hessian, "callback": callback}.items():
         if function is not None:
             _checks.check_callable("minimize", name, function)

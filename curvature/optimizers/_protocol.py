@@ -289,6 +289,11 @@ def trial_status(accepted: Bool[Array, ""], trial: Scalar, model: Scalar) -> Int
     return jnp.where(accepted, Status.RUNNING, failed).astype(jnp.int32)
 
 
+def choose(condition: Bool[Array, " *shape"], new: Any, old: Any) -> Any:
+    """``jnp.where`` of trees whose leaves agree in shape and dtype, a third of its operations."""
+    return jax.tree.map(functools.partial(jax.lax.select, condition), new, old)
+
+
 def search_status(
     accepted: Bool[Array, ""], remembers: Bool[Array, ""], value: Scalar, slope: Scalar
 ) -> Int[Array, ""]:

@@ -95,8 +95,7 @@ def scipy_minimize(
     """
     _checks.check_callable("scipy_minimize", "fun", fun)
     x0 = _checks.check_start("scipy_minimize", "x0", x0)
-    args = args if type(args) is tuple else (args,)
-    _checks.check_data("scipy_minimize", args)
+    args = _checks.check_data("scipy_minimize", args)
     _checks.check_concrete("scipy_minimize", {"x0": x0, "args": args, "bounds": bounds})
     if callback is not None:
         _checks.check_callable("scipy_minimize", "callback", callback)

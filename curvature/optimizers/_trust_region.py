@@ -21,6 +21,7 @@ from curvature.optimizers._protocol import (
     SecondOrder,
     Unevaluated,
     Vector,
+    choose,
     first_length,
     resolved,
     second_order,
@@ -284,7 +285,7 @@ def _judge(trial: Trial, last: Trial, local: Local, grows: bool) -> _Search:
         count=trial.count,
         inner_steps=trial.inner_steps,
     )
-    kept = jax.tree.map(functools.partial(jax.lax.select, found & ~improves), kept, trial)
+    kept = choose(found & ~improves, kept, trial)
 
     promising = trial.on_boundary & (trial.radius < jnp.finfo(trial.radius.dtype).max / 64)
     goes_on = improves & promising & (found | (trial.count == 1)) & grows
