@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from curvature.operators._pytrees import register_operator, static
 from curvature.transforms._affine import Axes
+from curvature.transforms._views import View
 
 Scalar = Float[Array, ""]
 Canonical = Float[Array, "groups rows columns"]
@@ -23,25 +24,25 @@ class Layout(NamedTuple):
     """How the entries of a leaf are dealt out to groups, rows and columns.
 
     Attributes:
-        leaf: the shape of the leaf.
-        root: the same entries by other axes, to which ``order`` refers.
+        view: how the entries of the leaf are rearranged before they meet the data.
+        root: the shape of that view, to whose axes ``order`` refers.
         order: the axes of the root in the order of g, i and o.
         sizes: the sizes of g, i and o.
     """
 
-    leaf: tuple[int, ...]
+    view: View
     root: tuple[int, ...]
     order: Axes
     sizes: tuple[int, int, int]
 
     def canonical(self, leaf: Array) -> Canonical:
         """A leaf in canonical form."""
-        return jnp.transpose(leaf.reshape(self.root), self.order).reshape(self.sizes)
+        return jnp.transpose(self.view.apply(leaf), self.order).reshape(self.sizes)
 
     def restored(self, array: Canonical) -> Array:
         """The leaf of an array in canonical form."""
         in_order = array.reshape([self.root[axis] for axis in self.order])
-        return jnp.transpose(in_order, np.argsort(self.order).tolist()).reshape(self.leaf)
+        return self.view.transpose(jnp.transpose(in_order, np.argsort(self.order).tolist()))
 
 
 @register_operator

@@ -72,7 +72,7 @@ def _rule(taps: Taps, k: int, leaf: Array, sharing: Sharing) -> Rule:
     unknown = dict.fromkeys(site.eqn.primitive.name for site in sites if site.form is None)
     if not roots:
         return Rule("zero", (), "zero: the outputs do not depend on it")
-    if len(roots) != 1 or taps.leaf_of.get(roots[0]) != k:
+    if len(roots) != 1 or roots[0] not in taps.views:
         return _exact(leaf, "what meets the data is a function of this leaf, not the leaf itself")
     if unknown:
         return _exact(leaf, f"it enters {', '.join(unknown)}")
@@ -118,7 +118,7 @@ def build_blocks(
     for k, (leaf, rule) in enumerate(zip(examples.leaves, rules, strict=True)):
         if rule.form == "kronecker":
             a, g = first[k]
-            block = KroneckerBlock(a / examples.size, g * scale, _layout(examples.sites[rule.uses[0]], leaf))
+            block = KroneckerBlock(a / examples.size, g * scale, _layout(examples, examples.sites[rule.uses[0]]))
             blocks[k] = block
             if corrected:
                 spectral[k] = block.eigen()
@@ -133,9 +133,11 @@ def build_blocks(
     return [blocks[k] for k in range(len(rules))]
 
 
-def _layout(site: Site, leaf: Array) -> Layout:
-    root, (groups, _, rows, columns) = site.origins[0].root.aval.shape, site.sizes
-    return Layout(leaf.shape, root, all_axes(site.axes, len(root)), (groups, rows, columns))
+def _layout(examples: Examples, site: Site) -> Layout:
+    assert examples.taps is not None, "only taps have sites"
+    root, (groups, _, rows, columns) = site.origins[0].root, site.sizes
+    order = all_axes(site.axes, root.aval.ndim)
+    return Layout(examples.taps.views[root], root.aval.shape, order, (groups, rows, columns))
 
 
 def _sum(

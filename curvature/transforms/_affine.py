@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from curvature.transforms._jaxprs import Equation
+from curvature.transforms._jaxprs import Equation, is_floating, is_real
 
 Axes = tuple[int, ...]
 
@@ -51,6 +51,7 @@ class Form(NamedTuple):
         inputs: from the equation's other operands to ``a``, of shape (g, s, i), or a ``Lookup`` of shape (g, s).
         outputs: from a cotangent of the equation's output to ``d``, of shape (g, s, o).
         apply: from ``a`` and the parameter to the equation's output, where that is better than the equation itself.
+        constant: whether ``a`` is a constant, as for a bias, so that the output is the parameter and something more.
     """
 
     group: Axes
@@ -59,6 +60,7 @@ class Form(NamedTuple):
     inputs: Callable[..., Any]
     outputs: Callable[[Array], Array]
     apply: Callable[[Array, Array], Array] | None = None
+    constant: bool = False
 
 
 def canonical_form(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
@@ -68,9 +70,13 @@ def canonical_form(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | N
         eqn: the equation.
         operand: which of its inputs is the parameter; another one is data.
         axes: for each axis of that input, the axis of the parameter that it is; None if it only repeats.
+
+    Precondition of every rule: one output, and real numbers throughout, apart from the integers that index a lookup.
     """
     rule = _RULES.get(eqn.primitive.name)
-    if rule is None or len(eqn.outvars) != 1:
+    if rule is None or len(eqn.outvars) != 1 or not all(map(is_real, (eqn.outvars[0], eqn.invars[operand]))):
+        return None
+    if any(is_floating(v) and not is_real(v) for v in eqn.invars):
         return None
     return rule(eqn, operand, axes)
 
@@ -231,6 +237,7 @@ def _addition(eqn: Equation, operand: int, axes: Sequence[Any], sign: int = 1) -
         columns,
         lambda *_: jnp.full((1, size, 1), sign, dtype),
         lambda d: _three(jnp.transpose(d, order), 0, positions),
+        constant=True,
     )
 
 

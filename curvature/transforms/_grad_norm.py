@@ -37,7 +37,7 @@ def routes_of(taps: Taps) -> list[Route]:
 
 def _route(taps: Taps, leaf: int) -> Route:
     roots = [root for root in taps.roots if leaf in taps.leaves_of[root]]
-    own = [root for root in roots if taps.leaf_of.get(root) == leaf]
+    own = [root for root in roots if root in taps.views]
     scalars = tuple(root for root in roots if root not in own)
     uses = tuple(n for n, site in enumerate(taps.sites) if any(origin.root in own for origin in site.origins))
     sites = [taps.sites[n] for n in uses]
@@ -82,8 +82,10 @@ def squared_norm(taps: Taps, values: Environment, leaves: Sequence[Array]) -> Ca
         for k, route in enumerate(routes):
             if route.uses:
                 uses = [_cast(factors(sites[n], captured[n], d[n][0]), dtype) for n in route.uses]
+                view = taps.views[sites[route.uses[0]].origins[0].root]
                 penalties = [
-                    weights[root].reshape(()).astype(dtype) * slopes[root][k].astype(dtype) for root in route.scalars
+                    weights[root].reshape(()).astype(dtype) * view.apply(slopes[root][k]).astype(dtype)
+                    for root in route.scalars
                 ]
                 squares.append(_square(_side_by_side(uses), penalties))
         return jnp.sum(jnp.stack(squares))

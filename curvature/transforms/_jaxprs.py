@@ -35,9 +35,17 @@ def is_floating(v: Any) -> bool:
     return jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)
 
 
+def is_real(v: Any) -> bool:
+    """Whether a variable can carry a derivative and holds real numbers.
+
+    Complex numbers have another transpose and another product rule; what assembles derivatives declines them.
+    """
+    return jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.floating)
+
+
 def dependents(jaxpr: Jaxpr, given: Iterable[Variable]) -> set[Variable]:
     """The variables that depend on some given ones, and those themselves."""
-    found = set(given)
+    found = {v for v in given if isinstance(v, Var)}
     for eqn in jaxpr.eqns:
         if any(v in found for v in eqn.invars if isinstance(v, Var)):
             found.update(eqn.outvars)
@@ -85,10 +93,16 @@ class Environment(dict[Variable, Any]):
         return not all(v in self for v in eqn.outvars)
 
 
+_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"})
+"""Equations that evaluate their body once on their operands and do nothing else."""
+
+
 def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
     """The same program without calls: the equations of jit and remat stand where they were called from.
 
-    What has a rule of its own stays one equation: loops, branches, custom derivatives.
+    Every other equation with a body stays one equation: loops, branches, custom derivatives, reductions by a function,
+    bodies that run on the shards of a mesh. A reshape that permutes axes first becomes two equations, so that each
+    reader of a jaxpr meets plain reshapes only.
     """
     avals = [v.aval for v in closed.jaxpr.invars]
     return jax.make_jaxpr(lambda *args: _evaluate_inline(closed.jaxpr, closed.consts, args))(*avals)
@@ -99,8 +113,12 @@ def _evaluate_inline(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -
     env.write(jaxpr.constvars, consts)
     env.write(jaxpr.invars, args)
     for eqn in jaxpr.eqns:
-        body = None if eqn.primitive.name in ("scan", "while", "cond") else called_jaxpr(eqn)
-        if body is None or body.constvars:
+        body = called_jaxpr(eqn) if eqn.primitive.name in _CALLS else None
+        if eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None:
+            (operand,) = env.read(eqn.invars)
+            permuted = jax.lax.transpose(operand, eqn.params["dimensions"])
+            env.write(eqn.outvars, [jax.lax.reshape(permuted, eqn.params["new_sizes"])])
+        elif body is None or body.constvars:
             env.evaluate(jaxpr, eqn)
         else:
             env.write(eqn.outvars, _evaluate_inline(body, [], env.read(eqn.invars)))

@@ -19,6 +19,7 @@ from curvature.transforms._jacobian import jacobian_of
 from curvature.transforms._points import Blocks, Points, Wanted, bytes_per_example, find_points, tapped_blocks
 from curvature.transforms._tapped import Tapped, open_batch, reporter
 from curvature.transforms._taps import Taps, trace_taps
+from curvature.transforms._views import transpose_block
 
 _LEAST_CHUNK = 128  # fewer examples make thin products of matrices
 _FEWER = 2  # taps pay when they take so many times fewer directions than there are parameters: ours
@@ -178,10 +179,10 @@ def _blocks_of_leaves(
 ) -> dict[tuple[int, int], Array]:
     """The blocks of the mean for the given pairs of leaves."""
     taps = points.taps
-    derived = [root for root in taps.roots if root not in taps.leaf_of]
+    derived = [root for root in taps.roots if root not in taps.views]
 
     def wanted(row: Any, column: Any) -> bool:
-        return bool(derived) or (taps.leaf_of[row], taps.leaf_of[column]) in pairs
+        return bool(derived) or (taps.views[row].leaf, taps.views[column].leaf) in pairs
 
     of_roots = [(row, column) for row in taps.roots for column in taps.roots if wanted(row, column)]
 
@@ -199,9 +200,11 @@ def _blocks_of_leaves(
     else:
         result = {(i, j): jnp.zeros(leaves[i].shape + leaves[j].shape, leaves[i].dtype) for i, j in pairs}
     for (row, column), block in blocks.items():
-        pair = taps.leaf_of[row], taps.leaf_of[column]
+        views = taps.views[row], taps.views[column]
+        pair = views[0].leaf, views[1].leaf
         if pair in pairs:
-            result[pair] = result[pair] + block.reshape(result[pair].shape).astype(result[pair].dtype)
+            of_leaves = transpose_block(block, *views, row.aval.ndim)
+            result[pair] = result[pair] + of_leaves.astype(result[pair].dtype)
     return result
 
 

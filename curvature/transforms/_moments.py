@@ -131,7 +131,8 @@ def _sums_by_taps(taps: Taps, leaves: Sequence[Array]) -> Callable[[Sequence[Arr
         sums = dict(zip(others, zip(*_sums_of_formed(formed, weights), strict=True), strict=True))
         for leaf, n in single.items():
             found = _sums_of_outer(pairs[leaf], weights, taps.sites[n])
-            sums[leaf] = found[0].reshape(leaves[leaf].shape), found[1].reshape(leaves[leaf].shape)
+            view = taps.views[taps.sites[n].origins[0].root]
+            sums[leaf] = view.transpose(found[0]), view.transpose(found[1])
         first, second = zip(*(sums[leaf] for leaf in range(len(leaves))), strict=True)
         return list(first), list(second)
 

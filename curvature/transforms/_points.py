@@ -38,7 +38,7 @@ class Use(NamedTuple):
         site: the equation where it enters.
         root: the root.
         scaled: whether each entry of the root goes with one entry of the point, as a scale does; else it is a matrix.
-        order: for each column of the canonical form, or each group where scaled, the entry of the point.
+        order: for each column of the canonical form, or each group and column where scaled, the entry of the point.
     """
 
     site: Site
@@ -65,7 +65,7 @@ class Points:
         tapped: the roots that act through them alone.
         rest: the other roots.
 
-    A root that is only added to the loss, such as a penalty, is tapped but has no point: nothing moves with it.
+    A root in which the loss is linear, such as a penalty that is added to it, is tapped but has no point.
     """
 
     taps: Taps
@@ -100,16 +100,20 @@ def find_points(taps: Taps) -> Points:
     paid = {point for root in cheap for point in where[root]}
     tapped = [root for root in open_roots if cost(root, paid) <= root.aval.size]
     points = []
+    on_parameters = dependents(jaxpr, taps.leaves)
     for v in (v for eqn in jaxpr.eqns for v in eqn.outvars if v in uses):
-        constant = v in jaxpr.outvars
-        kept = [use for use in uses[v] if use.root in tapped and not (constant and _is_addition(use.site))]
+        kept = [use for use in uses[v] if use.root in tapped]
+        if v in jaxpr.outvars:  # its cotangent is constant, so only a use whose input moves has a second derivative
+            kept = [use for use in kept if _moves_input(use.site, on_parameters)]
         if kept:
             points.append(Point(v, kept, dependents(jaxpr, [v])))
     return Points(taps, points, tapped, [root for root in taps.roots if root not in tapped])
 
 
-def _is_addition(site: Site) -> bool:
-    return not site.group and not site.form.rows
+def _moves_input(site: Site, moved: set[Variable]) -> bool:
+    """Whether what a parameter is multiplied by at a site is among the variables that move."""
+    others = [v for n, v in enumerate(site.eqn.invars) if n not in site.operands]
+    return not site.form.constant and any(isinstance(v, Var) and v in moved for v in others)
 
 
 def bytes_per_example(points: Points) -> int:
@@ -167,7 +171,7 @@ class _State(NamedTuple):
 
     Attributes:
         cotangents: by the number of the point: (batch, entries of the point).
-        inputs: by the numbers of the point and of its use: (batch, rows of a matrix) or (batch, groups of a scale).
+        inputs: by the numbers of the point and of its use: (batch, rows of a matrix) or (batch, entries of a scale).
     """
 
     cotangents: dict[int, Array]
@@ -198,7 +202,11 @@ def tapped_blocks(
 
         def moved(shift: Array, k: int = k, later: list[int] = later) -> _State:
             state = _state(points, values, examples, weights, [*at[:k], shift, *at[k + 1 :]])
-            inputs = {key: a for key, a in state.inputs.items() if key[0] in later and _moves(points, k, *key)}
+            inputs = {
+                (m, n): a
+                for (m, n), a in state.inputs.items()
+                if m in later and _moves_input(points.points[m].uses[n].site, points.points[k].moved)
+            }
             return _State({m: state.cotangents[m] for m in later}, inputs)
 
         _, push = jax.linearize(moved, at[k])
@@ -244,14 +252,12 @@ def _state(
 
 
 def _input(use: Use, env: Environment) -> Float[Array, " entries"]:
-    """The input of one use: the rows of a matrix, the groups of a scale."""
+    """The input of one use: the rows of a matrix; of a scale what each entry of the point is multiplied by."""
     a = use.site.inputs(env)
+    if use.scaled:  # of shape (groups, 1, 1): the columns of a group have their one row in common
+        groups, _, _, columns = use.site.sizes
+        return jnp.broadcast_to(a.reshape(groups, 1), (groups, columns)).reshape(-1)
     return (a.one_hot(use.site.outputs[0].aval.dtype) if isinstance(a, Lookup) else a).reshape(-1)
-
-
-def _moves(points: Points, k: int, m: int, n: int) -> bool:
-    """Whether the input of a use depends on what happens at point ``k``."""
-    return any(isinstance(v, Var) and v in points.points[k].moved for v in points.points[m].uses[n].site.eqn.invars)
 
 
 def _directions(point: Point, k: int, here: _State) -> Iterator[tuple[list[int], Array | None]]:

@@ -29,8 +29,10 @@ from curvature.transforms._jaxprs import (
     dependents,
     inline,
     is_floating,
+    is_real,
     open_scan,
 )
+from curvature.transforms._views import View
 
 
 class Origin(NamedTuple):
@@ -122,7 +124,7 @@ class Taps:
         on_data: the variables that depend on the data.
         leaves: the variables of the parameters.
         roots: the roots that sites use.
-        leaf_of: for a root that is a leaf but for the order and grouping of its axes, the number of that leaf.
+        views: for a root that holds the entries of one leaf, each exactly once, how they are rearranged.
         leaves_of: for each root, the numbers of the leaves that it depends on.
         program: the loss of this example as a function of the parameters.
     """
@@ -131,7 +133,7 @@ class Taps:
     on_data: frozenset[Variable]
     leaves: tuple[Variable, ...]
     roots: tuple[Variable, ...]
-    leaf_of: dict[Variable, int]
+    views: dict[Variable, View]
     leaves_of: dict[Variable, frozenset[int]]
     program: _modes.Program
 
@@ -186,7 +188,10 @@ class Taps:
 
 
 def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
-    """The taps of a loss; None where it has none to offer: no reverse mode, no jaxpr, no dependence on the data."""
+    """The taps of a loss; None where it has none to offer: no reverse mode, no jaxpr, parameters that do not meet data.
+
+    A loss in which parameters become complex numbers has none either: shifts and cotangents are real here.
+    """
     whole = _modes.trace(lambda point: (loss(point[0], *point[1]), None), (params, example))
     _checks.check_scalar_output(function, "loss", whole.out)
     if whole.jaxpr is None:
@@ -198,15 +203,20 @@ def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any,
     leaves = jax.tree.leaves(params)
     inputs = closed.jaxpr.invars[: len(leaves)]
     on_data = dependents(closed.jaxpr, closed.jaxpr.invars[len(leaves) :])
-    if not all(v in on_data for v in closed.jaxpr.outvars):
+    if not all(isinstance(v, Var) and v in on_data for v in closed.jaxpr.outvars):
+        return None
+    if any(is_floating(v) and not is_real(v) for v in dependents(closed.jaxpr, inputs)):
         return None
     origins = {v: Origin(v, tuple(range(v.aval.ndim))) for v in inputs}
-    leaf_of = {v: k for k, v in enumerate(inputs)}
-    level = _analyze(closed, on_data, origins, leaf_of)
+    views = {v: View(k, v.aval.shape) for k, v in enumerate(inputs)}
+    level = _analyze(closed, on_data, origins, views)
     assert level is not None, "only a scan can fail to be taken apart"
     roots = tuple(dict.fromkeys(origin.root for site in level.all_sites() for origin in site.origins))
+    if not roots:
+        return None
+    views = {root: views[root] for root in roots if root in views}
     leaves_of = _leaves_of(closed.jaxpr, inputs, roots)
-    return Taps(level, frozenset(on_data), tuple(inputs), roots, leaf_of, leaves_of, program)
+    return Taps(level, frozenset(on_data), tuple(inputs), roots, views, leaves_of, program)
 
 
 # ---- analysis ----------------------------------------------------------------------------------------------------
@@ -225,7 +235,7 @@ def _analyze(
     closed: ClosedJaxpr,
     on_data: set[Variable],
     origins: dict[Variable, Origin],
-    leaf_of: dict[Variable, int],
+    views: dict[Variable, View],
     lengths: tuple[int, ...] = (),
 ) -> _Level | None:
     """Find the sites. Within scans, of these ``lengths``, each must have a form and a root outside; else None."""
@@ -234,13 +244,13 @@ def _analyze(
         operands = [n for n, v in enumerate(eqn.invars) if isinstance(v, Var) and v in origins]
         if not any(v in on_data for v in eqn.outvars):
             if operands:
-                _propagate(eqn, origins, leaf_of, inside=bool(lengths))
+                _propagate(eqn, origins, views, inside=bool(lengths))
             continue
         operands = [n for n in operands if is_floating(eqn.invars[n])]
         if not operands:
             continue
         if eqn.primitive.name == "scan":
-            opened = _analyze_scan(eqn, on_data, origins, leaf_of, lengths)
+            opened = _analyze_scan(eqn, on_data, origins, lengths)
             if opened is not None:
                 scans[k] = opened
                 continue
@@ -256,10 +266,13 @@ def _analyze_scan(
     eqn: Equation,
     on_data: set[Variable],
     origins: dict[Variable, Origin],
-    leaf_of: dict[Variable, int],
     lengths: tuple[int, ...],
 ) -> tuple[Scan, _Level] | None:
-    """A scan whose body's sites are all known; None if it must be taken for one equation."""
+    """A scan whose body's sites are all known; None if it must be taken for one equation.
+
+    Precondition: parameters reach the outputs of the body through its sites only. One that is carried or stacked as
+    what it is, or as a function of parameters alone, would act behind the scan without one.
+    """
     scan = open_scan(eqn)
     first_slice = scan.num_consts + scan.num_carry
     inner_data, inner_origins = set(), {}
@@ -276,29 +289,34 @@ def _analyze_scan(
         elif isinstance(outer, Var) and outer in on_data:
             inner_data.add(inner)
     inner_data = dependents(scan.body.jaxpr, inner_data)
-    level = _analyze(scan.body, inner_data, inner_origins, leaf_of, (*lengths, scan.length))
-    return None if level is None else (scan, level)
+    level = _analyze(scan.body, inner_data, inner_origins, {}, (*lengths, scan.length))
+    passed_on = [v for v in scan.body.jaxpr.outvars if isinstance(v, Var) and v in inner_origins and is_floating(v)]
+    return None if level is None or any(v not in inner_data for v in passed_on) else (scan, level)
 
 
-def _propagate(eqn: Equation, origins: dict[Variable, Origin], leaf_of: dict[Variable, int], inside: bool) -> None:
+def _propagate(eqn: Equation, origins: dict[Variable, Origin], views: dict[Variable, View], inside: bool) -> None:
     """Where the outputs of an equation of parameters alone come from."""
-    source = origins.get(eqn.invars[0]) if isinstance(eqn.invars[0], Var) else None
+    operand = eqn.invars[0] if isinstance(eqn.invars[0], Var) else None
+    view = views[operand].extended(eqn) if operand in views else None
+    if view is not None:
+        views[eqn.outvars[0]] = view
+    source = origins.get(operand)
     moved = None if source is None else _moved_axes(eqn, source.axes)
     if source is not None and moved is not None:
         origins[eqn.outvars[0]] = source._replace(axes=moved)
         return
     for v in eqn.outvars:
         origins[v] = Origin(None if inside else v, tuple(range(getattr(v.aval, "ndim", 0))))
-    regrouped = eqn.primitive.name == "reshape" and not inside
-    if regrouped and source is not None and source.root in leaf_of and None not in source.axes:
-        leaf_of[eqn.outvars[0]] = leaf_of[source.root]
 
 
 def _moved_axes(eqn: Equation, axes: tuple[int | None, ...]) -> tuple[int | None, ...] | None:
-    """The axes of what an equation makes from one variable by moving or repeating axes alone, else None."""
+    """The axes of what an equation makes from one variable by moving or repeating axes alone, else None.
+
+    Precondition: one real operand and one real output, and each axis of the output is one of the operand or repeats.
+    """
     name, params, (out, *others) = eqn.primitive.name, eqn.params, eqn.outvars
     operand = eqn.invars[0]
-    if others or len(eqn.invars) != 1 or not is_floating(operand) or not is_floating(out):
+    if others or len(eqn.invars) != 1 or not is_real(operand) or not is_real(out):
         return None
     if name in ("convert_element_type", "copy", "copy_p"):
         return axes
