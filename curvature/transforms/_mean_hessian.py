@@ -17,6 +17,7 @@ from curvature.transforms._compositions import hessian_of
 from curvature.transforms._examples import Examples, find_examples
 from curvature.transforms._jacobian import jacobian_of
 from curvature.transforms._points import Blocks, Points, Wanted, bytes_per_example, find_points, tapped_blocks
+from curvature.transforms._pushforward import asymmetric_rule
 from curvature.transforms._tapped import Tapped, open_batch, reporter
 from curvature.transforms._taps import Taps, trace_taps
 from curvature.transforms._views import transpose_block
@@ -128,10 +129,14 @@ def _assemble(
 
 
 def _points_of(taps: Taps | None) -> Points | None:
-    """The points, or None where there are no taps or forward over reverse is not legal."""
+    """The points, or None where there are no taps, forward over reverse is not legal, or nothing proves symmetry.
+
+    The blocks above the diagonal are copies of those below. With a custom rule that is no derivative the two differ.
+    """
     if taps is None or taps.program.composition_blocker("fwd_over_rev") is not None:
         return None
-    return find_points(taps)
+    jaxpr = taps.program.jaxpr
+    return find_points(taps) if jaxpr is not None and asymmetric_rule(jaxpr.jaxpr) is None else None
 
 
 def _parts(function: str, params: Tree, blocks: HessianBlocks) -> list[tuple[Subtree, Subtree]]:

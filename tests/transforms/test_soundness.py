@@ -278,3 +278,31 @@ def test_a_reduction_by_a_function_of_two_arguments_is_no_call():
         jax.lax.reduce(jnp.asarray([2.0, 3.0]), 0.5, lambda a, b: a * b + b, (0,)) * (x @ w) ** 2
     )
     assert_all_agree(loss, normal(3), normal(B, 3, seed=1))
+
+
+# ---- custom rules that are no derivatives --------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def clipped_on_the_way_back(x):
+    return x
+
+
+clipped_on_the_way_back.defvjp(lambda x: (x, x), lambda x, d: (jnp.clip(d, -0.3, 0.3) * (1 + x**2),))
+
+
+@jax.custom_jvp
+def rotated(x):
+    return x
+
+
+@rotated.defjvp
+def _(primals, tangents):
+    (x,), (v,) = primals, tangents
+    return x, v * jnp.roll(x, 1)  # the Jacobian diag(roll(x)) is that of no function
+
+
+@pytest.mark.parametrize("rule", [clipped_on_the_way_back, rotated])
+def test_the_hessian_is_the_jacobian_of_the_gradient_that_jax_computes(rule):
+    loss = lambda p, x: jnp.sum(jnp.sin(rule(jnp.tanh(x @ p["w"])) @ p["out"]) ** 2)
+    assert_all_agree(loss, {"w": normal(3, 4), "out": normal(4, 2, seed=2)}, normal(B, 3, seed=1))
