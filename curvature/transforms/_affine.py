@@ -82,6 +82,7 @@ def canonical_form(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | N
 
 
 def _dot_general(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
+    """A matrix product. Precondition: each axis of the operand is an axis of the parameter."""
     if None in axes:
         return None
     contracted, batched = eqn.params["dimension_numbers"]
@@ -116,6 +117,8 @@ def _dot_general(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | Non
 
 def _convolution(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
     """A product with the patches of the image, which is also how it is computed where it is tapped.
+
+    Precondition: the parameter is the kernel, each axis of it is an axis of the parameter, and there are no groups.
 
     The patches are needed anyway, and a product runs well inside a loop over chunks, where XLA's convolutions for CPUs
     do not.
@@ -177,7 +180,10 @@ def _patches(
 
 
 def _gather(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
-    """A lookup of whole rows: ``table[tokens]``."""
+    """A lookup of whole rows: ``table[tokens]``.
+
+    Precondition: the parameter is the table, one axis of it is indexed, and slices are whole along all others.
+    """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     table = eqn.invars[0].aval.shape
     if operand != 0 or None in axes or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
@@ -199,7 +205,10 @@ def _gather(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
 
 
 def _dynamic_slice(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
-    """A lookup of one row: ``table[token]``."""
+    """A lookup of one row: ``table[token]``.
+
+    Precondition: the parameter is the table, and slices are of one entry along one axis and whole along all others.
+    """
     table, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
     moved = [k for k, (whole, part) in enumerate(zip(table, sizes, strict=True)) if whole != part]
     if operand != 0 or None in axes or len(moved) != 1 or sizes[moved[0]] != 1:
@@ -228,7 +237,7 @@ def _lookup(axes: Sequence[Any], row: int, inputs: Callable[..., Lookup], order:
 
 
 def _addition(eqn: Equation, operand: int, axes: Sequence[Any], sign: int = 1) -> Form:
-    """A bias: the constant input one."""
+    """A bias: the constant input one. Precondition: an elementwise sum, with any axes."""
     columns, order, positions = _broadcast(eqn, operand, axes)
     dtype, size = eqn.outvars[0].aval.dtype, math.prod(eqn.outvars[0].aval.shape[k] for k in order[:positions])
     return Form(
@@ -246,7 +255,7 @@ def _subtraction(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form:
 
 
 def _multiplication(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form:
-    """A scale: every entry of the parameter is a group of its own."""
+    """A scale: each entry of the parameter is one group. Precondition: an elementwise product, with any axes."""
     group, order, positions = _broadcast(eqn, operand, axes)
     shape = eqn.outvars[0].aval.shape
     order = order[positions:] + order[:positions]

@@ -55,6 +55,7 @@ def _broadcast(eqn: Equation, axes: Axes, size: int) -> Rule | None:
 
 
 def _dot_general(eqn: Equation, axes: Axes) -> Rule | None:
+    """Precondition: the examples of one operand meet those of the other as a batch or a contraction, or not at all."""
     contracted, batched = eqn.params["dimension_numbers"]
     first = 0 if axes[0] is not None else 1
     axis, other = axes[first], axes[1 - first]
@@ -108,24 +109,34 @@ def _without(gone: Iterable[Any], axis: int) -> int:
 
 
 def _reduce_sum(eqn: Equation, axis: int, size: int) -> Rule:
+    """No precondition: a sum over the axis of the examples is a sum over examples."""
     axes = eqn.params["axes"]
     return [axis], [None if axis in axes else _without(axes, axis)]
 
 
 def _reduce(eqn: Equation, axis: int, size: int) -> Rule | None:
+    """Precondition: the axis of the examples is not reduced."""
     axes = eqn.params["axes"]
     return None if axis in axes else ([axis], [_without(axes, axis)])
 
 
 def _transpose(eqn: Equation, axis: int, size: int) -> Rule:
+    """No precondition: the axis of the examples moves to one place."""
     return [axis], [eqn.params["permutation"].index(axis)]
 
 
 def _squeeze(eqn: Equation, axis: int, size: int) -> Rule:
+    """No precondition: only axes of size one go, and there is more than one example."""
     return [axis], [_without(eqn.params["dimensions"], axis)]
 
 
 def _reshape(eqn: Equation, axis: int, size: int) -> Rule | None:
+    """Precondition: an axis of that size has as many entries before it as the axis of the examples had.
+
+    So both count the same blocks of entries. A reshape that also permutes axes is not known; ``inline`` leaves none.
+    """
+    if eqn.params["dimensions"] is not None:
+        return None
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     for k, length in enumerate(after):
         if length == size and math.prod(after[:k]) == math.prod(before[:axis]):
@@ -134,11 +145,13 @@ def _reshape(eqn: Equation, axis: int, size: int) -> Rule | None:
 
 
 def _slice(eqn: Equation, axis: int, size: int) -> Rule | None:
+    """Precondition: all examples are kept."""
     whole = eqn.outvars[0].aval.shape[axis] == size
     return ([axis], [axis]) if whole else None
 
 
 def _pad(eqn: Equation, axis: int, size: int) -> Rule | None:
+    """Precondition: nothing is added between or around the examples."""
     whole = eqn.params["padding_config"][axis] == (0, 0, 0)
     return ([axis, None], [axis]) if whole else None
 

@@ -197,7 +197,7 @@ class _Reading:
         name, fixed = eqn.primitive.name, [not isinstance(v, Var) or v in self.data for v in eqn.invars]
         whole = not any(v in self.axes for v in eqn.invars if isinstance(v, Var))
         if name in _LINEAR:
-            return True
+            return all(map(is_floating, (*eqn.invars, *eqn.outvars)))  # rounding to integers is not linear
         if name in ("add", "sub", "add_any"):
             return whole
         return (name == "mul" and any(fixed)) or (name == "div" and fixed[1])
