@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from curvature import _checks
-from curvature._types import ChunkSize, HessianBlocks, Objective, Tree
+from curvature._types import ChunkSize, HessianBlocks, Objective, Tree, ravel
 from curvature.transforms import _modes
 from curvature.transforms._accumulate import num_chunks, sum_over_chunks
 from curvature.transforms._blocks import Subtree, leaf_subtrees, select
@@ -235,7 +234,7 @@ def _through_roots(points: Points, leaves: Sequence[Array], blocks: Blocks) -> d
     """``J' H J`` for the Hessian by the roots and the Jacobian of the roots by the leaves."""
     taps = points.taps
     roots, pull = jax.vjp(taps.root_values, list(leaves))
-    _, unravel = ravel_pytree(roots)
+    _, unravel = ravel(roots)  # which gives every root its dtype back, also of a vector of another one
     rows = [
         jnp.concatenate(
             [

@@ -306,3 +306,15 @@ def _(primals, tangents):
 def test_the_hessian_is_the_jacobian_of_the_gradient_that_jax_computes(rule):
     loss = lambda p, x: jnp.sum(jnp.sin(rule(jnp.tanh(x @ p["w"])) @ p["out"]) ** 2)
     assert_all_agree(loss, {"w": normal(3, 4), "out": normal(4, 2, seed=2)}, normal(B, 3, seed=1))
+
+
+# ---- leaves of several precisions ----------------------------------------------------------------------------------
+
+
+def test_functions_of_parameters_of_two_precisions():
+    def loss(p, x):
+        h = jnp.tanh(x @ jnp.exp(p["single"].astype(x.dtype)).T.reshape(3, 4))
+        return jnp.sum(jnp.sin(h @ (p["double"] ** 2)) ** 2)
+
+    params = {"single": np.float32(0.3 * normal(4, 3)), "double": normal(4, 2, seed=2)}
+    assert_all_agree(loss, params, normal(B, 3, seed=1), roundings=1e10)
