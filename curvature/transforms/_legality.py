@@ -11,7 +11,7 @@ A variable is active if it carries a derivative of the input, and live if the ou
 variables. Forward mode differentiates every active equation; reverse mode only those that are live too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,23 +40,59 @@ class Blocker(NamedTuple):
         return f"{self.primitive} at {self.where}"
 
 
+class _Search(NamedTuple):
+    """What is looked for in a jaxpr and its nested bodies.
+
+    Attributes:
+        judge: from a jaxpr, one active equation of it and its active operands to what the equation is reported as;
+            None if it is not wanted. Calls, loops and branches are opened instead.
+        only_live: whether an equation counts only if the output depends on it.
+    """
+
+    judge: Callable[[Jaxpr, JaxprEqn, list[bool]], Blocker | None]
+    only_live: bool
+
+
 def find_blocker(jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[bool], mode: str) -> Blocker | None:
-    """The first equation of ``jaxpr`` that has no derivative in ``mode``."""
-    return _walk_back(jaxpr, active_in, live_out, mode)[0]
+    """The first equation of ``jaxpr`` that has no derivative in ``mode``, "fwd" or "rev"."""
+    search = _Search(_without_forward, False) if mode == "fwd" else _Search(_without_reverse, True)
+    return _walk_back(jaxpr, active_in, live_out, search)[0]
+
+
+def find_equation(
+    jaxpr: Jaxpr,
+    active_in: Sequence[bool],
+    live_out: Sequence[bool],
+    wanted: Callable[[Jaxpr, JaxprEqn, list[bool]], bool],
+) -> Blocker | None:
+    """The first equation that carries a derivative from the inputs to the outputs and is ``wanted``.
+
+    ``wanted`` sees the jaxpr that holds the equation, the equation, and which of its operands are active.
+    """
+
+    def judge(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
+        return blocker_at(eqn) if wanted(jaxpr, eqn, mask) else None
+
+    return _walk_back(jaxpr, active_in, live_out, _Search(judge, True))[0]
+
+
+def blocker_at(eqn: JaxprEqn) -> Blocker:
+    """An equation as it is reported."""
+    return Blocker(eqn.primitive.name, jex.source_info_util.summarize(eqn.source_info))
 
 
 def _walk_back(
-    jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[bool], mode: str
+    jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[bool], search: _Search
 ) -> tuple[Blocker | None, list[bool]]:
-    """The first blocked equation, and which inputs are live."""
+    """The first equation that is looked for, and which inputs are live."""
     active = _active_variables(jaxpr, active_in)
     live = {v for v, is_live in zip(jaxpr.outvars, live_out, strict=True) if is_live and isinstance(v, Var)}
     found = None
     for eqn in reversed(jaxpr.eqns):
         mask = _mask(eqn.invars, active)
-        live_outs = [mode == "fwd" or (v in live and v in active) for v in eqn.outvars]
+        live_outs = [not search.only_live or (v in live and v in active) for v in eqn.outvars]
         if any(mask) and any(live_outs):
-            blocker, live_ins = _judge(eqn, mask, live_outs, mode)
+            blocker, live_ins = _judge(jaxpr, eqn, mask, live_outs, search)
             live.update(v for v, is_live in zip(eqn.invars, live_ins, strict=True) if is_live and isinstance(v, Var))
             found = blocker or found
     return found, _mask(jaxpr.invars, live & active)
@@ -120,47 +156,59 @@ def outputs_of(jaxpr: Jaxpr, active_in: Sequence[bool]) -> list[bool]:
     return _mask(jaxpr.outvars, _active_variables(jaxpr, active_in))
 
 
-def _judge(eqn: JaxprEqn, mask: list[bool], live_outs: list[bool], mode: str) -> tuple[Blocker | None, list[bool]]:
-    """What forbids differentiating this one equation in ``mode``, and which of its inputs are live."""
+def _without_forward(_: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
+    """What has no derivative in forward mode."""
+    return blocker_at(eqn) if eqn.primitive.name in _OPAQUE | {"custom_vjp_call"} else None
+
+
+def _without_reverse(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
+    """What has no derivative in reverse mode."""
     name, params = eqn.primitive.name, eqn.params
-    blocked = name in _OPAQUE or name == ("custom_vjp_call" if mode == "fwd" else "while")
+    if name in _OPAQUE or name == "while":
+        return blocker_at(eqn)
     if name == "custom_linear_solve":
-        blocked = mode == "rev" and params["jaxprs"].transpose_solve is None
-    if blocked:
-        return Blocker(name, jex.source_info_util.summarize(eqn.source_info)), mask
+        return blocker_at(eqn) if params["jaxprs"].transpose_solve is None else None
+    return _custom_jvp_blocker(jaxpr, eqn, mask) if name == "custom_jvp_call" else None
+
+
+def _judge(
+    jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool], live_outs: list[bool], search: _Search
+) -> tuple[Blocker | None, list[bool]]:
+    """What is found in this one equation or its bodies, and which of its inputs are live."""
+    name, params = eqn.primitive.name, eqn.params
+    found = search.judge(jaxpr, eqn, mask)
+    if found is not None:
+        return found, mask
     if name == "custom_linear_solve":
         matvec = open_jaxpr(params["jaxprs"].matvec)
-        return find_blocker(matvec, [True] * len(matvec.invars), [True] * len(matvec.outvars), mode), mask
-    if name == "custom_jvp_call" and mode == "rev":
-        return _custom_jvp_blocker(eqn, mask), mask
+        return _walk_back(matvec, [True] * len(matvec.invars), [True] * len(matvec.outvars), search)[0], mask
     if name in ("scan", "while"):
-        return _judge_loop(open_loop(eqn, mask), live_outs, mode)
+        return _judge_loop(open_loop(eqn, mask), live_outs, search)
     if name == "cond":
-        judged = [_walk_back(open_jaxpr(branch), mask[1:], live_outs, mode) for branch in params["branches"]]
+        judged = [_walk_back(open_jaxpr(branch), mask[1:], live_outs, search) for branch in params["branches"]]
         blockers, lives = zip(*judged, strict=True)
         live_ins = [any(flags) for flags in zip(*lives, strict=True)]
         return next((blocker for blocker in blockers if blocker is not None), None), [False, *live_ins]
     body = called_jaxpr(eqn)
-    return (None, mask) if body is None else _walk_back(body, mask, live_outs, mode)
+    return (None, mask) if body is None else _walk_back(body, mask, live_outs, search)
 
 
-def _judge_loop(loop: _Loop, live_outs: list[bool], mode: str) -> tuple[Blocker | None, list[bool]]:
-    """Iterate backward until the set of live carries no longer grows. Only a scan is ever asked in reverse mode."""
+def _judge_loop(loop: _Loop, live_outs: list[bool], search: _Search) -> tuple[Blocker | None, list[bool]]:
+    """Iterate backward until the set of live carries no longer grows."""
     size = len(loop.carry)
     active_in = loop.consts + loop_outputs(*loop)[:size] + loop.slices
     carry, stacked = live_outs[:size], live_outs[size:]
     while True:
-        blocker, live_ins = _walk_back(loop.body, active_in, carry + stacked, mode)
+        blocker, live_ins = _walk_back(loop.body, active_in, carry + stacked, search)
         grown = [a or b for a, b in zip(carry, live_ins[len(loop.consts) :], strict=False)]
         if grown == carry:
             return blocker, live_ins
         carry = grown
 
 
-def _custom_jvp_blocker(eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
+def _custom_jvp_blocker(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
     """Reverse mode transposes the rule's tangent, so trace the rule and ask what lies between its tangents."""
-    # Any jaxpr will do as the one to put the equation in.
-    fun, distinct = equation_function(open_jaxpr(eqn.params["call_jaxpr"]), eqn)
+    fun, distinct = equation_function(jaxpr, eqn)
     active = {v for v, is_active in zip(eqn.invars, mask, strict=True) if is_active}
     moving = [v in active for v in distinct]
 

@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from curvature import _checks
 from curvature._types import Tree
 from curvature.transforms._jaxprs import called_jaxpr, is_floating, lone_equation, open_jaxpr
-from curvature.transforms._legality import Blocker, find_blocker
+from curvature.transforms._legality import Blocker, find_blocker, find_equation
 from curvature.transforms._modes import directional_derivative
 
 LINEAR_BY_ENTRY = frozenset({"add", "sub", "neg", "add_any", "copy", "convert_element_type", "select_n"})
@@ -95,6 +95,31 @@ def derivative_along(mode: str, fun: Callable[[Tree], tuple[Any, Any]], x: Tree,
         return directional_derivative(fun, x, v)
     out, pull, aux = jax.vjp(fun, x, has_aux=True)
     return jax.vjp(pull, jax.tree.map(jnp.zeros_like, out))[1]((v,))[0], (out, aux)
+
+
+def asymmetric_rule(jaxpr: Jaxpr) -> Blocker | None:
+    """The first custom rule from which a Hessian need not be symmetric, through nested bodies; None if there is none.
+
+    A rule need not be the derivative of the function that it belongs to. Where it is not, the gradient ``g`` that JAX
+    computes is no gradient, and its Jacobian ``H[i, j] = d g_i / d x_j`` differs from its transpose. A ``custom_vjp``
+    may do anything to its cotangents. A ``custom_jvp`` of one active argument that acts entry by entry has a diagonal
+    Jacobian, and the derivatives of that are diagonal too, so that whichever function the rule holds for derivative,
+    ``H`` is symmetric; with two arguments, or across entries, nothing makes the mixed derivatives equal.
+    """
+
+    def need_not_be_symmetric(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
+        if eqn.primitive.name == "custom_vjp_call":
+            return True
+        return eqn.primitive.name == "custom_jvp_call" and not _acts_on_one_argument_by_entry(jaxpr, eqn, mask)
+
+    return find_equation(jaxpr, [True] * len(jaxpr.invars), [True] * len(jaxpr.outvars), need_not_be_symmetric)
+
+
+def _acts_on_one_argument_by_entry(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
+    alone = lone_equation(jaxpr, eqn)
+    active = {v for v, is_active in zip(eqn.invars, mask, strict=True) if is_active}
+    places = [i for i, v in enumerate(alone.jaxpr.invars) if v in active]
+    return len(places) == 1 and is_elementwise(alone, places)
 
 
 def is_elementwise(closed: ClosedJaxpr, active: Sequence[int]) -> bool:
