@@ -30,9 +30,9 @@ _MOVES = frozenset({
 
 _SMOOTH = _MOVES | {
     "abs", "add", "add_any", "asinh", "atan", "clamp", "concatenate", "cos", "cumsum", "dot_general",
-    "dynamic_update_slice", "erf", "erfc", "gather", "iota", "logistic", "max", "min", "mul", "neg", "pad", "psum", "psum_invariant",
-    "reduce_sum", "round", "floor", "ceil", "scatter", "scatter-add", "select_n", "sign", "sin", "split", "square",
-    "sub", "tanh",
+    "dynamic_update_slice", "erf", "erfc", "gather", "iota", "logistic", "max", "min", "mul", "neg", "pad", "psum",
+    "psum_invariant", "reduce_sum", "round", "floor", "ceil", "scatter", "scatter-add", "select_n", "sign", "sin",
+    "split", "square", "sub", "tanh",
 }  # fmt: skip
 """Primitives whose values and derivatives are finite at all finite operands, short of overflow of sums and products."""
 
@@ -154,7 +154,7 @@ def _is_smooth(eqn: Any, ranges: Sequence[Range]) -> bool:
     if name in _AWAY_FROM_ZERO or (name == "integer_pow" and eqn.params["y"] < 0):
         far = _far_from_zero(dtypes[-1])
         return low >= far or (high <= -far and name in ("div", "integer_pow"))
-    return name in _SMOOTH
+    return name in _SMOOTH or name == "integer_pow"
 
 
 def _far_from_zero(dtype: Any) -> float:

@@ -101,13 +101,23 @@ def trace(fun: Callable[[Tree], Any], x: Tree) -> Program:
         jaxpr, (out, aux) = jax.make_jaxpr(fun, return_shape=True)(x)
     except _NEEDS_VALUES:  # a branch on a value: legal as long as nothing outside traces it, as for jax.hessian
         out, _ = fun(x)
-        return Program(fun, x, jax.tree.map(jax.typeof, out), None)
+        return Program(lambda x: _as_arrays(fun(x)), x, jax.tree.map(jax.typeof, out), None)
     structure = jax.tree.structure((out, aux))
 
     def replay(x: Tree) -> tuple[Any, Any]:
-        return structure.unflatten(jex.core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(x)))
+        return _as_arrays(structure.unflatten(jex.core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(x))))
 
     return Program(replay, x, out, jaxpr)
+
+
+def _as_arrays(outputs: tuple[Any, Any]) -> tuple[Any, Any]:
+    """``(out, aux)`` with plain numbers as arrays: a jaxpr holds those that a function returns as literals."""
+
+    def array(leaf: Any) -> Any:
+        is_number = (not isinstance(leaf, jax.Array) and hasattr(leaf, "__array__")) or isinstance(leaf, float)
+        return jnp.asarray(leaf, jax.typeof(leaf).dtype) if is_number else leaf
+
+    return jax.tree.map(array, outputs)
 
 
 def trace_on_device(fun: Callable[[Tree], Any], x: Tree) -> Program:
