@@ -53,6 +53,103 @@ def test_by_a_replicated_point_the_hessian_is_jaxs(mesh, inputs):
     assert_close(got, want)
 
 
+def residual(x, inputs):
+    return jnp.concatenate([jnp.sin(inputs @ x), jnp.prod(x) * inputs[0]])
+
+
+@pytest.mark.parametrize("mode", ["auto", "fwd", "rev"])
+def test_by_a_replicated_point_each_device_has_the_jacobian_of_its_own_function(mesh, inputs, mode):
+    def of_shard(x, inputs):
+        vector = curvature.jacobian(residual, mode=mode)(x, inputs)
+        scalar = curvature.jacobian(loss, mode=mode)(x, inputs)
+        return vector[None], scalar[None]
+
+    specs = {"mesh": mesh, "in_specs": (P(), P("data")), "out_specs": P("data")}
+    vector, scalar = jax.jit(jax.shard_map(of_shard, **specs))(X, inputs)
+    shards = inputs.reshape(8, 2, 3)
+    assert_close(vector, jax.vmap(jax.jacfwd(residual), (None, 0))(X, shards))
+    assert_close(scalar, jax.vmap(jax.grad(loss), (None, 0))(X, shards))
+
+
+@pytest.mark.parametrize("mode", ["auto", "fwd", "rev"])
+def test_the_jacobian_of_a_sum_over_devices_is_that_of_the_sum(mesh, inputs, mode):
+    def summed(x, inputs):
+        return jax.lax.psum(jnp.concatenate([jnp.sin(inputs @ x), x**2]), "data")
+
+    def whole(x, inputs):
+        return curvature.jacobian(summed, mode=mode)(x, inputs)
+
+    got = jax.jit(jax.shard_map(whole, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))(X, inputs)
+    parts = jax.vmap(lambda a: jax.jacfwd(lambda x: jnp.concatenate([jnp.sin(a @ x), x**2]))(X))
+    assert_close(got, jnp.sum(parts(inputs.reshape(8, 2, 3)), axis=0))
+
+
+def test_reverse_mode_does_not_cross_a_sum_over_devices_to_the_function_of_one(mesh, inputs):
+    """The part of the derivative that the other devices hold would have to come back; forward mode brings it along."""
+
+    def mixed(x, inputs):
+        return jnp.sin(inputs @ x) * jax.lax.psum(jnp.sum(inputs @ x), "data")
+
+    def of_shard(x, inputs, mode):
+        return curvature.jacobian(mixed, mode=mode)(x, inputs)[None]
+
+    def run(mode):
+        fun = lambda x, a: of_shard(x, a, mode)
+        return jax.jit(jax.shard_map(fun, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")))(X, inputs)
+
+    want = jax.vmap(lambda a: jax.jacfwd(lambda x: jnp.sin(a @ x) * jnp.sum(inputs @ x))(X))
+    assert_close(run("auto"), want(inputs.reshape(8, 2, 3)))
+    with pytest.raises(TypeError, match="jacobian: mode='rev' is not legal for f because of psum"):
+        run("rev")
+
+
+COMPOSITIONS = ["auto", "fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd"]
+
+
+@pytest.mark.parametrize("mode", COMPOSITIONS)
+def test_by_a_replicated_point_every_mode_gives_jaxs_hessian_of_the_sum(mesh, inputs, mode):
+    v = np.array([1.0, -2.0, 0.5])
+
+    def everything(x, inputs):
+        _, grad, hvp_fn = curvature.linearize_grad(loss, x, inputs, mode=mode)
+        hessian = curvature.hessian(loss, mode=mode)(x, inputs)
+        hessians = curvature.hessian(residual, mode=mode)(x, inputs)
+        diagonal = curvature.hessian_diagonal(loss, x, inputs, mode=mode)
+        return hessian, hessians, diagonal, curvature.hvp(loss, x, v, inputs, mode=mode), hvp_fn(v), grad
+
+    run = jax.shard_map(everything, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    hessian, hessians, diagonal, product, linearized, grad = jax.jit(run)(X, inputs)
+    shards = inputs.reshape(8, 2, 3)
+    want = jnp.sum(jax.vmap(jax.hessian(loss), (None, 0))(X, shards), axis=0)
+    assert_close(hessian, want)
+    assert_close(hessians, jnp.sum(jax.vmap(jax.hessian(residual), (None, 0))(X, shards), axis=0))
+    assert_close(diagonal, jnp.diag(want))
+    assert_close(product, want @ v)
+    assert_close(linearized, want @ v)
+    assert_close(grad, jnp.sum(jax.vmap(jax.grad(loss), (None, 0))(X, shards), axis=0))
+
+
+@pytest.mark.parametrize("mode", COMPOSITIONS)
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_by_replicated_parameters_the_derivatives_of_an_example_are_its_own(mesh, inputs, mode, chunk_size):
+    one = lambda w, x: jnp.sum(jnp.sin(w * x)) ** 2
+
+    def of_shard(w, inputs):
+        grads = curvature.per_example_grad(one, chunk_size=chunk_size)(w, inputs)
+        return grads, curvature.per_example_hessian(one, mode=mode, chunk_size=chunk_size)(w, inputs)
+
+    specs = {"mesh": mesh, "in_specs": (P(), P("data")), "out_specs": P("data")}
+    grads, hessians = jax.jit(jax.shard_map(of_shard, **specs))(X, inputs)
+    assert_close(grads, jax.vmap(jax.grad(one), (None, 0))(X, inputs))
+    assert_close(hessians, jax.vmap(jax.hessian(one), (None, 0))(X, inputs))
+
+
+def test_the_laplacian_at_a_replicated_point_is_that_of_each_devices_function(mesh, inputs):
+    run = lambda x, a: curvature.laplacian(loss)(x, a)[None]
+    got = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")))(X, inputs)
+    assert_close(got, jax.vmap(lambda a: jnp.trace(jax.hessian(loss)(X, a)))(inputs.reshape(8, 2, 3)))
+
+
 def test_each_device_solves_with_its_own_operator(mesh, inputs):
     def of_shard(inputs):
         x, info = curvature.cg(lambda v: inputs.T @ (inputs @ v) + v, inputs[0], rtol=1e-10)

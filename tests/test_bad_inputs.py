@@ -359,6 +359,16 @@ CASES = {
         TypeError,
         r"jacobian: argnums='x', expected an integer or a tuple of integers",
     ),
+    "jacobian-argnums-twice": (
+        lambda: curvature.jacobian(lambda a, b: a * b, argnums=(0, 0))(1.0, 2.0),
+        ValueError,
+        r"jacobian: argnums=\(0, 0\) names an argument twice.* at \[0, 0\]",
+    ),
+    "hessian-argnums-twice": (
+        lambda: curvature.hessian(lambda a, b: a * b, argnums=(0, -2))(1.0, 2.0),
+        ValueError,
+        r"hessian: argnums=\(0, -2\) names an argument twice.* at \[0, 0\]",
+    ),
     "jacobian-argnums-empty": (
         lambda: curvature.jacobian(square, argnums=())(1.0),
         ValueError,

@@ -74,6 +74,12 @@ def check_argnums(function: str, argnums: Any, num_args: int) -> None:
                 f"{function}: argnums={argnums!r} names argument {position}, "
                 f"but f was called with {num_args} positional arguments."
             )
+    places = [int(position) % num_args for position in positions]
+    if len(set(places)) < len(places):
+        raise ValueError(
+            f"{function}: argnums={argnums!r} names an argument twice: of the {num_args} positional arguments those "
+            f"at {places}. Expected each position once."
+        )
 
 
 def check_nonnegative(function: str, name: str, value: Any) -> None:

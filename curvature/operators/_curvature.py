@@ -26,7 +26,7 @@ from curvature.operators._data import DataOperator, Reduction
 from curvature.operators._jacobian_operators import JacobianOperator, push_and_pull, trace_model
 from curvature.transforms import _modes
 from curvature.transforms._blocks import Subtree
-from curvature.transforms._compositions import linearize_program, product_of, trace_objective
+from curvature.transforms._compositions import is_symmetric, linearize_program, product_of, trace_objective
 
 FisherKind = Literal["exact", "sampled", "empirical"]
 """Over which labels scores are averaged: all that the model foresees, drawn ones, those of the data."""
@@ -116,7 +116,7 @@ class HessianOperator(DataOperator):
 
         if composition == "fwd_over_rev":
             return jax.linearize(lambda part: gradient(columns, part, rows), columns.take(x))[1]
-        if composition == "rev_over_rev":  # H is symmetric: v' H[columns, rows] is H[rows, columns] v
+        if composition == "rev_over_rev" and is_symmetric(program):  # v' H[columns, rows] is H[rows, columns] v
             pull = jax.vjp(lambda part: gradient(rows, part, columns), rows.take(x))[1]
             return lambda v: pull(v)[0]
         product = linearize_program(program, composition)[2]

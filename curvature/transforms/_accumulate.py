@@ -47,23 +47,28 @@ def sum_over_chunks(fun: Callable[[Any, Float[Array, " size"]], Tree], batch: An
 
 def zeros(shape: tuple[int, ...], like: Any) -> Array:
     """Zeros of the dtype of ``like``, which vary over the devices of a mesh over which ``like`` does."""
-    varying = tuple(_varying_axes(like))
+    varying = tuple(varying_axes(like))
     zero = jnp.zeros(shape, like.dtype)
     return jax.lax.pcast(zero, varying, to="varying") if varying else zero
 
 
 def vary_like(tree: Tree, batch: Any) -> Tree:
     """``tree`` made to vary over the devices of a mesh over which the batch does, so that no derivative by it sums."""
-    axes = frozenset().union(*(_varying_axes(jax.typeof(leaf)) for leaf in jax.tree.leaves(batch)))
+    axes = frozenset().union(*(varying_axes(_type_of(leaf)) for leaf in jax.tree.leaves(batch)))
 
     def varying(leaf: Array) -> Array:
-        missing = tuple(axes - _varying_axes(jax.typeof(leaf)))
+        missing = tuple(axes - varying_axes(jax.typeof(leaf)))
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(varying, tree)
 
 
-def _varying_axes(aval: Any) -> frozenset[str]:
+def _type_of(value: Any) -> Any:
+    """The type of an array; a type, as of a traced output, is its own."""
+    return value if isinstance(value, jax.core.ShapedArray) else jax.typeof(value)
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
     """The axes of the mesh over which a value differs from device to device, inside ``jax.shard_map``."""
     kind = getattr(aval, "manual_axis_type", None)
     return frozenset() if kind is None else kind.varying

@@ -9,7 +9,8 @@ from curvature import _checks
 from curvature._types import ChunkSize, HessianBlocks, HessianMode, Objective, Tree
 from curvature.transforms import _modes
 from curvature.transforms._blocks import Subtree, leaf_subtrees, select
-from curvature.transforms._jacobian import gradient_of, jacobian_of, with_aux
+from curvature.transforms._jacobian import gradient_of, jacobian_of, summed_jacobian_of, with_aux
+from curvature.transforms._pushforward import asymmetric_rule, derivative_along, directional_derivative, transposed
 
 
 def hessian_of(
@@ -39,7 +40,7 @@ def _block(
         if inner == "rev" and program.is_scalar:  # what the other rows cost falls to dead code
             grad, rest = gradient_of(program, x, inner)
             return rows.take(grad), rest
-        return jacobian_of(lambda part: program.fun(rows.put(x, part)), rows.take(x), inner, None)
+        return summed_jacobian_of(lambda part: program.fun(rows.put(x, part)), rows.take(x), inner, None)
 
     result, (_, (_, aux)) = jacobian_of(gradient_by_rows, columns.take(program.x), outer, chunk_size)
     return result, aux
@@ -53,7 +54,7 @@ def linearize_program(program: _modes.Program, composition: str) -> tuple[Any, T
         return value, grad, hvp_fn, aux
     if composition == "rev_over_rev":
         grad, pull, (value, aux) = jax.vjp(program.reverse.fun, x, has_aux=True)
-        return value, grad, lambda v: pull(v)[0], aux  # H is symmetric: v H is H v
+        return value, grad, (lambda v: pull(v)[0]) if is_symmetric(program) else transposed(pull, x), aux
     grad, (value, aux) = gradient_of(program, x, "rev" if program.blocker("rev") is None else "fwd")
     return value, grad, lambda v: product_of(program, composition, v), aux
 
@@ -67,17 +68,20 @@ def trace_objective(
     return program
 
 
+def is_symmetric(program: _modes.Program) -> bool:
+    """Whether the Hessian is known to equal its transpose, so that a pull-back of the gradient is a product with it.
+
+    Without that, ``H[i, j]`` is the derivative by ``x_j`` of entry i of the gradient, as for ``jax.hessian``.
+    """
+    return program.jaxpr is not None and asymmetric_rule(program.jaxpr.jaxpr) is None
+
+
 def product_of(program: _modes.Program, composition: str, v: Tree) -> Tree:
     """``H v`` by the composition asked for."""
     x = program.x
-    if composition == "fwd_over_rev":
-        return jax.jvp(program.reverse.fun, (x,), (v,), has_aux=True)[1]
-    if composition == "rev_over_rev":
+    outer, _, inner = composition.partition("_over_")
+    if composition == "rev_over_rev" and is_symmetric(program):
         return jax.vjp(program.reverse.fun, x, has_aux=True)[1](v)[0]
-
-    def along_v(x: Tree) -> tuple[Any, Any]:
-        return _modes.directional_derivative(program.fun, x, v)
-
-    if composition == "rev_over_fwd":
-        return jax.grad(along_v, has_aux=True)(x)[0]
-    return jacobian_of(along_v, x, "fwd", None)[0]
+    if composition == "rev_over_fwd" and is_symmetric(program):
+        return jax.grad(lambda x: directional_derivative(program.fun, x, v), has_aux=True)(x)[0]
+    return derivative_along(outer, lambda x: gradient_of(program, x, inner), x, v)[0]

@@ -12,7 +12,8 @@ from curvature._types import ChunkSize, HessianMode, Objective, Tree
 from curvature.transforms import _modes
 from curvature.transforms._blocks import Subtree, leaf_subtrees
 from curvature.transforms._compositions import trace_objective
-from curvature.transforms._jacobian import gradient_of, map_basis
+from curvature.transforms._jacobian import gradient_of, map_basis, sum_over_devices
+from curvature.transforms._pushforward import directional_derivative
 
 
 def hessian_diagonal(
@@ -68,7 +69,7 @@ def _diagonal_of(
     """The diagonal of the block of one leaf with itself, shaped like the leaf."""
     x = leaf.take(program.x)
     curvature = _curvature_along(program, composition, leaf)
-    return map_basis(curvature, x, chunk_size).astype(x.dtype).reshape(x.shape)
+    return sum_over_devices(map_basis(curvature, x, chunk_size).astype(x.dtype).reshape(x.shape), x)
 
 
 def _curvature_along(program: _modes.Program, composition: str, leaf: Subtree) -> Callable[[Array], Array]:
@@ -82,7 +83,7 @@ def _curvature_along(program: _modes.Program, composition: str, leaf: Subtree) -
         return leaf.take(gradient_of(program, leaf.put(program.x, part), "rev")[0])
 
     def slope(part: Array, v: Array) -> Array:
-        return _modes.directional_derivative(fun, part, v)[0]
+        return directional_derivative(fun, part, v)[0]
 
     if composition == "fwd_over_fwd":
         return lambda v: jax.jvp(lambda part: slope(part, v), (x,), (v,))[1]

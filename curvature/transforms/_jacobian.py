@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 from curvature import _checks
 from curvature._types import ChunkSize, JacobianMode, Tree
 from curvature.transforms import _modes
+from curvature.transforms._accumulate import varying_axes
 
 
 def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, chunk_size: ChunkSize = "auto") -> Callable:
@@ -153,10 +154,10 @@ def jacobian(
 
     def jacobian_fn(*args: Any, **kwargs: Any) -> Any:
         fun, x = bind_argnums("jacobian", f, argnums, has_aux, args, kwargs)
-        program = _modes.trace(fun, x)
+        program = _modes.trace_on_device(fun, x)
         _checks.check_floating_output("jacobian", "f", program.out)
         chosen = _modes.choose_jacobian("jacobian", program, mode)
-        result, (_, aux) = jacobian_of(program.fun, x, chosen, chunk_size)
+        result, (_, aux) = jacobian_of(program.fun, program.x, chosen, chunk_size)
         return (result, aux) if has_aux else result
 
     return jacobian_fn
@@ -227,10 +228,34 @@ def auto_chunk_of(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, mode: str) ->
 
 
 def gradient_of(program: _modes.Program, x: Tree, mode: str) -> tuple[Any, tuple[Any, Any]]:
-    """``jacobian_of`` a traced function, all at once; in reverse mode a scalar function needs no map at all."""
+    """``summed_jacobian_of`` a traced function, all at once; in reverse mode a scalar function needs no map at all."""
     if mode == "rev" and program.is_scalar:
         return program.reverse.fun(x)
-    return jacobian_of(program.fun, x, mode, None)
+    return summed_jacobian_of(program.fun, x, mode, None)
+
+
+def summed_jacobian_of(
+    fun: Callable[[Tree], tuple[Any, Any]], x: Tree, mode: str, chunk_size: ChunkSize
+) -> tuple[Any, tuple[Any, Any]]:
+    """``jacobian_of``, summed over the devices of a mesh that share ``x``, as ``jax.grad`` is inside ``shard_map``."""
+    result, rest = jacobian_of(fun, x, mode, chunk_size)
+    return sum_over_devices(result, x), rest
+
+
+def sum_over_devices(derivatives: Tree, x: Tree) -> Tree:
+    """Sum derivatives over the devices that share the leaf of ``x`` by which they are taken.
+
+    Reverse mode does that when it transposes the broadcast of ``x`` to the devices; here forward mode does it too.
+    ``derivatives`` is a tree of trees like ``x``.
+    """
+    leaves, structure = jax.tree.flatten(derivatives)
+    points = jax.tree.leaves(x)
+
+    def summed(derivative: Array, point: Array) -> Array:
+        axes = tuple(varying_axes(jax.typeof(derivative)) - varying_axes(jax.typeof(point)))
+        return jax.lax.psum(derivative, axes) if axes else derivative
+
+    return structure.unflatten([summed(leaf, points[i % len(points)]) for i, leaf in enumerate(leaves)])
 
 
 def map_basis(product: Callable[[Tree], Tree], like: Tree, chunk_size: ChunkSize) -> Tree:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from curvature import _checks
 from curvature._types import Objective, Tree
 from curvature.transforms import _modes
-from curvature.transforms._pushforward import choose_forward, derivative_along
+from curvature.transforms._pushforward import choose_forward, derivative_along, directional_derivative
 from curvature.transforms._taylor import BY_REVERSE, Jet, Step, push_jets
 
 _EAGER = Step("a branch on a value", "jvp of jvp of the whole function, for each direction", "f")
@@ -133,7 +133,7 @@ def _evaluate(program: _modes.Program, directions: Tree, steps: list[Step]) -> t
 
 
 def _second_derivative(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: Tree) -> Any:
-    return _modes.directional_derivative(lambda x: _modes.directional_derivative(fun, x, v), x, v)[0]
+    return directional_derivative(lambda x: directional_derivative(fun, x, v), x, v)[0]
 
 
 def _identity(x: Tree) -> Tree:

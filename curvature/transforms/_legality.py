@@ -26,6 +26,12 @@ from curvature.transforms._jaxprs import (
     open_jaxpr,
 )
 
+_LINEAR = {
+    "add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "neg", "reduce_sum",
+    "reshape", "squeeze", "sub", "transpose",
+}  # fmt: skip
+_LINEAR_IN_ONE = {"mul", "dot_general"}  # in either factor, not in both
+
 _OPAQUE = {"pure_callback", "io_callback", "ffi_call"}  # no derivative of any kind
 
 
@@ -206,6 +212,13 @@ def _judge_loop(loop: _Loop, live_outs: list[bool], search: _Search) -> tuple[Bl
         carry = grown
 
 
+def is_collective(eqn: JaxprEqn) -> bool:
+    """Whether an equation takes what other devices of a mesh hold, inside ``jax.shard_map``."""
+    named = eqn.params.get("axes", ()), eqn.params.get("axis_name", ())
+    names = [axis for axes in named for axis in (axes if isinstance(axes, tuple | list) else (axes,))]
+    return eqn.primitive.name not in ("pvary", "pcast") and any(isinstance(axis, str) for axis in names)
+
+
 def _custom_jvp_blocker(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
     """Reverse mode transposes the rule's tangent, so trace the rule and ask what lies between its tangents."""
     fun, distinct = equation_function(jaxpr, eqn)
@@ -223,7 +236,52 @@ def _custom_jvp_blocker(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocke
     values = [v.aval for v in distinct]
     tangents = [v.aval for v, m in zip(distinct, moving, strict=True) if m]
     rule = jax.make_jaxpr(tangents_out)(values, tangents).jaxpr
-    return find_blocker(rule, [False] * len(values) + [True] * len(tangents), [True] * len(rule.outvars), "rev")
+    of_tangents = [False] * len(values) + [True] * len(tangents)
+    return find_blocker(rule, of_tangents, [True] * len(rule.outvars), "rev") or _not_linear(rule, of_tangents)
+
+
+def _not_linear(jaxpr: Jaxpr, of_tangents: Sequence[bool]) -> Blocker | None:
+    """The first equation that JAX cannot transpose, with those inputs as tangents; bodies of calls are opened.
+
+    Whatever depends on the tangents counts, comparisons too: JAX transposes every equation that does.
+    """
+    tangents = {v for v, is_tangent in zip(jaxpr.invars, of_tangents, strict=True) if is_tangent}
+    for eqn in jaxpr.eqns:
+        mask = _mask(eqn.invars, tangents)
+        if not any(mask):
+            continue
+        tangents.update(eqn.outvars)
+        body = called_jaxpr(eqn)
+        found = None if body is None else _not_linear(body, mask)
+        if found is None and body is None and not _has_transpose(jaxpr, eqn, mask):
+            found = blocker_at(eqn)
+        if found is not None:
+            return found
+    return None
+
+
+def _has_transpose(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
+    """Whether JAX can transpose one equation with respect to the operands in the mask."""
+    name, outs = eqn.primitive.name, eqn.outvars
+    if name in _LINEAR or (name in _LINEAR_IN_ONE and sum(mask) == 1) or (name == "select_n" and not mask[0]):
+        return True
+    if not all(is_floating(v) for v in outs):
+        return False
+    fun, distinct = equation_function(jaxpr, eqn)
+    active = {v for v, is_active in zip(eqn.invars, mask, strict=True) if is_active}
+
+    def transpose(rest: list[Any], cotangents: list[Any]) -> Any:
+        def linear(*tangents: Any) -> list[Any]:
+            moving, fixed = iter(tangents), iter(rest)
+            return fun(*[next(moving) if v in active else next(fixed) for v in distinct])
+
+        return jax.linear_transpose(linear, *[v.aval for v in distinct if v in active])(cotangents)
+
+    try:
+        jax.eval_shape(transpose, [v.aval for v in distinct if v not in active], [v.aval for v in outs])
+    except (NotImplementedError, AssertionError, TypeError, ValueError):  # what JAX raises where there is no rule
+        return False
+    return True
 
 
 def _mask(variables: Sequence[Any], active: set[Var]) -> list[bool]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, get_args
 
@@ -14,7 +14,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from curvature import _checks
 from curvature._types import ChunkSize, HessianMode, JacobianMode, Tree
-from curvature.transforms._legality import Blocker, find_blocker
+from curvature.transforms._accumulate import vary_like
+from curvature.transforms._finiteness import keeps_finite
+from curvature.transforms._legality import Blocker, find_blocker, find_equation, is_collective
+from curvature.transforms._pushforward import directional_derivative
 
 _ORDER = get_args(HessianMode)[1:]  # cheapest first
 _CONVOLUTION = "conv_general_dilated"
@@ -34,12 +37,14 @@ class Program:
         x: the point, only for its shapes.
         out: the shapes of ``out``.
         jaxpr: the jaxpr, or None if the function branches on values, which allows no trace but an eager one.
+        on_device: whether ``x`` has been made to vary over the devices of a mesh; see ``trace_on_device``.
     """
 
     fun: Callable[[Tree], tuple[Any, Any]]
     x: Tree
     out: Any
     jaxpr: ClosedJaxpr | None
+    on_device: bool = False
 
     @property
     def is_scalar(self) -> bool:
@@ -50,9 +55,13 @@ class Program:
         """What forbids one derivative in ``mode``, "fwd" or "rev"; None if nothing does."""
         if self.jaxpr is None:
             return None
-        outputs = len(self.jaxpr.jaxpr.outvars)
-        live = [i < len(jax.tree.leaves(self.out)) for i in range(outputs)]
-        return find_blocker(self.jaxpr.jaxpr, [True] * len(self.jaxpr.jaxpr.invars), live, mode)
+        jaxpr = self.jaxpr.jaxpr
+        active = [True] * len(jaxpr.invars)
+        live = [i < len(jax.tree.leaves(self.out)) for i in range(len(jaxpr.outvars))]
+        found = find_blocker(jaxpr, active, live, mode)
+        if found is None and self.on_device and mode == "rev":
+            return find_equation(jaxpr, active, live, lambda _, eqn, __: is_collective(eqn))
+        return found
 
     @cached_property
     def reverse(self) -> "Program":
@@ -74,7 +83,8 @@ class Program:
         return self._derived(push)
 
     def _derived(self, fun: Callable[[Tree], Any]) -> "Program":
-        return trace(fun, self.x) if self.jaxpr is not None else Program(fun, self.x, None, None)
+        program = trace(fun, self.x) if self.jaxpr is not None else Program(fun, self.x, None, None)
+        return replace(program, on_device=self.on_device)
 
     def composition_blocker(self, mode: str) -> Blocker | None:
         """What forbids two derivatives composed as ``mode``, such as "fwd_over_rev"."""
@@ -91,19 +101,38 @@ def trace(fun: Callable[[Tree], Any], x: Tree) -> Program:
         jaxpr, (out, aux) = jax.make_jaxpr(fun, return_shape=True)(x)
     except _NEEDS_VALUES:  # a branch on a value: legal as long as nothing outside traces it, as for jax.hessian
         out, _ = fun(x)
-        return Program(fun, x, jax.tree.map(jax.typeof, out), None)
+        return Program(lambda x: _as_arrays(fun(x)), x, jax.tree.map(jax.typeof, out), None)
     structure = jax.tree.structure((out, aux))
 
     def replay(x: Tree) -> tuple[Any, Any]:
-        return structure.unflatten(jex.core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(x)))
+        return _as_arrays(structure.unflatten(jex.core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(x))))
 
     return Program(replay, x, out, jaxpr)
 
 
-def directional_derivative(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: Tree) -> tuple[Any, Any]:
-    """``d/dt fun(x + t v)`` at 0, with ``(out, aux)`` beside it."""
-    out, derivative, aux = jax.jvp(fun, (x,), (v,), has_aux=True)
-    return derivative, (out, aux)
+def _as_arrays(outputs: tuple[Any, Any]) -> tuple[Any, Any]:
+    """``(out, aux)`` with plain numbers as arrays: a jaxpr holds those that a function returns as literals."""
+
+    def array(leaf: Any) -> Any:
+        is_number = (not isinstance(leaf, jax.Array) and hasattr(leaf, "__array__")) or isinstance(leaf, float)
+        return jnp.asarray(leaf, jax.typeof(leaf).dtype) if is_number else leaf
+
+    return jax.tree.map(array, outputs)
+
+
+def trace_on_device(fun: Callable[[Tree], Any], x: Tree) -> Program:
+    """Trace ``fun`` as the function of one device of a mesh: inside ``jax.shard_map`` nothing is summed over devices.
+
+    Reverse mode sums a derivative by what all devices share, forward mode does not. So ``x`` is made to vary over the
+    devices over which the output does. Reverse mode then gives the derivative of one device unless the function adds
+    up what other devices hold: it would have to send their part of the derivative back, and is illegal.
+    """
+    program = trace(fun, x)
+    outputs = program.out if program.jaxpr is None else program.jaxpr.out_avals[: len(jax.tree.leaves(program.out))]
+    varying = vary_like(x, outputs)
+    if all(a is b for a, b in zip(jax.tree.leaves(varying), jax.tree.leaves(x), strict=True)):
+        return program
+    return replace(trace(fun, varying), on_device=True)
 
 
 def choose_composition(function: str, program: Program, mode: HessianMode, *, whole: bool = False) -> str:
@@ -130,6 +159,10 @@ def _order_of_matrix(program: Program) -> Sequence[str]:
     one_dtype = len({leaf.dtype for leaf in jax.tree.leaves(program.x)}) == 1  # of mixed ones rows and columns differ
     if not program.is_scalar or not one_dtype or not _moves_tangents(program) or _has(_CONVOLUTION, program.jaxpr):
         return _ORDER  # convolutions move their axes anyway
+    # Reverse over reverse goes first only where no equation of the gradient can make a partial derivative infinite or
+    # NaN: it is then as finite as ``jax.hessian``, which is forward over reverse.
+    if program.blocker("rev") is not None or program.reverse.jaxpr is None or not keeps_finite(program.reverse.jaxpr):
+        return _ORDER
     return ("rev_over_rev", *(mode for mode in _ORDER if mode != "rev_over_rev"))
 
 

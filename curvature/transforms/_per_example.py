@@ -84,7 +84,7 @@ def _over_batch(
     _checks.check_chunk_size(function, chunk_size)
 
     def one(params: Tree, *example: Any) -> Tree:
-        program = _modes.trace(lambda params: (loss(params, *example), None), params)
+        program = _modes.trace_on_device(lambda params: (loss(params, *example), None), params)
         _checks.check_scalar_output(function, "loss", program.out)
         return derivative(program)
 

@@ -12,7 +12,6 @@ from curvature import _checks
 from curvature._types import Tree
 from curvature.transforms._jaxprs import called_jaxpr, is_floating, lone_equation, open_jaxpr
 from curvature.transforms._legality import Blocker, find_blocker, find_equation
-from curvature.transforms._modes import directional_derivative
 
 LINEAR_BY_ENTRY = frozenset({"add", "sub", "neg", "add_any", "copy", "convert_element_type", "select_n"})
 """Equations whose derivative is another one of the kind, which costs less than a product with slopes of one."""
@@ -40,6 +39,12 @@ class Pushforward(NamedTuple):
     def along(self, values: Sequence[Any], directions: Sequence[Any]) -> list[Any]:
         """The derivatives at ``values``."""
         return jex.core.jaxpr_as_fun(self.jaxpr)(*values, *directions)
+
+
+def directional_derivative(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: Tree) -> tuple[Any, Any]:
+    """``d/dt fun(x + t v)`` at 0, with ``(out, aux)`` beside it."""
+    out, derivative, aux = jax.jvp(fun, (x,), (v,), has_aux=True)
+    return derivative, (out, aux)
 
 
 def pushforward(function: str, closed: ClosedJaxpr, moving: Sequence[bool]) -> Pushforward:
@@ -87,14 +92,17 @@ def choose_forward(function: str, blocker: Callable[[str], Blocker | None]) -> s
 
 
 def derivative_along(mode: str, fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: Tree) -> tuple[Any, Any]:
-    """``d/dt fun(x + t v)`` at 0 in either mode, with ``(out, aux)`` beside it.
-
-    In reverse mode: the pull-back ``w -> J'w`` is linear, and its own pull-back is ``v -> J v``.
-    """
+    """``d/dt fun(x + t v)`` at 0 in either mode, with ``(out, aux)`` beside it."""
     if mode == "fwd":
         return directional_derivative(fun, x, v)
     out, pull, aux = jax.vjp(fun, x, has_aux=True)
-    return jax.vjp(pull, jax.tree.map(jnp.zeros_like, out))[1]((v,))[0], (out, aux)
+    return transposed(pull, out)(v), (out, aux)
+
+
+def transposed(pull: Callable[[Tree], tuple[Tree]], out: Tree) -> Callable[[Tree], Tree]:
+    """``v -> J v`` from the pull-back ``w -> (J'w,)``, which is linear, so that its own pull-back is that map."""
+    push = jax.vjp(pull, jax.tree.map(jnp.zeros_like, out))[1]
+    return lambda v: push((v,))[0]
 
 
 def asymmetric_rule(jaxpr: Jaxpr) -> Blocker | None:

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from curvature import _checks
 from curvature._types import JacobianMode, Objective, SparseHessianMode, Tree, ravel
 from curvature.transforms import _modes
-from curvature.transforms._compositions import linearize_program, trace_objective
+from curvature.transforms._compositions import is_symmetric, linearize_program, trace_objective
 from curvature.transforms._legality import Blocker
 
 _asdex_error: ImportError | None = None
@@ -87,7 +87,10 @@ def sparse_hessian(
         pattern = asdex.hessian_sparsity(fun, vector, *args)
     rows, columns = _checks.check_pattern("sparse_hessian", pattern, shape)
     sparsity = _sparsity(np.concatenate([rows, columns]), np.concatenate([columns, rows]), shape, vector)
-    coloring = asdex.hessian_coloring_from_sparsity(sparsity, mode=chosen)
+    if is_symmetric(program):
+        coloring = asdex.hessian_coloring_from_sparsity(sparsity, mode=chosen)
+    else:  # one triangle does not give the other
+        coloring = asdex.jacobian_coloring_from_sparsity(sparsity, mode="fwd")
     colors = np.arange(max(coloring.num_colors, 1))  # without any, one that no column has
     seeds = jnp.asarray(np.asarray(coloring.colors)[:, None] == colors, vector.dtype)
 

@@ -146,3 +146,31 @@ def test_zero_sizes_are_as_in_jax():
 
 def test_argnums_may_be_numpy_integers():
     assert_close(curvature.hessian(lambda x: jnp.sum(x**3), np.int64(0))(jnp.ones(2)), 6 * jnp.eye(2))
+
+
+CONSTANTS = {
+    "a float": lambda x: 3.0,
+    "a NumPy scalar": lambda x: np.float32(3),
+    "a NumPy array": lambda x: np.ones(2, np.float32),
+    "among others": lambda x: [x[0] ** 2, 3.0],
+    "by a branch": lambda x: 3.0 if x[0] > 0 else x[0],
+}
+
+
+@pytest.mark.parametrize("mode", ["auto", "fwd", "rev"])
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_of_plain_numbers_the_derivatives_are_zeros_as_for_jax(name, mode):
+    fun, x = CONSTANTS[name], jnp.array([1.0, 2.0])
+    got, want = curvature.jacobian(fun, mode=mode)(x), jax.jacobian(fun)(x)
+    assert_trees_close(got, want)
+    assert_trees_close(curvature.hessian(fun)(x), jax.hessian(fun)(x))
+
+
+def test_the_other_derivatives_of_a_plain_number_are_zeros_too():
+    number, x = (lambda x, *_: 3.0), jnp.array([1.0, 2.0])
+    value, grad, hvp_fn = curvature.linearize_grad(number, x)
+    found = [grad, hvp_fn(x), curvature.hvp(number, x, x), curvature.hessian_diagonal(number, x)]
+    found += [*curvature.directional_derivatives(number, x, x, order=2), curvature.laplacian(number)(x)]
+    found += [curvature.per_example_grad(number)(x, x), curvature.per_example_hessian(number)(x, x)]
+    assert value == 3.0
+    assert all(isinstance(array, jax.Array) and not array.any() for array in [value - 3.0, *found])
