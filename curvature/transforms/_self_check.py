@@ -25,7 +25,7 @@ from curvature.transforms import _modes
 from curvature.transforms._jaxprs import Equation, Variable, dependents, inline
 
 _MOST_LINES = 3  # of the user's program that an error message names for each leaf
-_MOVES = 64.0  # times what a move of the point by four roundings changes
+MOVES = 64.0  # times what a move of the point by four roundings changes
 _PRODUCT_EPS = {"gpu": 2.0**-10, "tpu": 2.0**-8}  # default precision of float32 products of matrices: TF32, bfloat16
 
 
@@ -44,7 +44,7 @@ class Sides(NamedTuple):
     expected: Array
     elsewhere: Array
     size: Array
-    moves: float = _MOVES
+    moves: float = MOVES
 
 
 class Excess(NamedTuple):

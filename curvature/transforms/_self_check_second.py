@@ -77,11 +77,11 @@ def subject_of(
     function: str,
     fun: Callable[[Tree], tuple[Any, Any]],
     program: _modes.Program,
-    evaluate: Callable[[_modes.Program], Any],
-    result: Any,
+    evaluate: Callable[[_modes.Program], Any] = lambda program: program,
+    result: Any = (),
     routes: Callable[[_modes.Program], dict[str, str]] = lambda _: {},
 ) -> Subject:
-    """A derivative of ``fun``, which returns ``(out, aux)``, at the point of its program."""
+    """A derivative of ``fun``, which returns ``(out, aux)``, at the point of its program; the program by default."""
     assert program.jaxpr is not None
     operands = program.x, program.jaxpr.consts
     traced = is_traced((operands, result))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from curvature._types import Tree
+from curvature.transforms import _modes
 from curvature.transforms._self_check import (
     Sides,
     compare,
@@ -56,12 +57,12 @@ def check_diagonal(subject: Subject) -> None:
         raise failure(subject.function, what, by, excess, at_fault, REMEDY)
 
 
-def check_laplacian(subject: Subject, along: Callable[[Any, Tree], Any]) -> None:
+def check_laplacian(subject: Subject, along: Callable[[_modes.Program, Tree], Any]) -> None:
     """Raise where the sum of second derivatives along two random directions is not ``sum_k v_k' H v_k``.
 
     Args:
-        subject: the Laplacian; its value is not compared, which would take a product for each entry of ``x``.
-        along: from values of the operands and directions to the sum of the second derivatives along these.
+        subject: a program; its Laplacian is not compared, which would take a product for each entry of ``x``.
+        along: from a program and directions to the sum of the second derivatives along these.
     """
     eps = eps_of(subject.program)
     every = list(range(len(jax.tree.leaves(subject.program.x))))
@@ -82,7 +83,7 @@ def check_laplacian(subject: Subject, along: Callable[[Any, Tree], Any]) -> None
 
 
 def _laplacian_sides(
-    subject: Subject, along: Callable[[Any, Tree], Any], eps: float, chosen: Sequence[int], values: Any
+    subject: Subject, along: Callable[[_modes.Program, Tree], Any], eps: float, chosen: Sequence[int], values: Any
 ) -> Sides:
     """Both sides for directions in some leaves."""
     fun, x = subject.plain(values)
@@ -99,7 +100,7 @@ def _laplacian_sides(
             terms += [widen(a * b).reshape(-1) for a, b in of_v]
         return jnp.concatenate(terms)
 
-    outs = jax.tree.leaves(along(values, directions))
+    outs = jax.tree.leaves(along(subject.evaluate(values), directions))
     found = sum(jnp.sum(widen(weight * out)) for weight, out in zip(weights, outs, strict=True))
     here = forms(x)
     return Sides(jnp.asarray(found), jnp.sum(here), jnp.sum(forms(moved(x, eps))), jnp.sum(jnp.abs(here)))
