@@ -153,7 +153,7 @@ def hessian(
         _checks.check_floating_output("hessian", "f", program.out)
         result, aux = evaluate(program)
         if check and program.jaxpr is not None:
-            subject = subject_of("hessian", fun, program, lambda program: evaluate(program)[0], result, routes)
+            subject = subject_of("hessian", program, lambda program: evaluate(program)[0], result, routes)
             check_hessian(subject, blocks)
         return (result, aux) if has_aux else result
 

@@ -55,20 +55,23 @@ class Excess(NamedTuple):
     tolerance: float
 
 
-Measure = Callable[[Any], Sequence[Sides]]
+Values = tuple[Tree, Any]
+"""What a derivative depends on, and the derivative itself where it is known at these values, else None."""
+
+Measure = Callable[[Values], Sequence[Sides]]
 
 
-def compare(measure: Measure, operands: Tree, eps: float, traced: bool) -> tuple[list[Excess], Tree]:
-    """What ``measure`` finds at the operands, or at random values where they are traced; and these values."""
-    if not traced:
-        return _excesses(measure(operands), eps), operands
-    sides, values = [], operands
+def compare(measure: Measure, values: Values, eps: float) -> tuple[list[Excess], Values]:
+    """What ``measure`` finds at the values, or at random ones where they are traced; and the values taken."""
+    if not is_traced(values):
+        return _excesses(jax.jit(measure)(values), eps), values
+    sides, drawn = [], values
     for positive in (False, True):  # the logarithm of a negative number would prove nothing
-        values = _without_tracers(operands, positive)
-        sides = list(jax.jit(measure)(values))
+        drawn = _without_tracers(values[0], positive), None
+        sides = list(jax.jit(measure)(drawn))
         if all(np.isfinite(_wide(side.expected)).all() for side in sides):
             break
-    return _excesses(sides, eps), values
+    return _excesses(sides, eps), drawn
 
 
 def is_traced(tree: Tree) -> bool:
@@ -153,7 +156,9 @@ def _draw(leaf: Any, rng: np.random.Generator, positive: bool) -> Array:
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return jax.random.split(jax.random.key(0, impl=jax.random.key_impl(leaf)), max(leaf.size, 1)).reshape(shape)
     if jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.asarray(rng.uniform(0.5, 1.5, shape) if positive else rng.standard_normal(shape)).astype(dtype)
+        numbers = rng.uniform(0.5, 1.5, shape) if positive else rng.standard_normal(shape)
+        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+        return jnp.asarray(numbers + 1j * rng.standard_normal(shape) if is_complex else numbers).astype(dtype)
     return jnp.asarray(np.zeros(shape) if positive else rng.integers(0, 2, shape)).astype(dtype)
 
 

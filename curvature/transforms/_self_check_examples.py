@@ -15,13 +15,13 @@ from curvature.transforms._grad_norm import accumulator
 from curvature.transforms._self_check import (
     MOVES,
     Sides,
+    Values,
     compare,
     consts_of,
     describe_leaf,
     entries_of,
     eps_of,
     failure,
-    is_traced,
     moved,
     rebuild_loss,
     trace_example,
@@ -46,8 +46,8 @@ Run = Callable[[Objective, Tree, tuple[Any, ...], Any], list[Array]]
 Formula = Callable[[Gradients, Any, float], list[Expected]]
 
 _REMEDY = (
-    "Report the program, and use jax.vmap(jax.grad(loss)) until it is repaired; if the loss has a custom derivative rule, "
-    "curvature.check_derivatives says whether that is right."
+    "Report the program, and use jax.vmap(jax.grad(loss)) until it is repaired; if the loss has a custom derivative "
+    "rule, curvature.check_derivatives says whether that is right."
 )
 
 
@@ -79,14 +79,11 @@ def check_few_examples(
     if of_example.jaxpr is None:
         return  # it branches on values: its gradients are formed by JAX alone
     eps = eps_of(of_example)
-    operands = params, few, extra, consts_of(of_example)
-    traced = is_traced(operands)
 
-    def measure_of(leaf: int | None) -> Callable[[Any], list[Sides]]:
-        def measure(values: Any) -> list[Sides]:
-            params, batch, extra, consts = values
-            chosen = rebuild_loss(of_example, consts) if traced else loss
-            alone, part = _of_leaf(chosen, params, leaf)
+    def measure_of(leaf: int | None) -> Callable[[Values], list[Sides]]:
+        def measure(values: Values) -> list[Sides]:
+            params, batch, extra, consts = values[0]
+            alone, part = _of_leaf(rebuild_loss(of_example, consts), params, leaf)
             found = [*map(widen, run(alone, part, batch, extra))]
             here, there = (
                 formula(_gradients(of_example, alone, at, batch), extra, eps) for at in (part, moved(part, eps))
@@ -99,12 +96,12 @@ def check_few_examples(
         return measure
 
     with jax.ensure_compile_time_eval():
-        excesses, values = compare(measure_of(None), operands, eps, traced)
+        excesses, values = compare(measure_of(None), ((params, few, extra, consts_of(of_example)), None), eps)
         _, excess = worst(excesses)
         if excess.ratio <= 1:
             return
         paths = leaf_paths(params)
-        single = [worst(compare(measure_of(k), values, eps, False)[0])[1].ratio for k in range(len(paths))]
+        single = [worst(compare(measure_of(k), values, eps)[0])[1].ratio for k in range(len(paths))]
     faulty = [k for k, ratio in enumerate(single) if ratio > 1] or list(range(len(paths)))
     routes = report(params, *batch).routes
     told = [describe_leaf(paths[k], routes[paths[k]], entries_of(of_example.jaxpr, k, len(paths))) for k in faulty[:2]]

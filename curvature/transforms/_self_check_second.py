@@ -1,8 +1,8 @@
 """``check=True`` of second derivatives: one product ``H v`` against forward over reverse mode.
 
 The returned Hessian times a random direction ``v`` is compared with ``d/dt grad f(x + t v)`` at ``t = 0``, computed by
-``jax.jvp(jax.grad(f), (x,), (v,))``: leaf by leaf, so that a small leaf counts as much as a large one. Where they differ
-the product is repeated along the leaves of ``v`` one at a time, which gives the block at fault.
+``jax.jvp(jax.grad(f), (x,), (v,))``: leaf by leaf, so that a small leaf counts as much as a large one. Where they
+differ the product is repeated along the leaves of ``v`` one at a time, which gives the block at fault.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from curvature.transforms import _modes
 from curvature.transforms._blocks import leaf_paths, select
 from curvature.transforms._self_check import (
     Sides,
+    Values,
     compare,
     consts_of,
     describe_leaf,
@@ -25,7 +26,6 @@ from curvature.transforms._self_check import (
     entries_of,
     eps_of,
     failure,
-    is_traced,
     moved,
     rebuild,
     rebuild_loss,
@@ -48,55 +48,46 @@ class Subject(NamedTuple):
     Attributes:
         function: the public function.
         program: the function that is differentiated, traced.
-        operands: what it depends on; traced where the call is.
-        plain: from values of the operands to the function of ``x`` that JAX is to differentiate, and ``x``.
-        evaluate: from values of the operands to the derivative under test.
-        result: what the call returns, which is checked itself unless it is traced.
+        values: what the derivative depends on, and the derivative as the call returns it.
+        plain: from what the derivative depends on to the function of ``x`` that JAX is to differentiate, and ``x``.
+        evaluate: from what the derivative depends on to the derivative.
         routes: from the path of each leaf to the rule that was taken for it.
     """
 
     function: str
     program: _modes.Program
-    operands: Tree
+    values: Values
     plain: Callable[[Any], tuple[Callable[[Tree], Any], Tree]]
     evaluate: Callable[[Any], Any]
-    result: Any
     routes: Callable[[], dict[str, str]]
 
-    @property
-    def traced(self) -> bool:
-        """Whether there are no values to check at."""
-        return is_traced((self.operands, self.result))
-
-    def found(self, values: Any) -> Any:
-        """The derivative under test at the values."""
-        return self.evaluate(values) if self.traced else self.result
+    def found(self, values: Values) -> Any:
+        """The derivative at the values."""
+        operands, result = values
+        return self.evaluate(operands) if result is None else result
 
 
 def subject_of(
     function: str,
-    fun: Callable[[Tree], tuple[Any, Any]],
     program: _modes.Program,
-    evaluate: Callable[[_modes.Program], Any] = lambda program: program,
-    result: Any = (),
+    evaluate: Callable[[_modes.Program], Any],
+    result: Any,
     routes: Callable[[_modes.Program], dict[str, str]] = lambda _: {},
 ) -> Subject:
-    """A derivative of ``fun``, which returns ``(out, aux)``, at the point of its program; the program by default."""
+    """A derivative of a traced function at its point."""
     assert program.jaxpr is not None
-    operands = program.x, program.jaxpr.consts
-    traced = is_traced((operands, result))
 
-    def plain(values: Any) -> tuple[Callable[[Tree], Any], Tree]:
-        chosen = rebuild(program, *values).fun if traced else fun
-        return lambda x: chosen(x)[0], values[0]
+    def plain(operands: Any) -> tuple[Callable[[Tree], Any], Tree]:
+        fun = rebuild(program, *operands).fun
+        return lambda x: fun(x)[0], operands[0]
 
+    values = (program.x, program.jaxpr.consts), result
     return Subject(
         function,
         program,
-        operands,
+        values,
         plain,
-        lambda values: evaluate(rebuild(program, *values)),
-        result,
+        lambda operands: evaluate(rebuild(program, *operands)),
         lambda: routes(program),
     )
 
@@ -112,23 +103,21 @@ def subject_of_mean(
 ) -> Subject:
     """The Hessian of the mean of a loss over a batch, from ``evaluate(loss, params, batch)``."""
     of_example = trace_example(loss, params, batch)
-    operands = params, batch, consts_of(of_example)
 
     def mean_of(loss: Objective, batch: tuple[Any, ...]) -> Callable[[Tree], Array]:
         return lambda params: jnp.mean(jax.vmap(loss, (None,) + (0,) * len(batch))(params, *batch))
 
-    def lifted(values: Any) -> Objective:
-        return loss if not is_traced((operands, result)) else rebuild_loss(of_example, values[2])
+    def plain(operands: Any) -> tuple[Callable[[Tree], Any], Tree]:
+        params, batch, consts = operands
+        return mean_of(rebuild_loss(of_example, consts), batch), params
 
-    return Subject(
-        function,
-        _modes.trace(lambda params: (mean_of(loss, batch)(params), None), params),
-        operands,
-        lambda values: (mean_of(lifted(values), values[1]), values[0]),
-        lambda values: evaluate(lifted(values), values[0], values[1]),
-        result,
-        lambda: report(params, *batch).routes,
-    )
+    def again(operands: Any) -> Any:
+        params, batch, consts = operands
+        return evaluate(rebuild_loss(of_example, consts), params, batch)
+
+    program = _modes.trace(lambda params: (mean_of(loss, batch)(params), None), params)
+    values = (params, batch, consts_of(of_example)), result
+    return Subject(function, program, values, plain, again, lambda: report(params, *batch).routes)
 
 
 def check_hessian(subject: Subject, blocks: HessianBlocks) -> None:
@@ -138,12 +127,12 @@ def check_hessian(subject: Subject, blocks: HessianBlocks) -> None:
     groups = [[column] for column in columns] if blocks == "diagonal" else [columns]
     eps = eps_of(subject.program)
     with jax.ensure_compile_time_eval():
-        excesses, values = compare(_products(subject, pairs, groups, eps), subject.operands, eps, subject.traced)
+        excesses, values = compare(_products(subject, pairs, groups, eps), subject.values, eps)
         _, excess = worst(excesses)
         if excess.ratio <= 1:
             return
         single = [[column] for column in columns]
-        by_block, _ = compare(_products(subject, pairs, single, eps), values, eps, False)
+        by_block, _ = compare(_products(subject, pairs, single, eps), values, eps)
     found, _ = worst(by_block)
     row, column = _rows_of_groups(pairs, single)[found]
     paths, (first, second) = leaf_paths(x), (min(row, column), max(row, column))
@@ -180,10 +169,10 @@ def _rows_of_groups(pairs: Pairs, groups: Sequence[Sequence[int]]) -> Pairs:
 def _products(
     subject: Subject, pairs: Pairs, groups: Sequence[Sequence[int]], eps: float
 ) -> Callable[[Any], list[Sides]]:
-    """From values of the operands to both sides of ``H v``: for each group of columns, each row."""
+    """From values to both sides of ``H v``: for each group of columns, each row."""
 
-    def measure(values: Any) -> list[Sides]:
-        fun, x = subject.plain(values)
+    def measure(values: Values) -> list[Sides]:
+        fun, x = subject.plain(values[0])
         v = jax.tree.leaves(direction_like(x, 2))
         weights = weights_of(subject.program)
         parts, sizes = _parts(subject.found(values), pairs, weights, v)

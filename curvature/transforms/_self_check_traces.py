@@ -11,6 +11,7 @@ from curvature._types import Tree
 from curvature.transforms import _modes
 from curvature.transforms._self_check import (
     Sides,
+    Values,
     compare,
     direction_like,
     eps_of,
@@ -19,7 +20,15 @@ from curvature.transforms._self_check import (
     widen,
     worst,
 )
-from curvature.transforms._self_check_second import REMEDY, Subject, combined, describe_leaves, product, weights_of
+from curvature.transforms._self_check_second import (
+    REMEDY,
+    Subject,
+    combined,
+    describe_leaves,
+    product,
+    subject_of,
+    weights_of,
+)
 
 _ENTRIES = 3  # of the diagonal
 _DIRECTIONS = 2  # of the trace: two, because one has no axis of directions to get wrong
@@ -31,8 +40,8 @@ def check_diagonal(subject: Subject) -> None:
     chosen = [(k, leaf.size // 2) for k, leaf in enumerate(leaves) if leaf.size][:_ENTRIES]
     eps = eps_of(subject.program)
 
-    def measure(values: Any) -> list[Sides]:
-        fun, x = subject.plain(values)
+    def measure(values: Values) -> list[Sides]:
+        fun, x = subject.plain(values[0])
         diagonal = jax.tree.leaves(subject.found(values))
         sides = []
         for k, entry in chosen:
@@ -49,7 +58,7 @@ def check_diagonal(subject: Subject) -> None:
     if not chosen:
         return
     with jax.ensure_compile_time_eval():
-        excesses, _ = compare(measure, subject.operands, eps, subject.traced)
+        excesses, _ = compare(measure, subject.values, eps)
     number, excess = worst(excesses)
     if excess.ratio > 1:
         at_fault = describe_leaves(subject, [chosen[number][0]])
@@ -57,25 +66,26 @@ def check_diagonal(subject: Subject) -> None:
         raise failure(subject.function, what, by, excess, at_fault, REMEDY)
 
 
-def check_laplacian(subject: Subject, along: Callable[[_modes.Program, Tree], Any]) -> None:
+def check_laplacian(program: _modes.Program, along: Callable[[_modes.Program, Tree], Any]) -> None:
     """Raise where the sum of second derivatives along two random directions is not ``sum_k v_k' H v_k``.
 
     Args:
-        subject: a program; its Laplacian is not compared, which would take a product for each entry of ``x``.
+        program: the function, traced; its Laplacian itself would take a product for each entry of ``x``.
         along: from a program and directions to the sum of the second derivatives along these.
     """
-    eps = eps_of(subject.program)
-    every = list(range(len(jax.tree.leaves(subject.program.x))))
+    eps = eps_of(program)
+    every = list(range(len(jax.tree.leaves(program.x))))
+    subject = subject_of("laplacian", program, lambda program: program, None)
 
-    def of_leaves(chosen: Sequence[Sequence[int]]) -> Callable[[Any], list[Sides]]:
+    def of_leaves(chosen: Sequence[Sequence[int]]) -> Callable[[Values], list[Sides]]:
         return lambda values: [_laplacian_sides(subject, along, eps, part, values) for part in chosen]
 
     with jax.ensure_compile_time_eval():
-        excesses, values = compare(of_leaves([every]), subject.operands, eps, subject.traced)
+        excesses, values = compare(of_leaves([every]), subject.values, eps)
         _, excess = worst(excesses)
         if excess.ratio <= 1:
             return
-        single, _ = compare(of_leaves([[k] for k in every]), values, eps, False)
+        single, _ = compare(of_leaves([[k] for k in every]), values, eps)
     number, of_leaf = worst(single)
     at_fault = describe_leaves(subject, [number] if of_leaf.ratio > 1 else every)
     what, by = "the Laplacian along two random directions", "v' H v by forward over reverse mode applied to f"
@@ -83,10 +93,10 @@ def check_laplacian(subject: Subject, along: Callable[[_modes.Program, Tree], An
 
 
 def _laplacian_sides(
-    subject: Subject, along: Callable[[_modes.Program, Tree], Any], eps: float, chosen: Sequence[int], values: Any
+    subject: Subject, along: Callable[[_modes.Program, Tree], Any], eps: float, chosen: Sequence[int], values: Values
 ) -> Sides:
     """Both sides for directions in some leaves."""
-    fun, x = subject.plain(values)
+    fun, x = subject.plain(values[0])
     weights = weights_of(subject.program)
     scalar = combined(fun, weights)
     of_leaves = [_directions(leaf, k, k in chosen) for k, leaf in enumerate(jax.tree.leaves(x))]
@@ -100,7 +110,7 @@ def _laplacian_sides(
             terms += [widen(a * b).reshape(-1) for a, b in of_v]
         return jnp.concatenate(terms)
 
-    outs = jax.tree.leaves(along(subject.evaluate(values), directions))
+    outs = jax.tree.leaves(along(subject.evaluate(values[0]), directions))
     found = sum(jnp.sum(widen(weight * out)) for weight, out in zip(weights, outs, strict=True))
     here = forms(x)
     return Sides(jnp.asarray(found), jnp.sum(here), jnp.sum(forms(moved(x, eps))), jnp.sum(jnp.abs(here)))
