@@ -128,8 +128,24 @@ def rebuild(program: _modes.Program, x: Tree, consts: Sequence[Any]) -> _modes.P
 
 def trace_example(loss: Objective, params: Tree, batch: tuple[Any, ...]) -> _modes.Program:
     """The loss of the first example, traced as a function of the parameters and the example."""
-    example = jax.tree.map(lambda leaf: leaf[0], batch)
+    example = jax.tree.map(lambda leaf: leaf[0], few_of(batch, 1))
     return _modes.trace(lambda point: (loss(point[0], *point[1]), None), (params, example))
+
+
+def few_of(batch: Tree, count: int) -> Tree:
+    """A few examples from the first to the last, and random ones where the batch is traced.
+
+    Call it where tracing is off: examples that are cut out of a tracer would be equations of the user's program.
+    """
+    rng = np.random.default_rng(4)
+
+    def cut(leaf: Array) -> Array:
+        size = min(len(leaf), count)
+        if isinstance(leaf, Tracer):
+            return _draw(leaf, (size, *leaf.shape[1:]), rng, positive=True)
+        return leaf[np.linspace(0, len(leaf) - 1, size).astype(int)]
+
+    return jax.tree.map(cut, batch)
 
 
 def consts_of(program: _modes.Program) -> list[Any]:
@@ -147,14 +163,17 @@ def rebuild_loss(program: _modes.Program, consts: Sequence[Any]) -> Objective:
 def _without_tracers(operands: Tree, positive: bool) -> Tree:
     """The operands with random values for tracers."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: _draw(leaf, rng, positive) if isinstance(leaf, Tracer) else leaf, operands)
+    return jax.tree.map(
+        lambda leaf: _draw(leaf, leaf.shape, rng, positive) if isinstance(leaf, Tracer) else leaf, operands
+    )
 
 
-def _draw(leaf: Any, rng: np.random.Generator, positive: bool) -> Array:
-    """Random numbers of one shape and dtype; integers are 0 or 1, or all 0, which index any axis."""
-    shape, dtype = leaf.shape, leaf.dtype
+def _draw(leaf: Any, shape: tuple[int, ...], rng: np.random.Generator, positive: bool) -> Array:
+    """Random numbers of a shape and the dtype of a leaf; integers are 0 or 1, or all 0, which index any axis."""
+    dtype = leaf.dtype
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return jax.random.split(jax.random.key(0, impl=jax.random.key_impl(leaf)), max(leaf.size, 1)).reshape(shape)
+        impl = jax.random.key_impl(leaf)
+        return jax.random.split(jax.random.key(0, impl=impl), max(int(np.prod(shape)), 1)).reshape(shape)
     if jnp.issubdtype(dtype, jnp.inexact):
         numbers = rng.uniform(0.5, 1.5, shape) if positive else rng.standard_normal(shape)
         is_complex = jnp.issubdtype(dtype, jnp.complexfloating)

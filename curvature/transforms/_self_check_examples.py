@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from curvature._types import Objective, Tree
@@ -22,6 +21,7 @@ from curvature.transforms._self_check import (
     entries_of,
     eps_of,
     failure,
+    few_of,
     moved,
     rebuild_loss,
     trace_example,
@@ -74,8 +74,9 @@ def check_few_examples(
         report: from the parameters and the batch to the rule that was taken for each leaf.
         extra: what else ``run`` and ``formula`` depend on.
     """
-    few = jax.tree.map(lambda leaf: leaf[_chosen(len(leaf))], batch)
-    of_example = trace_example(loss, params, few)
+    with jax.ensure_compile_time_eval():
+        few = few_of(batch, _EXAMPLES)
+        of_example = trace_example(loss, params, few)
     if of_example.jaxpr is None:
         return  # it branches on values: its gradients are formed by JAX alone
     eps = eps_of(of_example)
@@ -106,11 +107,6 @@ def check_few_examples(
     routes = report(params, *batch).routes
     told = [describe_leaf(paths[k], routes[paths[k]], entries_of(of_example.jaxpr, k, len(paths))) for k in faulty[:2]]
     raise failure(function, "the result for three examples", "jax.vmap(jax.grad(loss))", excess, told, _REMEDY)
-
-
-def _chosen(size: int) -> np.ndarray:
-    """The numbers of a few examples."""
-    return np.unique(np.linspace(0, size - 1, min(size, _EXAMPLES)).astype(int))
 
 
 def _of_leaf(loss: Objective, params: Tree, leaf: int | None) -> tuple[Objective, Tree]:

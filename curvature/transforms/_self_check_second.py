@@ -102,7 +102,8 @@ def subject_of_mean(
     report: Callable[..., Any],
 ) -> Subject:
     """The Hessian of the mean of a loss over a batch, from ``evaluate(loss, params, batch)``."""
-    of_example = trace_example(loss, params, batch)
+    with jax.ensure_compile_time_eval():
+        of_example = trace_example(loss, params, batch)
 
     def mean_of(loss: Objective, batch: tuple[Any, ...]) -> Callable[[Tree], Array]:
         return lambda params: jnp.mean(jax.vmap(loss, (None,) + (0,) * len(batch))(params, *batch))
@@ -189,7 +190,7 @@ def _products(
                 own = [pair for pair in pairs if pair[0] == row and pair[1] in group]
                 found, size = (sum(of_pairs[pair] for pair in own) for of_pairs in (parts, sizes))
                 size = jnp.maximum(size, jnp.abs(expected[row]))
-                sides.append(Sides(found, expected[row], elsewhere[row], size))
+                sides.append(Sides(jnp.asarray(found), expected[row], elsewhere[row], size))
         return sides
 
     return measure
@@ -225,7 +226,7 @@ def _parts(
     for weight, start in zip(weights, range(0, len(leaves), len(pairs)), strict=True):
         for pair, block in zip(pairs, leaves[start : start + len(pairs)], strict=True):
             column = widen(v[pair[1]]).reshape(-1)
-            block = widen(block).reshape(weight.size, -1, column.size)
+            block = widen(block).reshape(weight.size, v[pair[0]].size, column.size)
             factors = widen(weight).reshape(-1), block, column
             with jax.numpy_dtype_promotion("standard"):  # leaves may differ in dtype even where users are strict
                 parts[pair] = parts[pair] + _contract(*factors)

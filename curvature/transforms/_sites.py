@@ -50,8 +50,8 @@ def rules_of_sites(points: Points, x: Tree) -> tuple[SiteRule, ...]:
         roots = [origin.root for origin in site.origins]
         leaves = sorted({leaf for root in roots for leaf in taps.leaves_of[root]})
         entries = sum(root.aval.size for root in dict.fromkeys(roots) if root in points.rest)
-        name = site.eqn.primitive.name
-        rule = f"products along {entries:,} directions" if entries else _RULES.get(name, name)
+        name: str = site.eqn.primitive.name
+        rule = f"products along {entries:,} directions" if entries else _RULES.get(name) or name
         where = jex.source_info_util.summarize(site.eqn.source_info)
         rules.append(SiteRule(name, where, tuple(paths[leaf] for leaf in leaves), rule))
     return tuple(rules)

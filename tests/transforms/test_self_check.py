@@ -173,31 +173,31 @@ def test_closed_over_tracers_are_checked(monkeypatch):
         found = curvature.hessian(lambda p: scale * mean(p, x, y), check=True)(params)
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(found))
 
-    scales = jnp.arange(1.0, 4.0)
-    value = float(scaled(1.0, x))
-    assert jax.jit(scaled)(2.0, x) == pytest.approx(2 * value, rel=1e-4)
+    scales, two = jnp.arange(1.0, 4.0, dtype="float32"), jnp.float32(2)
+    value = float(scaled(two, x)) / 2
+    assert jax.jit(scaled)(two, x) == pytest.approx(2 * value, rel=1e-4)
     np.testing.assert_allclose(jax.vmap(scaled, (0, None))(scales, x), scales * value, rtol=1e-4)
-    assert jax.grad(scaled)(2.0, x) == pytest.approx(value, rel=1e-4)
+    assert jax.grad(scaled)(two, x) == pytest.approx(value, rel=1e-4)
     plant(monkeypatch, "hessian")
     for transformed in (jax.jit, lambda f: jax.vmap(f, (0, None)), jax.grad):
         with pytest.raises(RuntimeError, match="the block of 'w' and 'w'"):
-            transformed(scaled)(scales if transformed not in (jax.jit, jax.grad) else 2.0, x)
+            transformed(scaled)(scales if transformed not in (jax.jit, jax.grad) else two, x)
 
 
 SPECIAL = {
-    "vector-valued": (lambda x: {"a": jnp.sin(x) * x[0], "b": x[1] * x[2]}, jnp.arange(1.0, 4.0)),
-    "logarithm": (lambda x: jnp.sum(jnp.log(x) * x), jnp.arange(1.0, 4.0)),
+    "vector-valued": (lambda x: {"a": jnp.sin(x) * x[0], "b": x[1] * x[2]}, np.arange(1.0, 4.0)),
+    "logarithm": (lambda x: jnp.sum(jnp.log(x) * x), np.arange(1.0, 4.0)),
     "lookup": (
         lambda x: jnp.mean(jnp.tanh(x[jnp.array([2, 0, 1, 1, 2])] * jnp.arange(5.0)) ** 2),
         jnp.arange(1.0, 4.0),
     ),
-    "linear": (lambda x: jnp.sum(x), jnp.arange(3.0)),
-    "cancels": (lambda x: jnp.sum(x**2) - jnp.sum(x * x) + x[0], jnp.arange(3.0) + 0.1),
-    "relu at its kink": (lambda x: jnp.mean(jax.nn.relu(jnp.eye(3) @ x) ** 2), jnp.zeros(3)),
-    "no forward mode": (lambda x: jnp.sum(reverse_only(x)), jnp.arange(1.0, 4.0)),
-    "no reverse mode": (lambda x: jnp.sum(forward_only(x)), jnp.arange(1.0, 4.0)),
-    "no entries": (lambda x: jnp.sum(x**2), jnp.zeros(0)),
-    "random numbers": (lambda x: jnp.sum(x * jax.random.normal(jax.random.key(0), (3,))) ** 2, jnp.arange(3.0)),
+    "linear": (lambda x: jnp.sum(x), np.arange(3.0)),
+    "cancels": (lambda x: jnp.sum(x**2) - jnp.sum(x * x) + x[0], np.arange(3.0) + 0.1),
+    "relu at its kink": (lambda x: jnp.mean(jax.nn.relu(jnp.eye(3) @ x) ** 2), np.zeros(3)),
+    "no forward mode": (lambda x: jnp.sum(reverse_only(x)), np.arange(1.0, 4.0)),
+    "no reverse mode": (lambda x: jnp.sum(forward_only(x)), np.arange(1.0, 4.0)),
+    "no entries": (lambda x: jnp.sum(x**2), np.zeros(0)),
+    "random numbers": (lambda x: jnp.sum(x * jax.random.normal(jax.random.key(0), (3,))) ** 2, np.arange(3.0)),
 }
 
 
@@ -219,7 +219,7 @@ def test_traced_keys_tokens_and_flags_get_valid_values():
     table = jnp.asarray(RNG.standard_normal((4, 3)), jnp.float32)
 
     def fun(table, tokens, flags, key):
-        noise = jax.random.normal(key, (3,))
+        noise = jax.random.normal(key, (3,), "float32")
         rows = jnp.where(flags[:, None], table[tokens], jnp.float32(0))
         return jnp.mean(jnp.sum(jnp.tanh(rows * noise) ** 2, axis=1))
 
