@@ -1,6 +1,5 @@
 """Whether the derivatives of a function are right: differences, agreement of modes, symmetry, linearity, NaN."""
 
-from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import jax
@@ -13,12 +12,14 @@ from curvature._types import HessianMode, Objective, Tree
 from curvature.diagnostics import _judge
 from curvature.diagnostics._line import Line, scales_of
 from curvature.diagnostics._reports import DerivativeCheck, DerivativeReport
-from curvature.transforms import _modes, hvp
+from curvature.transforms import _modes, hessian, hvp, matrix_view
 from curvature.transforms._jacobian import gradient_of, with_aux
+from curvature.transforms._mean_hessian import find_structure
 
 _COMPOSITIONS = get_args(HessianMode)[1:]
 _MOST_COORDINATES = 32  # up to here every coordinate is a direction of its own
 _MOST_LEAVES = 16  # up to here every leaf is
+_MOST_ASSEMBLED = 4096  # rows: up to here the assembled Hessian is held whole, 128 MiB
 _MOST_FORWARD = 256  # up to here modes that take a pass for each entry are compared too
 
 
@@ -36,6 +37,8 @@ def check_derivatives(
     - Second derivatives against differences of the gradient and, independent of any error in it, against second
       differences of ``f``, ``(f(x + h v) - 2 f(x) + f(x - h v)) / h^2``.
     - All legal modes against each other; ``u'Hv = v'Hu``; ``H(2u - 3v) = 2Hu - 3Hv``; NaN and infinities by leaf.
+    - Where ``hessian`` finds that ``f`` is a mean over examples, the matrix that it assembles (``"taps"``) against
+      ``H v`` and against differences of the gradient.
 
     Differences are extrapolated (Richardson) from 16 steps and say how far off they may be. They are allowed 20 times
     that, plus ``eps**(3/8)`` of what is compared (1.4e-6 in double precision); derivatives among themselves differ by
@@ -60,7 +63,8 @@ def check_derivatives(
             a real floating dtype, or the call is traced.
         ValueError: for an unknown order, or no direction at all.
 
-    Cost: 32 evaluations and, for the second order, 32 gradients for each direction; about six compilations.
+    Cost: 32 evaluations and, for the second order, 32 gradients for each direction; about six compilations; the
+        assembled Hessian, unless it has more than 4,096 rows.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -83,9 +87,10 @@ def check_derivatives(
     nonfinite = _nonfinite(_scalar(f, args, own), x, order)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
         key = jax.random.key(0) if key is None else key
-        line = _line(f, args, x, order, remarks)
+        line, fun, wide_x = _line(f, args, x, order, remarks)
         labels, directions = _directions(line, num_directions, key)
-        checks = _compare(line, labels, directions, order)
+        matrix = _assembled(fun, wide_x, line, remarks) if order == 2 and own.is_scalar else None
+        checks = _compare(line, labels, directions, order, matrix)
     found = [f"{what}: {', '.join(paths)}" for what, paths in nonfinite.items()]
     verdict = "not finite" if nonfinite else "passed"
     finite = DerivativeCheck("finite values", verdict, float(len(nonfinite)), 0.0, "; ".join(found))
@@ -109,8 +114,8 @@ def _scalar(f: Objective, args: tuple[Any, ...], own: _modes.Program) -> Objecti
     return combined
 
 
-def _line(f: Objective, args: tuple[Any, ...], x: Tree, order: int, remarks: list[str]) -> Line:
-    """The function in double precision if it allows that, in its own if not."""
+def _line(f: Objective, args: tuple[Any, ...], x: Tree, order: int, remarks: list[str]) -> tuple[Line, Objective, Tree]:
+    """The function in double precision if it allows that, in its own if not: along lines, and of its point."""
 
     def widen(leaf: Any) -> Any:
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -119,16 +124,29 @@ def _line(f: Objective, args: tuple[Any, ...], x: Tree, order: int, remarks: lis
     wide_x, wide_args = jax.tree.map(widen, x), jax.tree.map(widen, args)
     try:
         own = _modes.trace(lambda x: (f(x, *wide_args), None), wide_x)
-        line = Line(_scalar(f, wide_args, own), wide_x, order)
+        fun, point = _scalar(f, wide_args, own), wide_x
+        line = Line(fun, point, order)
     except (TypeError, ValueError) as error:
         first = next(iter(str(error).splitlines()), "")
         own = _modes.trace(lambda x: (f(x, *args), None), x)
-        line = Line(_scalar(f, args, own), x, order)  # raises again if double precision was not the reason
+        fun, point = _scalar(f, args, own), x
+        line = Line(fun, point, order)  # raises again if double precision was not the reason
         remarks.append(f"f does not take double precision, so differences are rough: {first}")
-        return line
+        return line, fun, point
     if line.eps > np.finfo(np.float64).eps:
         remarks.append(f"f returns {line.out_dtype} even for float64 arguments, so differences are rough.")
-    return line
+    return line, fun, point
+
+
+def _assembled(fun: Objective, x: Tree, line: Line, remarks: list[str]) -> np.ndarray | None:
+    """The Hessian that ``hessian`` assembles from examples, in the units of the line; None where it does not."""
+    if find_structure(_modes.trace(lambda x: (fun(x), None), x)) is None:
+        return None
+    if line.size > _MOST_ASSEMBLED:
+        remarks.append(f"The assembled Hessian of {line.size:,} rows was left out.")
+        return None
+    matrix = np.asarray(matrix_view(jax.jit(hessian(fun))(x), x).matrix, np.float64)
+    return line.scales[:, None] * matrix * line.scales
 
 
 def _directions(line: Line, num_directions: int, key: Array) -> tuple[list[str], np.ndarray]:
@@ -144,35 +162,69 @@ def _directions(line: Line, num_directions: int, key: Array) -> tuple[list[str],
     return labels, np.stack(rows)
 
 
-def _compare(line: Line, labels: list[str], directions: np.ndarray, order: int) -> Iterator[DerivativeCheck]:
-    """All checks but that for NaN."""
+def _compare(
+    line: Line, labels: list[str], directions: np.ndarray, order: int, matrix: np.ndarray | None
+) -> list[DerivativeCheck]:
+    """All checks but that for NaN; ``matrix`` is the assembled Hessian, where there is one."""
     center, gradient = line.center()
     first, sides, directions = _along_all(line, labels, directions, order)
     checks = [_judge.worst("first derivatives: differences of f", labels, first)]
     few = line.size <= _MOST_FORWARD
-    probes = directions[:2] if len(directions) > 1 else np.stack([directions[0], -2 * directions[0]])
     modes = [m for m in ("rev", "fwd") if line.program.blocker(m) is None and (few or m == line.gradient_mode)]
     checks.append(_judge.agreement("gradient: modes agree", line.gradients_by(modes), line, float(abs(center))))
     if order == 1:
-        return iter(checks)
+        return checks
     products = np.stack([line.product(direction) for direction in directions])
-    second, curved = [], []
-    for label, direction, product, (plus, minus) in zip(labels, directions, products, sides, strict=True):
-        gradients = line.gradients(direction)
-        second.append(_judge.second_order(line, label, direction, product, gradient, *gradients))
-        curved.append(_judge.curvature(line, label, direction, product, center, plus, minus))
-    of_gradient = _judge.worst("second derivatives: differences of the gradient", labels, second)
-    of_values = _judge.worst("second derivatives: second differences of f", labels, curved)
-    of_gradient = _judge.blame_kink(of_gradient, checks[0], "f")
-    checks.append(of_gradient)
-    checks.append(_judge.blame_kink(_judge.blame_kink(of_values, checks[0], "f"), of_gradient, "the gradient"))
+    along = [line.gradients(direction) for direction in directions]
+    of_values = [
+        _judge.curvature(line, label, direction, product, center, *values)
+        for label, direction, product, values in zip(labels, directions, products, sides, strict=True)
+    ]
+    by_values = _judge.worst("second derivatives: second differences of f", labels, of_values)
+    by_gradient = _by_gradient("second derivatives", line, labels, directions, products, gradient, along)
+    by_gradient = _judge.blame_kink(by_gradient, checks[0], "f")
+    checks.append(by_gradient)
+    checks.append(_judge.blame_kink(_judge.blame_kink(by_values, checks[0], "f"), by_gradient, "the gradient"))
+    size = float(np.linalg.norm(gradient))
+    checks += _identities(line, labels, directions, products, size)
+    if matrix is None:
+        return checks
+    of_taps = directions @ matrix.T
+    by_taps = [_judge.assembled(line, *row, size) for row in zip(labels, directions, of_taps, products, strict=True)]
+    checks.append(_judge.worst("assembled Hessian: agrees with H v", labels, by_taps))
+    differences = _by_gradient("assembled Hessian", line, labels, directions, of_taps, gradient, along)
+    return [*checks, _judge.blame_kink(differences, checks[0], "f")]
+
+
+def _by_gradient(
+    name: str,
+    line: Line,
+    labels: list[str],
+    directions: np.ndarray,
+    products: np.ndarray,
+    gradient: np.ndarray,
+    along: list[tuple[np.ndarray, np.ndarray]],
+) -> DerivativeCheck:
+    """Products with the Hessian against differences of the gradient."""
+    found = [
+        _judge.second_order(line, label, direction, product, gradient, *gradients)
+        for label, direction, product, gradients in zip(labels, directions, products, along, strict=True)
+    ]
+    return _judge.worst(f"{name}: differences of the gradient", labels, found)
+
+
+def _identities(
+    line: Line, labels: list[str], directions: np.ndarray, products: np.ndarray, size: float
+) -> list[DerivativeCheck]:
+    """Agreement of the modes, symmetry and linearity; ``size`` is that of the gradient."""
+    few = line.size <= _MOST_FORWARD
+    probes = directions[:2] if len(directions) > 1 else np.stack([directions[0], -2 * directions[0]])
     legal = [m for m in _COMPOSITIONS if line.program.composition_blocker(m) is None]
     legal = [m for m in legal if few or m != "fwd_over_fwd" or legal == [m]]
-    size = float(np.linalg.norm(gradient))
-    checks.append(_judge.agreement("H v: modes agree", line.products_by(legal, probes[0]), line, size))
-    checks.append(_judge.symmetry(line, labels, directions, products, size))
-    checks.append(_judge.linearity(line, probes, size))
-    return iter(checks)
+    agree = _judge.agreement("H v: modes agree", line.products_by(legal, probes[0]), line, size)
+    symmetric = _judge.symmetry(line, labels, directions, products, size)
+    agree = _judge.blame_rule(agree, symmetric, line, legal)
+    return [agree, symmetric, _judge.linearity(line, probes, size)]
 
 
 def _along_all(

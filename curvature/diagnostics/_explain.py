@@ -20,6 +20,7 @@ from curvature.transforms._jacobian import auto_chunk_of, gradient_of, with_aux
 from curvature.transforms._legality import outputs_of
 from curvature.transforms._mean_hessian import find_structure
 from curvature.transforms._points import Points
+from curvature.transforms._sites import rules_of_sites
 
 _COMPOSITIONS = get_args(HessianMode)[1:]
 _DIRECTIONS = get_args(JacobianMode)[1:]
@@ -45,7 +46,8 @@ def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> Explana
     Returns:
         A report that prints as a table, with the figures by attribute: ``report.way("hvp").mode`` is what ``auto``
         takes, ``report.way("hessian", "rev_over_rev").temporary_bytes`` what another takes. A function without a legal
-        mode has rows that say why.
+        mode has rows that say why. Where the Hessian is assembled from examples, ``report.sites`` has the rule for each
+        equation that a leaf of ``x`` enters, with the line on which it stands.
 
     Raises:
         TypeError: when ``f`` is not callable, a leaf of ``x`` or of the output is not of a real floating dtype, data is
@@ -82,6 +84,7 @@ def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> Explana
         unused=unused,
         without_curvature=flat,
         structure=None if structure is None else _structure_in_words(*structure),
+        sites=() if structure is None else rules_of_sites(structure[1], x),
         remarks=_remarks(program, ways, measure),
     )
 

@@ -1,5 +1,6 @@
 """Verdicts: two sides of an identity, the tolerance between them, and a sentence about where they differ."""
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -65,13 +66,7 @@ def second_order(
     """``H d`` against differences of the gradient along ``d``, entry by entry."""
     estimate = _differences.first_derivative(plus, minus, gradient, line.eps)
     kink = _differences.has_kink(plus, minus, gradient, line.eps)
-
-    def tell(i: int) -> tuple[str, float]:
-        entry = line.entry_name(i)
-        if label.startswith("x"):
-            return f"d^2 f / d {entry} d {label}", line.scales[i] * _unit(line, label, direction)
-        return f"the entry {entry} of H v for {label}", line.scales[i]
-
+    tell = functools.partial(_tell_second, line, label, direction)
     return _judge(line, product, estimate, kink, np.abs(gradient), np.linalg.norm(product), tell)
 
 
@@ -165,6 +160,42 @@ def agreement(name: str, results: Mapping[str, np.ndarray], line: Line, size: fl
     error, first, second = max(apart)
     sentence = f"{first} and {second} differ by {error:.1e} of the norm." if error > tolerance else ""
     return DerivativeCheck(name, "wrong" if error > tolerance else "passed", error, tolerance, sentence)
+
+
+def assembled(
+    line: Line, label: str, direction: np.ndarray, of_taps: np.ndarray, product: np.ndarray, size: float
+) -> DerivativeCheck:
+    """The assembled Hessian times a direction against ``H v`` by the composition that ``auto`` takes for products."""
+    check = agreement("", {"taps": of_taps, line.composition: product}, line, size)
+    if check.verdict != "wrong":
+        return check
+    i = int(np.argmax(np.abs(of_taps - product)))
+    what, unit = _tell_second(line, label, direction, i)
+    sentence = (
+        f"{what} is {of_taps[i] / unit:.10g} in the assembled Hessian ('taps', which curvature.hessian returns) and "
+        f"{product[i] / unit:.10g} by {line.composition}."
+    )
+    return replace(check, sentence=sentence)
+
+
+def _tell_second(line: Line, label: str, direction: np.ndarray, i: int) -> tuple[str, float]:
+    """What entry ``i`` of a product with the Hessian is called, and its unit."""
+    entry = line.entry_name(i)
+    if label.startswith("x"):
+        return f"d^2 f / d {entry} d {label}", line.scales[i] * _unit(line, label, direction)
+    return f"the entry {entry} of H v for {label}", line.scales[i]
+
+
+def blame_rule(check: DerivativeCheck, symmetric: DerivativeCheck, line: Line, modes: Sequence[str]) -> DerivativeCheck:
+    """``check``, that modes agree, with the reason where it fails because the matrix is not symmetric."""
+    if check.verdict != "wrong" or symmetric.verdict != "wrong" or not {"fwd_over_rev", "rev_over_rev"} <= {*modes}:
+        return check
+    rule = line.program.blocker("fwd")
+    reason = (
+        f"{check.sentence} fwd_over_rev gives the derivative of the gradient times v, rev_over_rev its transpose "
+        "times v, and these differ: what reverse mode returns is the gradient of no function."
+    )
+    return replace(check, sentence=reason + (f" Its rule comes from {rule}." if rule is not None else ""))
 
 
 def symmetry(

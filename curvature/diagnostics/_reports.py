@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from curvature.diagnostics._print import Printable, Sheet
+from curvature.transforms._sites import SiteRule
+
+_MOST_SITES = 12  # that are printed
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Explanation(Printable):
         without_curvature: the paths of the leaves that ``f`` is linear in, or piecewise so, all else fixed and not:
             the rows and columns of the Hessian are zero there, whatever the values.
         structure: what structure of ``f`` the Hessian is formed from, in words; None if it goes column by column.
+        sites: where the Hessian is formed from examples, a ``SiteRule`` for each equation that leaves of ``x`` enter
+            together with data: ``primitive``, ``where`` (the user's line), ``leaves`` (their paths) and ``rule``.
         remarks: what else is worth knowing, in sentences.
     """
 
@@ -66,6 +71,7 @@ class Explanation(Printable):
     unused: tuple[str, ...]
     without_curvature: tuple[str, ...]
     structure: str | None
+    sites: tuple[SiteRule, ...]
     remarks: tuple[str, ...]
 
     def way(self, derivative: str, mode: str = "auto") -> Way | None:
@@ -88,6 +94,9 @@ class Explanation(Printable):
         findings = []
         if self.structure is not None:
             findings.append(self.structure)
+        findings += map(str, self.sites[:_MOST_SITES])
+        if len(self.sites) > _MOST_SITES:
+            findings.append(f"{len(self.sites) - _MOST_SITES:,} more equations are in the attribute sites.")
         if self.chunk is not None:
             matrix = "Hessian" if self.way("hessian") else "Jacobian"
             findings.append(f"The {matrix} takes {self.chunk:,} of its columns or rows at once.")

@@ -14,13 +14,14 @@ from curvature.transforms._accumulate import sum_over_chunks, vary_like
 from curvature.transforms._factors import sum_over_batch
 from curvature.transforms._grad_norm import accumulator, routes_of, squared_norm
 from curvature.transforms._jacobian import gradient_of, vmap
+from curvature.transforms._self_check_examples import Expected, Gradients, check_few_examples, each_norm, norms_of
 from curvature.transforms._tapped import Tapped, open_batch, reporter
 from curvature.transforms._taps import Taps, trace_taps
 
 _Parts = tuple[Callable[[Any], Any], Callable[[Any], Array], Callable[[Any, Array], list[Array]]]
 
 
-def per_example_grad_norm(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Tapped:
+def per_example_grad_norm(loss: Objective, *, chunk_size: ChunkSize = "auto", check: bool = False) -> Tapped:
     """The norm of each example's gradient: ``norm(d loss(params, *example_b) / d params)`` over all leaves together.
 
     Where a weight enters as ``z = a W``, the gradient is ``sum_s a_s d_s'`` over positions s (tokens, pixels, steps of
@@ -34,6 +35,10 @@ def per_example_grad_norm(loss: Objective, *, chunk_size: ChunkSize = "auto") ->
     Args:
         loss: ``loss(params, *example) -> scalar``, for one example.
         chunk_size: how many examples run at once; see ``vmap``.
+        check: whether to compare the function of up to three of the examples with the same formula of their gradients
+            by ``jax.vmap(jax.grad(loss))``, and to raise where they differ by more than rounding. Where the call is
+            traced, as by ``jax.jit``, both are evaluated while it is traced, at random values of the same shapes; the
+            compiled program is the same as without.
 
     Returns:
         A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns
@@ -42,9 +47,11 @@ def per_example_grad_norm(loss: Objective, *, chunk_size: ChunkSize = "auto") ->
     Raises:
         TypeError: when the loss is not scalar, or a leaf of ``params`` is not of a real floating dtype.
         ValueError: when no batch is given, or its leaves differ in their leading axis.
+        RuntimeError: where ``check`` finds a difference; the message names the leaves, the rule that was taken for
+            each, and the equations and lines where these enter the loss.
 
     Cost: for one vector an example less than one gradient of the mean, as no gradient of a weight is formed; memory for
-        the inputs and cotangents of one chunk.
+        the inputs and cotangents of one chunk. ``check`` takes the gradients of three examples, twice.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -59,15 +66,29 @@ def per_example_grad_norm(loss: Objective, *, chunk_size: ChunkSize = "auto") ->
     _checks.check_callable(name, "loss", loss)
     _checks.check_chunk_size(name, chunk_size)
 
+    report = reporter(name, loss, routes_in_words)
+
     def norms(params: Tree, *batch: Any) -> Float[Array, " batch"]:
         params, batch, example = open_batch(name, params, batch)
+        if check:
+            check_few_examples(name, loss, params, batch, _run_norms, _norms_of_formed, report)
         known, square, _ = _parts(name, loss, params, example)
         return vmap(lambda *example: jnp.sqrt(square(known(example))), chunk_size=chunk_size)(*jax.tree.leaves(batch))
 
-    return Tapped(norms, reporter(name, loss, routes_in_words))
+    return Tapped(norms, report)
 
 
-def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "auto") -> Tapped:
+def _run_norms(loss: Objective, params: Tree, batch: tuple[Any, ...], _: Any) -> list[Array]:
+    """The norms for a few examples, in chunks of two."""
+    return [*per_example_grad_norm(loss, chunk_size=2)(params, *batch)]
+
+
+def _norms_of_formed(gradients: Gradients, _: Any, eps: float) -> list[Expected]:
+    """The norms of gradients that are formed."""
+    return each_norm(norms_of(gradients), eps)
+
+
+def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "auto", check: bool = False) -> Tapped:
     """The mean of clipped per-example gradients: ``(1/B) sum_b g_b min(1, max_norm / norm(g_b))``, and the norms.
 
     What differentially private training needs before it adds noise of scale ``max_norm / B``: changing one example
@@ -78,6 +99,7 @@ def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "aut
         loss: ``loss(params, *example) -> scalar``, for one example.
         max_norm: the largest norm that an example's gradient keeps, a positive number.
         chunk_size: how many examples run at once; see ``vmap``.
+        check: whether to compare the result for a few examples with JAX's; see ``per_example_grad_norm``.
 
     Returns:
         A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns
@@ -85,8 +107,10 @@ def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "aut
 
     Raises:
         TypeError, ValueError: as ``per_example_grad_norm``; and for a ``max_norm`` that is not positive.
+        RuntimeError: where ``check`` finds a difference, as ``per_example_grad_norm``.
 
-    Cost: about one gradient of the mean; memory as one gradient of a chunk.
+    Cost: about one gradient of the mean; memory as one gradient of a chunk. ``check`` takes the gradients of three
+        examples, twice.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -103,8 +127,12 @@ def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "aut
     _checks.check_positive(name, "max_norm", max_norm)
     _checks.check_chunk_size(name, chunk_size)
 
+    report = reporter(name, loss, routes_in_words)
+
     def clipped(params: Tree, *batch: Any) -> tuple[Tree, Float[Array, " batch"]]:
         params, batch, example = open_batch(name, params, batch)
+        if check:
+            check_few_examples(name, loss, params, batch, _run_clipped, _clipped_of_formed, report, max_norm)
         leaves, structure = jax.tree.flatten(params)
         examples = jax.tree.leaves(batch)
         dtype, size = accumulator(leaves), len(examples[0])
@@ -124,7 +152,22 @@ def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "aut
         cast = [total.astype(leaf.dtype) for total, leaf in zip(gradient, leaves, strict=True)]
         return structure.unflatten(cast), norms
 
-    return Tapped(clipped, reporter(name, loss, routes_in_words))
+    return Tapped(clipped, report)
+
+
+def _run_clipped(loss: Objective, params: Tree, batch: tuple[Any, ...], max_norm: Any) -> list[Array]:
+    """The mean of the clipped gradients of a few examples, in chunks of two, and their norms."""
+    gradient, norms = clipped_grad(loss, max_norm, chunk_size=2)(params, *batch)
+    return [*jax.tree.leaves(gradient), *norms]
+
+
+def _clipped_of_formed(gradients: Gradients, max_norm: Any, eps: float) -> list[Expected]:
+    """The mean of gradients that are formed and then clipped, and their norms."""
+    norms = norms_of(gradients)
+    factors = jnp.where(norms > max_norm, max_norm / norms, 1)
+    clipped = [jnp.tensordot(factors.astype(leaf.dtype), leaf, 1) / len(norms) for leaf in gradients]
+    sizes = [jnp.tensordot(factors.astype(leaf.dtype), jnp.abs(leaf), 1) / len(norms) for leaf in gradients]
+    return [*(Expected(*pair, eps**-0.5) for pair in zip(clipped, sizes, strict=True)), *each_norm(norms, eps)]
 
 
 def _parts(name: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> _Parts:

@@ -1,5 +1,6 @@
 """The exact diagonal of a Hessian, without the matrix."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,17 @@ from curvature.transforms._blocks import Subtree, leaf_subtrees
 from curvature.transforms._compositions import trace_objective
 from curvature.transforms._jacobian import gradient_of, map_basis, sum_over_devices
 from curvature.transforms._pushforward import directional_derivative
+from curvature.transforms._self_check_second import subject_of
+from curvature.transforms._self_check_traces import check_diagonal
 
 
 def hessian_diagonal(
-    f: Objective, x: Tree, *args: Any, chunk_size: ChunkSize = "auto", mode: HessianMode = "auto"
+    f: Objective,
+    x: Tree,
+    *args: Any,
+    chunk_size: ChunkSize = "auto",
+    mode: HessianMode = "auto",
+    check: bool = False,
 ) -> Tree:
     """The diagonal ``d[i] = d^2 f / dx_i^2`` of the Hessian at ``x``, exact, without forming the Hessian.
 
@@ -31,6 +39,9 @@ def hessian_diagonal(
         chunk_size: how many entries are computed at once; see ``vmap``.
         mode: the composition of modes. ``"auto"`` takes forward over forward if that is legal for ``f``, and otherwise
             what ``hvp`` takes. The other compositions make a column of a leaf's own block for each entry.
+        check: whether to compare up to three entries, of different leaves, with those of ``H v`` by forward over
+            reverse mode, ``jax.jvp(jax.grad(f), (x,), (v,))``, and to raise where they differ by more than rounding.
+            Traced calls are compared as by ``hessian``.
 
     Returns:
         The diagonal, shaped like ``x``.
@@ -39,9 +50,12 @@ def hessian_diagonal(
         TypeError: when ``f`` is not callable or not scalar, when a leaf is not of a real floating dtype, or when no
             composition (or not the one asked for) can differentiate ``f``; the message names the primitive and line.
         ValueError: for an unknown mode or a bad ``chunk_size``.
+        RuntimeError: where ``check`` finds a difference; the message names the leaf, and the equations and lines where
+            it enters ``f``.
 
     Cost: for each entry of ``x`` one JVP of a JVP: two evaluations of the part of ``f`` that lies behind its leaf, and
-        one evaluation of ``f`` for each chunk. Memory: the intermediates of one chunk of directions.
+        one evaluation of ``f`` for each chunk. Memory: the intermediates of one chunk of directions. ``check`` takes
+        six products ``H v`` more, and where the call is traced one more diagonal.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -55,10 +69,18 @@ def hessian_diagonal(
     _checks.check_choice("hessian_diagonal", "mode", mode, HessianMode)
     _checks.check_chunk_size("hessian_diagonal", chunk_size)
     program = trace_objective("hessian_diagonal", "f", f, _checks.check_point("hessian_diagonal", "x", x), args)
+    result = _diagonal(program, mode, chunk_size)
+    if check and program.jaxpr is not None:
+        evaluate = functools.partial(_diagonal, mode=mode, chunk_size=chunk_size)
+        check_diagonal(subject_of("hessian_diagonal", program, evaluate, result))
+    return result
+
+
+def _diagonal(program: _modes.Program, mode: HessianMode, chunk_size: ChunkSize) -> Tree:
+    """The diagonal for a traced objective, leaf by leaf, so that nothing moves before the leaf comes into play."""
     if mode == "auto" and program.composition_blocker("fwd_over_fwd") is None:
         mode = "fwd_over_fwd"
     composition = _modes.choose_composition("hessian_diagonal", program, mode)
-    # Leaf by leaf, so that nothing moves before the leaf comes into play.
     diagonals = [_diagonal_of(program, composition, leaf, chunk_size) for leaf in leaf_subtrees(program.x)]
     return jax.tree.structure(program.x).unflatten(diagonals)
 

@@ -1,5 +1,6 @@
 """The Hessian of a mean over examples, assembled from taps."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,13 @@ from curvature import _checks
 from curvature._types import ChunkSize, HessianBlocks, Objective, Tree, ravel
 from curvature.transforms import _modes
 from curvature.transforms._accumulate import num_chunks, sum_over_chunks
-from curvature.transforms._blocks import Subtree, leaf_subtrees, select
+from curvature.transforms._blocks import Subtree, leaf_paths, leaf_subtrees, select
 from curvature.transforms._compositions import hessian_of
 from curvature.transforms._examples import Examples, find_examples
 from curvature.transforms._jacobian import jacobian_of
 from curvature.transforms._points import Blocks, Points, Wanted, bytes_per_example, find_points, tapped_blocks
 from curvature.transforms._pushforward import asymmetric_rule
+from curvature.transforms._self_check_second import check_hessian, subject_of_mean
 from curvature.transforms._tapped import Tapped, open_batch, reporter
 from curvature.transforms._taps import Taps, trace_taps
 from curvature.transforms._views import transpose_block
@@ -25,7 +27,9 @@ _LEAST_CHUNK = 128  # fewer examples make thin products of matrices
 _FEWER = 2  # taps pay when they take so many times fewer directions than there are parameters: ours
 
 
-def mean_hessian(loss: Objective, *, chunk_size: ChunkSize = "auto", blocks: HessianBlocks = None) -> Tapped:
+def mean_hessian(
+    loss: Objective, *, chunk_size: ChunkSize = "auto", blocks: HessianBlocks = None, check: bool = False
+) -> Tapped:
     """The Hessian of the mean of ``loss`` over a batch: ``H = (1/B) sum_b d^2 loss(params, *example_b) / d params^2``.
 
     Equal to ``hessian`` of that mean, but assembled from what the structure of a sum over examples allows. Where a
@@ -44,6 +48,8 @@ def mean_hessian(loss: Objective, *, chunk_size: ChunkSize = "auto", blocks: Hes
         chunk_size: how many examples at once; ``"auto"`` keeps the intermediates within 32 MiB, None takes all.
         blocks: ``(rows, columns)`` for the block of two leaves or sub-trees named by path, "diagonal" for the diagonal
             block of every leaf; see ``hessian``.
+        check: whether to compare the result times a random direction with the product that JAX computes from the mean
+            of ``jax.vmap(loss)``, and to raise where they differ by more than rounding; see ``hessian``.
 
     Returns:
         A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns a
@@ -53,11 +59,13 @@ def mean_hessian(loss: Objective, *, chunk_size: ChunkSize = "auto", blocks: Hes
     Raises:
         TypeError: when the loss is not scalar, or a leaf of ``params`` is not of a real floating dtype.
         ValueError: when no batch is given, or its leaves differ in their leading axis; for unknown ``blocks``.
+        RuntimeError: where ``check`` finds a difference, as ``hessian``.
 
     Cost: one gradient of the mean, one product for each output of a tapped layer, and about ``2 B n^2`` operations in
         products of matrices, a quarter of that for the blocks of a layer with itself, where ``hessian`` takes n
         products of 1.5 gradients each; ``python -m benchmarks --suite modes`` measures both. Memory:
-        the result and the intermediates of one chunk.
+        the result and the intermediates of one chunk. ``check`` takes two products of the whole batch more; see
+        ``hessian``.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -73,14 +81,38 @@ def mean_hessian(loss: Objective, *, chunk_size: ChunkSize = "auto", blocks: Hes
     _checks.check_chunk_size("mean_hessian", chunk_size)
     _checks.check_blocks("mean_hessian", blocks)
 
-    def of_batch(params: Tree, *batch: Any) -> Tree:
-        params, batch, example = open_batch("mean_hessian", params, batch)
-        points = _points_of(trace_taps("mean_hessian", loss, params, example))
-        if points is None:
-            return _by_products(loss, params, batch, blocks)
-        return _assemble("mean_hessian", points, params, jax.tree.leaves(batch), blocks, chunk_size)
+    report = reporter("mean_hessian", loss, _routes)
 
-    return Tapped(of_batch, reporter("mean_hessian", loss, _routes))
+    def of_batch(params: Tree, *batch: Any) -> Tree:
+        params, batch, _ = open_batch("mean_hessian", params, batch)
+        result = _of_batch(loss, params, batch, blocks, chunk_size)
+        if check:
+            evaluate = functools.partial(_of_batch, blocks=blocks, chunk_size=chunk_size)
+            subject = subject_of_mean("mean_hessian", loss, params, batch, evaluate, result, report)
+            check_hessian(subject, blocks)
+        return result
+
+    return Tapped(of_batch, report)
+
+
+def _of_batch(
+    loss: Objective, params: Tree, batch: tuple[Any, ...], blocks: HessianBlocks, chunk_size: ChunkSize
+) -> Tree:
+    """The Hessian of the mean of a loss over a batch that has been checked."""
+    example = jax.tree.map(lambda leaf: leaf[0], batch)
+    points = _points_of(trace_taps("mean_hessian", loss, params, example))
+    if points is None:
+        return _by_products(loss, params, batch, blocks)
+    return _assemble("mean_hessian", points, params, jax.tree.leaves(batch), blocks, chunk_size)
+
+
+def routes_of_examples(program: _modes.Program) -> dict[str, str]:
+    """For each leaf the rule that ``hessian_of_examples`` takes, by its path; empty where it takes none."""
+    found = find_structure(program)
+    if found is None:
+        return {}
+    _, points = found
+    return dict(zip(leaf_paths(program.x), _routes(points.taps, program.x), strict=True))
 
 
 def hessian_of_examples(program: _modes.Program, blocks: HessianBlocks) -> Tree | None:

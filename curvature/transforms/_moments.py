@@ -13,6 +13,7 @@ from curvature.transforms._accumulate import num_chunks, sum_over_chunks
 from curvature.transforms._clipped import formed_gradient, routes_in_words
 from curvature.transforms._factors import factors, from_canonical
 from curvature.transforms._grad_norm import accumulator, dense, formed_gradients, routes_of
+from curvature.transforms._self_check_examples import Expected, Gradients, check_few_examples
 from curvature.transforms._tapped import Tapped, open_batch, reporter
 from curvature.transforms._taps import Site, Taps, trace_taps
 
@@ -33,7 +34,7 @@ class GradMoments(NamedTuple):
     variance: Tree
 
 
-def per_example_grad_moments(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Tapped:
+def per_example_grad_moments(loss: Objective, *, chunk_size: ChunkSize = "auto", check: bool = False) -> Tapped:
     """Mean, second moment and variance over the batch of each entry of the per-example gradients ``g_b``.
 
     ``mean = (1/B) sum_b g_b``, ``second_moment = (1/B) sum_b g_b**2``, ``variance = second_moment - mean**2``: the
@@ -42,6 +43,7 @@ def per_example_grad_moments(loss: Objective, *, chunk_size: ChunkSize = "auto")
     Args:
         loss: ``loss(params, *example) -> scalar``, for one example.
         chunk_size: how many examples at once; "auto" keeps the gradients formed at once within 32 MiB.
+        check: whether to compare the result for a few examples with JAX's; see ``per_example_grad_norm``.
 
     Returns:
         A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns
@@ -49,10 +51,11 @@ def per_example_grad_moments(loss: Objective, *, chunk_size: ChunkSize = "auto")
         cannot be less than zero, and is exact to rounding of the second moment.
 
     Raises:
-        TypeError, ValueError: as ``per_example_grad_norm``.
+        TypeError, ValueError, RuntimeError: as ``per_example_grad_norm``.
 
     Cost: for weights that see one vector an example one gradient of the mean and one more product of matrices,
         ``sum_b a_b**2 (d_b**2)'``; the gradients of other leaves are formed, one chunk of examples at a time.
+        ``check`` takes the gradients of three examples, twice.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -66,8 +69,12 @@ def per_example_grad_moments(loss: Objective, *, chunk_size: ChunkSize = "auto")
     _checks.check_callable(name, "loss", loss)
     _checks.check_chunk_size(name, chunk_size)
 
+    report = reporter(name, loss, routes_in_words)
+
     def moments(params: Tree, *batch: Any) -> GradMoments:
         params, batch, example = open_batch(name, params, batch)
+        if check:
+            check_few_examples(name, loss, params, batch, _run_moments, _moments_of_formed, report)
         leaves, structure = jax.tree.flatten(params)
         examples = jax.tree.leaves(batch)
         taps = trace_taps(name, loss, params, example)
@@ -92,7 +99,24 @@ def per_example_grad_moments(loss: Objective, *, chunk_size: ChunkSize = "auto")
         ]
         return GradMoments(*cast)
 
-    return Tapped(moments, reporter(name, loss, routes_in_words))
+    return Tapped(moments, report)
+
+
+def _run_moments(loss: Objective, params: Tree, batch: tuple[Any, ...], _: Any) -> list[Array]:
+    """The moments over a few examples, in chunks of two."""
+    return jax.tree.leaves(per_example_grad_moments(loss, chunk_size=2)(params, *batch))
+
+
+def _moments_of_formed(gradients: Gradients, _: Any, __: float) -> list[Expected]:
+    """The moments of gradients that are formed."""
+    means = [jnp.mean(leaf, 0) for leaf in gradients]
+    squares = [jnp.mean(leaf**2, 0) for leaf in gradients]
+    variances = [jnp.var(leaf, 0) for leaf in gradients]
+    return [
+        *(Expected(mean, jnp.sqrt(square)) for mean, square in zip(means, squares, strict=True)),
+        *(Expected(square, square) for square in squares),
+        *(Expected(variance, square) for variance, square in zip(variances, squares, strict=True)),
+    ]
 
 
 def _sums_of_formed(gradients: Sequence[Array], weights: Array) -> _Sums:

@@ -1,12 +1,15 @@
 """`check_derivatives` catches wrong derivatives with the right sentence, and raises no false alarm."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import curvature
-from curvature.diagnostics import _differences
+from curvature.diagnostics import _check_derivatives, _differences
+from curvature.transforms import _mean_hessian
 from tests.scenarios import SCENARIOS, forward_only, make_mlp, mlp_loss, reverse_only
 
 X = np.array([0.3, 1.0])
@@ -23,6 +26,9 @@ def verdicts(report):
 FIRST = "first derivatives: differences of f"
 OF_GRADIENT = "second derivatives: differences of the gradient"
 OF_VALUES = "second derivatives: second differences of f"
+ASSEMBLED_PRODUCT = "assembled Hessian: agrees with H v"
+ASSEMBLED_DIFFERENCES = "assembled Hessian: differences of the gradient"
+ASSEMBLED = {"logistic"}  # the scenarios that are means over examples
 
 
 # ---- no false alarm --------------------------------------------------------------------------------------------------
@@ -33,7 +39,9 @@ def test_right_derivatives_pass(scenario, dtype):
     x, args = scenario.make(dtype)
     report = check(scenario.fun, x, *args)
     assert report.ok, report
-    assert len(report.checks) == 8
+    takes_taps = scenario.name in ASSEMBLED
+    assert len(report.checks) == (10 if takes_taps else 8)
+    assert {ASSEMBLED_PRODUCT, ASSEMBLED_DIFFERENCES}.issubset(verdicts(report)) == takes_taps
 
 
 def rosenbrock(x):
@@ -156,6 +164,55 @@ def test_an_asymmetric_hessian_is_caught():
     found = {check.name: check for check in report.failures}
     assert found["H is symmetric"].verdict == "wrong"
     assert "u'Hv is" in found["H is symmetric"].sentence
+
+
+def test_a_gradient_of_no_function_names_the_rule():
+    """Forward over reverse gives ``D g v``, reverse over reverse its transpose times ``v``."""
+
+    @jax.custom_vjp
+    def fun(x):
+        return jnp.sum(x**2)
+
+    fun.defvjp(lambda x: (jnp.sum(x**2), x), lambda x, cotangent: (cotangent * (2 * x + jnp.roll(x, 1) ** 2),))
+    found = {check.name: check for check in check(lambda x: fun(x), np.arange(1.0, 4.0)).failures}
+    assert found["H is symmetric"].verdict == found["H v: modes agree"].verdict == "wrong"
+    sentence = found["H v: modes agree"].sentence
+    assert "rev_over_rev its transpose times v" in sentence
+    assert re.search(r"Its rule comes from custom_vjp_call at \S*test_check_derivatives\.py:\d+", sentence)
+
+
+def batch_mean(params, x):
+    return jnp.mean(jnp.sum(jnp.tanh(x @ params["w"]) ** 2, 1)) + 0 * params["b"]
+
+
+@pytest.mark.parametrize("size", [2, 12], ids=["by coordinates", "by leaves"])
+def test_a_wrong_assembled_hessian_is_caught(monkeypatch, size):
+    """The matrix that ``hessian`` assembles is held against products and differences that know nothing of it."""
+    x = np.random.default_rng(0).standard_normal((5, size))
+    params = {"w": np.random.default_rng(1).standard_normal((size, 3)), "b": np.ones(())}
+    assert check(batch_mean, params, x).ok
+    right = _mean_hessian._assemble
+
+    def wrong(*args):
+        result = right(*args)
+        block = result["w"]["w"].reshape(size, 3, 3, size)  # rows and columns of the second matrix exchanged
+        return result | {"w": result["w"] | {"w": block.transpose(0, 1, 3, 2).reshape(size, 3, size, 3)}}
+
+    monkeypatch.setattr(_mean_hessian, "_assemble", wrong)
+    report = check(batch_mean, params, x)
+    failed = {check.name: check for check in report.failures}
+    assert {*failed} == {ASSEMBLED_PRODUCT, ASSEMBLED_DIFFERENCES}
+    sentence = r"x\['w'\]\[\d+, \d\].* in the assembled Hessian \('taps', .*\) and .* by fwd_over_rev"
+    assert re.search(sentence, failed[ASSEMBLED_PRODUCT].sentence), failed[ASSEMBLED_PRODUCT].sentence
+    assert "differences give" in failed[ASSEMBLED_DIFFERENCES].sentence
+
+
+def test_a_large_assembled_hessian_is_left_out_and_said_so(monkeypatch):
+    monkeypatch.setattr(_check_derivatives, "_MOST_ASSEMBLED", 5)
+    x = np.random.default_rng(0).standard_normal((5, 2))
+    report = check(batch_mean, {"w": np.ones((2, 3)), "b": np.ones(())}, x)
+    assert ASSEMBLED_PRODUCT not in verdicts(report)
+    assert "The assembled Hessian of 7 rows was left out." in report.remarks
 
 
 def test_a_product_that_is_not_linear_is_caught():

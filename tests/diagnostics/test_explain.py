@@ -1,6 +1,7 @@
 """What `explain` says of a function: each way legal or why not, its figures, what auto takes, what the leaves do."""
 
 import io
+import re
 
 import jax
 import jax.monitoring
@@ -35,6 +36,33 @@ def test_a_scalar_function_has_a_row_for_every_composition(network):
     assert (network.num_inputs, network.num_outputs, network.chunk) == (21, 1, None)
     assert all(way.legal for way in network.ways)
     assert network.way("hvp", "sideways") is None
+
+
+def test_the_rule_of_each_equation_is_said(network):
+    rules = [(site.primitive, site.leaves, site.rule) for site in network.sites]
+    assert rules == [
+        ("dot_general", ("0/w",), "matrix product"),
+        ("add", ("0/b",), "bias"),
+        ("dot_general", ("1/w",), "matrix product"),
+        ("add", ("1/b",), "bias"),
+    ]
+    assert all(re.search(r"scenarios\.py:\d+", site.where) for site in network.sites)
+    assert f"0/b: bias, add at {network.sites[1].where}" in str(network)
+
+
+def test_what_is_left_to_products_is_said():
+    """A parameter that enters by a power has no rule: its columns are computed one by one."""
+
+    def fun(params, x):
+        return jnp.mean((jnp.tanh(x @ params["w"]) * params["s"] + jnp.abs(x[:, 0]) ** params["p"]) ** 2)
+
+    params = {"p": jnp.array(1.5), "s": jnp.array(2.0), "w": jnp.ones(6)}
+    sites = curvature.explain(fun, params, jax.random.normal(jax.random.key(0), (9, 6))).sites
+    found = {site.leaves: (site.primitive, site.rule) for site in sites}
+    assert found[("w",)] == ("dot_general", "matrix product")
+    assert found[("s",)] == ("mul", "scale")
+    assert found[("p",)] == ("pow", "products along 1 directions")
+    assert not curvature.explain(lambda x: jnp.sum(x**3), X).sites
 
 
 def test_the_figures_are_those_of_xla(network):

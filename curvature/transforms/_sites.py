@@ -1,0 +1,57 @@
+"""Where the parameters of a mean over examples meet its data, and the rule that ``hessian`` takes at each equation."""
+
+from dataclasses import dataclass
+
+import jax.extend as jex
+
+from curvature._types import Tree
+from curvature.transforms._blocks import leaf_paths
+from curvature.transforms._points import Points
+
+_RULES = {
+    "dot_general": "matrix product",
+    "conv_general_dilated": "convolution",
+    "gather": "lookup",
+    "dynamic_slice": "lookup",
+    "mul": "scale",
+    "add": "bias",
+    "add_any": "bias",
+    "sub": "bias",
+}
+
+
+@dataclass(frozen=True)
+class SiteRule:
+    """An equation that parameters enter together with data, and how the Hessian is found there.
+
+    Attributes:
+        primitive: the primitive of the equation.
+        where: the user's line that brought it in.
+        leaves: the paths of the leaves of ``x`` that enter.
+        rule: "matrix product", "convolution", "bias", "scale" or "lookup" where the block is read off from inputs and
+            cotangents; "products along k directions" where columns of the Hessian are computed one by one.
+    """
+
+    primitive: str
+    where: str
+    leaves: tuple[str, ...]
+    rule: str
+
+    def __str__(self) -> str:
+        """As ``explain`` prints it."""
+        return f"{', '.join(leaf or 'x' for leaf in self.leaves)}: {self.rule}, {self.primitive} at {self.where}"
+
+
+def rules_of_sites(points: Points, x: Tree) -> tuple[SiteRule, ...]:
+    """The rule at each site of a loss, in the order of evaluation."""
+    taps, paths = points.taps, leaf_paths(x)
+    rules = []
+    for site in taps.sites:
+        roots = [origin.root for origin in site.origins]
+        leaves = sorted({leaf for root in roots for leaf in taps.leaves_of[root]})
+        entries = sum(root.aval.size for root in dict.fromkeys(roots) if root in points.rest)
+        name: str = site.eqn.primitive.name
+        rule = f"products along {entries:,} directions" if entries else _RULES.get(name) or name
+        where = jex.source_info_util.summarize(site.eqn.source_info)
+        rules.append(SiteRule(name, where, tuple(paths[leaf] for leaf in leaves), rule))
+    return tuple(rules)
