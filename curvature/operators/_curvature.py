@@ -98,6 +98,9 @@ class HessianOperator(DataOperator):
         set_fields(self, f=f, mode=mode)
         self._set_data(x, args, reduction, chunk_size, sharding, batches, progress)
 
+    def _objective(self) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
+        return "f", (self.f,), self.f
+
     def _once(self, v: Tree) -> Tree:
         return product_of(*self._composed(), v) if self.rows == self.columns == "" else super()._once(v)
 
@@ -139,6 +142,9 @@ class _ModelDataOperator(DataOperator):
         if likelihood is not None:
             _checks.check_choice(function, "likelihood", likelihood, _outputs.Likelihood)
         set_fields(self, model=model, loss=loss, likelihood=likelihood)
+
+    def _objective(self) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
+        return "the loss", (self.loss, self.model), lambda x, *args: self.loss(self.model(x, *args), *args)
 
     def _whole(self) -> Product:
         name, (rows, columns) = type(self).__name__, self._parts()
@@ -344,6 +350,8 @@ class FisherOperator(_ModelDataOperator):
         set_fields(self, kind=kind, num_samples=num_samples, key=key if sampled else None, first=first)
         self._set_model(model, loss, likelihood)
         self._set_data(x, args, reduction, chunk_size, sharding, batches, progress)
+        if kind == "empirical" and any(jnp.ndim(leaf) for leaf in jax.tree.leaves(args)):
+            self._check_reduction(self.x, args, reduction)
 
     def _of(self, args: tuple[Any, ...], first: Any) -> DataOperator:
         part = super()._of(args, first)

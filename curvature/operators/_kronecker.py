@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from curvature import _checks
 from curvature._types import ChunkSize, Objective, Tree
 from curvature.operators._base import LinearOperator
+from curvature.operators._data import Reduction
 from curvature.operators._kronecker_blocks import Block
 from curvature.operators._kronecker_examples import Examples
 from curvature.operators._kronecker_factors import Sharing, build_blocks, rules_of
@@ -21,7 +22,6 @@ from curvature.transforms._blocks import leaf_paths
 from curvature.transforms._tapped import TapReport
 
 Approximation = Literal["kfac", "ekfac"]
-Reduction = Literal["mean", "sum"]
 
 
 @register_operator
@@ -129,10 +129,10 @@ class KroneckerOperator(LinearOperator):
         _checks.check_sampling(name, kind, likelihood, key)
         x = vary_like(_checks.check_point(name, "x", x), args)
         used_key = key if kind == "sampled" else None
-        examples = Examples(name, model, loss, x, args, OutputSide(kind, likelihood, num_samples), used_key)
+        side = OutputSide(kind, likelihood, num_samples, reduction)
+        examples = Examples(name, model, loss, x, args, side, used_key)
         rules = rules_of(examples.taps, examples.leaves, sharing)
-        scale = 1 / examples.size if reduction == "mean" else 1.0
-        blocks = build_blocks(examples, rules, sharing, approximation == "ekfac", scale, chunk_size)
+        blocks = build_blocks(examples, rules, sharing, approximation == "ekfac", chunk_size)
         leaves, structure = jax.tree.flatten(structure_of(x))
         routes = zip(leaf_paths(x), (rule.told for rule in rules), strict=True)
         set_fields(self, blocks=tuple(blocks), structure=(structure, tuple(leaves)), routes=tuple(routes))
