@@ -54,7 +54,7 @@ class Examples:
         whole = jax.eval_shape(lambda x: model(x, *args), x)
         _checks.check_floating_output(name, "model", whole)
         one = self._outputs_of_one(first)
-        _checks.check_likelihood(name, kind.likelihood, one)
+        kind.check(name, one)
         _checks.check_scalar_output(name, "loss", jax.eval_shape(lambda outputs: loss(outputs, *args), whole))
         outputs = OutputRows(name, whole, one, self.size)
         check_model_apart(name, model, x, args, outputs, self.size)

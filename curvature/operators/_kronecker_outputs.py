@@ -26,6 +26,12 @@ class OutputSide(NamedTuple):
     num_samples: int
     reduction: Reduction
 
+    def check(self, function: str, one: Tree) -> None:
+        """Refuse outputs, as of a batch of one, that cannot be factored."""
+        _checks.check_likelihood(function, self.likelihood, one)
+        if self.kind == "exact" and self.likelihood is None:
+            _checks.check_output_size(function, sum(leaf.size for leaf in jax.tree.leaves(one)))
+
     def of_batch(self, function: str, loss: Callable[[Tree], Array], rows: Tree) -> Any:
         """What the columns of each example are made from, along the leading axis: all that is asked of the loss.
 
@@ -71,15 +77,13 @@ def _diagonal_blocks(
 
     Where no two examples are coupled, a product with the same vector for every example is that of each block.
     """
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
-    _checks.check_output_size(function, sum(leaf.size for leaf in jax.tree.leaves(one)))
     product = loss_hessian(function, loss, rows, ())
 
     def of_direction(t: Tree) -> Array:
         together = jax.tree.map(lambda leaf, row: jnp.broadcast_to(row, leaf.shape), rows, t)
         return _flat(product(vary_like(together, rows)))
 
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), rows)
     return jnp.moveaxis(map_basis(of_direction, zero, "auto"), 0, -1)
 
 
