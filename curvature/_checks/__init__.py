@@ -19,7 +19,17 @@ from curvature._checks._functions import (
     illegal_mode,
     no_legal_mode,
 )
-from curvature._checks._kronecker import check_drawn_gradient, check_likelihood, check_output_size, check_sampling
+from curvature._checks._kronecker import (
+    check_axis_of_examples,
+    check_drawn_gradient,
+    check_likelihood,
+    check_output_size,
+    check_sampling,
+    loss_mixes,
+    model_mixes,
+    no_batch_of_one,
+    wrong_reduction,
+)
 from curvature._checks._operators import (
     check_examples,
     check_hashable,
@@ -87,6 +97,7 @@ __all__ = [
     "UNMAPPED",
     "check_argnums",
     "check_aux_output",
+    "check_axis_of_examples",
     "check_batch",
     "check_blocks",
     "check_bound",
@@ -148,6 +159,9 @@ __all__ = [
     "check_untraced",
     "illegal_mode",
     "is_none",
+    "loss_mixes",
+    "model_mixes",
+    "no_batch_of_one",
     "no_legal_mode",
     "no_reverse",
     "no_structure",
@@ -156,4 +170,5 @@ __all__ = [
     "require_inverse_root",
     "require_residuals",
     "samples_without_key",
+    "wrong_reduction",
 ]

@@ -24,6 +24,7 @@ from curvature.operators._base import (
     structure_of,
 )
 from curvature.operators._devices import combine_over_devices, sharding_of_examples
+from curvature.operators._interactions import check_reduction
 from curvature.transforms._accumulate import zeros
 from curvature.transforms._blocks import Subtree, select
 
@@ -98,12 +99,23 @@ class DataOperator(LinearOperator):
             if progress:
                 _checks.check_extra(name, "rich", "examples", _rich_error)
             source = Batches(batches, progress)
+        if chunk_size is not None or sharding is not None:
+            self._check_reduction(x, args, reduction)
         set_fields(self, x=x, args=args, reduction=reduction, chunk_size=chunk_size, batches=source)
         set_fields(self, sharding=sharding, rows="", columns="")
 
     @abstractmethod
     def _whole(self) -> Product:
         """The linearized product of all of ``args`` at once."""
+
+    @abstractmethod
+    def _objective(self) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
+        """The function ``(x, *args) -> scalar`` that the matrix is of: its name, what it is made of, and itself."""
+
+    def _check_reduction(self, x: Tree, args: tuple[Any, ...], reduction: Reduction) -> None:
+        """Refuse data in parts whose values do not add up as the reduction says."""
+        objective, functions, fun = self._objective()
+        check_reduction(type(self).__name__, (objective, reduction), functions, fun, x, args)
 
     def _of(self, args: tuple[Any, ...], first: Any) -> "DataOperator":
         """The operator of a part of the data, whose first example is number ``first`` of all."""
@@ -213,6 +225,7 @@ class DataOperator(LinearOperator):
         total, examples, batches = None, 0, 0
         for args in self.batches.visit(name):
             size = _checks.check_examples(name, "batch", args)
+            self._check_reduction(self.x, args, self.reduction)
             weight = jnp.asarray(size if self.reduction == "mean" else 1, jnp.int32)
             op = self._of(args, jnp.asarray(examples, jnp.int32))
             term = _weighted(op, weight, v, what, chunk_size)

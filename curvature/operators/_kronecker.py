@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from curvature import _checks
 from curvature._types import ChunkSize, Objective, Tree
 from curvature.operators._base import LinearOperator
+from curvature.operators._data import Reduction
 from curvature.operators._kronecker_blocks import Block
 from curvature.operators._kronecker_examples import Examples
 from curvature.operators._kronecker_factors import Sharing, build_blocks, rules_of
@@ -21,24 +22,25 @@ from curvature.transforms._blocks import leaf_paths
 from curvature.transforms._tapped import TapReport
 
 Approximation = Literal["kfac", "ekfac"]
-Reduction = Literal["mean", "sum"]
 
 
 @register_operator
 class KroneckerOperator(LinearOperator):
     """The Gauss-Newton or Fisher matrix of a model, one block for each leaf, in Kronecker factors (KFAC, EKFAC).
 
-    The matrix approximated is ``R sum_b J_b' H_b J_b`` with ``J_b`` the Jacobian of the outputs of example b, ``H_b =
-    sum_c w_bc w_bc'`` the Hessian of its loss by them (or what ``kind`` says), and ``R = 1/B`` for the mean over B
-    examples, 1 for their sum. Where a leaf enters as ``z_s = a_s W`` at positions s = 1..S (tokens, pixels, steps of a
-    scan, several uses), with ``d_sc`` the cotangent of ``z_s`` when ``w_c`` is sent back, its block is ``A x G``:
+    The matrix approximated is ``sum_b J_b' H_b J_b`` with ``J_b`` the Jacobian of the outputs of example b, and ``H_b =
+    sum_c w_bc w_bc'`` the Hessian of the loss of the whole batch by these outputs (or what ``kind`` says), which holds
+    the 1/B of a mean and the weights of a mask. Where a leaf enters as ``z_s = a_s W`` at positions s = 1..S (tokens,
+    pixels, steps of a scan, several uses), with ``d_sc`` the cotangent of ``z_s`` when ``w_c`` is sent back, its block
+    is ``A x G``:
 
-        expand:  A = 1/(B S) sum_bs a_s a_s'    G = R sum_bcs d_sc d_sc'
-        reduce:  A = 1/B sum_b a a', a = (1/S) sum_s a_s    G = R sum_bc d_c d_c', d_c = sum_s d_sc
+        expand:  A = 1/(B S) sum_bs a_s a_s'    G = sum_bcs d_sc d_sc'
+        reduce:  A = 1/B sum_b a a', a = (1/S) sum_s a_s    G = sum_bc d_c d_c', d_c = sum_s d_sc
 
-    which is the exact block for one example and one position, and for the layers of a deep linear network under
-    squared loss. EKFAC keeps the eigenvectors of ``A`` and ``G`` and has the exact diagonal in that basis:
-    ``R sum_bc (U_A' (sum_s a_s d_sc') U_G)**2``.
+    with ``A`` over the B examples whose ``H_b`` is not zero, so that what a mask leaves out does not count. It is the
+    exact block for one example and one position, and for the layers of a deep linear network under squared loss. EKFAC
+    keeps the eigenvectors of ``A`` and ``G`` and has the exact diagonal in that basis: ``sum_bc (U_A' (sum_s a_s d_sc')
+    U_G)**2``.
 
     Weights of dense layers in any order of axes, convolutions, embeddings and biases (A = 1) have such factors, through
     ``jit``, ``scan`` and ``remat``, in flax, equinox and your own code alike: layers that are scanned over, and other
@@ -48,10 +50,13 @@ class KroneckerOperator(LinearOperator):
     says which leaf has which. Between leaves the matrix is zero.
 
     Args:
-        model: ``model(x, *args) -> outputs``, on a batch: leaves of ``args`` have a leading axis of examples, which
-            must not depend on each other, but for leaves of rank 0, which all examples share.
-        loss: ``loss(outputs, *args) -> scalar``, the mean or the sum over examples of something convex in the outputs;
-            negative curvature is left out. It is evaluated on batches of one.
+        model: ``model(x, *args) -> outputs``, on a batch: leaves of ``args`` have a leading axis of examples, but for
+            leaves of rank 0, which all examples share. It is evaluated on batches of one, so that examples must not
+            depend on each other, as by batch statistics, nor on random numbers drawn for the batch from one key: a
+            trial on three made-up examples refuses that, once for each model and its shapes.
+        loss: ``loss(outputs, *args) -> scalar``, a mean, sum or weighted mean over examples of something convex in the
+            outputs; negative curvature is left out. It is evaluated on the whole batch, and must not couple the
+            outputs of different examples.
         x: the parameters.
         *args: the data.
         approximation: ``"kfac"`` or ``"ekfac"``.
@@ -62,7 +67,8 @@ class KroneckerOperator(LinearOperator):
             ``"categorical"`` for softmax of the last axis, ``"bernoulli"`` for a sigmoid of each, ``"normal"`` for
             squared errors. Then ``"exact"`` has a closed form; ``"sampled"`` needs it. The weights, as of the mean over
             tokens or of a mask, are found from the loss.
-        reduction: ``"mean"`` or ``"sum"``: what the loss of the batch is of those of its examples.
+        reduction: ``"mean"`` or ``"sum"``: what the loss of the batch is of those of its examples. That is held
+            against the loss, and used for ``"empirical"``; other kinds take weighted means, as over a mask, too.
         key: for ``"sampled"``.
         num_samples: for ``"sampled"``.
         chunk_size: how many examples at once; "auto" keeps what is known of them at once within 32 MiB.
@@ -70,11 +76,13 @@ class KroneckerOperator(LinearOperator):
     Raises:
         TypeError: when a leaf of ``x`` or of the outputs is not of a real floating dtype, or the loss is not scalar.
         ValueError: for unknown options, a batch whose leaves differ in their leading axis, ``"sampled"`` without key or
-            likelihood, more outputs than a Hessian can be factored for.
+            likelihood, more outputs than a Hessian can be factored for, a model or a loss that mixes examples, a loss
+            that is not what ``reduction`` says.
 
     Cost: two forward passes, and a backward pass for each column: one for ``"empirical"``, ``num_samples`` for
         ``"sampled"``, the number of outputs of one example for ``"exact"``; twice that for EKFAC. Memory for the inputs
-        and cotangents of one chunk, and the factors: ``i**2 + o**2`` entries for an i x o weight.
+        and cotangents of one chunk, the factors, ``i**2 + o**2`` entries for an i x o weight, and for ``"exact"``
+        without a likelihood the Hessians of all examples by their outputs.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -129,10 +137,10 @@ class KroneckerOperator(LinearOperator):
         _checks.check_sampling(name, kind, likelihood, key)
         x = vary_like(_checks.check_point(name, "x", x), args)
         used_key = key if kind == "sampled" else None
-        examples = Examples(name, model, loss, x, args, OutputSide(kind, likelihood, num_samples), used_key)
+        side = OutputSide(kind, likelihood, num_samples, reduction)
+        examples = Examples(name, model, loss, x, args, side, used_key)
         rules = rules_of(examples.taps, examples.leaves, sharing)
-        scale = 1 / examples.size if reduction == "mean" else 1.0
-        blocks = build_blocks(examples, rules, sharing, approximation == "ekfac", scale, chunk_size)
+        blocks = build_blocks(examples, rules, sharing, approximation == "ekfac", chunk_size)
         leaves, structure = jax.tree.flatten(structure_of(x))
         routes = zip(leaf_paths(x), (rule.told for rule in rules), strict=True)
         set_fields(self, blocks=tuple(blocks), structure=(structure, tuple(leaves)), routes=tuple(routes))

@@ -104,9 +104,9 @@ def _is_lookup(site: Site) -> bool:
 
 
 def build_blocks(
-    examples: Examples, rules: Sequence[Rule], sharing: Sharing, corrected: bool, scale: float, chunk_size: ChunkSize
+    examples: Examples, rules: Sequence[Rule], sharing: Sharing, corrected: bool, chunk_size: ChunkSize
 ) -> list[Block]:
-    """The block of each leaf, where ``scale`` is that of the sum over examples; eigenvalues ``corrected`` for EKFAC."""
+    """The block of each leaf; eigenvalues ``corrected`` for EKFAC."""
     dtype = accumulator(examples.leaves)
     sums = _Pass(examples, rules, sharing, dtype)
     formed = [
@@ -117,19 +117,18 @@ def build_blocks(
     spectral: dict[int, EigenBlock] = {}
     for k, (leaf, rule) in enumerate(zip(examples.leaves, rules, strict=True)):
         if rule.form == "kronecker":
-            a, g = first[k]
-            block = KroneckerBlock(a / examples.size, g * scale, _layout(examples, examples.sites[rule.uses[0]]))
+            block = KroneckerBlock(*first[k], _layout(examples, examples.sites[rule.uses[0]]))
             blocks[k] = block
             if corrected:
                 spectral[k] = block.eigen()
         elif rule.form == "block":
-            blocks[k] = DenseBlock(first[k] * scale, leaf.shape)
+            blocks[k] = DenseBlock(first[k], leaf.shape)
         else:
-            blocks[k] = DiagonalBlock(first[k] * scale if k in first else jnp.zeros(leaf.shape, dtype))
+            blocks[k] = DiagonalBlock(first[k] if k in first else jnp.zeros(leaf.shape, dtype))
     if spectral:
         formed = [leaf.size for leaf, rule in zip(examples.leaves, rules, strict=True) if _is_shared(examples, rule)]
         spectra = _sum(examples, max(formed, default=0), sums.spectra(spectral), chunk_size, dtype)
-        blocks |= {k: replace(block, eigenvalues=spectra[k] * scale) for k, block in spectral.items()}
+        blocks |= {k: replace(block, eigenvalues=spectra[k]) for k, block in spectral.items()}
     return [blocks[k] for k in range(len(rules))]
 
 
@@ -145,14 +144,16 @@ def _sum(
 ) -> Sums:
     """The sums over all examples of what a chunk's inputs and cotangents make, ``formed`` entries at least for each."""
 
-    def of_part(part: tuple[Array, list[Array]], weights: Array) -> Sums:
-        return of_chunk(*jax.vmap(examples.known)(*part, weights), weights)
+    def of_part(part: tuple[Array, list[Array], Any, Array], weights: Array) -> Sums:
+        *lanes, shares = part
+        return of_chunk(*jax.vmap(examples.known)(*lanes, weights), weights * shares.astype(dtype))
 
-    one = [leaf[0] for leaf in examples.rows]
-    known = jax.eval_shape(lambda *lane: jax.tree.leaves(examples.known(*lane)), 0, one, jnp.ones((), dtype))
+    one, side = jax.tree.map(lambda leaf: leaf[0], (examples.rows, examples.side))
+    known = jax.eval_shape(lambda *lane: jax.tree.leaves(examples.known(*lane)), 0, one, side, jnp.ones((), dtype))
     bytes_known = sum(leaf.size * leaf.dtype.itemsize for leaf in known)
     chunks = num_chunks(examples.size, chunk_size, bytes_known + dtype.itemsize * formed, least=1)
-    return sum_over_chunks(of_part, (jnp.arange(examples.size), examples.rows), chunks, dtype)
+    lanes = jnp.arange(examples.size), examples.rows, examples.side, examples.shares
+    return sum_over_chunks(of_part, lanes, chunks, dtype)
 
 
 def _is_shared(examples: Examples, rule: Rule) -> bool:
@@ -167,14 +168,14 @@ class _Pass:
     def __init__(self, examples: Examples, rules: Sequence[Rule], sharing: Sharing, dtype: Any) -> None:
         self.examples, self.rules, self.sharing, self.dtype = examples, rules, sharing, dtype
 
-    def factors_and_exact(self, captured: Any, d: Any, weights: Array) -> Sums:
+    def factors_and_exact(self, captured: Any, d: Any, shares: Array) -> Sums:
         """Sums of ``A`` and ``G``, of outer products and of squares of gradients, by the rule of each leaf."""
         sums: Sums = {}
         for k, rule in enumerate(self.rules):
             if rule.form == "kronecker":
                 use = self._use(rule, captured, d)
                 use = _reduced(use) if self.sharing == "reduce" else use
-                sums[k] = _input_factor(use, weights), _einsum("bcgso,bcgsp->gop", use.d, use.d)
+                sums[k] = _input_factor(use, shares), _einsum("bcgso,bcgsp->gop", use.d, use.d)
         chosen = [k for k, rule in enumerate(self.rules) if rule.form in ("block", "diagonal")]
         if chosen:
             sums.update(self._exact(chosen, captured, d))
@@ -239,13 +240,13 @@ def _reduced(use: Use) -> Use:
     return Use(jnp.mean(use.a, 2, keepdims=True), jnp.sum(use.d, 3, keepdims=True))
 
 
-def _input_factor(use: Use, weights: Array) -> Factor:
-    """``A[g] = sum_b (1/S) sum_s a a'``: of a lookup the diagonal, which is all there is."""
+def _input_factor(use: Use, shares: Array) -> Factor:
+    """``A[g] = sum_b share_b (1/S) sum_s a a'``: of a lookup the diagonal, which is all there is."""
     if not isinstance(use.a, Lookup):
-        weighted = use.a * (weights / use.a.shape[2])[:, None, None, None]
+        weighted = use.a * (shares / use.a.shape[2])[:, None, None, None]
         return _einsum("bgsi,bgsj->gij", weighted, use.a)
     rows = jnp.swapaxes(_rows_to_drop(use.a), 0, 1)
-    each = jnp.broadcast_to((weights / rows.shape[2])[None, :, None], rows.shape)
+    each = jnp.broadcast_to((shares / rows.shape[2])[None, :, None], rows.shape)
     return jax.vmap(lambda rows, each: jnp.zeros(use.a.size, each.dtype).at[rows].add(each, mode="drop"))(rows, each)
 
 

@@ -16,11 +16,14 @@ from curvature.optimizers._stochastic import (
     Key,
     KeyData,
     hutchinson,
+    keep_if_finite,
     key_data,
     key_of_step,
     product_of_extras,
     running_mean,
     unbiased,
+    wide_zeros,
+    widened,
 )
 
 SpatialAxes = Callable[[tuple[int, ...]], tuple[int, ...]]
@@ -32,8 +35,8 @@ class AdaHessianState(NamedTuple):
     """The state of ``scale_by_adahessian``: plain arrays, ready for a checkpoint.
 
     Attributes:
-        count: the updates so far.
-        momentum: the running mean of the gradients, not corrected for its start at zero.
+        count: the updates so far, without those that a value that is not finite kept from being made.
+        momentum: the running mean of the gradients, not corrected for its start at zero; in single precision at least.
         second_moment: that of the squared diagonals.
         key: the words of the key; the probes of a step follow from them and ``count``.
     """
@@ -126,7 +129,8 @@ def scale_by_adahessian(
 
     where ``m' = m / (1 - b1**t)`` after t terms, and ``v'`` likewise. ``H`` is what the extra argument ``hvp_fn=`` of
     ``update`` multiplies by, which may be the Hessian, or a Gauss-Newton matrix, on another batch than the gradient's;
-    without it the Hessian of its ``value_fn=``.
+    without it the Hessian of its ``value_fn=``. A gradient or an estimate that is not finite is skipped: the update is
+    zero, and the state stays.
 
     Args:
         key: the randomness of the estimates.
@@ -185,7 +189,7 @@ class _Setting(NamedTuple):
 
 
 def _init(setting: _Setting, params: Tree) -> Any:
-    zeros = jax.tree.map(jnp.zeros_like, _checks.check_point(_NAME, "params", params))
+    zeros = wide_zeros(_checks.check_point(_NAME, "params", params))
     return AdaHessianState(jnp.asarray(0, jnp.int32), zeros, zeros, setting.data)
 
 
@@ -205,20 +209,21 @@ def _update(
 
     def refreshed() -> Tree:
         diagonal = hutchinson(params, key_of_step(setting.key, state.key, state.count), product)
-        squares = jax.tree.map(lambda leaf: jnp.square(_averaged(leaf, setting.spatial_axes)), diagonal)
+        squares = jax.tree.map(lambda leaf: jnp.square(_averaged(leaf, setting.spatial_axes)), widened(diagonal))
         return running_mean(state.second_moment, squares, setting.b2)
 
     momentum = running_mean(state.momentum, updates, setting.b1)
     due = state.count % setting.refresh_every == 0
     second = jax.lax.cond(due, refreshed, lambda: state.second_moment)
 
-    def scaled(m: Array, v: Array) -> Array:
-        return m / (v ** jnp.asarray(setting.power / 2, v.dtype) + jnp.asarray(setting.eps, v.dtype))
+    def scaled(m: Array, v: Array, like: Array) -> Array:
+        u = m / (v ** jnp.asarray(setting.power / 2, v.dtype) + jnp.asarray(setting.eps, v.dtype))
+        return u.astype(like.dtype)
 
     means = unbiased(momentum, setting.b1, state.count + 1)
     squares = unbiased(second, setting.b2, state.count // setting.refresh_every + 1)
     after = AdaHessianState(state.count + 1, momentum, second, state.key)
-    return jax.tree.map(scaled, means, squares), after
+    return keep_if_finite((momentum, second), jax.tree.map(scaled, means, squares, updates), after, state)
 
 
 def _averaged(diagonal: Array, spatial_axes: SpatialAxes) -> Array:

@@ -13,14 +13,23 @@ from curvature import _checks
 from curvature._types import Tree, ravel
 from curvature.linalg._dense import norm
 from curvature.operators import GaussNewtonOperator, KroneckerOperator
-from curvature.operators._kronecker import Reduction
+from curvature.operators._data import Reduction
 from curvature.operators._kronecker_factors import Sharing
 from curvature.operators._kronecker_outputs import Kind
 from curvature.operators._outputs import Likelihood
 from curvature.operators._pytrees import structure_of
 from curvature.optimizers._damping import at_step, current, judge, objective_of
 from curvature.optimizers._protocol import Scalar, Vector
-from curvature.optimizers._stochastic import Key, KeyData, key_data, key_of_step, running_mean
+from curvature.optimizers._stochastic import (
+    Key,
+    KeyData,
+    keep_if_finite,
+    key_data,
+    key_of_step,
+    running_mean,
+    wide,
+    widened,
+)
 
 _NAME = "kfac"
 
@@ -29,7 +38,7 @@ class KFACState(NamedTuple):
     """The state of ``kfac``: plain arrays, ready for a checkpoint.
 
     Attributes:
-        count: the updates so far.
+        count: the updates so far, without those that a value that is not finite kept from being made.
         damping: the damping of the last update, or for the next one if it adapts.
         ratio: the reduction ratio when it was last measured; 1 before.
         step: the last update, for momentum.
@@ -77,7 +86,8 @@ def kfac(
     ``p = alpha d + mu s``, with the exact Gauss-Newton matrix ``G`` on ``args``; then nothing has to be tuned.
 
     The damping follows the quality of that model, and steps that raise the objective are refused, as by
-    ``natural_gradient``.
+    ``natural_gradient``. Where a gradient, the factors of a batch, or the step are not finite, the update is zero and
+    the state stays, so that the next batch takes the place of this one.
 
     Args:
         model: ``model(params, *args) -> outputs``, on a batch, as for ``KroneckerOperator``.
@@ -238,8 +248,12 @@ def _update(
     batch = _checks.require_data(_NAME, args)
     damping = current(setting.damping, state.damping, state.count)
     factors, inverse = _refreshed(setting, state, params, batch, damping)
-    grad, unravel = ravel(updates)
-    direction, last = -ravel(inverse.mv(updates))[0], ravel(state.step)[0]
+    flat, narrow = ravel(updates)
+    grad, direction, last = widened((flat, -ravel(inverse.mv(updates))[0], ravel(state.step)[0]))
+
+    def unravel(vector: Vector) -> Tree:
+        return narrow(vector.astype(flat.dtype))
+
     quadratic = _Quadratic(setting, params, batch, unravel)
     if setting.learning_rate is None:
         vector = quadratic.minimizer(grad, direction, last, damping, setting.has_momentum)
@@ -250,12 +264,14 @@ def _update(
 
     def measure() -> Scalar:
         slope = jnp.vdot(grad, vector, precision="highest")
-        return objective.ratio(params, step, -(slope + quadratic.forms([vector])[0, 0] / 2))
+        predicted = -(slope + quadratic.forms([vector])[0, 0] / 2)
+        return objective.ratio(params, step, predicted.astype(flat.dtype))
 
     found = judge(setting.damping, damping, state.ratio, state.count, setting.adapt_every, measure)
     step = unravel(jnp.where(found.accepted, vector, 0))
     held = tuple(jax.tree.leaves(factors)), tuple(jax.tree.leaves(inverse))
-    return step, KFACState(state.count + 1, found.damping, found.ratio, step, *held, state.key)
+    after = KFACState(state.count + 1, found.damping, found.ratio, step, *held, state.key)
+    return keep_if_finite((grad, vector, held), step, after, state)
 
 
 def _refreshed(
@@ -268,8 +284,8 @@ def _refreshed(
     key = None if setting.key is None or state.key is None else key_of_step(setting.key, state.key, state.count)
 
     def renewed() -> KroneckerOperator:
-        number = (state.count // setting.refresh_every + 1).astype(damping.dtype)
-        kept = jnp.minimum(1 - 1 / number, jnp.asarray(setting.decay, damping.dtype))
+        number = (state.count // setting.refresh_every + 1).astype(wide(damping.dtype))
+        kept = jnp.minimum(1 - 1 / number, jnp.asarray(setting.decay, number.dtype))
         return running_mean(factors, setting.fresh(params, args, key), kept)
 
     factors = jax.lax.cond(state.count % setting.refresh_every == 0, renewed, lambda: factors)
@@ -299,14 +315,15 @@ class _Quadratic:
     def forms(self, directions: list[Vector]) -> Float[Array, "k k"]:
         """``u_i' G u_j = (J u_i)' M (J u_j)``, which takes no backward pass."""
         pushed = [self._push(self._unravel(u)) for u in directions]
-        rows = jnp.stack([ravel(u)[0] for u in pushed])
-        return jnp.matmul(rows, jnp.stack([ravel(self._weigh(u))[0] for u in pushed]).T, precision="highest")
+        weighed = [self._weigh(u) for u in pushed]
+        rows, columns = (jnp.stack([ravel(widened(u))[0] for u in trees]) for trees in (pushed, weighed))
+        return jnp.matmul(rows, columns.T, precision="highest")
 
     def minimizer(self, grad: Vector, direction: Vector, last: Vector, damping: Scalar, with_last: bool) -> Vector:
         """The damped model's minimizer among multiples of the direction, or in the plane of it and the last step."""
         basis = [_unit(direction), _unit(last)] if with_last else [_unit(direction)]
         rows = jnp.stack(basis)
-        damped = self.forms(basis) + damping * jnp.matmul(rows, rows.T, precision="highest")
+        damped = self.forms(basis) + damping.astype(grad.dtype) * jnp.matmul(rows, rows.T, precision="highest")
         curvatures = jnp.diagonal(damped)
         scale = 1 / jnp.sqrt(jnp.where(curvatures > 0, curvatures, 1))  # however much the curvatures differ
         scaled = jnp.outer(scale, scale) * (damped + damped.T) / 2

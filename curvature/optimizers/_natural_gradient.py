@@ -17,7 +17,7 @@ from curvature.operators._curvature import FisherKind
 from curvature.operators._outputs import Likelihood
 from curvature.optimizers._damping import at_step, current, judge, objective_of, predicted_decrease
 from curvature.optimizers._protocol import Scalar
-from curvature.optimizers._stochastic import Key, KeyData, key_data, key_of_step
+from curvature.optimizers._stochastic import Key, KeyData, keep_if_finite, key_data, key_of_step
 
 NaturalSolver = Literal["cg", "woodbury"]
 
@@ -28,7 +28,7 @@ class NaturalGradientState(NamedTuple):
     """The state of ``natural_gradient``: plain arrays, ready for a checkpoint.
 
     Attributes:
-        count: the updates so far.
+        count: the updates so far, without those that a gradient that is not finite kept from being made.
         damping: the damping of the last update, or for the next one if it adapts.
         ratio: the reduction ratio when it was last measured; 1 before.
         num_inner_steps: the steps of the last linear solve.
@@ -195,4 +195,5 @@ def _update(
     size = jnp.linalg.norm(grad)
     residual = info.residual_norm.astype(size.dtype) / jnp.where(size > 0, size, 1)
     after = NaturalGradientState(state.count + 1, found.damping, found.ratio, info.num_steps, residual, state.key)
-    return unravel(jnp.where(found.accepted, vector, 0)), after
+    taken = unravel(jnp.where(found.accepted, vector, 0))
+    return keep_if_finite((grad, vector), taken, after, state)

@@ -17,10 +17,12 @@ from curvature.optimizers._stochastic import (
     KeyData,
     gauss_newton_bartlett,
     hutchinson,
+    keep_if_finite,
     key_data,
     key_of_step,
     product_of_extras,
     running_mean,
+    wide_zeros,
 )
 
 DiagonalEstimator = Literal["hutchinson", "gauss-newton-bartlett"]
@@ -34,8 +36,8 @@ class SophiaState(NamedTuple):
     """The state of ``scale_by_sophia``: plain arrays, ready for a checkpoint.
 
     Attributes:
-        count: the updates so far.
-        momentum: the running mean of the gradients.
+        count: the updates so far, without those that a value that is not finite kept from being made.
+        momentum: the running mean of the gradients, in single precision at least.
         diagonal: the running mean of the estimates of the diagonal.
         unclipped: the share of entries that the last update did not clip: raise ``gamma`` where it is below 0.1, lower
             it where it is above 0.5.
@@ -141,7 +143,8 @@ def scale_by_sophia(
 
         m <- b1 m + (1 - b1) g,   h <- b2 h + (1 - b2) d,   u = clip(m / max(gamma h, eps), -1, 1)
 
-    so that negative curvature, or none, leaves the sign of the momentum.
+    so that negative curvature, or none, leaves the sign of the momentum. A gradient or an estimate that is not finite
+    is skipped: the update is zero, and the state stays.
 
     The curvature may be that of another batch than the gradient's, which removes a bias. ``"hutchinson"`` takes ``z *
     (H z)`` with random signs ``z``, where ``H`` is what the extra argument ``hvp_fn=`` of ``update`` multiplies by, or
@@ -226,7 +229,7 @@ def _from_labels(
 
 
 def _init(setting: _Setting, params: Tree) -> Any:
-    zeros = jax.tree.map(jnp.zeros_like, _checks.check_point(_NAME, "params", params))
+    zeros = wide_zeros(_checks.check_point(_NAME, "params", params))
     return SophiaState(jnp.asarray(0, jnp.int32), zeros, zeros, jnp.asarray(0, jnp.float32), setting.data)
 
 
@@ -256,8 +259,9 @@ def _update(
         return m / jnp.maximum(jnp.asarray(setting.gamma, h.dtype) * h, jnp.asarray(setting.eps, h.dtype))
 
     ratios = jax.tree.map(ratio, momentum, diagonal)
-    clipped = jax.tree.map(lambda leaf: jnp.clip(leaf, -1, 1), ratios)
-    return clipped, SophiaState(state.count + 1, momentum, diagonal, _share_inside(ratios), state.key)
+    clipped = jax.tree.map(lambda leaf, like: jnp.clip(leaf, -1, 1).astype(like.dtype), ratios, updates)
+    after = SophiaState(state.count + 1, momentum, diagonal, _share_inside(ratios), state.key)
+    return keep_if_finite((momentum, diagonal), clipped, after, state)
 
 
 def _share_inside(ratios: Tree) -> Float[Array, ""]:

@@ -1,7 +1,7 @@
 """What stochastic methods share: a key for each step, estimates of a curvature's diagonal, and running means."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from curvature.optimizers._protocol import bind_extras
 from curvature.transforms import hvp
 
 Key = PRNGKeyArray | UInt32[Array, "..."]
+State = TypeVar("State")
 KeyData = UInt32[Array, " words"]
 """A key as plain integers, which any checkpoint can hold."""
 
@@ -76,7 +77,30 @@ def gauss_newton_bartlett(
     weights = _outputs.label_weights(function, loss, outputs, args, family)
     scores = _outputs.draw_scores(family, key, outputs, jnp.zeros((), jnp.int32), num_samples=1)
     columns = jax.tree.map(lambda weight, score: jnp.sqrt(weight) * score[0], weights, scores)
-    return jax.tree.map(jnp.square, pull(columns)[0])
+    return jax.tree.map(jnp.square, widened(pull(columns)[0]))
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype to accumulate in: single precision for half, where decay rates near 1 round to 1."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def widened(tree: Tree) -> Tree:
+    """A tree in the dtypes to accumulate in."""
+    return jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), tree)
+
+
+def wide_zeros(params: Tree) -> Tree:
+    """Running means like the parameters that have not begun."""
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, wide(leaf.dtype)), params)
+
+
+def keep_if_finite(checked: Tree, step: Tree, after: State, before: State) -> tuple[Tree, State]:
+    """A step and the state after it; no step and the state before it where anything checked is NaN or infinite."""
+    leaves = jax.tree.leaves(checked)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+    step = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.zeros_like(leaf)), step)
+    return step, jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
 
 
 def running_mean(mean: Tree, new: Tree, decay: Any) -> Tree:

@@ -13,6 +13,9 @@ from curvature.transforms._jacobian import gradient_of, vmap
 def per_example_grad(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Callable[..., Tree]:
     """The gradient of ``loss`` by ``params`` for each example: ``G[b] = d loss(params, *example_b) / d params``.
 
+    Statistics over a batch of one, such as those of batch normalization in training mode on ``x[None]``, are not those
+    of the batch.
+
     Args:
         loss: ``loss(params, *example) -> scalar``, for one example.
         chunk_size: how many examples run at once; see ``vmap``.

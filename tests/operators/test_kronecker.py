@@ -219,10 +219,14 @@ def test_factors_are_those_of_explicit_loops(name, sharing):
     recording, model, loss, params, args, blocks = CASES[name]
     params, args = cast(params), cast(args)
 
+    def total_loss(outputs, *args):
+        return len(outputs) * loss(outputs, *args)
+
     @jax.jit
     def matrices(*data):
-        ops = [KroneckerOperator(model, loss, *data, sharing=sharing, reduction=word) for word in ("mean", "sum")]
-        return [op.as_matrix() for op in ops]
+        mean = KroneckerOperator(model, loss, *data, sharing=sharing)
+        total = KroneckerOperator(model, total_loss, *data, sharing=sharing, reduction="sum")
+        return mean.as_matrix(), total.as_matrix()
 
     want = scipy.linalg.block_diag(*blocks(factors_by_loops(recording, loss, params, args, sharing)))
     mean, total = matrices(params, *args)
@@ -365,7 +369,7 @@ def test_a_scan_and_the_same_steps_written_out_have_the_same_factors():
         return hidden
 
     one, other = (
-        jax.jit(lambda *data, model=model: KroneckerOperator(model, half_square, *data))(params, xs)
+        jax.jit(lambda *data, model=model: KroneckerOperator(model, half_square, *data, reduction="sum"))(params, xs)
         for model in (scanned, unrolled)
     )
     assert_close(one.as_matrix(), other.as_matrix(), roundings=1e3)
@@ -386,7 +390,7 @@ def test_what_follows_no_rule_says_so():
     def loss(outputs, x):
         return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(outputs)) / 2
 
-    op = jax.jit(lambda *data: KroneckerOperator(model, loss, *data))(params, x)
+    op = jax.jit(lambda *data: KroneckerOperator(model, loss, *data, reduction="sum"))(params, x)
     assert str(op.report).splitlines() == [
         "large   exact diagonal of 600 entries: it scales, entry by entry",
         "norm    exact block of 6 entries: what meets the data is a function of this leaf, not the leaf itself",
@@ -395,7 +399,7 @@ def test_what_follows_no_rule_says_so():
     ]
     vector, unravel = ravel_pytree(params)
     jacobian = jax.jacobian(lambda v: jax.vmap(lambda x: ravel_pytree(model(unravel(v), x[None]))[0])(x))(vector)
-    rows = np.asarray(jacobian).reshape(-1, vector.size) / np.sqrt(B)
+    rows = np.asarray(jacobian).reshape(-1, vector.size)
     large, norm, unused, w = diagonal_blocks(rows.T @ rows, params)
     want = [np.diag(np.diag(large)), norm, unused, w]
     for block, exact in zip(op.blocks, want, strict=True):
@@ -544,7 +548,11 @@ def test_closed_forms_and_sampled_labels_have_the_curvature_of_the_loss(likeliho
     @jax.jit
     def matrices(*data):
         sampled = {"likelihood": likelihood, "kind": "sampled", "key": jax.random.key(0), "num_samples": 4096}
-        ops = [linear_operator(*data, loss, **options) for options in ({}, {"likelihood": likelihood}, sampled)]
+        reduction = "sum" if likelihood == "categorical" else "mean"
+        ops = [
+            linear_operator(*data, loss, reduction=reduction, **options)
+            for options in ({}, {"likelihood": likelihood}, sampled)
+        ]
         return [op.as_matrix() for op in ops]
 
     general, closed, sampled = matrices(w, x, y)

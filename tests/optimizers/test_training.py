@@ -511,3 +511,66 @@ def test_minimize_hands_over_its_data(name):
     )
     assert result.success
     assert result.num_steps < 100
+
+
+# ---- what is not finite, and half precision -------------------------------------------------------------------------
+
+
+def steps_of(name, dtype):
+    """A compiled step of a solver on one batch, for gradient and curvature."""
+    solver = solver_of(name, dtype)
+
+    @jax.jit
+    def step(params, state, data):
+        value, grad = jax.value_and_grad(objective)(params, *data)
+        value_fn = lambda params: objective(params, *data)
+        updates, state = solver.update(grad, state, params, value=value, value_fn=value_fn, args=data)
+        return optax.apply_updates(params, updates), state
+
+    return solver, step
+
+
+@solvers
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_batch_that_is_not_finite_is_skipped(name, bad):
+    solver, step = steps_of(name, np.float64)
+    params = start()
+    params, state = step(params, solver.init(params), batch(0))
+    inputs, labels = batch(1)
+    inputs[2, 0] = bad
+    after, skipped = step(params, state, (inputs, labels))
+    assert_trees_close(after, params, roundings=0)
+    jax.tree.map(np.testing.assert_array_equal, skipped, state)
+    values = [float(objective(params, *batch(0)))]
+    for _ in range(3):
+        after, skipped = step(after, skipped, batch(0))
+        values.append(float(objective(after, *batch(0))))
+    assert values[-1] < values[0]
+
+
+@solvers
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_trains(name, dtype):
+    solver, step = steps_of(name, dtype)
+    params, data = start(dtype), batch(0, dtype=dtype)
+    state, first = solver.init(params), float(objective(params, *data))
+    for _ in range(8):
+        params, state = step(params, state, data)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    assert float(objective(params, *data)) < 0.95 * first
+
+
+def test_adahessian_in_half_precision_is_that_in_single():
+    """``b2 = 0.999`` rounds to 1 in bfloat16."""
+
+    def after(dtype):
+        params, solver = {"a": jnp.array([1.0, 2.0], dtype)}, curvature.scale_by_adahessian(key=KEY)
+        fun = lambda params: jnp.sum(jnp.array([1.0, 4.0], dtype) * params["a"] ** 2)
+        state = solver.init(params)
+        for _ in range(3):
+            updates, state = solver.update(jax.grad(fun)(params), state, params, value_fn=fun)
+        assert updates["a"].dtype == dtype
+        return updates["a"]
+
+    assert_close(after(jnp.bfloat16), after(jnp.float32), jnp.bfloat16, roundings=1)
+    assert_close(after(jnp.float32), np.array([1.0, 2.0]), jnp.float32)
