@@ -12,6 +12,7 @@ from curvature import _checks
 from curvature._checks import _linalg
 from curvature._types import Tree, ravel
 from curvature.linalg._dense import norm
+from curvature.linalg._host_loop import call_solver
 from curvature.linalg._lanczos import orthonormal_rows, random_rows
 from curvature.linalg._system import Scalar, Vector, checked_product
 from curvature.operators._base import LinearOperator, Product, zeros
@@ -98,13 +99,19 @@ def eigsh(
     structure = op.in_structure()
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure))
     _linalg.check_size("eigsh", "k", k, size, "the number of columns of op")
-    product, example = checked_product("eigsh", "op", op, zeros(structure))
+    key = jax.random.key(0) if key is None else key
+    operands = key, jnp.asarray(rtol), jnp.asarray(max_steps, jnp.int32)
+    return call_solver("eigsh", _eigsh, op, *operands, k=k, which=which)
+
+
+def _eigsh(op: LinearOperator, key: PRNGKeyArray, rtol: Array, max_steps: Array, k: int, which: Which) -> Eigenpairs:
+    product, example = checked_product("eigsh", "op", op, zeros(op.in_structure()))
     flat, unravel = ravel(example)
     problem = _Problem(_on_rows(product, unravel), flat, k, which)
-    if size <= max(_DENSE, 2 * problem.basis_size):
+    if flat.size <= max(_DENSE, 2 * problem.basis_size):
         state = _by_eigh(problem)
     else:
-        state = _by_lanczos(problem, jax.random.key(0) if key is None else key, rtol, max_steps)
+        state = _by_lanczos(problem, key, rtol, max_steps)
     converged = _converged(state, rtol)
     return Eigenpairs(state.values[:k], jax.vmap(unravel)(state.vectors[:k]), state.residual_norms, converged)
 

@@ -10,10 +10,13 @@ from jaxtyping import Array, Bool, Int
 
 from curvature._types import SolveInfo, Status, Tree
 from curvature.linalg._dense import norm
+from curvature.linalg._host_loop import call_solver
 from curvature.linalg._system import (
+    Operator,
     Scalar,
     Vector,
     VectorMap,
+    check_system,
     dot,
     implicit_solution,
     linear_system,
@@ -73,7 +76,12 @@ def cg(
 
     References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithm 5.3.
     """
-    system = linear_system("cg", op, b, rtol, max_steps, preconditioner)
+    b, rtol, limit = check_system("cg", b, rtol, max_steps)
+    return call_solver("cg", _cg, op, b, rtol, limit, preconditioner)
+
+
+def _cg(op: Operator, b: Tree, rtol: Array, limit: Int[Array, ""], preconditioner: Operator | None) -> Any:
+    system = linear_system("cg", op, b, limit, preconditioner)
 
     def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
         return restarted_cg(product, unit, rtol, system.limit, unit_preconditioner(system.precondition, unit))

@@ -9,6 +9,7 @@ from curvature import _checks
 from curvature._checks import _linalg
 from curvature._types import ravel
 from curvature.linalg._dense import norm
+from curvature.linalg._host_loop import call_solver
 from curvature.linalg._system import Scalar, Vector, checked_product, dot
 from curvature.operators._base import LinearOperator, zeros
 
@@ -47,6 +48,11 @@ def check_symmetry(
     _checks.check_count("check_symmetry", "num_samples", num_samples, 1)
     if rtol is not None:
         _checks.check_nonnegative("check_symmetry", "rtol", rtol)
+        rtol = jnp.asarray(rtol)
+    return call_solver("check_symmetry", _check_symmetry, op, key, rtol, num_samples=num_samples)
+
+
+def _check_symmetry(op: LinearOperator, key: PRNGKeyArray, rtol: Array | None, num_samples: int) -> Bool[Array, ""]:
     product, example = checked_product("check_symmetry", "op", op, zeros(op.in_structure()))
     flat, unravel = ravel(example)
     tolerance = jnp.sqrt(jnp.finfo(flat.dtype).eps) if rtol is None else jnp.asarray(rtol, flat.dtype)
