@@ -212,12 +212,12 @@ def _expand(problem: _Problem, state: _State, key: PRNGKeyArray) -> _State:
 
 
 def _add_blocks(
-    problem: _Problem, basis: Rows, projected: Array, block: Rows, first: int, key: PRNGKeyArray
+    problem: _Problem, basis: Rows, projected: Array, block: Array, first: int, key: PRNGKeyArray
 ) -> tuple[Rows, Array]:
     """Fill the rows of the basis from number ``first`` on, a block at a time, and the projection of A on them."""
     k = problem.k
 
-    def add_block(i: Int[Array, ""], carry: tuple[Rows, Array, Rows]) -> tuple[Rows, Array, Rows]:
+    def add_block(i: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         basis, projected, block = carry
         row = first + i * k
         block = orthonormal_rows(basis, block, jax.random.fold_in(key, i), problem.example)
