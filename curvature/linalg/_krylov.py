@@ -63,7 +63,10 @@ def cg(
             ``op`` changes it.
         ValueError: when ``op(b)`` has not the structure or shapes of ``b``, or a number is out of range.
 
-    Cost: one product each step, one more for each restart; memory for six vectors like ``b``.
+    Cost: one product each step, one more for each restart; memory for six vectors like ``b``. Outside ``jit`` the solve
+        is compiled once for each structure of ``op`` and ``b`` and the functions in them, which must be pure. With
+        ``batches=`` each product is one pass over the batches, and the loop runs on the host: outside of ``jit``,
+        ``vmap`` and ``grad`` only.
 
     Example:
         >>> import jax.numpy as jnp, curvature

@@ -54,7 +54,7 @@ def lanczos(op: LinearOperator, *, key: PRNGKeyArray, num_steps: int) -> Tridiag
         TypeError: when ``op`` is no operator.
         ValueError: when ``num_steps`` is not between 1 and the size of the operator, or ``op`` is not square.
 
-    Cost: k products and O(n k^2) FLOPs; memory for k vectors.
+    Cost: k products and O(n k^2) FLOPs; memory for k vectors. With ``batches=`` a product is one pass over them.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature

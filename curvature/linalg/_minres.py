@@ -69,7 +69,7 @@ def minres(
         ValueError: when ``op(b)`` has not the structure or shapes of ``b``, or a number is out of range.
 
     Cost: one product each step, one more for each restart and one to measure the scale of ``A``; memory for ten vectors
-        like ``b``.
+        like ``b``. As for ``cg``, it is compiled once, and with ``batches=`` each product is one pass over them.
 
     Example:
         >>> import jax.numpy as jnp, curvature

@@ -83,7 +83,8 @@ def solve(
 
     Cost: of ``"cg"`` and ``"minres"`` see there. For n entries of ``b``, ``"cholesky"`` takes n products, n^3 / 3 FLOPs
         and n^2 memory, and ``"eigh"`` 9 n^3 FLOPs; for m outputs ``"woodbury"`` takes m products of J and of J',
-        2 m^3 / 3 FLOPs and m^2 memory. All take one product for each refinement.
+        2 m^3 / 3 FLOPs and m^2 memory. All take one product for each refinement. Compiled once, as
+        ``cg`` is. With ``batches=`` each product is one pass over them; the n products that form a matrix share passes.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature

@@ -78,7 +78,7 @@ def logdet(
         ValueError: for an operator that is not square or not known to be symmetric, or a number below 2.
 
     Cost: one linearization and ``k (m + 1)`` products, or n and an eigendecomposition. Memory: the m Lanczos vectors of
-        each probe of a chunk.
+        each probe of a chunk. With ``batches=`` the probes of a chunk share m + 1 passes over them.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -148,7 +148,8 @@ def spectral_density(
         TypeError: when ``op`` is no operator or ``key`` no key.
         ValueError: for an operator that is not square or not known to be symmetric, or a number or grid out of range.
 
-    Cost: one linearization and ``k m`` products. Memory: the m Lanczos vectors of each probe of a chunk.
+    Cost: one linearization and ``k m`` products. Memory: the m Lanczos vectors of each probe of a chunk. With
+        ``batches=`` the probes of a chunk share m passes over them.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature

@@ -71,7 +71,7 @@ def trace(
 
     Cost: one linearization; k products for ``"hutchinson"`` and memory for the probes of a chunk; ``3 k`` products and
         memory for ``3 k`` vectors for ``"hutch++"``, which takes the n products of the exact diagonal where they are no
-        more.
+        more. With ``batches=`` the products of a chunk share one pass over them.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -128,7 +128,7 @@ def diagonal(
         ValueError: for an operator that is not square, fewer than 2 samples, or samples without a key.
 
     Cost: one linearization; n products without a key or for k >= n, which are exact; else k products. Memory: three
-        vectors and the probes of one chunk.
+        vectors and the probes of one chunk. With ``batches=`` the products of a chunk share one pass over them.
 
     Example:
         >>> import jax.numpy as jnp, curvature

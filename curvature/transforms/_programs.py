@@ -2,8 +2,9 @@
 
 import functools
 import inspect
+import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -87,8 +88,8 @@ def call_compiled(program: Callable[..., Any], operands: tuple[Any, ...], how: d
     """``program(*operands, **how)``, compiled once for operators of one structure with the same functions.
 
     Arrays and floats of the operands are passed as operands; functions, other numbers and options are static.
-    Functions are compared by identity and referred to weakly: a program is dropped when one of its functions dies.
-    Where a function of the user needs the value of an operand to be traced, ``program`` is called without ``jit``.
+    Functions are compared by identity, and by the numbers and arrays in their closures and globals, and referred to
+    weakly: a program is dropped when one of its functions dies. Where a function of the user needs the value of an operand to be traced, ``program`` is called without ``jit``.
     """
     jitted, given, data = compiled_for(program, operands, how)
     try:
@@ -138,8 +139,48 @@ def _without_functions(value: Any, functions: list[Any]) -> Any:
         raise TypeError("a bound method is another object at each mention")
     if callable(value) and not isinstance(value, type):
         functions.append(value)
-        return weakref.ref(value)
+        return weakref.ref(value), tuple(_captured(value, set()))
     return type(value), value
+
+
+class _Same:
+    """A weak reference to an array that is equal to references to the same array only."""
+
+    def __init__(self, array: Any) -> None:
+        self.reference, self.identity = weakref.ref(array), id(array)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.reference() is not None and self.reference() is other.reference()
+
+    def __hash__(self) -> int:
+        return self.identity
+
+
+def _captured(function: Any, seen: set[int]) -> Iterator[Any]:
+    """The numbers and arrays that a function, and those that it calls by name, take from closures and globals.
+
+    Without them a function that is called again after one of its variables was assigned another value would meet the
+    program of the old value.
+    """
+    if not isinstance(function, types.FunctionType) or id(function) in seen:
+        return
+    seen.add(id(function))
+    names = [name for name in function.__code__.co_names if name in function.__globals__]
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_set(cell)]
+    for value in [*cells, *(function.__globals__[name] for name in names)]:
+        if isinstance(value, jax.Array | np.ndarray):
+            yield _Same(value)
+        elif isinstance(value, bool | int | float | complex | np.generic):
+            yield type(value), value
+        else:
+            yield from _captured(value, seen)
+
+
+def _is_set(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # of a variable that has no value yet
+        return False
 
 
 def _keep(key: Any, jitted: Callable[..., Any], functions: list[Any]) -> None:

@@ -109,6 +109,27 @@ class Scaled:
         return self.scale * v
 
 
+SCALE = np.array(1.0)
+
+
+def test_a_function_whose_closure_or_globals_changed_is_compiled_again(monkeypatch):
+    scale, matrix = 2.0, jnp.eye(3)
+
+    def shared(v):
+        return SCALE * v
+
+    def product(v):
+        return scale * (matrix @ shared(v))
+
+    assert_close(curvature.cg(product, B)[0], B / 2)
+    scale = 4.0
+    assert_close(curvature.cg(product, B)[0], B / 4)
+    matrix = 2 * jnp.eye(3)
+    assert_close(curvature.cg(product, B)[0], B / 8)
+    monkeypatch.setitem(globals(), "SCALE", np.array(4.0))
+    assert_close(curvature.cg(product, B)[0], B / 32)
+
+
 def test_bound_methods_are_never_taken_for_one_another():
     scaled = Scaled(2.0)
     for scale in (2.0, 4.0):
@@ -136,7 +157,7 @@ def test_errors_come_before_any_compilation():
         curvature.cg(lambda v: v, B, rtol=-1)
     with pytest.raises(ValueError, match=r"eigsh: max_steps=-1, expected an integer >= 0"):
         curvature.eigsh(MatrixOperator(jnp.eye(2), is_symmetric=True), 1, max_steps=-1)
-    with pytest.raises(TypeError, match=r"trace: key is f"):
+    with pytest.raises(TypeError, match=r"trace: key is an array of shape"):
         curvature.trace(MatrixOperator(jnp.eye(2)), key=jnp.ones(3))
 
 
