@@ -42,3 +42,11 @@ def no_factors(function: str, op: Any) -> TypeError:
         f"{function}: method='woodbury' needs one term with factors() -> (J, M), as a Gauss-Newton operator, plus "
         f"damping; op is {type(op).__name__}. Use another method, such as 'cg'."
     )
+
+
+def no_streaming_inside(function: str) -> TypeError:
+    """The error for a solver that is traced although its operator is summed over batches on the host."""
+    return TypeError(
+        f"{function}: called inside jit, vmap, grad or another transformation with an operator that has batches=, "
+        f"which are summed on the host; call {function} outside of it, or give the data as arrays with chunk_size=."
+    )

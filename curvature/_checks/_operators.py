@@ -110,8 +110,9 @@ def check_untraced(function: str, tree: Any) -> None:
     """Refuse tracers, for sums that are made on the host."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError(
-            f"{function}: x or v is traced, but batches= are summed on the host, outside jit, vmap, grad and compiled "
-            "solvers; give the data as arrays with chunk_size=, or solve with SciPy on as_scipy(op)."
+            f"{function}: x or v is traced, but batches= are summed on the host, outside jit, vmap and grad; give the "
+            "data as arrays with chunk_size=, pass op itself to a solver such as curvature.cg, or solve with SciPy on "
+            "as_scipy(op)."
         )
 
 

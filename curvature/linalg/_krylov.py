@@ -10,10 +10,13 @@ from jaxtyping import Array, Bool, Int
 
 from curvature._types import SolveInfo, Status, Tree
 from curvature.linalg._dense import norm
+from curvature.linalg._host_loop import call_solver
 from curvature.linalg._system import (
+    Operator,
     Scalar,
     Vector,
     VectorMap,
+    check_system,
     dot,
     implicit_solution,
     linear_system,
@@ -60,7 +63,10 @@ def cg(
             ``op`` changes it.
         ValueError: when ``op(b)`` has not the structure or shapes of ``b``, or a number is out of range.
 
-    Cost: one product each step, one more for each restart; memory for six vectors like ``b``.
+    Cost: one product each step, one more for each restart; memory for six vectors like ``b``. Outside ``jit`` the solve
+        is compiled once for each structure of ``op`` and ``b`` and the functions in them, which must be pure. With
+        ``batches=`` each product is one pass over the batches, and the loop runs on the host: outside of ``jit``,
+        ``vmap`` and ``grad`` only.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -73,7 +79,12 @@ def cg(
 
     References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithm 5.3.
     """
-    system = linear_system("cg", op, b, rtol, max_steps, preconditioner)
+    b, rtol, limit = check_system("cg", b, rtol, max_steps)
+    return call_solver("cg", _cg, op, b, rtol, limit, preconditioner)
+
+
+def _cg(op: Operator, b: Tree, rtol: Array, limit: Int[Array, ""], preconditioner: Operator | None) -> Any:
+    system = linear_system("cg", op, b, limit, preconditioner)
 
     def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
         return restarted_cg(product, unit, rtol, system.limit, unit_preconditioner(system.precondition, unit))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from curvature._checks import _linalg
 from curvature._types import Tree, ravel
 from curvature.linalg._dense import norm
+from curvature.linalg._host_loop import call_solver
 from curvature.linalg._system import Scalar, Vector, VectorMap, checked_product
 from curvature.operators._base import LinearOperator, zeros
 
@@ -53,7 +54,7 @@ def lanczos(op: LinearOperator, *, key: PRNGKeyArray, num_steps: int) -> Tridiag
         TypeError: when ``op`` is no operator.
         ValueError: when ``num_steps`` is not between 1 and the size of the operator, or ``op`` is not square.
 
-    Cost: k products and O(n k^2) FLOPs; memory for k vectors.
+    Cost: k products and O(n k^2) FLOPs; memory for k vectors. With ``batches=`` a product is one pass over them.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -66,6 +67,10 @@ def lanczos(op: LinearOperator, *, key: PRNGKeyArray, num_steps: int) -> Tridiag
     References: Golub and Van Loan, Matrix Computations, 4th ed. (2013), algorithm 10.1.1 and section 10.3.4.
     """
     _linalg.check_operator("lanczos", "op", op, isinstance(op, LinearOperator))
+    return call_solver("lanczos", _lanczos, op, key, num_steps=num_steps)
+
+
+def _lanczos(op: LinearOperator, key: PRNGKeyArray, num_steps: int) -> Tridiagonal:
     product, example = checked_product("lanczos", "op", op, zeros(op.in_structure()))
     flat, unravel = ravel(example)
     _linalg.check_size("lanczos", "num_steps", num_steps, flat.size, "the number of columns of op")

@@ -10,11 +10,14 @@ from jaxtyping import Array, Bool, Int
 
 from curvature._types import SolveInfo, Status, Tree
 from curvature.linalg._dense import exponent_of
+from curvature.linalg._host_loop import call_solver
 from curvature.linalg._system import (
     Correction,
+    Operator,
     Scalar,
     Vector,
     VectorMap,
+    check_system,
     dot,
     implicit_solution,
     linear_system,
@@ -66,7 +69,7 @@ def minres(
         ValueError: when ``op(b)`` has not the structure or shapes of ``b``, or a number is out of range.
 
     Cost: one product each step, one more for each restart and one to measure the scale of ``A``; memory for ten vectors
-        like ``b``.
+        like ``b``. As for ``cg``, it is compiled once, and with ``batches=`` each product is one pass over them.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -77,7 +80,12 @@ def minres(
     References: Paige and Saunders (1975), doi:10.1137/0712047; Choi, Paige and Saunders (2011), arXiv:1003.4042,
         section 2.2 and theorem 3.1.
     """
-    system = linear_system("minres", op, b, rtol, max_steps, preconditioner)
+    b, rtol, limit = check_system("minres", b, rtol, max_steps)
+    return call_solver("minres", _minres, op, b, rtol, limit, preconditioner)
+
+
+def _minres(op: Operator, b: Tree, rtol: Array, limit: Int[Array, ""], preconditioner: Operator | None) -> Any:
+    system = linear_system("minres", op, b, limit, preconditioner)
 
     def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
         precondition = unit_preconditioner(system.precondition, unit)

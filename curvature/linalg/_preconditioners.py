@@ -11,6 +11,7 @@ from curvature import _checks
 from curvature._checks import _linalg
 from curvature._types import ChunkSize, Tree, ravel
 from curvature.linalg._dense import exponent_of, rounding_level
+from curvature.linalg._host_loop import call_solver
 from curvature.operators._base import LinearOperator, Product, register_operator, structure_of, zeros
 from curvature.transforms._jacobian import vmap
 
@@ -54,6 +55,10 @@ def diagonal_preconditioner(op: LinearOperator | Tree, *, chunk_size: ChunkSize 
         >>> (inverse @ {"w": jnp.array([2.0, 2.0, 0.0])})["w"]
         Array([1. , 0.5, 0. ], dtype=float32)
     """
+    return call_solver("diagonal_preconditioner", _inverse_of_diagonal, op, chunk_size=chunk_size)
+
+
+def _inverse_of_diagonal(op: LinearOperator | Tree, chunk_size: ChunkSize) -> DiagonalPreconditioner:
     diagonal = op.diagonal(chunk_size) if isinstance(op, LinearOperator) else op
     flat, unravel = ravel(_checks.check_point("diagonal_preconditioner", "op", diagonal))
     sizes = jnp.abs(flat)
@@ -128,6 +133,13 @@ def nystrom_preconditioner(
     """
     _linalg.check_operator("nystrom_preconditioner", "op", op, isinstance(op, LinearOperator))
     _checks.check_nonnegative("nystrom_preconditioner", "damping", damping)
+    operands = key, jnp.asarray(damping)
+    return call_solver("nystrom_preconditioner", _nystrom, op, *operands, rank=rank, chunk_size=chunk_size)
+
+
+def _nystrom(
+    op: LinearOperator, key: PRNGKeyArray, damping: Array, rank: int, chunk_size: ChunkSize
+) -> NystromPreconditioner:
     structure = op.in_structure()
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure))
     _linalg.check_size("nystrom_preconditioner", "rank", rank, size, "the number of columns of op")

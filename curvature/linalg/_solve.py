@@ -6,21 +6,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from curvature import _checks
 from curvature._checks import _linalg
 from curvature._types import SolveInfo, Status, Tree, ravel
 from curvature.linalg._dense import Matrix, rounding_level, scaling
+from curvature.linalg._host_loop import call_solver
 from curvature.linalg._krylov import restarted_cg
 from curvature.linalg._minres import restarted_minres
 from curvature.linalg._system import (
     Correction,
     Method,
+    Operator,
     Scalar,
     System,
     Vector,
     VectorMap,
+    check_system,
     dot,
     implicit_solution,
     linear_system,
@@ -80,7 +83,8 @@ def solve(
 
     Cost: of ``"cg"`` and ``"minres"`` see there. For n entries of ``b``, ``"cholesky"`` takes n products, n^3 / 3 FLOPs
         and n^2 memory, and ``"eigh"`` 9 n^3 FLOPs; for m outputs ``"woodbury"`` takes m products of J and of J',
-        2 m^3 / 3 FLOPs and m^2 memory. All take one product for each refinement.
+        2 m^3 / 3 FLOPs and m^2 memory. All take one product for each refinement. Compiled once, as
+        ``cg`` is. With ``batches=`` each product is one pass over them; the n products that form a matrix share passes.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -95,7 +99,16 @@ def solve(
     References: Golub and Van Loan, Matrix Computations, 4th ed. (2013), section 2.1.4 (Woodbury's formula).
     """
     _checks.check_choice("solve", "method", method, SolveMethod)
-    system = linear_system("solve", op, b, rtol, max_steps, preconditioner)
+    b, rtol, limit = check_system("solve", b, rtol, max_steps)
+    if method == "woodbury":
+        _damped_factors(op)  # here, where the error can name the class of op
+    return call_solver("solve", _solve, op, b, rtol, limit, preconditioner, method=method)
+
+
+def _solve(
+    op: Operator, b: Tree, rtol: Array, limit: Int[Array, ""], preconditioner: Operator | None, method: SolveMethod
+) -> tuple[Tree, SolveInfo]:
+    system = linear_system("solve", op, b, limit, preconditioner)
     if method == "auto":
         method = "cholesky" if system.b.size <= _SMALL else "cg"
         return implicit_solution(system, _with_fallback(system, method, rtol))

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from curvature import _checks
 from curvature._types import ChunkSize
+from curvature.linalg._host_loop import call_solver
 from curvature.linalg._lanczos import tridiagonalize
 from curvature.linalg._stochastic import Estimate, Key, exactly, mean_of, on_vectors, signs
 from curvature.linalg._system import Vector
@@ -77,7 +78,7 @@ def logdet(
         ValueError: for an operator that is not square or not known to be symmetric, or a number below 2.
 
     Cost: one linearization and ``k (m + 1)`` products, or n and an eigendecomposition. Memory: the m Lanczos vectors of
-        each probe of a chunk.
+        each probe of a chunk. With ``batches=`` the probes of a chunk share m + 1 passes over them.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -88,11 +89,16 @@ def logdet(
     References: Ubaru, Chen and Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature (2017),
         doi:10.1137/16M1104974, algorithm 1.
     """
-    _checks.check_square_operator("logdet", op, symmetric=True)
     _checks.check_key("logdet", key)
     _checks.check_static_count("logdet", "num_samples", num_samples, 2)
     _checks.check_static_count("logdet", "num_steps", num_steps, 2)
     _checks.check_chunk_size("logdet", chunk_size)
+    how = {"num_samples": num_samples, "num_steps": num_steps, "chunk_size": chunk_size}
+    return call_solver("logdet", _logdet, op, key, **how)
+
+
+def _logdet(op: LinearOperator, key: Key, num_samples: int, num_steps: int, chunk_size: ChunkSize) -> Estimate:
+    _checks.check_square_operator("logdet", op, symmetric=True)
     n = _modes.num_entries(op.in_structure())
     if n <= min(num_samples * num_steps, _DENSE):
         matrix = op.as_matrix(chunk_size)
@@ -142,7 +148,8 @@ def spectral_density(
         TypeError: when ``op`` is no operator or ``key`` no key.
         ValueError: for an operator that is not square or not known to be symmetric, or a number or grid out of range.
 
-    Cost: one linearization and ``k m`` products. Memory: the m Lanczos vectors of each probe of a chunk.
+    Cost: one linearization and ``k m`` products. Memory: the m Lanczos vectors of each probe of a chunk. With
+        ``batches=`` the probes of a chunk share m passes over them.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -156,7 +163,6 @@ def spectral_density(
     References: Ubaru, Chen and Saad (2017), doi:10.1137/16M1104974. Ghorbani, Krishnan and Xiao, An investigation into
         neural net optimization via Hessian eigenvalue density, arXiv:1901.10159, section 2.
     """
-    _checks.check_square_operator("spectral_density", op, symmetric=True)
     _checks.check_key("spectral_density", key)
     _checks.check_static_count("spectral_density", "num_samples", num_samples, 2)
     _checks.check_static_count("spectral_density", "num_steps", num_steps, 1)
@@ -165,6 +171,21 @@ def spectral_density(
         _checks.check_grid("spectral_density", grid)
     if width is not None:
         _checks.check_positive("spectral_density", "width", width)
+        width = jnp.asarray(width)
+    how = {"num_samples": num_samples, "num_steps": num_steps, "chunk_size": chunk_size}
+    return call_solver("spectral_density", _spectral_density, op, key, grid, width, **how)
+
+
+def _spectral_density(
+    op: LinearOperator,
+    key: Key,
+    grid: Array | None,
+    width: Array | None,
+    num_samples: int,
+    num_steps: int,
+    chunk_size: ChunkSize,
+) -> SpectralDensity:
+    _checks.check_square_operator("spectral_density", op, symmetric=True)
     product, _, like = on_vectors("spectral_density", op)
     steps = min(num_steps, like.size)
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from curvature import _checks
 from curvature._types import ChunkSize, Tree, ravel
 from curvature.linalg._dense import exponent_of
+from curvature.linalg._host_loop import call_solver
 from curvature.linalg._lanczos import orthogonal_to
 from curvature.linalg._system import Vector, VectorMap, checked_product
 from curvature.operators._base import LinearOperator, zeros
@@ -70,7 +71,7 @@ def trace(
 
     Cost: one linearization; k products for ``"hutchinson"`` and memory for the probes of a chunk; ``3 k`` products and
         memory for ``3 k`` vectors for ``"hutch++"``, which takes the n products of the exact diagonal where they are no
-        more.
+        more. With ``batches=`` the products of a chunk share one pass over them.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -81,11 +82,16 @@ def trace(
     References: Hutchinson, doi:10.1080/03610919008812866. Meyer, Musco, Musco and Woodruff, Hutch++, arXiv:2010.09649,
         algorithm 1.
     """
-    _checks.check_square_operator("trace", op)
     _checks.check_key("trace", key)
     _checks.check_static_count("trace", "num_samples", num_samples, 2)
     _checks.check_choice("trace", "method", method, TraceMethod)
     _checks.check_chunk_size("trace", chunk_size)
+    how = {"num_samples": num_samples, "method": method, "chunk_size": chunk_size}
+    return call_solver("trace", _trace, op, key, **how)
+
+
+def _trace(op: LinearOperator, key: Key, num_samples: int, method: TraceMethod, chunk_size: ChunkSize) -> Estimate:
+    _checks.check_square_operator("trace", op)
     n = _modes.num_entries(op.in_structure())
     if method == "hutch++" and 3 * num_samples >= n:
         return exactly(jnp.sum(ravel(op.diagonal(chunk_size))[0]))
@@ -122,7 +128,7 @@ def diagonal(
         ValueError: for an operator that is not square, fewer than 2 samples, or samples without a key.
 
     Cost: one linearization; n products without a key or for k >= n, which are exact; else k products. Memory: three
-        vectors and the probes of one chunk.
+        vectors and the probes of one chunk. With ``batches=`` the products of a chunk share one pass over them.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -133,15 +139,20 @@ def diagonal(
     References: Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix (2007),
         doi:10.1016/j.apnum.2007.01.003.
     """
-    _checks.check_square_operator("diagonal", op)
     _checks.check_chunk_size("diagonal", chunk_size)
-    if key is None:
-        if num_samples is not None:
-            raise _checks.samples_without_key("diagonal")
-        return exactly(op.diagonal(chunk_size))
+    if key is None and num_samples is not None:
+        raise _checks.samples_without_key("diagonal")
     num_samples = 32 if num_samples is None else num_samples
-    _checks.check_key("diagonal", key)
-    _checks.check_static_count("diagonal", "num_samples", num_samples, 2)
+    if key is not None:
+        _checks.check_key("diagonal", key)
+        _checks.check_static_count("diagonal", "num_samples", num_samples, 2)
+    return call_solver("diagonal", _diagonal, op, key, num_samples=num_samples, chunk_size=chunk_size)
+
+
+def _diagonal(op: LinearOperator, key: Key | None, num_samples: int, chunk_size: ChunkSize) -> Estimate:
+    _checks.check_square_operator("diagonal", op)
+    if key is None:
+        return exactly(op.diagonal(chunk_size))
     product, unravel, like = on_vectors("diagonal", op)
     if num_samples >= like.size:
         return exactly(op.diagonal(chunk_size))

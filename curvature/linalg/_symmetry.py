@@ -9,8 +9,10 @@ from curvature import _checks
 from curvature._checks import _linalg
 from curvature._types import ravel
 from curvature.linalg._dense import norm
+from curvature.linalg._host_loop import call_solver
 from curvature.linalg._system import Scalar, Vector, checked_product, dot
 from curvature.operators._base import LinearOperator, zeros
+from curvature.transforms._jacobian import vmap
 
 
 def check_symmetry(
@@ -34,7 +36,7 @@ def check_symmetry(
         TypeError: when ``op`` is no operator.
         ValueError: when ``op`` is not square, or a number is out of range.
 
-    Cost: two products for each pair.
+    Cost: two products for each pair; with ``batches=`` all together are one pass over the batches.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -47,17 +49,20 @@ def check_symmetry(
     _checks.check_count("check_symmetry", "num_samples", num_samples, 1)
     if rtol is not None:
         _checks.check_nonnegative("check_symmetry", "rtol", rtol)
+        rtol = jnp.asarray(rtol)
+    return call_solver("check_symmetry", _check_symmetry, op, key, rtol, num_samples=num_samples)
+
+
+def _check_symmetry(op: LinearOperator, key: PRNGKeyArray, rtol: Array | None, num_samples: int) -> Bool[Array, ""]:
     product, example = checked_product("check_symmetry", "op", op, zeros(op.in_structure()))
     flat, unravel = ravel(example)
     tolerance = jnp.sqrt(jnp.finfo(flat.dtype).eps) if rtol is None else jnp.asarray(rtol, flat.dtype)
 
-    def symmetric(pair: Array) -> Bool[Array, ""]:
-        v, w = pair
-        image_v, image_w = ravel(product(unravel(v)))[0], ravel(product(unravel(w)))[0]
-        return _agree(v, w, image_v, image_w, tolerance)
-
-    pairs = jax.random.normal(key, (num_samples, 2, flat.size), flat.dtype)
-    return jnp.all(jax.lax.map(symmetric, pairs))
+    pairs = jax.random.normal(key, (2 * num_samples, flat.size), flat.dtype)
+    images = vmap(lambda row: ravel(product(unravel(row)))[0])(pairs)
+    v, w = jnp.split(pairs, 2)
+    image_v, image_w = jnp.split(images, 2)
+    return jnp.all(jax.vmap(lambda *rows: _agree(*rows, tolerance))(v, w, image_v, image_w))
 
 
 def _agree(v: Vector, w: Vector, image_v: Vector, image_w: Vector, tolerance: Scalar) -> Bool[Array, ""]:

@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import SolveInfo, Status, Tree, ravel
 from curvature.linalg._dense import exponent_of, norm
 from curvature.operators._base import DampingOperator, LinearOperator
+from curvature.operators._streamed import stands_in
 
 Vector = Float[Array, " n"]
 Scalar = Float[Array, ""]
@@ -28,17 +30,26 @@ class System(NamedTuple):
     precondition: VectorMap
     unravel: Callable[[Array], Tree]
     limit: Int[Array, ""]
+    streamed: bool  # whether products are passes over batches on the host, which have no derivative
 
 
-def linear_system(
-    function: str, op: Operator, b: Tree, rtol: Any, max_steps: Any, preconditioner: Operator | None
-) -> System:
-    """Check the arguments of a solver; the operator is linearized here, once."""
+def check_system(
+    function: str, b: Tree, rtol: ArrayLike, max_steps: ArrayLike | None
+) -> tuple[Tree, Array, Int[Array, ""]]:
+    """The right-hand side, the tolerance and the most steps as arrays, once their values are known to be legal."""
     b = _checks.check_point(function, "b", b)
     _checks.check_entries(function, "b", b)
     _checks.check_nonnegative(function, "rtol", rtol)
     if max_steps is not None:
         _checks.check_count(function, "max_steps", max_steps)
+    size = sum(leaf.size for leaf in jax.tree.leaves(b))
+    return b, jnp.asarray(rtol), jnp.asarray(10 * size if max_steps is None else max_steps, jnp.int32)
+
+
+def linear_system(
+    function: str, op: Operator, b: Tree, limit: Int[Array, ""], preconditioner: Operator | None
+) -> System:
+    """The system on vectors; the operator is linearized here, once."""
     product, b = checked_product(function, "op", op, b)
     on_vectors = lambda vector: vector  # noqa: E731
     if preconditioner is not None:
@@ -46,8 +57,7 @@ def linear_system(
     flat, unravel = ravel(b)
     if preconditioner is not None:
         on_vectors = _on_vectors(inverse, unravel)
-    limit = jnp.asarray(10 * flat.size if max_steps is None else max_steps, jnp.int32)
-    return System(_on_vectors(product, unravel), flat, on_vectors, unravel, limit)
+    return System(_on_vectors(product, unravel), flat, on_vectors, unravel, limit, stands_in((op, preconditioner)))
 
 
 def product_of(op: Operator) -> Callable[[Tree], Tree]:
@@ -85,7 +95,10 @@ def implicit_solution(system: System, method: Method) -> tuple[Tree, SolveInfo]:
         status = _after_scaling(x, solution, info.status)
         return solution, info._replace(status=status, residual_norm=jnp.ldexp(info.residual_norm, exponent))
 
-    x, info = jax.lax.custom_linear_solve(system.product, system.b, solve, symmetric=True, has_aux=True)
+    if system.streamed:
+        x, info = solve(system.product, system.b)
+    else:
+        x, info = jax.lax.custom_linear_solve(system.product, system.b, solve, symmetric=True, has_aux=True)
     return system.unravel(x), info._replace(direction=system.unravel(info.direction))
 
 

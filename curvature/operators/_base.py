@@ -186,6 +186,22 @@ class SumOperator(LinearOperator):
     def out_structure(self) -> Tree:
         return self._structured().out_structure()
 
+    def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
+        """As for every operator; the sum of the matrices of the terms, each formed in its cheapest way."""
+        matrices = [term.as_matrix(chunk_size) for term in self.terms if not isinstance(term, DampingOperator)]
+        total = sum(matrices[1:], matrices[0])
+        for term in self.terms:
+            if isinstance(term, DampingOperator):
+                total = total + term.scale.astype(total.dtype) * jnp.eye(len(total), dtype=total.dtype)
+        return total
+
+    def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
+        """As for every operator; the sum of the diagonals of the terms, each computed in its cheapest way."""
+        ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), self.in_structure())
+        return _total(
+            [term.mv(ones) if isinstance(term, DampingOperator) else term.diagonal(chunk_size) for term in self.terms]
+        )
+
     def _structured(self) -> LinearOperator:
         return next(term for term in self.terms if not isinstance(term, DampingOperator))
 
@@ -211,6 +227,14 @@ class ScaledOperator(LinearOperator):
     def linearize(self) -> Product:
         product = self.operator.linearize()
         return lambda v: scaled(self.scale, product(v))
+
+    def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
+        """As for every operator; a multiple of the matrix of the operator, formed in its cheapest way."""
+        return scaled(self.scale, self.operator.as_matrix(chunk_size))
+
+    def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
+        """As for every operator; a multiple of the diagonal of the operator, computed in its cheapest way."""
+        return scaled(self.scale, self.operator.diagonal(chunk_size))
 
     def in_structure(self) -> Tree:
         return self.operator.in_structure()

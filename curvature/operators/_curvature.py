@@ -55,7 +55,8 @@ class HessianOperator(DataOperator):
             compiler gathers all data on every device.
         batches: the data as batches instead of ``args``: an iterable, such as a list, that starts anew for each
             product; a tuple or list is the args of ``f``, anything else its only one. Products are summed on the host
-            in order, one compilation for each shape of batch; such an operator cannot be traced.
+            in order, one compilation for each shape of batch; such an operator cannot be traced. ``cg``, ``eigsh`` and
+            the other solvers run a loop on the host for it, outside of ``jit``, ``vmap`` and ``grad``.
         progress: whether each pass over ``batches`` shows a bar (needs rich).
 
     Raises:

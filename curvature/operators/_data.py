@@ -27,6 +27,7 @@ from curvature.operators._devices import combine_over_devices, sharding_of_examp
 from curvature.operators._interactions import check_reduction
 from curvature.transforms._accumulate import zeros
 from curvature.transforms._blocks import Subtree, select
+from curvature.transforms._jacobian import vmap
 
 _rich_error: ImportError | None = None
 try:
@@ -182,6 +183,10 @@ class DataOperator(LinearOperator):
         whole = super().diagonal
         return whole(chunk_size) if self.batches is None else self._over_batches(_diagonal, None, chunk_size)
 
+    def products(self, vectors: Tree) -> Tree:
+        """The products with many vectors, along a leading axis, in one pass over the batches."""
+        return self._over_batches(_products, vectors, "auto")
+
     def _over_slices(self, v: Tree) -> Tree:
         """The sum over slices of the data of one size, and a last one of what is left."""
         name, size = type(self).__name__, self.chunk_size or 1
@@ -242,6 +247,10 @@ def _weighted(op: DataOperator, weight: Array, v: Tree, what: Callable[..., Tree
 
 def _product(op: LinearOperator, v: Tree, chunk_size: ChunkSize) -> Tree:
     return op.mv(v)
+
+
+def _products(op: LinearOperator, vectors: Tree, chunk_size: ChunkSize) -> Tree:
+    return vmap(op.linearize(), chunk_size=chunk_size)(vectors)
 
 
 def _matrix(op: LinearOperator, v: None, chunk_size: ChunkSize) -> Array:

@@ -16,8 +16,8 @@ from curvature._types import MinimizeResult, Objective, Status, Tree
 from curvature.optimizers._loop import Limits, Loop, is_running, start_loop, stepper
 from curvature.optimizers._methods import Method, resolve
 from curvature.optimizers._minimize import limits_of
-from curvature.optimizers._programs import compiled
 from curvature.optimizers._progress import Watch
+from curvature.transforms._programs import compiled
 
 _BLOCK = 5  # steps between two looks at who has finished: ours, by benchmarks/batched.py
 _LEAST = 16  # so few lanes cost about what one does

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 from curvature import _checks
 from curvature._types import Tree
 from curvature.optimizers._least_squares import Limits, check_limits, run
-from curvature.optimizers._programs import compiled
 from curvature.optimizers._robust import Loss
+from curvature.transforms._programs import compiled
 
 
 def curve_fit(

@@ -16,7 +16,6 @@ from curvature.optimizers._fit import LeastSquaresResult
 from curvature.optimizers._gauss_newton import gauss_newton
 from curvature.optimizers._implicit import implicit_minimizer, known_at, lift, root_at, trace_from
 from curvature.optimizers._levenberg_marquardt import levenberg_marquardt
-from curvature.optimizers._programs import compiled
 from curvature.optimizers._residual_method import DenseResidualMethod, ResidualMethod
 from curvature.optimizers._residuals import (
     Linearized,
@@ -30,6 +29,7 @@ from curvature.optimizers._residuals import (
 from curvature.optimizers._robust import Loss, half_sum
 from curvature.transforms._accumulate import vary_like
 from curvature.transforms._modes import num_entries
+from curvature.transforms._programs import compiled
 
 _METHODS: dict[str, Callable[[bool], ResidualMethod]] = {
     "levenberg-marquardt": lambda dense: levenberg_marquardt("exact" if dense else "cg"),

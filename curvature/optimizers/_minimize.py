@@ -17,11 +17,11 @@ from curvature.optimizers._bounds import Box, box_of, rest_on_bounds
 from curvature.optimizers._implicit import implicit_minimizer, lift, trace_from
 from curvature.optimizers._loop import Limits, MinimizeStep, Point, is_running, start_loop, stepper
 from curvature.optimizers._methods import DENSE_ENTRIES, Method, resolve
-from curvature.optimizers._programs import compiled
 from curvature.optimizers._progress import close, start_watch
 from curvature.transforms._accumulate import vary_like
 from curvature.transforms._compositions import trace_objective
 from curvature.transforms._modes import num_entries
+from curvature.transforms._programs import compiled
 
 
 def minimize(

@@ -112,3 +112,37 @@ def assert_identities(found, op, dtype, scale):
     rest = matrix @ q - q @ tridiagonal(found)
     rest[:, -1] -= flat(found.residual)
     assert np.abs(rest).max() <= tolerance(dtype, 1000) * scale
+
+
+@pytest.fixture(scope="module")
+def wishart():
+    """The lowest eigenvalues lie within 1e-4 of the largest, and closer together than that."""
+    factor = np.random.default_rng(0).normal(size=(700, 700))
+    return factor @ factor.T / 700
+
+
+@pytest.mark.parametrize(("which", "rtol"), [("SA", 1e-9), ("LA", 1e-9), ("LM", 1e-12)])
+def test_clustered_eigenvalues_are_found_to_the_tolerance(wishart, which, rtol):
+    pairs = curvature.eigsh(
+        MatrixOperator(jnp.asarray(wishart), is_symmetric=True), 4, which=which, rtol=rtol, max_steps=1000
+    )
+    values = np.linalg.eigvalsh(wishart)
+    assert bool(jnp.all(pairs.converged))
+    assert float(jnp.max(pairs.residuals)) <= rtol * values[-1]
+    want = values[:4] if which == "SA" else values[::-1][:4]
+    np.testing.assert_allclose(pairs.eigenvalues, want, rtol=0, atol=1e-12)
+
+
+def test_max_steps_bounds_the_restarts_and_no_fewer_are_made(wishart):
+    op = MatrixOperator(jnp.asarray(wishart), is_symmetric=True)
+    few, more = (curvature.eigsh(op, 4, which="SA", rtol=1e-9, max_steps=steps) for steps in (20, 60))
+    assert not bool(jnp.any(few.converged))
+    assert float(jnp.max(more.residuals)) < 0.1 * float(jnp.max(few.residuals))
+
+
+def test_single_precision_stops_at_its_rounding_level(wishart):
+    op = MatrixOperator(jnp.asarray(wishart, jnp.float32), is_symmetric=True)
+    pairs = curvature.eigsh(op, 4, which="SA", rtol=1e-12, max_steps=100_000)  # ends
+    assert not bool(jnp.any(pairs.converged))
+    np.testing.assert_allclose(pairs.eigenvalues, np.linalg.eigvalsh(wishart)[:4], rtol=0, atol=1e-5)
+    assert bool(jnp.all(curvature.eigsh(op, 4, which="SA", rtol=1e-5, max_steps=1000).converged))

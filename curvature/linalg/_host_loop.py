@@ -1,0 +1,170 @@
+"""Calls of solvers: compiled once for each structure of the operator, or run as a loop on the host over its batches."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+
+from curvature._checks import _linalg
+from curvature.operators._base import LinearOperator
+from curvature.operators._data import DataOperator
+from curvature.operators._streamed import evaluate_streamed, replace_streamed, streamed_p
+from curvature.transforms._jaxprs import Environment, called_jaxpr, open_jaxpr, open_scan
+from curvature.transforms._programs import call_compiled, compiled_for, is_traced
+
+# The pieces of the jaxprs that ran on the host, which jit keeps for each program: without them each call compiles.
+_PIECES: weakref.WeakKeyDictionary[Jaxpr, list["_Piece"]] = weakref.WeakKeyDictionary()
+
+
+def call_solver(function: str, program: Callable[..., Any], op: Any, *operands: Any, **how: Any) -> Any:
+    """``program(op, *operands, **how)`` for a public function of that name.
+
+    Outside of all transformations it is compiled once for each structure of the operands. Inside another one it is
+    traced like any function. With an operator on streamed data it is traced once, and a loop on the host evaluates the
+    jaxpr: what lies between two passes over the batches is compiled.
+    """
+    if not (isinstance(op, LinearOperator) or callable(op)):
+        return program(op, *operands, **how)  # which refuses it
+    replaced, operators = replace_streamed((op, *operands))
+    if operators and is_traced():
+        raise _linalg.no_streaming_inside(function)
+    if operators:
+        return _run_on_host(program, replaced, operators, how)
+    return program(op, *operands, **how) if is_traced() else call_compiled(program, (op, *operands), how)
+
+
+def _run_on_host(
+    program: Callable[..., Any], operands: tuple[Any, ...], operators: list[DataOperator], how: dict[str, Any]
+) -> Any:
+    jitted, given, data = compiled_for(program, operands, how)
+    try:
+        traced = jitted.trace(given, *data)
+    finally:
+        given.content = None
+    outs = _evaluate(traced.jaxpr.jaxpr, traced.jaxpr.consts, list(map(jnp.asarray, data)), operators)
+    return jax.tree.structure(traced.out_info).unflatten(outs)
+
+
+class _Piece(NamedTuple):
+    """Equations without a product, compiled together, or one that holds a product.
+
+    Attributes:
+        eqn: the equation, or None.
+        ins: the variables and literals that it takes.
+        outs: the variables that it sets.
+        body: what computes them: a compiled function, the parts of a scan, a jaxpr that is called, or None.
+    """
+
+    eqn: Any
+    ins: Sequence[Any]
+    outs: Sequence[Any]
+    body: Any
+
+
+def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], operators: Sequence[DataOperator]) -> list[Any]:
+    """The outputs of a jaxpr some of whose equations are products with these operators."""
+    env = Environment()
+    env.write(jaxpr.constvars, consts)
+    env.write(jaxpr.invars, args)
+    for piece in _pieces_of(jaxpr):
+        values = env.read(piece.ins)
+        if piece.eqn is None:
+            outs = piece.body(*values)
+        elif piece.eqn.primitive is streamed_p:
+            outs = evaluate_streamed(operators[piece.eqn.params["number"]], values, piece.eqn.params)
+        elif piece.eqn.primitive.name in _LOOPS:
+            outs = _LOOPS[piece.eqn.primitive.name](piece, values, operators)
+        else:
+            outs = _evaluate(piece.body, [], values, operators)
+        env.write(piece.outs, outs)
+    return env.read(jaxpr.outvars)
+
+
+def _evaluate_closed(closed: Any, args: Sequence[Any], operators: Sequence[DataOperator]) -> list[Any]:
+    return _evaluate(open_jaxpr(closed), getattr(closed, "consts", []), args, operators)
+
+
+def _while(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) -> list[Any]:
+    params = piece.eqn.params
+    first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    of_cond, of_body, carry = values[:first], values[first:second], values[second:]
+    while _evaluate_closed(params["cond_jaxpr"], [*of_cond, *carry], operators)[0]:
+        carry = _evaluate_closed(params["body_jaxpr"], [*of_body, *carry], operators)
+    return carry
+
+
+def _scan(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) -> list[Any]:
+    scan = piece.body
+    first = scan.num_consts + scan.num_carry
+    consts, carry, slices = values[: scan.num_consts], values[scan.num_consts : first], values[first:]
+    steps = range(scan.length)[:: -1 if scan.reverse else 1]
+    stacked: list[list[Any]] = [[] for _ in range(len(piece.outs) - scan.num_carry)]
+    for i in steps:
+        outs = _evaluate_closed(scan.body, [*consts, *carry, *(x[i] for x in slices)], operators)
+        carry = outs[: scan.num_carry]
+        for rows, out in zip(stacked, outs[scan.num_carry :], strict=True):
+            rows.append(out)
+    return [*carry, *(jnp.stack(rows[:: -1 if scan.reverse else 1]) for rows in stacked)]
+
+
+def _cond(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) -> list[Any]:
+    return _evaluate_closed(piece.eqn.params["branches"][int(values[0])], values[1:], operators)
+
+
+_LOOPS = {"while": _while, "scan": _scan, "cond": _cond}
+
+
+def _pieces_of(jaxpr: Jaxpr) -> list[_Piece]:
+    if jaxpr not in _PIECES:
+        _PIECES[jaxpr] = _cut(jaxpr)
+    return _PIECES[jaxpr]
+
+
+def _cut(jaxpr: Jaxpr) -> list[_Piece]:
+    """The equations in order, those with a product alone and all between two of them together."""
+    pieces: list[_Piece] = []
+    segment: list[Any] = []
+    for i, eqn in enumerate(jaxpr.eqns):
+        if not _streams(eqn):
+            segment.append(eqn)
+            continue
+        pieces += _compiled_segment(jaxpr, segment, i)
+        segment = []
+        name = eqn.primitive.name
+        body = open_scan(eqn) if name == "scan" else None
+        if body is None and name not in _LOOPS and eqn.primitive is not streamed_p:
+            body = called_jaxpr(eqn)
+            assert body is not None, f"a product inside {name}"
+            assert not body.constvars
+        pieces.append(_Piece(eqn, eqn.invars, eqn.outvars, body))
+    return pieces + _compiled_segment(jaxpr, segment, len(jaxpr.eqns))
+
+
+def _compiled_segment(jaxpr: Jaxpr, eqns: list[Any], end: int) -> list[_Piece]:
+    """The equations before number ``end`` as one compiled function of what they take to what others need of them."""
+    if not eqns:
+        return []
+    made = {v for eqn in eqns for v in eqn.outvars}
+    ins = list(dict.fromkeys(v for eqn in eqns for v in eqn.invars if isinstance(v, Var) and v not in made))
+    later = [v for eqn in jaxpr.eqns[end:] for v in eqn.invars] + list(jaxpr.outvars)
+    outs = list(dict.fromkeys(v for v in later if isinstance(v, Var) and v in made))
+    alone = jaxpr.replace(
+        constvars=[],
+        invars=ins,
+        outvars=outs,
+        eqns=eqns,
+        effects=frozenset().union(*(eqn.effects for eqn in eqns)),
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    return [_Piece(None, ins, outs, jax.jit(jex.core.jaxpr_as_fun(ClosedJaxpr(alone, []))))]
+
+
+def _streams(eqn: Any) -> bool:
+    """Whether a product with an operator on streamed data is in an equation or in the bodies of it."""
+    if eqn.primitive is streamed_p:
+        return True
+    return any(_streams(inner) for body in jex.core.jaxprs_in_params(eqn.params) for inner in body.eqns)
