@@ -82,6 +82,7 @@ from curvature._checks._trees import (
     check_same_structure,
     check_start,
 )
+from curvature._checks._wrappers import masked_params, refuse_changed_gradient
 
 __all__ = [
     "UNMAPPED",
@@ -148,9 +149,11 @@ __all__ = [
     "check_untraced",
     "illegal_mode",
     "is_none",
+    "masked_params",
     "no_legal_mode",
     "no_reverse",
     "no_structure",
+    "refuse_changed_gradient",
     "require_data",
     "require_extra",
     "require_inverse_root",

@@ -22,6 +22,7 @@ from curvature.optimizers._stochastic import (
     running_mean,
     unbiased,
 )
+from curvature.optimizers._wrappers import wrappable
 
 SpatialAxes = Callable[[tuple[int, ...]], tuple[int, ...]]
 
@@ -168,7 +169,8 @@ def scale_by_adahessian(
     _checks.check_static_count(_NAME, "refresh_every", refresh_every, 1)
 
     setting = _Setting(key, data, b1, b2, eps, power, spatial_axes, refresh_every)
-    return optax.GradientTransformationExtraArgs(partial(_init, setting), partial(_update, setting))
+    functions = wrappable(_NAME, partial(_init, setting), partial(_update, setting))
+    return optax.GradientTransformationExtraArgs(*functions)
 
 
 class _Setting(NamedTuple):
@@ -185,7 +187,7 @@ class _Setting(NamedTuple):
 
 
 def _init(setting: _Setting, params: Tree) -> Any:
-    zeros = jax.tree.map(jnp.zeros_like, _checks.check_point(_NAME, "params", params))
+    zeros = jax.tree.map(jnp.zeros_like, params)
     return AdaHessianState(jnp.asarray(0, jnp.int32), zeros, zeros, setting.data)
 
 

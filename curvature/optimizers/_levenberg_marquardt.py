@@ -123,7 +123,7 @@ def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | None) -> 
             num_inner_steps=zero,
             grad_norm=jnp.asarray(0, x.dtype),
             status=jnp.asarray(Status.RUNNING, jnp.int32),
-            stored=unevaluated(x, params),
+            stored=unevaluated(params),
         )
 
     def step(state: LevenbergMarquardtState, linear: Linearized) -> tuple[Vector, LevenbergMarquardtState]:

@@ -22,6 +22,7 @@ from curvature.optimizers._stochastic import (
     product_of_extras,
     running_mean,
 )
+from curvature.optimizers._wrappers import wrappable
 
 DiagonalEstimator = Literal["hutchinson", "gauss-newton-bartlett"]
 Mask = Tree | Callable[[Tree], Tree]
@@ -195,7 +196,8 @@ def scale_by_sophia(
         _checks.check_choice(_NAME, "likelihood", likelihood, Likelihood)
         estimate = partial(_from_labels, model, loss, likelihood)
     setting = _Setting(estimate, key, data, b1, b2, gamma, eps, refresh_every)
-    return optax.GradientTransformationExtraArgs(partial(_init, setting), partial(_update, setting))
+    functions = wrappable(_NAME, partial(_init, setting), partial(_update, setting))
+    return optax.GradientTransformationExtraArgs(*functions)
 
 
 class _Setting(NamedTuple):
@@ -226,7 +228,7 @@ def _from_labels(
 
 
 def _init(setting: _Setting, params: Tree) -> Any:
-    zeros = jax.tree.map(jnp.zeros_like, _checks.check_point(_NAME, "params", params))
+    zeros = jax.tree.map(jnp.zeros_like, params)
     return SophiaState(jnp.asarray(0, jnp.int32), zeros, zeros, jnp.asarray(0, jnp.float32), setting.data)
 
 
