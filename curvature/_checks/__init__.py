@@ -82,7 +82,7 @@ from curvature._checks._trees import (
     check_same_structure,
     check_start,
 )
-from curvature._checks._wrappers import masked_params, refuse_changed_gradient
+from curvature._checks._wrappers import check_shape, masked_params, refuse_changed_gradient
 
 __all__ = [
     "UNMAPPED",
@@ -140,6 +140,7 @@ __all__ = [
     "check_scalar_output",
     "check_scale",
     "check_schedule",
+    "check_shape",
     "check_sharding",
     "check_some_batch",
     "check_square_operator",

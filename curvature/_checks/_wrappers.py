@@ -1,6 +1,6 @@
 """Errors about optax's wrappers around a transformation."""
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _MOST_PATHS = 5  # in one message
 
@@ -23,3 +23,12 @@ def masked_params(function: str, method: str, paths: list[str], failure: Excepti
         f"optax.partition pass them, and fails on them: {type(failure).__name__}: {failure}. Leave out grad=, and pass "
         "functions that fill in the masked leaves; or call it on the tree of the other leaves alone."
     )
+
+
+def check_shape(function: str, shape: Any) -> None:
+    """Refuse what is no shape: optax calls each function among the hyperparameters with the step."""
+    if not isinstance(shape, tuple):
+        raise TypeError(
+            f"{function}: spatial_axes was called with {shape!r}, expected the shape of a leaf; name it in the "
+            "static_args of optax.inject_hyperparams, which takes other functions for schedules."
+        )

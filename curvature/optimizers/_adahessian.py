@@ -47,6 +47,7 @@ class AdaHessianState(NamedTuple):
 
 def kernel_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """All axes but the last two: those of space in a kernel as flax lays it out, and none of a matrix."""
+    _checks.check_shape(_NAME, shape)
     return tuple(range(len(shape) - 2))
 
 

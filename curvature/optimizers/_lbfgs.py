@@ -69,7 +69,6 @@ class LBFGSState(NamedTuple):
     stored: Stored
 
 
-@functools.lru_cache(maxsize=64)
 def lbfgs(memory_size: int | None = None) -> FirstOrder:
     """L-BFGS: an optax transformation for smooth objectives of any size; gradients only.
 
@@ -115,6 +114,11 @@ def lbfgs(memory_size: int | None = None) -> FirstOrder:
     """
     if memory_size is not None:
         _checks.check_static_count("lbfgs", "memory_size", memory_size, 1)
+    return _build(memory_size)
+
+
+@functools.lru_cache(maxsize=64)  # so that equal settings find the compiled solve again
+def _build(memory_size: int | None) -> FirstOrder:
     return first_order("lbfgs", functools.partial(_init, memory_size), _step)
 
 
