@@ -92,6 +92,7 @@ from curvature._checks._trees import (
     check_same_structure,
     check_start,
 )
+from curvature._checks._wrappers import check_shape, masked_params, refuse_changed_gradient
 
 __all__ = [
     "UNMAPPED",
@@ -150,6 +151,7 @@ __all__ = [
     "check_scalar_output",
     "check_scale",
     "check_schedule",
+    "check_shape",
     "check_sharding",
     "check_some_batch",
     "check_square_operator",
@@ -160,11 +162,13 @@ __all__ = [
     "illegal_mode",
     "is_none",
     "loss_mixes",
+    "masked_params",
     "model_mixes",
     "no_batch_of_one",
     "no_legal_mode",
     "no_reverse",
     "no_structure",
+    "refuse_changed_gradient",
     "require_data",
     "require_extra",
     "require_inverse_root",

@@ -48,8 +48,12 @@ def check_key(function: str, key: Any) -> None:
 
 def check_static_count(function: str, name: str, value: Any, least: int) -> None:
     """Refuse a count that is not a Python integer of at least ``least``: it sets the shapes."""
-    if isinstance(value, Tracer):
-        raise TypeError(f"{function}: {name} is traced, expected a Python integer; mark it static under jax.jit.")
+    if isinstance(value, jax.Array):
+        came = "is traced" if isinstance(value, Tracer) else f"is the array {value}"
+        raise TypeError(
+            f"{function}: {name} {came}, expected a Python integer; mark it static under jax.jit, and name it in the "
+            "static_args of optax.inject_hyperparams."
+        )
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least:
         raise ValueError(f"{function}: {name}={value!r}, expected an integer >= {least}.")

@@ -25,6 +25,7 @@ from curvature.optimizers._stochastic import (
     wide_zeros,
     widened,
 )
+from curvature.optimizers._wrappers import wrappable
 
 SpatialAxes = Callable[[tuple[int, ...]], tuple[int, ...]]
 
@@ -49,6 +50,7 @@ class AdaHessianState(NamedTuple):
 
 def kernel_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """All axes but the last two: those of space in a kernel as flax lays it out, and none of a matrix."""
+    _checks.check_shape(_NAME, shape)
     return tuple(range(len(shape) - 2))
 
 
@@ -172,7 +174,8 @@ def scale_by_adahessian(
     _checks.check_static_count(_NAME, "refresh_every", refresh_every, 1)
 
     setting = _Setting(key, data, b1, b2, eps, power, spatial_axes, refresh_every)
-    return optax.GradientTransformationExtraArgs(partial(_init, setting), partial(_update, setting))
+    functions = wrappable(_NAME, partial(_init, setting), partial(_update, setting))
+    return optax.GradientTransformationExtraArgs(*functions)
 
 
 class _Setting(NamedTuple):
@@ -189,7 +192,7 @@ class _Setting(NamedTuple):
 
 
 def _init(setting: _Setting, params: Tree) -> Any:
-    zeros = wide_zeros(_checks.check_point(_NAME, "params", params))
+    zeros = wide_zeros(params)
     return AdaHessianState(jnp.asarray(0, jnp.int32), zeros, zeros, setting.data)
 
 

@@ -16,9 +16,10 @@ from curvature.optimizers._protocol import (
     Slope,
     Stored,
     Vector,
+    choose,
     first_order,
+    nothing_stored,
     search_status,
-    unevaluated,
 )
 
 Update = Literal["bfgs", "ssbfgs", "ssbroyden"]
@@ -107,7 +108,7 @@ def _init(x: Vector, params: Tree) -> BFGSState:
         step_size=jnp.asarray(0, x.dtype),
         num_trials=zero,
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=Stored(*unevaluated(x, params)),
+        stored=nothing_stored(params),
     )
 
 
@@ -118,10 +119,12 @@ def _step(update: Update, state: BFGSState, local: Slope) -> tuple[Vector, Scala
     H = jnp.where(found.fresh, identity, state.inverse_hessian)
     num_updates = jnp.where(found.fresh, 0, state.num_updates)
     learned, useful = _learn(update, H, num_updates, found, found.grad - local.grad)
+    kept = choose(local.usable, (identity, jnp.zeros_like(num_updates)), (state.inverse_hessian, state.num_updates))
+    inverse_hessian, num_updates = choose(accepted, (learned, num_updates + useful.astype(jnp.int32)), kept)
     state = state._replace(
-        inverse_hessian=jnp.where(accepted, learned, identity),
-        num_updates=jnp.where(accepted, num_updates + useful.astype(jnp.int32), 0),
-        step_size=found.search.trial.t,
+        inverse_hessian=inverse_hessian,
+        num_updates=num_updates,
+        step_size=jnp.where(local.usable, found.search.trial.t, state.step_size),
         num_trials=found.search.count,
         status=search_status(accepted, ~found.fresh, found.search.trial.value, found.search.trial.slope),
     )

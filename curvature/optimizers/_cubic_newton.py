@@ -102,7 +102,7 @@ def _init(x: Vector, params: Tree) -> CubicNewtonState:
         weight=jnp.asarray(0, x.dtype),
         num_trials=zero,
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=unevaluated(x, params),
+        stored=unevaluated(params),
     )
 
 

@@ -67,7 +67,7 @@ def judge(
     Levenberg and Marquardt's rule as Martens and Grosse (arXiv:1503.05671, section 6.5) have it, but for the ratio,
     which is that of the model without its damping, and for what is refused. A schedule is followed, not adapted.
     """
-    if every is None or callable(setting):
+    if every is None or not judges(setting, every):
         return Judgment(jnp.ones_like(count, bool), damping, ratio)
     due = (count + 1) % every == 0
     ratio = jax.lax.cond(due, lambda: measure().astype(ratio.dtype), lambda: ratio)
@@ -77,6 +77,11 @@ def judge(
         damping=jnp.where(due, adapted(damping, ratio, every, least), damping),
         ratio=ratio,
     )
+
+
+def judges(setting: optax.ScalarOrSchedule, every: int | None) -> bool:
+    """Whether steps are judged at all."""
+    return every is not None and not callable(setting)
 
 
 def at_step(setting: optax.ScalarOrSchedule, count: Int[Array, ""], dtype: Any) -> Scalar:

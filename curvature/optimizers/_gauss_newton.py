@@ -107,7 +107,7 @@ def _init(x: Vector, params: Tree) -> GaussNewtonState:
         num_trials=jnp.asarray(0, jnp.int32),
         grad_norm=jnp.asarray(0, x.dtype),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=unevaluated(x, params),
+        stored=unevaluated(params),
     )
 
 

@@ -18,7 +18,7 @@ from curvature.operators._kronecker_factors import Sharing
 from curvature.operators._kronecker_outputs import Kind
 from curvature.operators._outputs import Likelihood
 from curvature.operators._pytrees import structure_of
-from curvature.optimizers._damping import at_step, current, judge, objective_of
+from curvature.optimizers._damping import at_step, current, judge, judges, objective_of
 from curvature.optimizers._protocol import Scalar, Vector
 from curvature.optimizers._stochastic import (
     Key,
@@ -30,6 +30,7 @@ from curvature.optimizers._stochastic import (
     wide,
     widened,
 )
+from curvature.optimizers._wrappers import gradient_for, is_placeholder, wrappable
 
 _NAME = "kfac"
 
@@ -168,7 +169,8 @@ def kfac(
         model, loss, structure_of(example), learning_rate, momentum, damping, adapt_every, decay,
         refresh_every, invert_every, exact, kl_limit, likelihood, factors, sampling,
     )  # fmt: skip
-    return optax.GradientTransformationExtraArgs(partial(_init, setting), partial(_update, setting))
+    functions = wrappable(_NAME, partial(_init, setting), partial(_update, setting))
+    return optax.GradientTransformationExtraArgs(*functions)
 
 
 class _Setting(NamedTuple):
@@ -205,19 +207,24 @@ class _Setting(NamedTuple):
 
 
 def _init(setting: _Setting, params: Tree) -> Any:
-    params = _checks.check_point(_NAME, "params", params)
     zero, dtype = jnp.asarray(0, jnp.int32), ravel(params)[0].dtype
     damping = at_step(setting.damping, zero, dtype)
-    factors, inverse = _structures(setting, params, setting.example, damping)
+    factors = inverse = damping  # in the place of as many arrays as the parameters have it, which are none of theirs
+    if not is_placeholder(params):
+        factors, inverse = map(_zeros, _structures(setting, params, setting.example, damping))
     return KFACState(
         count=zero,
         damping=damping,
         ratio=jnp.asarray(1, dtype),
         step=jax.tree.map(jnp.zeros_like, params),
-        factors=tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(factors)),
-        inverse=tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(inverse)),
+        factors=factors,
+        inverse=inverse,
         key=None if setting.key is None else key_data(_NAME, setting.key),
     )
+
+
+def _zeros(operator: KroneckerOperator) -> tuple[Array, ...]:
+    return tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(operator))
 
 
 def _structures(
@@ -240,12 +247,15 @@ def _update(
     *,
     args: Any = None,
     value: Any = None,
+    grad: Tree | None = None,
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
 ) -> tuple[Tree, Any]:
     params = _checks.check_point(_NAME, "params", _checks.require_extra(_NAME, "params", params))
     updates = _checks.check_direction(_NAME, "updates", updates, "params", params)
     batch = _checks.require_data(_NAME, args)
+    if judges(setting.damping, setting.adapt_every):
+        gradient_for(_NAME, updates, grad)  # steps of a gradient that was changed, judged by an objective that was not
     damping = current(setting.damping, state.damping, state.count)
     factors, inverse = _refreshed(setting, state, params, batch, damping)
     flat, narrow = ravel(updates)

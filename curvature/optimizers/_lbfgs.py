@@ -17,8 +17,8 @@ from curvature.optimizers._protocol import (
     Stored,
     Vector,
     first_order,
+    nothing_stored,
     search_status,
-    unevaluated,
 )
 
 # Pairs by default. XLA's CPU compiler runs a program whose arrays take at most 512 bytes each in one thread, others on
@@ -69,7 +69,6 @@ class LBFGSState(NamedTuple):
     stored: Stored
 
 
-@functools.lru_cache(maxsize=64)
 def lbfgs(memory_size: int | None = None) -> FirstOrder:
     """L-BFGS: an optax transformation for smooth objectives of any size; gradients only.
 
@@ -115,6 +114,11 @@ def lbfgs(memory_size: int | None = None) -> FirstOrder:
     """
     if memory_size is not None:
         _checks.check_static_count("lbfgs", "memory_size", memory_size, 1)
+    return _build(memory_size)
+
+
+@functools.lru_cache(maxsize=64)  # so that equal settings find the compiled solve again
+def _build(memory_size: int | None) -> FirstOrder:
     return first_order("lbfgs", functools.partial(_init, memory_size), _step)
 
 
@@ -127,17 +131,18 @@ def _init(memory_size: int | None, x: Vector, params: Tree) -> LBFGSState:
         step_size=jnp.asarray(0, x.dtype),
         num_trials=zero,
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=Stored(*unevaluated(x, params)),
+        stored=nothing_stored(params),
     )
 
 
 def _step(state: LBFGSState, local: Slope) -> tuple[Vector, Scalar, Vector, LBFGSState]:
     found = descend(local, -inverse_product(state.pairs, local.grad), state.pairs.count > 0)
     accepted = found.search.accepted
-    pairs = state.pairs._replace(count=jnp.where(found.fresh | ~accepted, 0, state.pairs.count))
+    drops = local.usable & (found.fresh | ~accepted)
+    pairs = state.pairs._replace(count=jnp.where(drops, 0, state.pairs.count))
     state = state._replace(
         pairs=remember(pairs, found.step, found.grad - local.grad, found.expected),
-        step_size=found.search.trial.t,
+        step_size=jnp.where(local.usable, found.search.trial.t, state.step_size),
         num_trials=found.search.count,
         status=search_status(accepted, ~found.fresh, found.search.trial.value, found.search.trial.slope),
     )

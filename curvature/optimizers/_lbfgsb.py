@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._types import Status, Tree, ravel
+from curvature._types import Status, Tree
 from curvature.linalg._dense import norm
 from curvature.linalg._system import dot
 from curvature.optimizers._bounds import Box, around, box_of, downhill, flat, stay_inside
@@ -19,14 +19,15 @@ from curvature.optimizers._protocol import (
     FirstOrder,
     Scalar,
     Slope,
-    Stored,
     Vector,
-    first_order,
+    at_start,
+    first_order_update,
+    nothing_stored,
     shrink_factor,
     trial_status,
-    unevaluated,
 )
 from curvature.optimizers._trust_region import ACCEPT, POOR, Trial, next_radius
+from curvature.optimizers._wrappers import is_placeholder, wrappable
 
 _DAMPING = 0.1  # N&W take 0.2 in section 18.3
 _FORCING = 1e-3  # the relative residual on a face: products with the matrix cost no evaluation
@@ -126,18 +127,18 @@ def lbfgsb(lower: Tree = None, upper: Tree = None, *, memory_size: int = 10) -> 
     init = functools.partial(_init, memory_size)
 
     def init_fn(params: Tree) -> LBFGSBState:
-        params = _checks.check_point("lbfgsb", "params", params)
-        box_of("lbfgsb", lower, upper, "params", params)
-        return init(ravel(params)[0], params)
+        if not is_placeholder(params):
+            box_of("lbfgsb", lower, upper, "params", params)
+        return at_start(init, params)
 
     def update_fn(updates: Tree, state: Any, params: Tree | None = None, **extra_args: Any) -> tuple[Tree, Any]:
         params = _checks.require_extra("lbfgsb", "params", params)
         box = box_of("lbfgsb", lower, upper, "params", params)
-        inner = first_order("lbfgsb", init, functools.partial(_step, flat(box)))
-        updates, state = inner.update(updates, state, params, **extra_args)
+        step = functools.partial(_step, flat(box))
+        updates, state = first_order_update("lbfgsb", step, updates, state, params, **extra_args)
         return stay_inside(box, params, updates), state
 
-    return FirstOrder(init_fn, update_fn)
+    return FirstOrder(*wrappable("lbfgsb", init_fn, update_fn))
 
 
 def _init(memory_size: int, x: Vector, params: Tree) -> LBFGSBState:
@@ -147,7 +148,7 @@ def _init(memory_size: int, x: Vector, params: Tree) -> LBFGSBState:
         memory=LBFGSBMemory(none, none, jnp.asarray(memory_size - 1, jnp.int32), zero),
         num_trials=jnp.asarray(0, jnp.int32),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=Stored(*unevaluated(x, params)),
+        stored=nothing_stored(params),
     )
 
 
@@ -155,7 +156,7 @@ def _step(box: Box, state: LBFGSBState, slope: Slope) -> tuple[Vector, Scalar, V
     last, grad, memory = _search_radius(box, state, slope)
     accepted = last.ratio >= ACCEPT
     state = state._replace(
-        radius=jnp.where(accepted, next_radius(last), POOR * state.radius),
+        radius=jnp.where(accepted, next_radius(last), jnp.where(slope.usable, POOR, 1) * state.radius),
         memory=memory,
         num_trials=last.count,
         status=trial_status(accepted, last.value, last.predicted),

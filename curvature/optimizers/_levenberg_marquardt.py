@@ -47,7 +47,7 @@ class LevenbergMarquardtState(NamedTuple):
 
 
 def levenberg_marquardt(
-    subproblem: LeastSquaresSubproblem = "exact", *, initial_radius: float | None = None
+    subproblem: LeastSquaresSubproblem = "exact", *, initial_radius: float | Array | None = None
 ) -> ResidualMethod:
     """The method of Levenberg and Marquardt: an optax transformation for sums of squares ``norm(r)^2 / 2``.
 
@@ -108,11 +108,12 @@ def levenberg_marquardt(
     _checks.check_choice("levenberg_marquardt", "subproblem", subproblem, LeastSquaresSubproblem)
     if initial_radius is not None:
         _checks.check_positive("levenberg_marquardt", "initial_radius", initial_radius)
-    return _build(subproblem, initial_radius)
+    if isinstance(initial_radius, jax.Array):  # it cannot be looked up
+        return _build(subproblem, initial_radius)
+    return _build_once(subproblem, initial_radius)
 
 
-@functools.lru_cache(maxsize=64)  # so that equal settings find the compiled solve again
-def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | None) -> ResidualMethod:
+def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | Array | None) -> ResidualMethod:
     def init(x: Vector, params: Tree) -> LevenbergMarquardtState:
         zero = jnp.asarray(0, jnp.int32)
         return LevenbergMarquardtState(
@@ -123,7 +124,7 @@ def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | None) -> 
             num_inner_steps=zero,
             grad_norm=jnp.asarray(0, x.dtype),
             status=jnp.asarray(Status.RUNNING, jnp.int32),
-            stored=unevaluated(x, params),
+            stored=unevaluated(params),
         )
 
     def step(state: LevenbergMarquardtState, linear: Linearized) -> tuple[Vector, LevenbergMarquardtState]:
@@ -152,6 +153,9 @@ def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | None) -> 
         )
 
     return residual_method("levenberg_marquardt", init, step, dense=subproblem != "cg")
+
+
+_build_once = functools.lru_cache(maxsize=64)(_build)  # so that equal settings find the compiled solve again
 
 
 def _first_radius(linear: Linearized, scale: Vector) -> Scalar:

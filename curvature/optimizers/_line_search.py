@@ -146,7 +146,7 @@ def descend(local: Slope, direction: Vector, remembers: Bool[Array, ""]) -> Desc
     direction = jnp.where(fresh, -local.grad, direction)
     search = wolfe_search(local, direction, jnp.where(fresh, _first_step_size(local), 1))
     accepted = search.accepted
-    step = jnp.where(accepted, search.trial.t, 0) * direction
+    step = jnp.where(accepted, search.trial.t * direction, 0)  # no multiple of a direction that may be NaN
     return Descent(
         step=step,
         value=jnp.where(accepted, search.trial.value, local.value),

@@ -160,7 +160,7 @@ def start_loop(
         watch=watch,
     )
     if isinstance(transformation, FirstOrder):
-        stored = jax.lax.stop_gradient(Stored(*evaluate("minimize", value_fn, x0)))
+        stored = jax.lax.stop_gradient(Stored(*evaluate("minimize", value_fn, x0), x0))
         loop = loop._replace(state=loop.state._replace(stored=stored))
         point = _seen(loop, _stored_point(loop), callback, box)
         loop = _observed(_begin(loop, point, limits), point)
@@ -217,7 +217,8 @@ def _evaluate(
 
 
 def _stored_point(loop: Loop) -> Point:
-    return _point(loop, *loop.state.stored)
+    stored = loop.state.stored
+    return _point(loop, stored.value, stored.grad)
 
 
 def _point(loop: Loop, value: Float[Array, ""], grad: Tree) -> Point:

@@ -15,9 +15,10 @@ from curvature.operators import FisherOperator
 from curvature.operators import damping as multiple_of_identity
 from curvature.operators._curvature import FisherKind
 from curvature.operators._outputs import Likelihood
-from curvature.optimizers._damping import at_step, current, judge, objective_of, predicted_decrease
+from curvature.optimizers._damping import at_step, current, judge, judges, objective_of, predicted_decrease
 from curvature.optimizers._protocol import Scalar
 from curvature.optimizers._stochastic import Key, KeyData, keep_if_finite, key_data, key_of_step
+from curvature.optimizers._wrappers import gradient_for, wrappable
 
 NaturalSolver = Literal["cg", "woodbury"]
 
@@ -128,7 +129,8 @@ def natural_gradient(
     setting = _Setting(
         model, loss, learning_rate, damping, adapt_every, kind, likelihood, solver, rtol, max_inner_steps, sampling
     )
-    return optax.GradientTransformationExtraArgs(partial(_init, setting), partial(_update, setting))
+    functions = wrappable(_NAME, partial(_init, setting), partial(_update, setting))
+    return optax.GradientTransformationExtraArgs(*functions)
 
 
 class _Setting(NamedTuple):
@@ -155,7 +157,7 @@ class _Setting(NamedTuple):
 
 
 def _init(setting: _Setting, params: Tree) -> Any:
-    dtype = ravel(_checks.check_point(_NAME, "params", params))[0].dtype
+    dtype = ravel(params)[0].dtype
     zero, one = jnp.asarray(0, jnp.int32), jnp.asarray(1, dtype)
     data = None if setting.key is None else key_data(_NAME, setting.key)
     return NaturalGradientState(zero, at_step(setting.damping, zero, dtype), one, zero, jnp.zeros_like(one), data)
@@ -169,12 +171,15 @@ def _update(
     *,
     args: Any = None,
     value: Any = None,
+    grad: Tree | None = None,
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
 ) -> tuple[Tree, Any]:
     params = _checks.check_point(_NAME, "params", _checks.require_extra(_NAME, "params", params))
     updates = _checks.check_direction(_NAME, "updates", updates, "params", params)
     batch = _checks.require_data(_NAME, args)
+    if judges(setting.damping, setting.adapt_every):
+        gradient_for(_NAME, updates, grad)  # steps of a gradient that was changed, judged by an objective that was not
     damping = current(setting.damping, state.damping, state.count)
     op = setting.fisher(state, params, batch)
     natural, info = solve(

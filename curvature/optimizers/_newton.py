@@ -79,7 +79,7 @@ def _init(x: Vector, params: Tree) -> NewtonState:
         step_size=jnp.asarray(1, x.dtype),
         num_trials=jnp.asarray(0, jnp.int32),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=unevaluated(x, params),
+        stored=unevaluated(params),
     )
 
 

@@ -110,7 +110,7 @@ def _init(x: Vector, params: Tree) -> NewtonCGState:
         num_inner_steps=none,
         grad_norm=zero,
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=unevaluated(x, params),
+        stored=unevaluated(params),
     )
 
 

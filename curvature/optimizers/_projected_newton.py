@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from curvature import _checks
-from curvature._types import Status, Tree, ravel
+from curvature._types import Status, Tree
 from curvature.linalg._dense import RegionStep
 from curvature.optimizers._bounds import Box, around, box_of, flat, projected_gradient_norm, stay_inside
 from curvature.optimizers._box_region import BoxModel, FaceSolver, by_eigenvectors, conjugate_gradients, minimize_in_box
@@ -18,8 +18,9 @@ from curvature.optimizers._protocol import (
     Scalar,
     SecondOrder,
     Vector,
+    at_start,
     first_length,
-    second_order,
+    second_order_update,
     trial_status,
     unevaluated,
 )
@@ -31,6 +32,7 @@ from curvature.optimizers._trust_region import (
     next_radius,
     search_radius,
 )
+from curvature.optimizers._wrappers import is_placeholder, wrappable
 
 FaceSubproblem = Literal["exact", "cg"]
 
@@ -86,20 +88,21 @@ def projected_newton(lower: Tree = None, upper: Tree = None, *, subproblem: Face
     """
     _checks.check_choice("projected_newton", "subproblem", subproblem, FaceSubproblem)
     step = _step_exact if subproblem == "exact" else _step_by_cg
-    inner = functools.partial(second_order, "projected_newton", _init, dense=subproblem == "exact")
 
     def init_fn(params: Tree) -> Any:
-        params = _checks.check_point("projected_newton", "params", params)
-        box_of("projected_newton", lower, upper, "params", params)
-        return _init(ravel(params)[0], params)
+        if not is_placeholder(params):
+            box_of("projected_newton", lower, upper, "params", params)
+        return at_start(_init, params)
 
     def update_fn(updates: Tree, state: Any, params: Tree | None = None, **extra_args: Any) -> tuple[Tree, Any]:
         params = _checks.require_extra("projected_newton", "params", params)
         box = box_of("projected_newton", lower, upper, "params", params)
-        updates, state = inner(functools.partial(step, flat(box))).update(updates, state, params, **extra_args)
+        in_box = functools.partial(step, flat(box))
+        updates, state = second_order_update("projected_newton", in_box, updates, state, params, **extra_args)
         return stay_inside(box, params, updates), state
 
-    return (DenseSecondOrder if subproblem == "exact" else SecondOrder)(init_fn, update_fn)
+    kind = DenseSecondOrder if subproblem == "exact" else SecondOrder
+    return kind(*wrappable("projected_newton", init_fn, update_fn))
 
 
 def _init(x: Vector, params: Tree) -> TrustRegionState:
@@ -110,7 +113,7 @@ def _init(x: Vector, params: Tree) -> TrustRegionState:
         num_inner_steps=zero,
         grad_norm=jnp.asarray(0, x.dtype),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=unevaluated(x, params),
+        stored=unevaluated(params),
     )
 
 

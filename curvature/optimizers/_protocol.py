@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._types import Objective, Status, Tree, ravel
 from curvature.linalg._dense import norm
+from curvature.optimizers._wrappers import gradient_for, is_placeholder, wrappable
 from curvature.transforms import linearize_grad
 from curvature.transforms._blocks import matrix_of, side_by_side
 from curvature.transforms._compositions import trace_objective
@@ -59,16 +61,27 @@ class Unevaluated(NamedTuple):
     grad: Tree
 
 
-def unevaluated(x: Vector, params: Tree) -> Unevaluated:
-    """Nothing stored, in the shapes of what could be."""
-    return Unevaluated(jnp.asarray(jnp.inf, x.dtype), jax.tree.map(jnp.zeros_like, params))
+def unevaluated(params: Tree) -> Unevaluated:
+    """Nothing stored, in the shapes of what could be; the value in the dtype of the parameters, as optax has it."""
+    with jax.numpy_dtype_promotion("standard"):  # leaves may differ in dtype even where users are strict
+        dtype = jnp.result_type(*jax.tree.leaves(params) or [jnp.float32])  # map_params passes a tree without leaves
+    return Unevaluated(jnp.asarray(jnp.inf, dtype), jax.tree.map(jnp.zeros_like, params))
 
 
 class Stored(NamedTuple):
-    """Value and gradient at the point that an update chose, where ``optax.value_and_grad_from_state`` finds them."""
+    """Value and gradient at the point that an update chose, where ``optax.value_and_grad_from_state`` finds them.
+
+    ``params`` is that point: what comes later in a chain, or a projection, may have led to another.
+    """
 
     value: Float[Array, ""]
     grad: Tree
+    params: Tree
+
+
+def nothing_stored(params: Tree) -> Stored:
+    """No value, gradient or point, in the shapes of what could be."""
+    return Stored(*unevaluated(params), jax.tree.map(jnp.zeros_like, params))
 
 
 class Slope(NamedTuple):
@@ -77,7 +90,8 @@ class Slope(NamedTuple):
     x: Vector
     value: Scalar
     noise: Scalar  # the change of the value that rounding alone can make
-    grad: Vector
+    grad: Vector  # NaN where it is not usable
+    usable: Bool[Array, ""]  # whether value and gradient are finite and those of ``x``; else the memory stays as it is
     value_and_grad_after: Callable[[Vector], tuple[Scalar, Vector]]
 
 
@@ -97,28 +111,30 @@ def second_order(
     name: str, init: Callable[[Vector, Tree], Any], step: Callable[[Any, Local], tuple[Vector, Any]], *, dense: bool
 ) -> SecondOrder:
     """An optax transformation from ``init(x, params) -> state`` and ``step(state, local) -> (step, state)``."""
+    functions = wrappable(name, functools.partial(at_start, init), functools.partial(second_order_update, name, step))
+    return (DenseSecondOrder if dense else SecondOrder)(*functions)
 
-    def init_fn(params: Tree) -> Any:
-        params = _checks.check_point(name, "params", params)
-        return init(ravel(params)[0], params)
 
-    def update_fn(
-        updates: Tree,
-        state: Any,
-        params: Tree | None = None,
-        *,
-        value: Any = None,
-        grad: Tree | None = None,
-        value_fn: Callable[..., Any] | None = None,
-        hvp_fn: Callable[[Tree], Tree] | None = None,
-        hessian_fn: Callable[[Tree], Tree] | None = None,
-        **extra_args: Any,
-    ) -> tuple[Tree, Any]:
-        params, value, grad, fun = _operands(name, updates, params, value, grad, value_fn, extra_args)
-        vector, state = step(state, _localize(name, params, value, grad, fun, hvp_fn, hessian_fn))
-        return ravel(params)[1](vector), state
-
-    return (DenseSecondOrder if dense else SecondOrder)(init_fn, update_fn)
+def second_order_update(
+    name: str,
+    step: Callable[[Any, Local], tuple[Vector, Any]],
+    updates: Tree,
+    state: Any,
+    params: Tree | None = None,
+    *,
+    value: Any = None,
+    grad: Tree | None = None,
+    value_fn: Callable[..., Any] | None = None,
+    hvp_fn: Callable[[Tree], Tree] | None = None,
+    hessian_fn: Callable[[Tree], Tree] | None = None,
+    **extra_args: Any,
+) -> tuple[Tree, Any]:
+    """The ``update`` of ``second_order``; a gradient that is not finite changes nothing but the status."""
+    params, value, grad, fun = _operands(name, updates, params, value, grad, value_fn, extra_args)
+    local = _localize(name, params, value, grad, fun, hvp_fn, hessian_fn)
+    usable = is_finite(value, local.grad)
+    vector, after = step(state, local._replace(grad=jnp.where(usable, local.grad, jnp.nan)))
+    return ravel(params)[1](jnp.where(usable, vector, 0)), unless_lost(usable, after, state)
 
 
 def first_order(
@@ -128,35 +144,84 @@ def first_order(
 ) -> FirstOrder:
     """An optax transformation from ``init(x, params)`` and ``step(state, slope) -> (step, value, grad, state)``.
 
-    ``value`` and ``grad`` are those after the step, and end in ``state.stored``, which ``init`` leaves ``unevaluated``.
+    ``value`` and ``grad`` are those after the step, and end in ``state.stored``, where ``init`` leaves
+    ``nothing_stored``. Where the slope is not usable, ``step`` keeps its memory and stays.
     """
+    functions = wrappable(name, functools.partial(at_start, init), functools.partial(first_order_update, name, step))
+    return FirstOrder(*functions)
 
-    def init_fn(params: Tree) -> Any:
-        params = _checks.check_point(name, "params", params)
-        return init(ravel(params)[0], params)
 
-    def update_fn(
-        updates: Tree,
-        state: Any,
-        params: Tree | None = None,
-        *,
-        value: Any = None,
-        grad: Tree | None = None,
-        value_fn: Callable[..., Any] | None = None,
-        **extra_args: Any,
-    ) -> tuple[Tree, Any]:
-        point, value, grad, fun = _operands(name, updates, params, value, grad, value_fn, extra_args)
-        x, unravel = ravel(point)
+def first_order_update(
+    name: str,
+    step: Callable[[Any, Slope], tuple[Vector, Scalar, Vector, Any]],
+    updates: Tree,
+    state: Any,
+    params: Tree | None = None,
+    *,
+    value: Any = None,
+    grad: Tree | None = None,
+    value_fn: Callable[..., Any] | None = None,
+    **extra_args: Any,
+) -> tuple[Tree, Any]:
+    """The ``update`` of ``first_order``.
 
-        def value_and_grad_after(step: Vector) -> tuple[Scalar, Vector]:
-            after, grad_after = evaluate(name, fun, optax.apply_updates(point, unravel(step)))  # rounded as that is
-            return after.astype(x.dtype), ravel(grad_after)[0]
+    Where the gradient is not finite, or of another point, the step is zero and nothing is stored, so that
+    ``optax.value_and_grad_from_state`` evaluates afresh.
+    """
+    point, value, grad, fun = _operands(name, updates, params, value, grad, value_fn, extra_args)
+    x, unravel = ravel(point)
 
-        slope = Slope(x, value.astype(x.dtype), noise_of(value).astype(x.dtype), ravel(grad)[0], value_and_grad_after)
-        vector, after, grad_after, state = step(state, slope)
-        return unravel(vector), state._replace(stored=Stored(after.astype(value.dtype), unravel(grad_after)))
+    def value_and_grad_after(step: Vector) -> tuple[Scalar, Vector]:
+        after, grad_after = evaluate(name, fun, optax.apply_updates(point, unravel(step)))  # rounded as that is
+        return after.astype(x.dtype), ravel(grad_after)[0]
 
-    return FirstOrder(init_fn, update_fn)
+    vector, stale = ravel(grad)[0], _is_stale(state.stored, point, value, grad)
+    usable = is_finite(value, vector) & ~stale
+    vector = jnp.where(usable, vector, jnp.nan)
+    slope = Slope(x, value.astype(x.dtype), noise_of(value).astype(x.dtype), vector, usable, value_and_grad_after)
+    vector, after, grad_after, new = step(state, slope)
+    updates = unravel(vector)
+    value, grad = choose(usable, (after, grad_after), (jnp.full_like(after, jnp.inf), jnp.zeros_like(grad_after)))
+    stored = Stored(value.astype(state.stored.value.dtype), unravel(grad), optax.apply_updates(point, updates))
+    return updates, new._replace(stored=stored, status=jnp.where(stale, jnp.int32(Status.RUNNING), new.status))
+
+
+def at_start(init: Callable[[Vector, Tree], Any], params: Tree) -> Any:
+    """``init(x, params)``; a placeholder for the parameters has no entries, and a state for it no shapes that count."""
+    return init(jnp.zeros(1, jnp.float32) if is_placeholder(params) else ravel(params)[0], params)
+
+
+def is_finite(value: Scalar, grad: Vector) -> Bool[Array, ""]:
+    """Whether there is a step from here: an infinite value is one that any other is below."""
+    return ~jnp.isnan(value) & jnp.all(jnp.isfinite(grad))
+
+
+def unless_lost(usable: Bool[Array, ""], after: Any, state: Any) -> Any:
+    """The state after a step, or, where the gradient was not usable, the one before it, which says so."""
+
+    def leaf(new: Array, old: Array) -> Array:
+        return new if new is old else jnp.where(usable, new, old)
+
+    lost = state._replace(status=jnp.asarray(Status.NONFINITE, jnp.int32))
+    return jax.tree.map(leaf, after, lost)
+
+
+def _is_stale(stored: Stored, params: Tree, value: Scalar, grad: Tree) -> Bool[Array, ""] | np.ndarray:
+    """Whether value and gradient were taken from the state while the parameters have gone elsewhere since.
+
+    That is so where something follows in a chain, or projects the parameters. Whoever passes the very arrays of the
+    state, as ``minimize`` does, has gone to its point.
+    """
+    pairs = list(zip(jax.tree.leaves(grad), jax.tree.leaves(stored.grad), strict=True))
+    if all(one is other for one, other in pairs):
+        return np.zeros((), bool)
+    moved = [
+        jnp.any(jnp.abs(x - p) > 4 * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(x), jnp.abs(p)))
+        for x, p in zip(jax.tree.leaves(params), jax.tree.leaves(stored.params), strict=True)
+    ]
+    same = [jnp.all(one == other) for one, other in pairs]
+    value_is = value.astype(stored.value.dtype) == stored.value
+    return jnp.any(jnp.stack(moved)) & jnp.all(jnp.stack(same)) & value_is & jnp.isfinite(stored.value)
 
 
 def evaluate(function: str, fun: Objective, params: Tree) -> tuple[Scalar, Tree]:
@@ -180,11 +245,10 @@ def _operands(
     extra_args: dict[str, Any],
 ) -> tuple[Tree, Scalar, Tree, Callable[[Tree], Any]]:
     """What every update of ours needs, checked; ``value_fn`` is bound to the extra arguments that it takes."""
-    grad = updates if grad is None else grad
     params = _checks.check_point(name, "params", _checks.require_extra(name, "params", params))
     value = _checks.require_extra(name, "value", value)
     value_fn = _checks.require_extra(name, "value_fn", value_fn)
-    grad = _checks.check_direction(name, "grad", grad, "params", params)
+    grad = _checks.check_direction(name, "grad", gradient_for(name, updates, grad), "params", params)
     return params, jnp.asarray(value), grad, bind_extras(value_fn, extra_args)
 
 

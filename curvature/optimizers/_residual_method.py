@@ -1,5 +1,6 @@
 """The optax protocol of methods that work on residuals, and the variables that they scale."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,17 @@ import jax.numpy as jnp
 from curvature import _checks
 from curvature._types import Tree, ravel
 from curvature.linalg._dense import Matrix
-from curvature.optimizers._protocol import Local, Vector, WithStatus, bind_extras
+from curvature.optimizers._protocol import (
+    Local,
+    Vector,
+    WithStatus,
+    at_start,
+    bind_extras,
+    is_finite,
+    unless_lost,
+)
 from curvature.optimizers._residuals import Linearized, linearize_residuals
+from curvature.optimizers._wrappers import gradient_for, wrappable
 from curvature.transforms._jacobian import map_basis
 
 
@@ -30,27 +40,27 @@ def residual_method(
 ) -> ResidualMethod:
     """A transformation from ``init(x, params) -> state`` and ``step(state, linearized) -> (step, state)``."""
 
-    def init_fn(params: Tree) -> Any:
-        params = _checks.check_point(name, "params", params)
-        return init(ravel(params)[0], params)
-
-    def update_fn(
+    def update(
         updates: Tree,
         state: Any,
         params: Tree | None = None,
         *,
+        grad: Tree | None = None,
         residual_fn: Callable[..., Any] | None = None,
         linearized: Linearized | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, Any]:
         params = _checks.check_point(name, "params", _checks.require_residuals(name, "params", params))
+        gradient_for(name, updates, grad)  # which the residuals give anyway: a changed one would be ignored
         if linearized is None:
             residual_fn = bind_extras(_checks.require_residuals(name, "residual_fn", residual_fn), extra_args)
             linearized = linearize_residuals(name, residual_fn, params, loss="linear", scale=jnp.ones(()), dense=dense)
-        vector, state = step(state, linearized)
-        return ravel(params)[1](vector), state
+        usable = is_finite(linearized.value, linearized.grad)
+        vector, after = step(state, linearized)
+        return ravel(params)[1](jnp.where(usable, vector, 0)), unless_lost(usable, after, state)
 
-    return (DenseResidualMethod if dense else ResidualMethod)(init_fn, update_fn)
+    kind = DenseResidualMethod if dense else ResidualMethod
+    return kind(*wrappable(name, functools.partial(at_start, init), update))
 
 
 def scaled_local(linear: Linearized, scale: Vector) -> Local:

@@ -24,6 +24,7 @@ from curvature.optimizers._stochastic import (
     running_mean,
     wide_zeros,
 )
+from curvature.optimizers._wrappers import wrappable
 
 DiagonalEstimator = Literal["hutchinson", "gauss-newton-bartlett"]
 Mask = Tree | Callable[[Tree], Tree]
@@ -198,7 +199,8 @@ def scale_by_sophia(
         _checks.check_choice(_NAME, "likelihood", likelihood, Likelihood)
         estimate = partial(_from_labels, model, loss, likelihood)
     setting = _Setting(estimate, key, data, b1, b2, gamma, eps, refresh_every)
-    return optax.GradientTransformationExtraArgs(partial(_init, setting), partial(_update, setting))
+    functions = wrappable(_NAME, partial(_init, setting), partial(_update, setting))
+    return optax.GradientTransformationExtraArgs(*functions)
 
 
 class _Setting(NamedTuple):
@@ -229,7 +231,7 @@ def _from_labels(
 
 
 def _init(setting: _Setting, params: Tree) -> Any:
-    zeros = wide_zeros(_checks.check_point(_NAME, "params", params))
+    zeros = wide_zeros(params)
     return SophiaState(jnp.asarray(0, jnp.int32), zeros, zeros, jnp.asarray(0, jnp.float32), setting.data)
 
 

@@ -19,9 +19,9 @@ from curvature.optimizers._protocol import (
     Vector,
     first_length,
     first_order,
+    nothing_stored,
     search_status,
     shrink_factor,
-    unevaluated,
 )
 
 _ACCEPT = 1e-4  # N&W algorithm 6.2: the least ratio of actual to predicted reduction that is a step
@@ -115,7 +115,7 @@ def _init(x: Vector, params: Tree) -> SR1State:
         radius=first_length(x),
         num_trials=zero,
         status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=Stored(*unevaluated(x, params)),
+        stored=nothing_stored(params),
     )
 
 
@@ -144,9 +144,9 @@ def _step(state: SR1State, local: Slope) -> tuple[Vector, Scalar, Vector, SR1Sta
         jnp.where(accepted, last.value, local.value),
         jnp.where(accepted, last.grad, local.grad),
         state._replace(
-            hessian=jnp.where(accepted, last.hessian, 0),
-            num_updates=jnp.where(accepted, last.num_updates, 0),
-            radius=jnp.where(accepted, last.radius, state.radius / 4),
+            hessian=jnp.where(accepted, last.hessian, jnp.where(local.usable, 0, state.hessian)),
+            num_updates=jnp.where(accepted, last.num_updates, jnp.where(local.usable, 0, state.num_updates)),
+            radius=jnp.where(accepted, last.radius, jnp.where(local.usable, state.radius / 4, state.radius)),
             num_trials=last.count,
             status=status,
         ),

@@ -160,7 +160,7 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
             num_inner_steps=zero,
             grad_norm=jnp.asarray(0, x.dtype),
             status=jnp.asarray(Status.RUNNING, jnp.int32),
-            stored=unevaluated(x, params),
+            stored=unevaluated(params),
         )
 
     def step(state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:

@@ -1,0 +1,104 @@
+"""Support for optax's wrappers: placeholders, masked trees, gradients changed upstream, donated states."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from curvature import _checks
+from curvature._types import Tree
+
+Init = Callable[[Tree], Any]
+Update = Callable[..., tuple[Tree, Any]]
+
+
+def wrappable(name: str, init: Init, update: Update) -> tuple[Init, Update]:
+    """``init`` and ``update`` as optax's wrappers can take them.
+
+    ``init`` also takes the placeholder of ``optax.tree.map_params``, and makes a state that a jitted step may donate.
+    An error on a tree with masked leaves says so.
+    """
+
+    def init_fn(params: Tree) -> Any:
+        if is_placeholder(params):
+            return init(params)
+        params = _checks.check_point(name, "params", params)
+        return in_own_buffers(_naming_masks(name, "init", params, init, params))
+
+    def update_fn(updates: Tree, state: Any, params: Tree | None = None, **extra_args: Any) -> tuple[Tree, Any]:
+        return _naming_masks(name, "update", params, update, updates, state, params, **extra_args)
+
+    return init_fn, update_fn
+
+
+def is_placeholder(params: Tree) -> bool:
+    """Whether ``optax.tree.map_params`` asks which parts of a state are trees like the parameters."""
+    return isinstance(params, _placeholder_type())
+
+
+@functools.cache
+def _placeholder_type() -> type:
+    """The class of the tree without leaves that stands for the parameters; optax has no public name for it."""
+    seen: list[Any] = []
+
+    def init(params: Tree) -> tuple[()]:
+        seen.append(params)
+        return ()
+
+    optax.tree.map_params(init, lambda leaf: leaf, ())
+    return type(seen[0])
+
+
+def in_own_buffers(state: Any) -> Any:
+    """The state with each leaf in a buffer that nothing else uses, neither another leaf nor the caller.
+
+    A jitted step may donate it: a buffer cannot be donated twice, and a donated key or radius would be lost to its
+    owner. Outputs of a compiled function have buffers that nothing else uses.
+    """
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, Tracer) else jnp.array(leaf, copy=True), state)
+
+
+def gradient_for(name: str, updates: Tree | None, grad: Tree | None) -> Tree:
+    """The gradient of an update, where ``updates`` and ``grad=`` are the same arrays but for masked leaves.
+
+    What changed the updates before, such as weight decay or clipping in an ``optax.chain``, has not changed
+    ``value_fn``: no step fits both. Arrays are compared by identity, because the values of tracers are not known.
+    """
+    if updates is None or grad is None:
+        return grad if updates is None else updates
+    if not _are_same(updates, grad):
+        _checks.refuse_changed_gradient(name)
+    return updates
+
+
+def _are_same(updates: Tree, grad: Tree) -> bool:
+    leaves, structure = jax.tree.flatten(updates, is_leaf=_is_masked)
+    try:
+        others = structure.flatten_up_to(grad)
+    except ValueError:  # another structure
+        return False
+    return all(_is_masked(leaf) or leaf is other for leaf, other in zip(leaves, others, strict=True))
+
+
+def _naming_masks(name: str, method: str, params: Tree, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The call, whose errors say so where parts of ``params`` are masked: no function of the user expects that."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as failure:
+        masked = _masked_paths(params)
+        if masked:
+            raise _checks.masked_params(name, method, masked, failure) from failure
+        raise
+
+
+def _masked_paths(params: Tree) -> list[str]:
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
+    return [jax.tree_util.keystr(path) for path, node in nodes if _is_masked(node)]
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
