@@ -17,7 +17,8 @@ from curvature.optimizers._gauss_newton import gauss_newton
 from curvature.optimizers._implicit import implicit_minimizer, known_at, lift, root_at, trace_from
 from curvature.optimizers._levenberg_marquardt import levenberg_marquardt
 from curvature.optimizers._programs import compiled
-from curvature.optimizers._residual_method import DenseResidualMethod, ResidualMethod
+from curvature.optimizers._protocol import Scalar, choose
+from curvature.optimizers._residual_method import DenseResidualMethod, Request, ResidualMethod
 from curvature.optimizers._residuals import (
     Linearized,
     flat,
@@ -62,9 +63,10 @@ class _Point(NamedTuple):
 
 class _Loop(NamedTuple):
     x: Tree
+    before: Tree  # the point from which the last step led here, or that to which it was taken back
+    taken_back: Bool[Array, ""]
     state: Any
     best: _Point
-    largest: Float[Array, " n"]  # what abs(x) has been at most, what is long ago counting less
     tolerance: Float[Array, ""]
     num_steps: Int[Array, ""]
     idle_steps: Int[Array, ""]
@@ -212,15 +214,33 @@ def run(
 
     def advance(loop: _Loop) -> _Loop:
         linear = linearize(loop.x)
-        loop = _judge(loop, linear, limits)
+        point = _point(loop.x, linear)
+        allowed = _allowed(loop, point, linear, limits)
+        flat = point.offset <= allowed
+        doubtful = flat & _loses_rank(linear)
+        loop = _judge(loop, point, flat & ~doubtful, limits)
+        request = Request(decrement=doubtful | (loop.idle_steps > 0), shorter=loop.taken_back)
 
         def update(loop: _Loop) -> _Loop:
-            updates, state = update_fn(None, loop.state, loop.x, linearized=linear)
-            moved = (state.status == Status.RUNNING).astype(jnp.int32)
-            x = optax.apply_updates(loop.x, updates)
-            return loop._replace(x=x, state=state, status=state.status, num_steps=loop.num_steps + moved)
+            updates, state = update_fn(None, loop.state, loop.x, linearized=linear, request=request)
+            converged = state.decrement <= allowed
+            moved = (state.status == Status.RUNNING) & ~converged
+            return loop._replace(
+                x=choose(converged, loop.x, optax.apply_updates(loop.x, updates)),
+                before=loop.x,
+                taken_back=jnp.zeros_like(loop.taken_back),
+                state=state,
+                best=choose(converged, point, loop.best),
+                status=jnp.where(converged, Status.CONVERGED, state.status).astype(jnp.int32),
+                num_steps=loop.num_steps + moved.astype(jnp.int32),
+            )
 
-        return jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
+        def take_back(loop: _Loop) -> _Loop:
+            return loop._replace(x=loop.before, taken_back=jnp.ones_like(loop.taken_back))
+
+        finite = _is_finite(point)
+        loop = jax.lax.cond((loop.status == Status.RUNNING) & finite, update, lambda loop: loop, loop)
+        return jax.lax.cond((loop.status == Status.RUNNING) & ~finite, take_back, lambda loop: loop, loop)
 
     start = _start(transformation.init(x0), jax.eval_shape(lambda x: _point(x, linearize(x)), x0), x0, limits)
     start = vary_like(start, x0)  # what is counted in a step varies as the step does, and so from the start
@@ -250,9 +270,10 @@ def _start(state: Any, shapes: _Point, x0: Tree, limits: Limits) -> _Loop:
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return _Loop(
         x=x0,
+        before=x0,
+        taken_back=jnp.asarray(False),
         state=state,
         best=nothing._replace(value=infinity, offset=infinity),
-        largest=jnp.zeros_like(ravel(x0)[0]),
         tolerance=jnp.zeros_like(infinity),
         num_steps=zero,
         idle_steps=zero,
@@ -273,25 +294,42 @@ def _point(x: Tree, linear: Linearized) -> _Point:
     )
 
 
-def _judge(loop: _Loop, linear: Linearized, limits: Limits) -> _Loop:
-    """Update the best point and the status: is it converged, out of steps, stuck, or broken?"""
+def _is_finite(point: _Point) -> Bool[Array, ""]:
+    return jnp.isfinite(point.value) & jnp.isfinite(point.offset) & jnp.isfinite(norm(ravel(point.grad)[0]))
+
+
+def _allowed(loop: _Loop, point: _Point, linear: Linearized, limits: Limits) -> Scalar:
+    """What the linear model, or Newton's, may still expect to remove of the residuals where a solve has converged."""
+    tolerance = jnp.where(loop.best.value == jnp.inf, limits.rtol * point.offset, loop.tolerance)
+    allowed = limits.gtol * jnp.sqrt(2 * point.value) + tolerance + point.rounding
+    return jnp.where(_is_finite(point) & jnp.isfinite(allowed), allowed, -1)
+
+
+def _loses_rank(linear: Linearized) -> Bool[Array, ""]:
+    """Whether the Jacobian has directions that are lost in rounding, where only the Hessian can say what they do."""
+    if linear.factors is None or linear.hessian is None:
+        return jnp.zeros_like(linear.value, bool)
+    return jnp.any(linear.factors.values == 0)
+
+
+def _judge(loop: _Loop, point: _Point, converged: Bool[Array, ""], limits: Limits) -> _Loop:
+    """Update the best point and the status: is it converged, out of steps, or stuck?
+
+    Where it is not finite, the solve ends only if it stands at the start or if too many steps in a row led nowhere.
+    """
     first = loop.best.value == jnp.inf
-    largest = jnp.maximum(loop.largest * jnp.finfo(linear.x.dtype).eps ** 0.5, jnp.abs(linear.x))
-    point = _point(loop.x, linear)
-    tolerance = jnp.where(first, limits.rtol * point.offset, loop.tolerance)
-    finite = jnp.isfinite(point.value) & jnp.isfinite(point.offset) & jnp.isfinite(norm(linear.grad))
-    allowed = limits.gtol * jnp.sqrt(2 * point.value) + tolerance + rounding_of(linear.columns, largest)
-    converged = finite & jnp.isfinite(allowed) & (point.offset <= allowed)
+    finite = _is_finite(point)
 
     noise = jnp.where(first, 0, loop.best.noise)
     lower = point.value < loop.best.value - noise
     flatter = (point.value <= loop.best.value + noise) & (point.offset < loop.best.offset)
     better = finite & (lower | flatter)
-    best = jax.tree.map(lambda new, old: jnp.where(better | converged | first, new, old), point, loop.best)
-    idle_steps = jnp.where(better, 0, loop.idle_steps + 1)
+    best = choose(better | converged | first, point, loop.best)
+    idle_steps = jnp.where(better, 0, loop.idle_steps + jnp.where(loop.taken_back, 0, 1))
 
     status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
     status = jnp.where(idle_steps >= _PATIENCE, Status.STALLED, status)
-    status = jnp.where(finite, status, jnp.where(first, Status.NONFINITE_START, Status.NONFINITE))
+    status = jnp.where(first & ~finite, Status.NONFINITE_START, status)
     status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
-    return loop._replace(best=best, largest=largest, tolerance=tolerance, idle_steps=idle_steps, status=status)
+    tolerance = jnp.where(first, limits.rtol * point.offset, loop.tolerance)
+    return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, status=status)
