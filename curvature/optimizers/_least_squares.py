@@ -83,21 +83,28 @@ def least_squares(
     f_scale: ArrayLike = 1.0,
     gtol: ArrayLike | None = None,
     rtol: ArrayLike = 0.0,
-    max_steps: ArrayLike = 1000,
+    max_steps: ArrayLike = 10_000,
 ) -> LeastSquaresResult:
     """Minimize ``sum(r**2) / 2`` for ``r = residuals(x, *args)`` from ``x0`` in one compiled loop.
 
     Converged means that the linear model at the returned point can remove next to nothing of the residuals,
 
-        ``norm(P r) <= gtol * norm(r) + rtol * norm(P r at x0) + eps * sum_k norm(J_k) * max|x_k|``,
+        ``norm(P r) <= gtol * norm(r) + rtol * norm(P r at x0) + eps * sum_k norm(J_k) * abs(x_k)``,
 
-    where ``P`` projects on the range of the Jacobian ``J``, and nothing else is called success. This is the gradient
-    ``J'r`` in the one norm that no change of units alters: ``norm(P r)^2 = (J'r)' (J'J)^-1 (J'r)``. It says that the
-    next Gauss-Newton step is about ``gtol`` standard errors or less, give or take the last term: what rounding of the
-    variables does to the residuals, so that fits without residuals end too. There ``max|x_k|`` is over the way to the
-    point, a place of j steps ago counting ``eps^(j/2)`` of itself, so that a solution at zero can be told. Directions
-    that ``J``, its columns brought to norm one, loses in rounding are not in its range. Where ``J`` is not formed,
-    ``P`` projects on its product with the scaled gradient only, a weaker test.
+    where ``P`` projects on the range of the Jacobian ``J``. This is the gradient ``g = J'r`` in the one norm that no
+    change of units alters: ``norm(P r)^2 = g' (J'J)^-1 g``. It says that the next Gauss-Newton step is about ``gtol``
+    standard errors or less, give or take the last term: what rounding of the variables does to the residuals, so that
+    fits without residuals end too. Where ``J`` is not formed, ``P`` projects on its product with the scaled gradient
+    only, a weaker test.
+
+    That test says nothing where ``J`` loses rank: near the minimizer 0 of ``x^2 + 5`` any ``J = 2x`` spans all
+    residuals. So where steps no longer lower the sum, and where ``J``, its columns brought to norm one, has directions
+    that are lost in rounding, the Newton decrement replaces ``norm(P r)``: ``sqrt(g' B^-1 g)`` with the
+    whole Hessian ``B = J'J + sum_i r_i H_i``, infinite unless ``B`` is positive up to directions along which neither
+    curvature nor gradient exceeds rounding. On a plateau to which the sum has risen it is infinite. It needs second
+    derivatives of ``residuals``; without them the first test decides alone. Nothing else is called success.
+
+    A step to a point where the derivatives are not finite is taken back, and a shorter one is tried.
 
     With another ``loss`` than ``"linear"`` the sum is ``f_scale^2 sum(rho((r / f_scale)^2)) / 2``, as in SciPy, with
     ``rho(z)`` of ``"soft_l1"``: ``2 (sqrt(1 + z) - 1)``; ``"huber"``: ``z`` up to 1 and ``2 sqrt(z) - 1`` beyond;
