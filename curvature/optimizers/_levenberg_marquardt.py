@@ -175,7 +175,7 @@ def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | None) -> 
         if subproblem == "cg":
             solver = steihaug(local, inner_solve(local, size, first, None), radius)
         else:
-            solver = _factored(linear, local, scale, subproblem, second_order | request.decrement, curvature)
+            solver = _factored(linear, local, scale, subproblem, second_order, curvature)
         last = search_radius(local, solver, radius)
         accepted = last.ratio >= ACCEPT
         return jnp.where(accepted, last.step / scale, 0), state._replace(

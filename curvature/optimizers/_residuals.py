@@ -24,7 +24,7 @@ Matrix = Float[Array, "m n"]
 Scalar = Float[Array, ""]
 Product = Callable[[Array], Array]
 
-_LOST = 4  # heuristic: singular values of so many roundings for each variable are zero
+_LOST = 2  # heuristic: singular values, and gradients beside the residuals, of 2 n roundings are zero
 _PROBES = 8  # random rows by which the norms of columns are estimated where no column is formed
 
 
@@ -146,7 +146,7 @@ def newton_decrement(linear: Linearized, hessian: Float[Array, "n n"]) -> Scalar
     eps = jnp.finfo(gradient.dtype).eps
     positive = eigenvalues > rounding_level(eigenvalues)
     flat = ~positive & (eigenvalues >= -rounding_level(eigenvalues))
-    lost = flat & (jnp.abs(gradient) <= gradient.size * eps * norm(linear.residual))
+    lost = flat & (jnp.abs(gradient) <= _LOST * gradient.size * eps * norm(linear.residual))
     decrement = norm(jnp.where(positive, gradient / jnp.sqrt(jnp.where(positive, eigenvalues, 1)), 0))
     return jnp.where(jnp.all(positive | lost), decrement, jnp.inf)
 
@@ -212,7 +212,7 @@ def _column_norms(matrix: Matrix) -> Vector:
 def factor(matrix: Matrix, residual: Array) -> Factors:
     """The singular value decomposition of ``J`` with its columns brought to norm one; ``J'J`` is never formed.
 
-    Singular values below ``4 n`` roundings of the largest are zero, and so is what the residuals have there. That is
+    Singular values below ``2 n`` roundings of the largest are zero, and so is what the residuals have there. That is
     what rounding of the entries makes of a zero, however many rows there are; a bound that grows with the rows takes
     what the residuals determine for undetermined, and ends on a plateau.
 
