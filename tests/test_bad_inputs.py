@@ -29,6 +29,26 @@ def with_leaf(**leaves):
 # (the call, the type of error, what its message says)
 CASES = {
     # the point
+    "minimize-list": (
+        lambda: curvature.minimize(square, [1.0, 2.0]),
+        TypeError,
+        r"minimize: x0 is a list of numbers \(x0\[0\] is 1\.0 of type float\), expected .* jnp\.asarray\(x0, float\)",
+    ),
+    "least-squares-tuple-of-integers": (
+        lambda: curvature.least_squares(square, (1, 2)),
+        TypeError,
+        r"least_squares: x0 is a tuple of numbers \(x0\[0\] is 1 of type int\), expected an array",
+    ),
+    "curve-fit-nested-list": (
+        lambda: curvature.curve_fit(lambda p, t: p[0] * t, np.ones(3), np.ones(3), [[1.0], [2.0]]),
+        TypeError,
+        r"curve_fit: p0 is a list of numbers \(p0\[0\]\[0\] is 1\.0 of type float\).*jnp\.asarray\(p0, float\)",
+    ),
+    "scipy-minimize-list": (
+        lambda: curvature.scipy_minimize(square, [1.0, 2.0]),
+        TypeError,
+        r"scipy_minimize: x0 is a list of numbers",
+    ),
     "hvp-integer-leaf": (
         lambda: curvature.hvp(loss, with_leaf(b=np.arange(3)), X),
         TypeError,

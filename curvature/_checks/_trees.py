@@ -58,12 +58,26 @@ def check_start(function: str, name: str, tree: Tree) -> Tree:
 
     Weak types would change in a loop. It stands before every solve, and small ones take no longer.
     """
+    _refuse_numbers(function, name, tree)
     x = check_point(function, name, tree)
     check_entries(function, name, x)
     leaves, structure = jax.tree.flatten(x)
     if not all(map(_is_finite, leaves)):
         _refuse_not_finite(function, name, x)
     return structure.unflatten(map(_strongly_typed, leaves))
+
+
+def _refuse_numbers(function: str, name: str, tree: Tree) -> None:
+    """Refuse a list or tuple of numbers: the objective would be given that list, with which it cannot compute."""
+    if type(tree) not in (list, tuple):
+        return
+    leaves = tree_flatten_with_path(tree)[0]
+    if leaves and all(isinstance(leaf, (int, float)) for _, leaf in leaves):
+        path, first = leaves[0]
+        raise TypeError(
+            f"{function}: {name} is a {type(tree).__name__} of numbers ({name}{keystr(path)} is {describe(first)}), "
+            f"expected an array or a tree of arrays; pass jnp.asarray({name}, float)."
+        )
 
 
 def check_entries(function: str, name: str, tree: Tree) -> None:

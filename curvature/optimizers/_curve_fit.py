@@ -22,7 +22,7 @@ def curve_fit(
     *,
     loss: Loss = "linear",
     f_scale: ArrayLike = 1.0,
-    max_steps: ArrayLike = 1000,
+    max_steps: ArrayLike = 10_000,
 ) -> tuple[Tree, Float[Array, "n n"]]:
     """Fit ``model(params, xdata)`` to ``ydata`` by least squares: the parameters and their covariance.
 

@@ -12,11 +12,13 @@ from curvature.linalg._dense import norm
 from curvature.optimizers._inexact import first_norm, inner_solve
 from curvature.optimizers._line_search import search_values
 from curvature.optimizers._protocol import Unevaluated, Vector, trial_status, unevaluated
-from curvature.optimizers._residual_method import ResidualMethod, residual_method, scaled_local
+from curvature.optimizers._residual_method import Request, ResidualMethod, curvature_if, residual_method, scaled_local
 from curvature.optimizers._residuals import Linearized, where_positive
 from curvature.optimizers._trust_region import steihaug
 
 GaussNewtonSolver = Literal["exact", "cg"]
+
+_SHORTER = 0.1  # heuristic: of a step that led to where derivatives are not finite, the share to try next
 
 
 class GaussNewtonState(NamedTuple):
@@ -27,12 +29,14 @@ class GaussNewtonState(NamedTuple):
         num_trials: the points that it tried.
         grad_norm: the norm of the first scaled gradient, by which the inner tolerance of ``"cg"`` is measured.
         status: a ``Status``: running, or why the last update could not move.
+        decrement: the Newton decrement where the update started; infinite where it was not asked for.
         stored: nothing, for optax.
     """
 
     step_size: Float[Array, ""]
     num_trials: Int[Array, ""]
     grad_norm: Float[Array, ""]
+    decrement: Float[Array, ""]
     status: Int[Array, ""]
     stored: Unevaluated
 
@@ -78,23 +82,26 @@ def gauss_newton(solver: GaussNewtonSolver = "exact") -> ResidualMethod:
     """
     _checks.check_choice("gauss_newton", "solver", solver, GaussNewtonSolver)
 
-    def step(state: GaussNewtonState, linear: Linearized) -> tuple[Vector, GaussNewtonState]:
+    def step(state: GaussNewtonState, linear: Linearized, request: Request) -> tuple[Vector, GaussNewtonState]:
         scale = where_positive(linear.columns)
         local = scaled_local(linear, scale)
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
+        curvature = curvature_if(request.decrement, linear)
         if solver == "exact":
             direction = _solution(linear)
         else:
             infinity = jnp.full_like(size, jnp.inf)
             inner = inner_solve(local, size, first, None)
             direction = steihaug(local, inner, infinity).solve(infinity)[0].step
+        direction = jnp.where(request.shorter, _SHORTER * state.step_size, 1) * direction
         slope = jnp.vdot(local.grad, direction, precision="highest")
         last = search_values(local, direction, slope)
         return jnp.where(last.accepted, last.step_size * direction / scale, 0), state._replace(
-            step_size=last.step_size,
+            step_size=jnp.where(request.shorter, _SHORTER * state.step_size, 1) * last.step_size,
             num_trials=last.count,
             grad_norm=first,
+            decrement=jnp.full_like(size, jnp.inf) if curvature is None else curvature.decrement,
             status=trial_status(last.accepted, last.value, slope),
         )
 
@@ -106,6 +113,7 @@ def _init(x: Vector, params: Tree) -> GaussNewtonState:
         step_size=jnp.asarray(1, x.dtype),
         num_trials=jnp.asarray(0, jnp.int32),
         grad_norm=jnp.asarray(0, x.dtype),
+        decrement=jnp.asarray(jnp.inf, x.dtype),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
         stored=unevaluated(params),
     )

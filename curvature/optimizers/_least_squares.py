@@ -16,7 +16,8 @@ from curvature.optimizers._fit import LeastSquaresResult
 from curvature.optimizers._gauss_newton import gauss_newton
 from curvature.optimizers._implicit import implicit_minimizer, known_at, lift, root_at, trace_from
 from curvature.optimizers._levenberg_marquardt import levenberg_marquardt
-from curvature.optimizers._residual_method import DenseResidualMethod, ResidualMethod
+from curvature.optimizers._protocol import Scalar, choose
+from curvature.optimizers._residual_method import DenseResidualMethod, Request, ResidualMethod
 from curvature.optimizers._residuals import (
     Linearized,
     flat,
@@ -62,9 +63,10 @@ class _Point(NamedTuple):
 
 class _Loop(NamedTuple):
     x: Tree
+    before: Tree  # the point from which the last step led here, or that to which it was taken back
+    taken_back: Bool[Array, ""]
     state: Any
     best: _Point
-    largest: Float[Array, " n"]  # what abs(x) has been at most, what is long ago counting less
     tolerance: Float[Array, ""]
     num_steps: Int[Array, ""]
     idle_steps: Int[Array, ""]
@@ -81,21 +83,28 @@ def least_squares(
     f_scale: ArrayLike = 1.0,
     gtol: ArrayLike | None = None,
     rtol: ArrayLike = 0.0,
-    max_steps: ArrayLike = 1000,
+    max_steps: ArrayLike = 10_000,
 ) -> LeastSquaresResult:
     """Minimize ``sum(r**2) / 2`` for ``r = residuals(x, *args)`` from ``x0`` in one compiled loop.
 
     Converged means that the linear model at the returned point can remove next to nothing of the residuals,
 
-        ``norm(P r) <= gtol * norm(r) + rtol * norm(P r at x0) + eps * sum_k norm(J_k) * max|x_k|``,
+        ``norm(P r) <= gtol * norm(r) + rtol * norm(P r at x0) + eps * sum_k norm(J_k) * abs(x_k)``,
 
-    where ``P`` projects on the range of the Jacobian ``J``, and nothing else is called success. This is the gradient
-    ``J'r`` in the one norm that no change of units alters: ``norm(P r)^2 = (J'r)' (J'J)^-1 (J'r)``. It says that the
-    next Gauss-Newton step is about ``gtol`` standard errors or less, give or take the last term: what rounding of the
-    variables does to the residuals, so that fits without residuals end too. There ``max|x_k|`` is over the way to the
-    point, a place of j steps ago counting ``eps^(j/2)`` of itself, so that a solution at zero can be told. Directions
-    that ``J``, its columns brought to norm one, loses in rounding are not in its range. Where ``J`` is not formed,
-    ``P`` projects on its product with the scaled gradient only, a weaker test.
+    where ``P`` projects on the range of the Jacobian ``J``. This is the gradient ``g = J'r`` in the one norm that no
+    change of units alters: ``norm(P r)^2 = g' (J'J)^-1 g``. It says that the next Gauss-Newton step is about ``gtol``
+    standard errors or less, give or take the last term: what rounding of the variables does to the residuals, so that
+    fits without residuals end too. Where ``J`` is not formed, ``P`` projects on its product with the scaled gradient
+    only, a weaker test.
+
+    That test says nothing where ``J`` loses rank: near the minimizer 0 of ``x^2 + 5`` any ``J = 2x`` spans all
+    residuals. So where steps no longer lower the sum, and where ``J``, its columns brought to norm one, has directions
+    that are lost in rounding, the Newton decrement replaces ``norm(P r)``: ``sqrt(g' B^-1 g)`` with the
+    whole Hessian ``B = J'J + sum_i r_i H_i``, infinite unless ``B`` is positive up to directions along which neither
+    curvature nor gradient exceeds rounding. On a plateau to which the sum has risen it is infinite. It needs second
+    derivatives of ``residuals``; without them the first test decides alone. Nothing else is called success.
+
+    A step to a point where the derivatives are not finite is taken back, and a shorter one is tried.
 
     With another ``loss`` than ``"linear"`` the sum is ``f_scale^2 sum(rho((r / f_scale)^2)) / 2``, as in SciPy, with
     ``rho(z)`` of ``"soft_l1"``: ``2 (sqrt(1 + z) - 1)``; ``"huber"``: ``z`` up to 1 and ``2 sqrt(z) - 1`` beyond;
@@ -212,15 +221,33 @@ def run(
 
     def advance(loop: _Loop) -> _Loop:
         linear = linearize(loop.x)
-        loop = _judge(loop, linear, limits)
+        point = _point(loop.x, linear)
+        allowed = _allowed(loop, point, linear, limits)
+        flat = point.offset <= allowed
+        doubtful = flat & _loses_rank(linear)
+        loop = _judge(loop, point, flat & ~doubtful, limits)
+        request = Request(decrement=doubtful | (loop.idle_steps > 0), shorter=loop.taken_back)
 
         def update(loop: _Loop) -> _Loop:
-            updates, state = update_fn(None, loop.state, loop.x, linearized=linear)
-            moved = (state.status == Status.RUNNING).astype(jnp.int32)
-            x = optax.apply_updates(loop.x, updates)
-            return loop._replace(x=x, state=state, status=state.status, num_steps=loop.num_steps + moved)
+            updates, state = update_fn(None, loop.state, loop.x, linearized=linear, request=request)
+            converged = state.decrement <= allowed
+            moved = (state.status == Status.RUNNING) & ~converged
+            return loop._replace(
+                x=choose(converged, loop.x, optax.apply_updates(loop.x, updates)),
+                before=loop.x,
+                taken_back=jnp.zeros_like(loop.taken_back),
+                state=state,
+                best=choose(converged, point, loop.best),
+                status=jnp.where(converged, Status.CONVERGED, state.status).astype(jnp.int32),
+                num_steps=loop.num_steps + moved.astype(jnp.int32),
+            )
 
-        return jax.lax.cond(loop.status == Status.RUNNING, update, lambda loop: loop, loop)
+        def take_back(loop: _Loop) -> _Loop:
+            return loop._replace(x=loop.before, taken_back=jnp.ones_like(loop.taken_back))
+
+        finite = _is_finite(point)
+        loop = jax.lax.cond((loop.status == Status.RUNNING) & finite, update, lambda loop: loop, loop)
+        return jax.lax.cond((loop.status == Status.RUNNING) & ~finite, take_back, lambda loop: loop, loop)
 
     start = _start(transformation.init(x0), jax.eval_shape(lambda x: _point(x, linearize(x)), x0), x0, limits)
     start = vary_like(start, x0)  # what is counted in a step varies as the step does, and so from the start
@@ -250,9 +277,10 @@ def _start(state: Any, shapes: _Point, x0: Tree, limits: Limits) -> _Loop:
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return _Loop(
         x=x0,
+        before=x0,
+        taken_back=jnp.asarray(False),
         state=state,
         best=nothing._replace(value=infinity, offset=infinity),
-        largest=jnp.zeros_like(ravel(x0)[0]),
         tolerance=jnp.zeros_like(infinity),
         num_steps=zero,
         idle_steps=zero,
@@ -273,25 +301,42 @@ def _point(x: Tree, linear: Linearized) -> _Point:
     )
 
 
-def _judge(loop: _Loop, linear: Linearized, limits: Limits) -> _Loop:
-    """Update the best point and the status: is it converged, out of steps, stuck, or broken?"""
+def _is_finite(point: _Point) -> Bool[Array, ""]:
+    return jnp.isfinite(point.value) & jnp.isfinite(point.offset) & jnp.isfinite(norm(ravel(point.grad)[0]))
+
+
+def _allowed(loop: _Loop, point: _Point, linear: Linearized, limits: Limits) -> Scalar:
+    """What the linear model, or Newton's, may still expect to remove of the residuals where a solve has converged."""
+    tolerance = jnp.where(loop.best.value == jnp.inf, limits.rtol * point.offset, loop.tolerance)
+    allowed = limits.gtol * jnp.sqrt(2 * point.value) + tolerance + point.rounding
+    return jnp.where(_is_finite(point) & jnp.isfinite(allowed), allowed, -1)
+
+
+def _loses_rank(linear: Linearized) -> Bool[Array, ""]:
+    """Whether the Jacobian has directions that are lost in rounding, where only the Hessian can say what they do."""
+    if linear.factors is None or linear.hessian is None:
+        return jnp.zeros_like(linear.value, bool)
+    return jnp.any(linear.factors.values == 0)
+
+
+def _judge(loop: _Loop, point: _Point, converged: Bool[Array, ""], limits: Limits) -> _Loop:
+    """Update the best point and the status: is it converged, out of steps, or stuck?
+
+    Where it is not finite, the solve ends only if it stands at the start or if too many steps in a row led nowhere.
+    """
     first = loop.best.value == jnp.inf
-    largest = jnp.maximum(loop.largest * jnp.finfo(linear.x.dtype).eps ** 0.5, jnp.abs(linear.x))
-    point = _point(loop.x, linear)
-    tolerance = jnp.where(first, limits.rtol * point.offset, loop.tolerance)
-    finite = jnp.isfinite(point.value) & jnp.isfinite(point.offset) & jnp.isfinite(norm(linear.grad))
-    allowed = limits.gtol * jnp.sqrt(2 * point.value) + tolerance + rounding_of(linear.columns, largest)
-    converged = finite & jnp.isfinite(allowed) & (point.offset <= allowed)
+    finite = _is_finite(point)
 
     noise = jnp.where(first, 0, loop.best.noise)
     lower = point.value < loop.best.value - noise
     flatter = (point.value <= loop.best.value + noise) & (point.offset < loop.best.offset)
     better = finite & (lower | flatter)
-    best = jax.tree.map(lambda new, old: jnp.where(better | converged | first, new, old), point, loop.best)
-    idle_steps = jnp.where(better, 0, loop.idle_steps + 1)
+    best = choose(better | converged | first, point, loop.best)
+    idle_steps = jnp.where(better, 0, loop.idle_steps + jnp.where(loop.taken_back, 0, 1))
 
     status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
     status = jnp.where(idle_steps >= _PATIENCE, Status.STALLED, status)
-    status = jnp.where(finite, status, jnp.where(first, Status.NONFINITE_START, Status.NONFINITE))
+    status = jnp.where(first & ~finite, Status.NONFINITE_START, status)
     status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
-    return loop._replace(best=best, largest=largest, tolerance=tolerance, idle_steps=idle_steps, status=status)
+    tolerance = jnp.where(first, limits.rtol * point.offset, loop.tolerance)
+    return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, status=status)

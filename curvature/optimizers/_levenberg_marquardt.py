@@ -12,14 +12,40 @@ from curvature._types import Status, Tree
 from curvature.linalg._dense import QuadraticModel, RegionStep, factor_model, norm, solve_region
 from curvature.optimizers._inexact import first_norm, inner_solve
 from curvature.optimizers._protocol import Local, Scalar, Unevaluated, Vector, trial_status, unevaluated
-from curvature.optimizers._residual_method import ResidualMethod, residual_method, scaled_local
+from curvature.optimizers._residual_method import (
+    Curvature,
+    Request,
+    ResidualMethod,
+    curvature_if,
+    residual_method,
+    scaled_local,
+)
 from curvature.optimizers._residuals import Linearized, region_model, where_positive
 from curvature.optimizers._trust_region import ACCEPT, Solver, Trial, search_radius, steihaug
 
 LeastSquaresSubproblem = Literal["exact", "dogleg", "cg"]
 
 _POOR, _GOOD = 0.25, 0.75  # Moré (1978): below the one ratio the region shrinks, above the other it grows
+_SHORTER = 0.1  # heuristic: of a region that led to where derivatives are not finite, the share to try next
 _FIRST_RADIUS = 100.0  # in norms of the scaled start, as in MINPACK
+
+
+class LastStep(NamedTuple):
+    """The last step of ``levenberg_marquardt``, and by how much it and its linear model changed the sum.
+
+    Attributes:
+        step: from the point before.
+        slope: the gradient there times the step.
+        change: of half the sum of squares.
+        by_jacobian: the change that the linear model had foreseen.
+        noise: the change that rounding alone could have made.
+    """
+
+    step: Float[Array, " n"]
+    slope: Float[Array, ""]
+    change: Float[Array, ""]
+    by_jacobian: Float[Array, ""]
+    noise: Float[Array, ""]
 
 
 class LevenbergMarquardtState(NamedTuple):
@@ -29,6 +55,8 @@ class LevenbergMarquardtState(NamedTuple):
         radius: the radius for the next step, in the scaled variables; 0 before the first.
         scale: by variable, the largest norm that its column of the Jacobian has had.
         second_order: whether the last step has shown the Hessian to be the better model.
+        last: the last step, by which that is decided at the next point.
+        decrement: the Newton decrement where the update started; infinite where the Hessian was not evaluated.
         num_trials: the points that the last update tried.
         num_inner_steps: the conjugate gradient steps of the last update; 0 where the Jacobian is formed.
         grad_norm: the norm of the first scaled gradient, by which the inner tolerance is measured.
@@ -39,6 +67,8 @@ class LevenbergMarquardtState(NamedTuple):
     radius: Float[Array, ""]
     scale: Float[Array, " n"]
     second_order: Bool[Array, ""]
+    last: LastStep
+    decrement: Float[Array, ""]
     num_trials: Int[Array, ""]
     num_inner_steps: Int[Array, ""]
     grad_norm: Float[Array, ""]
@@ -115,37 +145,46 @@ def levenberg_marquardt(
 
 def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | Array | None) -> ResidualMethod:
     def init(x: Vector, params: Tree) -> LevenbergMarquardtState:
-        zero = jnp.asarray(0, jnp.int32)
+        zero, none = jnp.asarray(0, x.dtype), jnp.asarray(0, jnp.int32)
         return LevenbergMarquardtState(
             radius=jnp.asarray(0 if initial_radius is None else initial_radius, x.dtype),
             scale=jnp.zeros_like(x),
             second_order=jnp.asarray(False),
-            num_trials=zero,
-            num_inner_steps=zero,
-            grad_norm=jnp.asarray(0, x.dtype),
+            last=LastStep(jnp.zeros_like(x), zero, zero, zero, zero),
+            decrement=jnp.asarray(jnp.inf, x.dtype),
+            num_trials=none,
+            num_inner_steps=none,
+            grad_norm=zero,
             status=jnp.asarray(Status.RUNNING, jnp.int32),
             stored=unevaluated(params),
         )
 
-    def step(state: LevenbergMarquardtState, linear: Linearized) -> tuple[Vector, LevenbergMarquardtState]:
+    def step(
+        state: LevenbergMarquardtState, linear: Linearized, request: Request
+    ) -> tuple[Vector, LevenbergMarquardtState]:
         largest = jnp.maximum(state.scale, jnp.where(jnp.isfinite(linear.columns), linear.columns, 0))
         scale = where_positive(largest)
         local = scaled_local(linear, scale)
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
         radius = jnp.where(state.radius > 0, state.radius, _first_radius(linear, scale))
+        radius = jnp.where(request.shorter, _SHORTER * radius, radius)
+        second_order = state.second_order
+        if subproblem == "exact":
+            second_order = jnp.where(request.shorter, second_order, _second_is_better(linear, state))
+        curvature = curvature_if(second_order | request.decrement, linear)
         if subproblem == "cg":
             solver = steihaug(local, inner_solve(local, size, first, None), radius)
         else:
-            solver = _factored(linear, local, scale, subproblem, state.second_order)
+            solver = _factored(linear, local, scale, subproblem, second_order, curvature)
         last = search_radius(local, solver, radius)
         accepted = last.ratio >= ACCEPT
         return jnp.where(accepted, last.step / scale, 0), state._replace(
             radius=jnp.where(accepted, _next_radius(last), _POOR * radius),
             scale=largest,
-            second_order=_second_is_better(linear, local, scale, last, state.second_order)
-            if subproblem == "exact"
-            else state.second_order,
+            second_order=second_order,
+            last=_last_step(linear, local, scale, last),
+            decrement=jnp.full_like(radius, jnp.inf) if curvature is None else curvature.decrement,
             num_trials=last.count,
             num_inner_steps=last.inner_steps,
             grad_norm=first,
@@ -170,37 +209,49 @@ def _next_radius(last: Trial) -> Scalar:
     return jnp.where(last.ratio < _POOR, _POOR * length, jnp.where(follow, 2 * length, last.radius))
 
 
-def _second_is_better(
-    linear: Linearized, local: Local, scale: Vector, last: Trial, before: Bool[Array, ""]
-) -> Bool[Array, ""]:
-    """Which model foresaw the change of the value better; a change within rounding changes no opinion."""
-    if linear.second is None:
-        return before
+def _last_step(linear: Linearized, local: Local, scale: Vector, last: Trial) -> LastStep:
     step = last.step / scale
     slope = jnp.vdot(local.grad, last.step, precision="highest")
-    change = last.value - local.value
-    by_first = slope + norm(linear.push(step)) ** 2 / 2
-    by_second = slope + linear.second.along(step) / 2
-    telling = (jnp.abs(change) > local.noise) & jnp.isfinite(by_second)
-    return jnp.where(telling, jnp.abs(change - by_second) < jnp.abs(change - by_first), before)
+    return LastStep(step, slope, last.value - local.value, slope + norm(linear.push(step)) ** 2 / 2, local.noise)
+
+
+def _second_is_better(linear: Linearized, state: LevenbergMarquardtState) -> Bool[Array, ""]:
+    """Whether the Hessian would have foreseen the last change of the sum better than the Jacobian did.
+
+    With the third derivative ``t`` along the step, a Hessian would have missed the change by ``t / 6`` to leading
+    order, and the mean of the slopes at both ends misses it by ``-t / 12``. So twice the error of that mean stands for
+    the error of a Hessian that was not evaluated. A change within rounding changes no opinion.
+    """
+    if linear.hessian is None or linear.residual.size < linear.x.size:
+        return state.second_order
+    last = state.last
+    slopes = (last.slope + jnp.vdot(linear.grad, last.step, precision="highest")) / 2
+    decides = (jnp.abs(last.change) > last.noise) & jnp.isfinite(slopes)
+    better = 2 * jnp.abs(last.change - slopes) < jnp.abs(last.change - last.by_jacobian)
+    return jnp.where(decides, better, state.second_order)
 
 
 def _factored(
-    linear: Linearized, local: Local, scale: Vector, subproblem: str, second_order: Bool[Array, ""]
+    linear: Linearized,
+    local: Local,
+    scale: Vector,
+    subproblem: str,
+    second_order: Bool[Array, ""],
+    curvature: Curvature | None,
 ) -> Solver:
     """The subproblem in the singular vectors of the scaled Jacobian: each radius takes O(n^2)."""
     assert linear.factors is not None
-    factors, second = linear.factors, linear.second
+    factors = linear.factors
 
     def by_jacobian() -> tuple[QuadraticModel, Scalar]:
         return region_model(factors, scale)
 
     def by_hessian() -> tuple[QuadraticModel, Scalar]:
-        assert second is not None
-        matrix = second.matrix() / scale[:, None] / scale[None]
+        assert curvature is not None
+        matrix = curvature.hessian / scale[:, None] / scale[None]
         return factor_model(matrix, local.grad), jnp.ones_like(local.value)
 
-    if subproblem == "exact" and second is not None:
+    if subproblem == "exact" and curvature is not None:
         model, peak = jax.lax.cond(second_order, by_hessian, by_jacobian)
     else:
         model, peak = by_jacobian()

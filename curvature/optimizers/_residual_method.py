@@ -2,15 +2,18 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from curvature import _checks
 from curvature._types import Tree, ravel
 from curvature.linalg._dense import Matrix
 from curvature.optimizers._protocol import (
     Local,
+    Scalar,
     Vector,
     WithStatus,
     at_start,
@@ -18,9 +21,21 @@ from curvature.optimizers._protocol import (
     is_finite,
     unless_lost,
 )
-from curvature.optimizers._residuals import Linearized, linearize_residuals
+from curvature.optimizers._residuals import Linearized, linearize_residuals, newton_decrement
 from curvature.optimizers._wrappers import gradient_for, wrappable
 from curvature.transforms._jacobian import map_basis
+
+
+class Request(NamedTuple):
+    """What a driver asks of an update beside a step.
+
+    Attributes:
+        decrement: whether to evaluate the Newton decrement at the point, whose Hessian the step may not need.
+        shorter: whether the last step has been taken back, because derivatives are not finite where it led.
+    """
+
+    decrement: Bool[Array, ""]
+    shorter: Bool[Array, ""]
 
 
 class ResidualMethod(WithStatus):
@@ -34,11 +49,11 @@ class DenseResidualMethod(ResidualMethod):
 def residual_method(
     name: str,
     init: Callable[[Vector, Tree], Any],
-    step: Callable[[Any, Linearized], tuple[Vector, Any]],
+    step: Callable[[Any, Linearized, Request], tuple[Vector, Any]],
     *,
     dense: bool,
 ) -> ResidualMethod:
-    """A transformation from ``init(x, params) -> state`` and ``step(state, linearized) -> (step, state)``."""
+    """A transformation from ``init(x, params) -> state`` and ``step(state, linearized, request) -> (step, state)``."""
 
     def update(
         updates: Tree,
@@ -48,6 +63,7 @@ def residual_method(
         grad: Tree | None = None,
         residual_fn: Callable[..., Any] | None = None,
         linearized: Linearized | None = None,
+        request: Request | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, Any]:
         params = _checks.check_point(name, "params", _checks.require_residuals(name, "params", params))
@@ -55,12 +71,38 @@ def residual_method(
         if linearized is None:
             residual_fn = bind_extras(_checks.require_residuals(name, "residual_fn", residual_fn), extra_args)
             linearized = linearize_residuals(name, residual_fn, params, loss="linear", scale=jnp.ones(()), dense=dense)
+        if request is None:
+            request = Request(decrement=jnp.asarray(False), shorter=jnp.asarray(False))
         usable = is_finite(linearized.value, linearized.grad)
-        vector, after = step(state, linearized)
+        vector, after = step(state, linearized, request)
         return ravel(params)[1](jnp.where(usable, vector, 0)), unless_lost(usable, after, state)
 
     kind = DenseResidualMethod if dense else ResidualMethod
     return kind(*wrappable(name, functools.partial(at_start, init), update))
+
+
+class Curvature(NamedTuple):
+    """The Hessian of the sum and the Newton decrement; zero and infinite where they were not wanted."""
+
+    hessian: Float[Array, "n n"]
+    decrement: Scalar
+
+
+def curvature_if(wanted: Bool[Array, ""], linear: Linearized) -> Curvature | None:
+    """The Hessian and the decrement where they are ``wanted``; None where ``residuals`` has no second derivatives."""
+    if linear.hessian is None:
+        return None
+    matrix = linear.hessian
+    size = linear.x.size
+
+    def evaluate() -> Curvature:
+        hessian = matrix()
+        return Curvature(hessian, newton_decrement(linear, hessian))
+
+    def nothing() -> Curvature:
+        return Curvature(jnp.zeros_like(linear.x, shape=(size, size)), jnp.full_like(linear.value, jnp.inf))
+
+    return jax.lax.cond(wanted, evaluate, nothing)
 
 
 def scaled_local(linear: Linearized, scale: Vector) -> Local:

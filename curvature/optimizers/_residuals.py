@@ -24,6 +24,7 @@ Matrix = Float[Array, "m n"]
 Scalar = Float[Array, ""]
 Product = Callable[[Array], Array]
 
+_LOST = 2  # heuristic: singular values, and gradients beside the residuals, of 2 n roundings are zero
 _PROBES = 8  # random rows by which the norms of columns are estimated where no column is formed
 
 
@@ -44,18 +45,11 @@ class Factors(NamedTuple):
         return scaled / where_positive(self.columns)[:, None], seen
 
 
-class Second(NamedTuple):
-    """The Hessian ``J'J + sum_i r_i H_i`` of the value, and ``v' H v`` without it."""
-
-    matrix: Callable[[], Float[Array, "n n"]]
-    along: Callable[[Vector], Scalar]
-
-
 class Linearized(NamedTuple):
     """Residuals around a point, in flat vectors of at least single precision, their rows weighted by the loss.
 
-    ``factors`` has the Jacobian where it is formed, and ``second`` the second derivatives of the value where also these
-    can be; ``push`` and ``pull`` are products with the Jacobian.
+    ``factors`` has the Jacobian where it is formed, and ``hessian`` evaluates the Hessian ``J'J + sum_i r_i H_i`` of
+    the value, where ``residuals`` has second derivatives too; ``push`` and ``pull`` are products with the Jacobian.
     """
 
     x: Vector
@@ -66,7 +60,7 @@ class Linearized(NamedTuple):
     grad: Vector
     columns: Vector  # the norms of the columns of J, estimated where J is not formed; those of zero columns are zero
     factors: Factors | None
-    second: "Second | None"
+    hessian: Callable[[], Float[Array, "n n"]] | None
     push: Product
     pull: Product
     value_after: Callable[[Vector], Scalar]
@@ -103,7 +97,7 @@ def linearize_residuals(
         grad=pull(weights * residual),
         columns=columns,
         factors=factors,
-        second=_second(program, value_at, point) if dense and residual.size >= point.size else None,
+        hessian=_hessian(program, value_at, point) if dense else None,
         push=lambda v: weights * push(v),
         pull=lambda w: pull(weights * w),
         value_after=lambda step: value_at(point + step),
@@ -118,8 +112,10 @@ def weighted_jacobian(
     return weigh(flat(out, matrix.dtype), loss, scale).weights[:, None] * matrix
 
 
-def _second(program: Program, value_at: Callable[[Vector], Scalar], point: Vector) -> Second | None:
-    """Second derivatives, where forward mode can be applied twice; the matrix by the cheapest composition."""
+def _hessian(
+    program: Program, value_at: Callable[[Vector], Scalar], point: Vector
+) -> Callable[[], Float[Array, "n n"]] | None:
+    """The Hessian of the value, where forward mode can be applied twice; by the cheapest composition."""
     if program.jaxpr is None or program.composition_blocker("fwd_over_fwd") is not None:
         return None
 
@@ -128,13 +124,31 @@ def _second(program: Program, value_at: Callable[[Vector], Scalar], point: Vecto
         rows = map_basis(product, point, None)
         return (rows + rows.T) / 2
 
-    def along(v: Vector) -> Scalar:
-        def slope(x: Vector) -> Scalar:
-            return jax.jvp(value_at, (x,), (v,))[1]
+    return matrix
 
-        return jax.jvp(slope, (point,), (v,))[1]
 
-    return Second(matrix, along)
+def newton_decrement(linear: Linearized, hessian: Float[Array, "n n"]) -> Scalar:
+    """``sqrt(g' B^-1 g)`` for the gradient ``g`` and the Hessian ``B``; infinite unless ``B`` is positive.
+
+    Half its square is the decrease that Newton's method expects, so that it compares with ``norm(r)`` in any units of
+    the variables and of the residuals, as ``offset`` does, which it equals where the residuals are linear. But it
+    needs no rank of ``J``: near the minimizer 0 of ``x^2 + 5`` any ``J = 2x`` spans the residuals, while
+    ``g^2 / B = 10 x^2``. Where the sum rises to a plateau it curves down along some direction, and the decrement is
+    infinite.
+
+    The variables are scaled by ``sqrt(norm(J_k)^2 + abs(S_kk))`` with ``S = B - J'J``, which cancellation between the
+    two does not make small. Directions along which curvature and gradient are both lost in rounding are left out.
+    """
+    squares = linear.columns**2
+    scale = where_positive(jnp.sqrt(squares + jnp.abs(jnp.diagonal(hessian) - squares)))
+    eigenvalues, vectors = jnp.linalg.eigh(hessian / scale[:, None] / scale[None], symmetrize_input=False)
+    gradient = _matmul(vectors.T, linear.grad / scale)
+    eps = jnp.finfo(gradient.dtype).eps
+    positive = eigenvalues > rounding_level(eigenvalues)
+    flat = ~positive & (eigenvalues >= -rounding_level(eigenvalues))
+    lost = flat & (jnp.abs(gradient) <= _LOST * gradient.size * eps * norm(linear.residual))
+    decrement = norm(jnp.where(positive, gradient / jnp.sqrt(jnp.where(positive, eigenvalues, 1)), 0))
+    return jnp.where(jnp.all(positive | lost), decrement, jnp.inf)
 
 
 def flat(tree: Tree, dtype: Any) -> Array:
@@ -198,13 +212,15 @@ def _column_norms(matrix: Matrix) -> Vector:
 def factor(matrix: Matrix, residual: Array) -> Factors:
     """The singular value decomposition of ``J`` with its columns brought to norm one; ``J'J`` is never formed.
 
-    Singular values below ``max(m, n)`` roundings of the largest are zero, and so is what the residuals have there.
+    Singular values below ``2 n`` roundings of the largest are zero, and so is what the residuals have there. That is
+    what rounding of the entries makes of a zero, however many rows there are; a bound that grows with the rows takes
+    what the residuals determine for undetermined, and ends on a plateau.
 
     Cost: about 6 m n^2 + 20 n^3 FLOPs for m >= n.
     """
     columns = _column_norms(matrix)
     left, values, right = jnp.linalg.svd(matrix / where_positive(columns)[None], full_matrices=False)
-    kept = values > max(matrix.shape) * jnp.finfo(matrix.dtype).eps * values[0]
+    kept = values > _LOST * matrix.shape[1] * jnp.finfo(matrix.dtype).eps * values[0]
     coordinates = jnp.where(kept, _matmul(left.T, residual), 0)
     return Factors(columns, jnp.where(kept, values, 0), right.T, coordinates)
 

@@ -254,3 +254,85 @@ def test_step_by_step_as_optax_does(solver):
 def test_the_same_settings_are_the_same_object():
     assert curvature.levenberg_marquardt("dogleg") is curvature.levenberg_marquardt("dogleg")
     assert curvature.gauss_newton() is curvature.gauss_newton()
+
+
+FALLING = np.linspace(0.0, 4.0, 40)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("units", [(1.0, 1.0), (1e6, 1e-6), (1e-6, 1e6)])
+def test_the_jacobian_may_vanish_at_the_solution(method, units, dtype):
+    of_x, of_r = units
+    fit = curvature.least_squares(
+        lambda x, of_x, of_r: of_r * ((of_x * x) ** 2 + 5),
+        np.array([1 / of_x], dtype),
+        tuple(map(dtype, units)),
+        method=method,
+    )
+    assert fit.success
+    np.testing.assert_allclose(fit.value, of_r**2 * 12.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["soft_l1", "cauchy"])
+def test_the_jacobian_may_vanish_under_robust_losses(loss):
+    fit = curvature.least_squares(lambda x: x**2 + 5, jnp.ones(1), loss=loss)
+    assert fit.success
+    np.testing.assert_allclose(fit.value, {"soft_l1": np.sqrt(26) - 1, "cauchy": np.log(26) / 2}[loss], rtol=1e-12)
+
+
+@pytest.mark.parametrize("power", [2, 4])
+def test_one_column_may_vanish_at_the_solution(power):
+    """The best offset is negative, and no power gives it: then it is zero, and the other two parameters are fitted."""
+    data = 2 * np.exp(-FALLING) - 0.1
+    params, covariance = curvature.curve_fit(
+        lambda p, t: p[0] * jnp.exp(-p[2] * t) + p[1] ** power, FALLING, data, np.array([1.0, 0.5, 0.5])
+    )
+    theirs = scipy.optimize.curve_fit(lambda t, a, rate: a * np.exp(-rate * t), FALLING, data, (1.0, 0.5))[0]
+    np.testing.assert_allclose(params[::2], theirs, rtol=1e-6)
+    np.testing.assert_allclose(params[1], 0.0, atol=1e-3)
+    assert not jnp.any(jnp.isnan(covariance))
+
+
+def test_a_maximum_at_which_the_jacobian_vanishes_is_no_success():
+    fit = curvature.least_squares(lambda x: 5 - x**2, jnp.zeros(1))
+    assert not fit.success
+
+
+@pytest.mark.parametrize("width", [0.02, 0.03])
+def test_a_plateau_is_no_success_in_single_precision(width):
+    """Far out the three columns are parallel up to rounding, and their curvature is still negative."""
+    t = np.linspace(0, 0.09, 100)
+    data = np.exp(-(((t - 0.045) / width) ** 2)) + 0.05
+    fit = curvature.least_squares(
+        lambda p, t, y: p[0] * jnp.exp(-((t - p[1]) ** 2) / p[2] ** 2) - y,
+        np.array([1, 0, 1], np.float32),
+        (t.astype(np.float32), data.astype(np.float32)),
+    )
+    theirs = scipy.optimize.least_squares(
+        lambda p: p[0] * np.exp(-((t - p[1]) ** 2) / p[2] ** 2) - data, [1.0, 0.045, width]
+    )
+    assert not fit.success or np.isclose(fit.value, theirs.cost, rtol=1e-4)
+
+
+def test_steps_to_where_derivatives_are_not_finite_are_taken_back():
+    """In single precision ``exp(-p1)`` overflows on the way: the value is finite there, and its derivative NaN."""
+    k = np.arange(27, dtype=np.float32)
+    data = (1.2 / (1 + np.exp(130 - 9.0 * k)) + 0.02 * np.sin(7 * k)).astype(np.float32)
+    fit = curvature.least_squares(
+        lambda p, k, y: p[0] / (1 + jnp.exp(-(p[1] + p[2] * k))) - y, np.array([1, 0, 0], np.float32), (k, data)
+    )
+    assert Status(int(fit.status)) not in (Status.NONFINITE, Status.NONFINITE_START)
+    assert jnp.all(jnp.isfinite(fit.grad))
+    assert fit.x[1] < -85  # up to 88.7, where exp overflows: the lowest sum with derivatives
+    assert fit.value < 0.0040
+
+
+@pytest.mark.parametrize("solver", ["exact", "cg"])
+def test_gauss_newton_takes_steps_back_too(solver):
+    def residuals(x):  # finite everywhere, with the derivative NaN beyond 2
+        return x - 1.9 + jnp.where(x > 2, 0 * jnp.sqrt(jnp.where(x > 2, x - x, x)), 0) - jnp.exp(x - 4)
+
+    fit = curvature.least_squares(residuals, jnp.array([-3.0]), method=curvature.gauss_newton(solver))
+    assert fit.success
+    np.testing.assert_allclose(fit.residuals, 0, atol=1e-12)
