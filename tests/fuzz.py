@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 
@@ -21,7 +22,7 @@ def case_of(program: Program) -> Case:
     return Case(names["per"], names["f"], names["p"], names["batch"], names.get("output"), names.get("loss_of_output"))
 
 
-def failures(program: Program, only: str | None = None) -> dict[str, str]:
+def failures(program: Program, only: Sequence[str] = ()) -> dict[str, str]:
     """What differs from JAX; programs of even seeds are taken apart into examples even where that does not pay."""
     tolerance = 2e-3 if program.low_precision else 1e-8
     with examples_taken_apart(program.seed % 2 == 0):
@@ -33,7 +34,7 @@ def smallest(program: Program, check: str) -> Program:
 
     def fails(candidate: Program) -> bool:
         try:
-            return check in failures(candidate, check)
+            return check in failures(candidate, [check])
         except Exception:  # dropping a piece left a program that does not run
             return False
 
