@@ -39,7 +39,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Program:
-    """A program as its pieces; see the module."""
+    """A program as its pieces; see the module.
+
+    ``form`` says how the losses of the examples come about: a name in ``FORMS``, or "batched", written for the whole
+    batch at once; only then couplings among the layers come into play.
+    """
 
     seed: int
     start: Piece
@@ -47,7 +51,7 @@ class Program:
     loss: Piece
     tails: tuple[Piece, ...]
     reduction: Piece
-    written_batched: bool
+    form: str
     size: int
     features: int
     dtype: str = "float64"
@@ -990,6 +994,31 @@ WRAPS = {
 }
 
 
+# ---- from the loss of an example to those of a batch ---------------------------------------------------------------
+
+FORMS = {
+    "vmap": "jax.vmap(per, (None, 0, 0, 0))(p, x, y, k)",
+    "vmap_of_jit": "jax.vmap(jax.jit(per), (None, 0, 0, 0))(p, x, y, k)",
+    "jit_of_vmap": "jax.jit(jax.vmap(per, (None, 0, 0, 0)))(p, x, y, k)",
+    "vmap_of_remat": "jax.vmap(jax.checkpoint(per), (None, 0, 0, 0))(p, x, y, k)",
+    "remat_of_vmap": "jax.checkpoint(jax.vmap(per, (None, 0, 0, 0)))(p, x, y, k)",
+    "vmap_along_last": "jax.vmap(per, (None, -1, 0, 0))(p, x.T, y, k)",
+    "vmap_of_copies": (
+        "jax.vmap(per)(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(y), *leaf.shape)), p), x, y, k)"
+    ),
+    "halves": (
+        "jnp.concatenate([jax.vmap(per, (None, 0, 0, 0))(p, *half) for half in "
+        "[(x[:2], y[:2], k[:2]), (x[2:], y[2:], k[2:])]])"
+    ),
+    "map": "jax.lax.map(lambda example: per(p, *example), (x, y, k))",
+    "scan": "jax.lax.scan(lambda c, example: (c, per(p, *example)), None, (x, y, k))[1]",
+    "loop": "jnp.stack([per(p, x[b], y[b], k[b]) for b in range(len(y))])",
+    "shuffled": "jax.vmap(per, (None, 0, 0, 0))(p, x[::-1], y[::-1], k[::-1])",
+    "of_neighbors": "jax.vmap(per, (None, 0, 0, 0))(p, x - jnp.roll(x, 1, axis=0), y, k)",
+    "of_centered": "jax.vmap(per, (None, 0, 0, 0))(p, x - jnp.mean(x, axis=0), y, k)",
+}
+
+
 # ---- losses of an example -------------------------------------------------------------------------------------------
 
 
@@ -1291,10 +1320,10 @@ def _render(program: Program) -> Iterator[str]:
         expression = expression.replace("{leaf}", _any_leaf(t, rng))
     signature = "(p, x, y, k)"
     functions = ["def per" + signature + ":", *_indented(outputs + losses + tails + ["return l"]), "", ""]
-    if program.written_batched:
+    if program.form == "batched":
         functions += ["def f" + signature + ":", *_indented(outputs_batched + losses_batched + tails_batched)]
     else:
-        functions += ["def f" + signature + ":", "    l = jax.vmap(per, (None, 0, 0, 0))(p, x, y, k)"]
+        functions += ["def f" + signature + ":", f"    l = {FORMS[program.form]}"]
     functions.append(f"    return {expression}")
     if program.loss.kind in CONVEX and not program.tails:
         functions += ["", "", "def output" + signature + ":", *_indented([*outputs, "return h"])]
@@ -1347,13 +1376,13 @@ def draw(seed: int) -> Program:
     size, features = int(rng.integers(3, 6)), int(rng.integers(1, 6))
     if rng.random() < 0.25:
         features = size  # which axis is that of the examples?
-    written_batched = bool(rng.random() < 0.6)
+    form = "batched" if rng.random() < 0.55 else _draw(rng, FORMS, "vmap", 0.6)
     layers = []
     for _ in range(rng.integers(1, 4)):
         plainly = float(rng.choice([0.2, 0.7]))
         kinds = ["dense", "affine"] if rng.random() < 0.25 else LAYERS
         layers.append(_draw_piece(rng, kinds, plainly))
-        if written_batched and rng.random() < 0.12:
+        if form == "batched" and rng.random() < 0.12:
             layers.append(Piece(_draw(rng, COUPLINGS), seed=int(rng.integers(1000))))
     tails = [_draw_piece(rng, TAILS) for _ in range(rng.choice([0, 1, 2], p=[0.55, 0.35, 0.1]))]
     return Program(
@@ -1363,7 +1392,7 @@ def draw(seed: int) -> Program:
         loss=_draw_piece(rng, LOSSES),
         tails=tuple(tails),
         reduction=Piece(_draw(rng, REDUCTIONS, "mean", 0.3), seed=int(rng.integers(1000))),
-        written_batched=written_batched,
+        form=form,
         size=size,
         features=features,
         dtype="float32" if rng.random() < 0.1 else "float64",
@@ -1383,8 +1412,8 @@ def _simpler(program: Program) -> Iterator[Program]:
     for kind in ("sums", "mean_of_squares"):
         if program.loss.kind not in ("sums", kind):
             yield replace(program, loss=Piece(kind))
-    if program.written_batched:
-        yield replace(program, written_batched=False)
+    if program.form != "vmap":
+        yield replace(program, form="vmap")
     if program.dtype != "float64":
         yield replace(program, dtype="float64")
     for n, piece in enumerate(program.layers):

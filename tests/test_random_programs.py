@@ -49,7 +49,7 @@ def test_a_failure_shrinks_to_the_piece_that_causes_it():
 
 def test_a_wrong_derivative_is_found(monkeypatch):
     """The comparison itself: moments of doubled gradients do not pass."""
-    program = Program(2, Piece("features"), (Piece("dense"),), Piece("sines"), (), Piece("mean"), False, 3, 2)
+    program = Program(2, Piece("features"), (Piece("dense"),), Piece("sines"), (), Piece("mean"), "vmap", 3, 2)
     assert failures(program) == {}
     right = curvature.mean_hessian
     monkeypatch.setattr(curvature, "mean_hessian", lambda loss, **options: right(lambda *a: 2 * loss(*a), **options))
