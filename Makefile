@@ -7,7 +7,7 @@ STAMP := .venv/installed-$(VERSION)
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format check bench peers clean
+.PHONY: help demo test test-slow fuzz lint format check bench peers clean
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3.13]'
@@ -21,6 +21,9 @@ test: $(STAMP) ## run the tests and the examples in the docstrings
 
 test-slow: $(STAMP) ## run the tests that take long: many devices, several processes
 	$(RUN) pytest -n 2 -m slow
+
+fuzz: $(STAMP) ## try random programs against plain JAX, SEEDS=0:5000; one that fails is printed, made small
+	@$(RUN) tests.fuzz $(or $(SEEDS),0:300)
 
 lint: $(STAMP) ## check style, format, types and spelling
 	$(RUN) ruff check

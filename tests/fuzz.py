@@ -1,0 +1,75 @@
+"""Tries random programs, and prints those that fail, made small: ``python -m tests.fuzz 0:5000``."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+
+from tests.against_jax import Case, examples_taken_apart, failures_of
+from tests.programs import Program, draw, namespace_of, shrink
+
+# Each program runs once; see conftest.py. XLA reads the flags at the first compilation.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if jax.__version_info__ < (0, 11, 1):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+
+
+def case_of(program: Program) -> Case:
+    """The functions and values of a program."""
+    names = namespace_of(program.text())
+    return Case(names["per"], names["f"], names["p"], names["batch"], names.get("output"), names.get("loss_of_output"))
+
+
+def failures(program: Program, only: Sequence[str] = ()) -> dict[str, str]:
+    """What differs from JAX; programs of even seeds are taken apart into examples even where that does not pay."""
+    tolerance = 2e-3 if program.low_precision else 1e-8
+    with examples_taken_apart(program.seed % 2 == 0):
+        return failures_of(case_of(program), tolerance, program.seed, only)
+
+
+def smallest(program: Program, check: str) -> Program:
+    """A program that fails in the same check, shrunk."""
+
+    def fails(candidate: Program) -> bool:
+        try:
+            return check in failures(candidate, [check])
+        except Exception:  # dropping a piece left a program that does not run
+            return False
+
+    return shrink(program, fails)
+
+
+def report(program: Program, found: dict[str, str]) -> str:
+    """A failing program as text that runs, with what failed as its first lines."""
+    check = next(iter(found))
+    small = smallest(program, check)
+    now = failures(small)
+    lines = [f"# seed {program.seed}: {name}: {words}" for name, words in now.items()]
+    if small.seed % 2 == 0:
+        lines.append("# from curvature.transforms import _mean_hessian; _mean_hessian._FEWER = 0")
+    return "\n".join([*lines, small.text()])
+
+
+def main(seeds: range) -> int:
+    """Tries the programs of some seeds; the number of those that fail."""
+    os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
+    jax.config.update("jax_enable_x64", True)
+    count, begin = 0, time.perf_counter()
+    for tried, seed in enumerate(seeds, 1):
+        program = draw(seed)
+        found = failures(program)
+        if found:
+            count += 1
+            print(report(program, found), end="\n\n" + "-" * 80 + "\n", flush=True)
+        if tried % 50 == 0:
+            jax.clear_caches()
+            print(f"# {tried} programs, {count} fail, {time.perf_counter() - begin:.0f} s", flush=True)
+    print(f"{len(seeds)} programs, {count} fail")
+    return count
+
+
+if __name__ == "__main__":
+    first, _, last = (sys.argv[1] if len(sys.argv) > 1 else "0:300").partition(":")
+    sys.exit(1 if main(range(int(first), int(last)) if last else range(int(first), int(first) + 1)) else 0)
