@@ -259,19 +259,18 @@ def test_the_same_settings_are_the_same_object():
 FALLING = np.linspace(0.0, 4.0, 40)
 
 
+def parabola(x, of_x, of_r):
+    return of_r * ((of_x * x) ** 2 + 5)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("units", [(1.0, 1.0), (1e6, 1e-6), (1e-6, 1e6)])
-def test_the_jacobian_may_vanish_at_the_solution(method, units, dtype):
-    of_x, of_r = units
-    fit = curvature.least_squares(
-        lambda x, of_x, of_r: of_r * ((of_x * x) ** 2 + 5),
-        np.array([1 / of_x], dtype),
-        tuple(map(dtype, units)),
-        method=method,
-    )
-    assert fit.success
-    np.testing.assert_allclose(fit.value, of_r**2 * 12.5, rtol=1e-6)
+def test_the_jacobian_may_vanish_at_the_solution(method, dtype):
+    for of_x, of_r in ((1.0, 1.0), (1e6, 1e-6), (1e-6, 1e6)):
+        units = (dtype(of_x), dtype(of_r))
+        fit = curvature.least_squares(parabola, np.array([1 / of_x], dtype), units, method=method)
+        assert fit.success
+        np.testing.assert_allclose(fit.value, of_r**2 * 12.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["soft_l1", "cauchy"])
@@ -317,10 +316,12 @@ def test_a_plateau_is_no_success_in_single_precision(width):
 
 def test_steps_to_where_derivatives_are_not_finite_are_taken_back():
     """In single precision ``exp(-p1)`` overflows on the way: the value is finite there, and its derivative NaN."""
-    k = np.arange(27, dtype=np.float32)
-    data = (1.2 / (1 + np.exp(130 - 9.0 * k)) + 0.02 * np.sin(7 * k)).astype(np.float32)
+    k = np.arange(27.0)
+    data = 1.2 / (1 + np.exp(130 - 9 * k)) + 0.02 * np.sin(7 * k)
     fit = curvature.least_squares(
-        lambda p, k, y: p[0] / (1 + jnp.exp(-(p[1] + p[2] * k))) - y, np.array([1, 0, 0], np.float32), (k, data)
+        lambda p, k, y: p[0] / (1 + jnp.exp(-(p[1] + p[2] * k))) - y,
+        np.array([1, 0, 0], np.float32),
+        (np.float32(k), np.float32(data)),
     )
     assert Status(int(fit.status)) not in (Status.NONFINITE, Status.NONFINITE_START)
     assert jnp.all(jnp.isfinite(fit.grad))
@@ -330,9 +331,10 @@ def test_steps_to_where_derivatives_are_not_finite_are_taken_back():
 
 @pytest.mark.parametrize("solver", ["exact", "cg"])
 def test_gauss_newton_takes_steps_back_too(solver):
-    def residuals(x):  # finite everywhere, with the derivative NaN beyond 2
-        return x - 1.9 + jnp.where(x > 2, 0 * jnp.sqrt(jnp.where(x > 2, x - x, x)), 0) - jnp.exp(x - 4)
+    def residuals(x):  # finite everywhere, with the derivative NaN beyond 0.2, to where the first step leads
+        beyond = x > 0.2
+        return jnp.exp(x) - 1 + jnp.where(beyond, jnp.sqrt(jnp.where(beyond, x - x, 1)), 0)
 
-    fit = curvature.least_squares(residuals, jnp.array([-3.0]), method=curvature.gauss_newton(solver))
+    fit = curvature.least_squares(residuals, jnp.array([-0.7]), method=curvature.gauss_newton(solver))
     assert fit.success
-    np.testing.assert_allclose(fit.residuals, 0, atol=1e-12)
+    np.testing.assert_allclose(fit.x, 0, atol=1e-7)
