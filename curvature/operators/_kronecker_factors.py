@@ -117,7 +117,8 @@ def build_blocks(
     spectral: dict[int, EigenBlock] = {}
     for k, (leaf, rule) in enumerate(zip(examples.leaves, rules, strict=True)):
         if rule.form == "kronecker":
-            block = KroneckerBlock(*first[k], _layout(examples, examples.sites[rule.uses[0]]))
+            a, g = first[k]
+            block = KroneckerBlock(a, g, _layout(examples, examples.sites[rule.uses[0]]))
             blocks[k] = block
             if corrected:
                 spectral[k] = block.eigen()
@@ -145,8 +146,9 @@ def _sum(
     """The sums over all examples of what a chunk's inputs and cotangents make, ``formed`` entries at least for each."""
 
     def of_part(part: tuple[Array, list[Array], Any, Array], weights: Array) -> Sums:
-        *lanes, shares = part
-        return of_chunk(*jax.vmap(examples.known)(*lanes, weights), weights * shares.astype(dtype))
+        places, rows, sides, shares = part
+        captured, d = jax.vmap(examples.known)(places, rows, sides, weights)
+        return of_chunk(captured, d, weights * shares.astype(dtype))
 
     one, side = jax.tree.map(lambda leaf: leaf[0], (examples.rows, examples.side))
     known = jax.eval_shape(lambda *lane: jax.tree.leaves(examples.known(*lane)), 0, one, side, jnp.ones((), dtype))
