@@ -209,7 +209,8 @@ class _Setting(NamedTuple):
 def _init(setting: _Setting, params: Tree) -> Any:
     zero, dtype = jnp.asarray(0, jnp.int32), ravel(params)[0].dtype
     damping = at_step(setting.damping, zero, dtype)
-    factors = inverse = damping  # in the place of as many arrays as the parameters have it, which are none of theirs
+    factors: Any = damping  # for a placeholder one leaf stands for all arrays, whose number only parameters decide
+    inverse: Any = damping
     if not is_placeholder(params):
         factors, inverse = map(_zeros, _structures(setting, params, setting.example, damping))
     return KFACState(
@@ -247,7 +248,7 @@ def _update(
     *,
     args: Any = None,
     value: Any = None,
-    grad: Tree | None = None,
+    grad: Any = None,
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
 ) -> tuple[Tree, Any]:

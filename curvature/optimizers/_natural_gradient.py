@@ -171,7 +171,7 @@ def _update(
     *,
     args: Any = None,
     value: Any = None,
-    grad: Tree | None = None,
+    grad: Any = None,
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
 ) -> tuple[Tree, Any]:

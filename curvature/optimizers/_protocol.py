@@ -181,8 +181,8 @@ def first_order_update(
     slope = Slope(x, value.astype(x.dtype), noise_of(value).astype(x.dtype), vector, usable, value_and_grad_after)
     vector, after, grad_after, new = step(state, slope)
     updates = unravel(vector)
-    value, grad = choose(usable, (after, grad_after), (jnp.full_like(after, jnp.inf), jnp.zeros_like(grad_after)))
-    stored = Stored(value.astype(state.stored.value.dtype), unravel(grad), optax.apply_updates(point, updates))
+    after, grad_after = choose(usable, (after, grad_after), (jnp.full_like(after, jnp.inf), jnp.zeros_like(grad_after)))
+    stored = Stored(after.astype(state.stored.value.dtype), unravel(grad_after), optax.apply_updates(point, updates))
     return updates, new._replace(stored=stored, status=jnp.where(stale, jnp.int32(Status.RUNNING), new.status))
 
 

@@ -16,7 +16,7 @@ Init = Callable[[Tree], Any]
 Update = Callable[..., tuple[Tree, Any]]
 
 
-def wrappable(name: str, init: Init, update: Update) -> tuple[Init, Update]:
+def wrappable(name: str, init: Init, update: Update) -> tuple[Any, Any]:
     """``init`` and ``update`` as optax's wrappers can take them.
 
     ``init`` also takes the placeholder of ``optax.tree.map_params``, and makes a state that a jitted step may donate.
@@ -62,7 +62,7 @@ def in_own_buffers(state: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf if isinstance(leaf, Tracer) else jnp.array(leaf, copy=True), state)
 
 
-def gradient_for(name: str, updates: Tree | None, grad: Tree | None) -> Tree:
+def gradient_for(name: str, updates: Tree | None, grad: Tree | None) -> Any:
     """The gradient of an update, where ``updates`` and ``grad=`` are the same arrays but for masked leaves.
 
     What changed the updates before, such as weight decay or clipping in an ``optax.chain``, has not changed
