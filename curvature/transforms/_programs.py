@@ -89,7 +89,8 @@ def call_compiled(program: Callable[..., Any], operands: tuple[Any, ...], how: d
 
     Arrays and floats of the operands are passed as operands; functions, other numbers and options are static.
     Functions are compared by identity, and by the numbers and arrays in their closures and globals, and referred to
-    weakly: a program is dropped when one of its functions dies. Where a function of the user needs the value of an operand to be traced, ``program`` is called without ``jit``.
+    weakly: a program is dropped when one of its functions dies. Where a function of the user needs the value of an
+    operand to be traced, ``program`` is called without ``jit``.
     """
     jitted, given, data = compiled_for(program, operands, how)
     try:
