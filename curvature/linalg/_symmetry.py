@@ -62,7 +62,7 @@ def _check_symmetry(op: LinearOperator, key: PRNGKeyArray, rtol: Array | None, n
     images = vmap(lambda row: ravel(product(unravel(row)))[0])(pairs)
     v, w = jnp.split(pairs, 2)
     image_v, image_w = jnp.split(images, 2)
-    return jnp.all(jax.vmap(lambda *rows: _agree(*rows, tolerance))(v, w, image_v, image_w))
+    return jnp.all(jax.vmap(_agree, (0, 0, 0, 0, None))(v, w, image_v, image_w, tolerance))
 
 
 def _agree(v: Vector, w: Vector, image_v: Vector, image_w: Vector, tolerance: Scalar) -> Bool[Array, ""]:
