@@ -398,7 +398,7 @@ def eigenvalues_and_squared_vectors(p, x, y, k):
 @per_example(w=(3, 3))
 def two_outputs_of_a_branch(p, x, y, k):
     w = p["w"]
-    a, b = jax.lax.cond(w[0, 0] > 0, lambda: (w**2, w[0]), lambda: (w * 2, w[1]))
+    a, b = jax.lax.cond(w[0, 0] > 0, lambda: (w**2, w[0]), lambda: (jnp.sin(w), w[1]))
     return jnp.sum(jnp.tanh(a @ x) ** 2) + jnp.sum(jnp.sin(b**2 * x))
 
 
