@@ -373,6 +373,35 @@ def half_stopped(p, x, y, k):
     return jnp.sum(jnp.tanh(x @ p["w"]) * (x @ jax.lax.stop_gradient(p["w"])))
 
 
+# ---- equations of parameters with several outputs, of which some meet the data directly -----------------------------
+
+
+@per_example(w=(3, 3))
+def last_carry_of_weights(p, x, y, k):
+    """The stacked outputs of the scan are dropped."""
+    carry, _ = jax.lax.scan(lambda c, w: (jnp.tanh(c + w), c * w), p["w"][0], p["w"])
+    return jnp.sum(jnp.sin(carry * x))
+
+
+@per_example(w=(3, 3))
+def carry_and_squared_outputs(p, x, y, k):
+    carry, rows = jax.lax.scan(lambda c, w: (jnp.tanh(c + w), c * w), p["w"][0], p["w"])
+    return jnp.sum(jnp.sin(carry * x)) + jnp.sum(jnp.sin(rows**2 @ x))
+
+
+@per_example(w=(3, 3))
+def eigenvalues_and_squared_vectors(p, x, y, k):
+    values, vectors = jnp.linalg.eigh(p["w"] + p["w"].T)
+    return jnp.sum(jnp.sin(values * x)) + jnp.sum(jnp.tanh(vectors**2 @ x))
+
+
+@per_example(w=(3, 3))
+def two_outputs_of_a_branch(p, x, y, k):
+    w = p["w"]
+    a, b = jax.lax.cond(w[0, 0] > 0, lambda: (w**2, w[0]), lambda: (jnp.sin(w), w[1]))
+    return jnp.sum(jnp.tanh(a @ x) ** 2) + jnp.sum(jnp.sin(b**2 * x))
+
+
 # ---- scalars of the parameters --------------------------------------------------------------------------------------
 
 
