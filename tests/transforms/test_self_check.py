@@ -179,9 +179,11 @@ def test_closed_over_tracers_are_checked(monkeypatch):
     np.testing.assert_allclose(jax.vmap(scaled, (0, None))(scales, x), scales * value, rtol=1e-4)
     assert jax.grad(scaled)(two, x) == pytest.approx(value, rel=1e-4)
     plant(monkeypatch, "hessian")
-    for transformed in (jax.jit, lambda f: jax.vmap(f, (0, None)), jax.grad):
+    over_lanes = lambda f: lambda scale, x: jax.vmap(f, (0, None))(scale * scales, x)
+    for transform in (jax.jit, jax.grad, over_lanes):
+        fresh = lambda scale, x: scaled(scale, x)  # jit has a program for ``scaled`` from before
         with pytest.raises(RuntimeError, match="the block of 'w' and 'w'"):
-            transformed(scaled)(scales if transformed not in (jax.jit, jax.grad) else two, x)
+            transform(fresh)(two, x)
 
 
 SPECIAL = {
