@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from curvature import _checks
 from curvature._types import ChunkSize, Objective, Tree
 from curvature.transforms import _modes
-from curvature.transforms._accumulate import sum_over_chunks, vary_like
+from curvature.transforms._accumulate import entry, sum_over_chunks, vary_like
 from curvature.transforms._factors import sum_over_batch
 from curvature.transforms._grad_norm import accumulator, routes_of, squared_norm
 from curvature.transforms._jacobian import gradient_of, vmap
@@ -60,7 +60,7 @@ def per_example_grad_norm(loss: Objective, *, chunk_size: ChunkSize = "auto") ->
     _checks.check_chunk_size(name, chunk_size)
 
     def norms(params: Tree, *batch: Any) -> Float[Array, " batch"]:
-        params, batch, example = open_batch(name, params, batch)
+        params, batch, example = open_batch(name, params, batch, summed=False)
         known, square, _ = _parts(name, loss, params, example)
         return vmap(lambda *example: jnp.sqrt(square(known(example))), chunk_size=chunk_size)(*jax.tree.leaves(batch))
 
@@ -119,7 +119,7 @@ def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "aut
             return weighted(parts, counted * factors), vary_like(jnp.zeros(size, dtype), norms).at[places].add(once)
 
         places = vary_like(jnp.arange(size), examples)
-        chunks = _modes.num_chunks(size, chunk_size, known, lambda: [leaf[0] for leaf in examples])
+        chunks = _modes.num_chunks(size, chunk_size, known, lambda: [entry(leaf) for leaf in examples])
         gradient, norms = sum_over_chunks(sums, (places, examples), chunks, dtype)
         cast = [total.astype(leaf.dtype) for total, leaf in zip(gradient, leaves, strict=True)]
         return structure.unflatten(cast), norms
