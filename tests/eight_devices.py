@@ -332,3 +332,44 @@ def test_many_problems_stay_on_their_devices(mesh):
     assert result.x.sharding.spec == P("data")
     alone = curvature.minimize_batched(fun, starts, method="trust-region")
     assert result.num_steps.tolist() == alone.num_steps.tolist()
+
+
+@pytest.fixture
+def explicit():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.sharding.set_mesh(mesh) if hasattr(jax.sharding, "set_mesh") else jax.set_mesh(mesh):
+        yield lambda array: jax.device_put(array, NamedSharding(mesh, P("data")))
+
+
+def mean_loss(w, x):
+    return jnp.mean(jax.vmap(example_loss, (None, 0))(w, x))
+
+
+BY_EXAMPLES = {
+    "per_example_grad": lambda w, x, size: curvature.per_example_grad(example_loss, chunk_size=size)(w, x),
+    "per_example_hessian": lambda w, x, size: curvature.per_example_hessian(example_loss, chunk_size=size)(w, x),
+    "per_example_grad_norm": lambda w, x, size: curvature.per_example_grad_norm(example_loss, chunk_size=size)(w, x),
+    "clipped_grad": lambda w, x, size: curvature.clipped_grad(example_loss, 0.1, chunk_size=size)(w, x),
+    "moments": lambda w, x, size: tuple(curvature.per_example_grad_moments(example_loss, chunk_size=size)(w, x)),
+    "mean_hessian": lambda w, x, size: curvature.mean_hessian(example_loss, chunk_size=size)(w, x),
+    "hessian of a closure": lambda w, x, size: curvature.hessian(lambda w: mean_loss(w, x), chunk_size=size)(w),
+    "hessian": lambda w, x, size: curvature.hessian(mean_loss, chunk_size=size)(w, x),
+    "jacobian": lambda w, x, size: curvature.jacobian(
+        lambda w: jnp.tanh(x @ w["in"]) @ w["out"], mode="rev", chunk_size=size
+    )(w),
+    "vmap": lambda w, x, size: curvature.vmap(lambda x: x @ w["in"], chunk_size=size)(x),
+    "kronecker": lambda w, x, _: (
+        curvature.KroneckerOperator(lambda w, x: jnp.tanh(x @ w["in"]), lambda z, x: jnp.mean(jnp.sum(z**2, -1)), w, x)
+        @ w
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_EXAMPLES)
+@pytest.mark.parametrize("chunk_size", ["auto", 3])
+def test_on_an_explicit_mesh_examples_may_be_sharded(explicit, inputs, name, chunk_size):
+    fun = lambda x: BY_EXAMPLES[name](jax.tree.map(jnp.asarray, W), x, chunk_size)
+    want, sharded = fun(inputs), explicit(inputs)
+    for got in (fun(sharded), jax.jit(fun)(sharded)):
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert_close(np.asarray(one), np.asarray(other), roundings=1e4)

@@ -16,6 +16,7 @@ from curvature import _checks
 from curvature._types import Objective, Tree, ravel
 from curvature.operators._interactions import OutputRows, check_loss_apart, check_model_apart, check_reduction
 from curvature.operators._kronecker_outputs import OutputSide
+from curvature.transforms._accumulate import gathered
 from curvature.transforms._clipped import formed_gradient
 from curvature.transforms._grad_norm import formed_gradients
 from curvature.transforms._jaxprs import Environment
@@ -44,7 +45,7 @@ class Examples:
         self.size = _checks.check_examples(name, "args", args)
         leaves, self._structure = jax.tree.flatten(jax.tree.map(jnp.asarray, args))
         self._is_row = [leaf.ndim > 0 for leaf in leaves]
-        self.rows = [leaf for leaf in leaves if leaf.ndim > 0]
+        self.rows = [gathered(leaf) for leaf in leaves if leaf.ndim > 0]
         self._shared = [leaf for leaf in leaves if leaf.ndim == 0]
         self._name, self._model, self._kind = name, model, kind
         self._x, self._key, self.leaves = x, key, jax.tree.leaves(x)

@@ -72,3 +72,36 @@ def varying_axes(aval: Any) -> frozenset[str]:
     """The axes of the mesh over which a value differs from device to device, inside ``jax.shard_map``."""
     kind = getattr(aval, "manual_axis_type", None)
     return frozenset() if kind is None else kind.varying
+
+
+def spec_of(value: Any) -> tuple[Any, ...]:
+    """For each axis of an array the axes of an explicit mesh over which it is sharded, which are part of its type."""
+    return tuple(getattr(getattr(_type_of(value), "sharding", None), "spec", ()))
+
+
+def is_sharded(leaf: Any, axis: int) -> bool:
+    """Whether an axis is sharded over an explicit mesh, so that JAX does not slice it.
+
+    All entries along such an axis are taken at once: each device holds its share of them.
+    """
+    return any(axes is not None for axes in spec_of(leaf)[axis : axis + 1])
+
+
+def place_like(array: Array, like: Any) -> Array:
+    """``array`` with the sharding that the type of ``like`` states."""
+    spec = spec_of(like)
+    return jax.sharding.reshard(array, jax.sharding.PartitionSpec(*spec)) if any(spec) else array
+
+
+def gathered(leaf: Any, axis: int = 0) -> Any:
+    """A leaf whose entries along an axis are on every device, if an explicit mesh had them spread."""
+    if not is_sharded(leaf, axis):
+        return leaf
+    spec = list(spec_of(leaf))
+    spec[axis] = None
+    return jax.sharding.reshard(leaf, jax.sharding.PartitionSpec(*spec))
+
+
+def entry(leaf: Any, axis: int = 0) -> Array:
+    """The first entry along an axis, of which only the type matters; also along an axis that is sharded."""
+    return jax.lax.index_in_dim(gathered(leaf, axis), 0, axis, keepdims=False)

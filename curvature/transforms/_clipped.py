@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from curvature import _checks
 from curvature._types import ChunkSize, Objective, Tree
 from curvature.transforms import _modes
-from curvature.transforms._accumulate import sum_over_chunks, vary_like
+from curvature.transforms._accumulate import entry, sum_over_chunks, vary_like
 from curvature.transforms._factors import sum_over_batch
 from curvature.transforms._grad_norm import accumulator, routes_of, squared_norm
 from curvature.transforms._jacobian import gradient_of, vmap
@@ -69,7 +69,7 @@ def per_example_grad_norm(loss: Objective, *, chunk_size: ChunkSize = "auto", ch
     report = reporter(name, loss, routes_in_words)
 
     def norms(params: Tree, *batch: Any) -> Float[Array, " batch"]:
-        params, batch, example = open_batch(name, params, batch)
+        params, batch, example = open_batch(name, params, batch, summed=False)
         if check:
             check_few_examples(name, loss, params, batch, _run_norms, _norms_of_formed, report)
         known, square, _ = _parts(name, loss, params, example)
@@ -147,7 +147,7 @@ def clipped_grad(loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "aut
             return weighted(parts, counted * factors), vary_like(jnp.zeros(size, dtype), norms).at[places].add(once)
 
         places = vary_like(jnp.arange(size), examples)
-        chunks = _modes.num_chunks(size, chunk_size, known, lambda: [leaf[0] for leaf in examples])
+        chunks = _modes.num_chunks(size, chunk_size, known, lambda: [entry(leaf) for leaf in examples])
         gradient, norms = sum_over_chunks(sums, (places, examples), chunks, dtype)
         cast = [total.astype(leaf.dtype) for total, leaf in zip(gradient, leaves, strict=True)]
         return structure.unflatten(cast), norms

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 from curvature import _checks
 from curvature._types import ChunkSize, JacobianMode, Tree
 from curvature.transforms import _modes
-from curvature.transforms._accumulate import varying_axes
+from curvature.transforms._accumulate import entry, is_sharded, place_like, vary_like, varying_axes
 
 
 def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, chunk_size: ChunkSize = "auto") -> Callable:
@@ -25,7 +25,8 @@ def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, chunk_si
         out_axes: as in ``jax.vmap``.
         chunk_size: lanes at once. ``None`` is ``jax.vmap`` itself; ``"auto"`` takes as many as keep what all
             operations write within 36 MiB (CPU; in one where five such chunks would do, or convolutions within 1 GiB)
-            or an eighth of the free memory (GPU, TPU); up to a fifth fewer where those divide the lanes evenly.
+            or an eighth of the free memory (GPU, TPU); up to a fifth fewer where those divide the lanes evenly. Lanes
+            that are sharded over an explicit mesh axis run all at once, each device its share.
 
     Returns:
         The function of all lanes. Keyword arguments are mapped over their leading axis.
@@ -73,9 +74,11 @@ def _map_chunks(
         return _on_mapped(lambda leaf, axis: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis), operands, in_axes)
 
     def one() -> Any:
-        return _on_mapped(lambda leaf, axis: jax.lax.index_in_dim(leaf, 0, axis, keepdims=False), operands, in_axes)
+        return _on_mapped(entry, operands, in_axes)
 
-    chunks = _modes.num_chunks(lanes, chunk_size, call, one)
+    mapped = zip(jax.tree.leaves(operands), jax.tree.leaves(in_axes), strict=True)
+    at_once = any(axis is not _checks.UNMAPPED and is_sharded(leaf, axis) for leaf, axis in mapped)
+    chunks = 1 if at_once else _modes.num_chunks(lanes, chunk_size, call, one)
     if chunks == 1:
         return jax.vmap(call, (axes,), out_axes)(operands)
     size = -(-lanes // chunks)
@@ -274,7 +277,8 @@ def _basis_vector(like: Tree, i: Int[Array, ""]) -> Tree:
     vectors, start = [], 0
     for leaf in leaves:
         entries = jnp.arange(start, start + leaf.size).reshape(leaf.shape)
-        vectors.append(jnp.where(entries == i, jnp.ones_like(leaf), jnp.zeros_like(leaf)))
+        one = vary_like(jnp.ones(leaf.shape, leaf.dtype), [leaf])
+        vectors.append(place_like(jnp.where(entries == i, one, jnp.zeros_like(one)), leaf))
         start += leaf.size
     return structure.unflatten(vectors)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from curvature import _checks
 from curvature._types import ChunkSize, HessianBlocks, Objective, Tree, ravel
 from curvature.transforms import _modes
-from curvature.transforms._accumulate import num_chunks, sum_over_chunks
+from curvature.transforms._accumulate import entry, num_chunks, sum_over_chunks
 from curvature.transforms._blocks import Subtree, leaf_paths, leaf_subtrees, select
 from curvature.transforms._compositions import hessian_of
 from curvature.transforms._examples import Examples, find_examples
@@ -129,7 +129,7 @@ def find_structure(program: _modes.Program) -> tuple[Examples, Points] | None:
     examples = find_examples(program)
     if examples is None:
         return None
-    points = _points_of(trace_taps("hessian", examples.loss, program.x, tuple(leaf[0] for leaf in examples.batch)))
+    points = _points_of(trace_taps("hessian", examples.loss, program.x, tuple(entry(leaf) for leaf in examples.batch)))
     if points is None or _FEWER * points.num_directions > _modes.num_entries(program.x):
         return None
     return examples, points

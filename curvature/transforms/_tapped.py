@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from curvature import _checks
 from curvature._types import Objective, Tree
-from curvature.transforms._accumulate import vary_like
+from curvature.transforms._accumulate import entry, gathered, vary_like
 from curvature.transforms._blocks import leaf_paths
 from curvature.transforms._taps import Taps, trace_taps
 
@@ -62,9 +62,16 @@ def reporter(
     return report
 
 
-def open_batch(function: str, params: Tree, batch: tuple[Any, ...]) -> tuple[Tree, tuple[Any, ...], tuple[Any, ...]]:
-    """Parameters and batch, checked, and the first example."""
+def open_batch(
+    function: str, params: Tree, batch: tuple[Any, ...], summed: bool = True
+) -> tuple[Tree, tuple[Any, ...], tuple[Any, ...]]:
+    """Parameters and batch, checked, and the first example.
+
+    A batch that is sharded over an explicit mesh is gathered where its examples are ``summed``: the type of a product
+    that contracts a sharded axis would have to be stated for each product. On a mesh of auto axes XLA does that.
+    """
     params = _checks.check_point(function, "params", params)
     _checks.check_batch(function, batch)
     batch = jax.tree.map(jnp.asarray, batch)
-    return vary_like(params, batch), batch, jax.tree.map(lambda leaf: leaf[0], batch)
+    batch = jax.tree.map(gathered, batch) if summed else batch
+    return vary_like(params, batch), batch, jax.tree.map(entry, batch)
