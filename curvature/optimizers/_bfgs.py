@@ -17,7 +17,6 @@ from curvature.optimizers._protocol import (
     Stored,
     Vector,
     first_order,
-    search_status,
     unevaluated,
 )
 
@@ -117,22 +116,20 @@ def _step(update: Update, state: BFGSState, local: Slope) -> tuple[Vector, Scala
     accepted = found.search.accepted
     H = jnp.where(found.fresh, identity, state.inverse_hessian)
     num_updates = jnp.where(found.fresh, 0, state.num_updates)
-    learned, useful = _learn(update, H, num_updates, found, found.grad - local.grad)
+    learned, useful = _learn(update, H, num_updates, found)
     state = state._replace(
         inverse_hessian=jnp.where(accepted, learned, identity),
         num_updates=jnp.where(accepted, num_updates + useful.astype(jnp.int32), 0),
         step_size=found.search.trial.t,
         num_trials=found.search.count,
-        status=search_status(accepted, ~found.fresh, found.search.trial.value, found.search.trial.slope),
+        status=found.status,
     )
     return found.step, found.value, found.grad, state
 
 
-def _learn(
-    update: Update, H: Matrix, num_updates: Int[Array, ""], found: Descent, y: Vector
-) -> tuple[Matrix, Bool[Array, ""]]:
+def _learn(update: Update, H: Matrix, num_updates: Int[Array, ""], found: Descent) -> tuple[Matrix, Bool[Array, ""]]:
     """The approximation after a step that changed the gradient by ``y``, and whether that was of use."""
-    step = found.step
+    step, y = found.pair.step, found.pair.change
     ys, yy = jnp.vdot(y, step, precision="highest"), jnp.vdot(y, y, precision="highest")
     useful = shows_curvature(step, y)
     ys, yy = jnp.where(useful, ys, 1), jnp.where(useful & (yy > 0), yy, 1)
