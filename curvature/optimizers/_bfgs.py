@@ -19,7 +19,6 @@ from curvature.optimizers._protocol import (
     choose,
     first_order,
     nothing_stored,
-    search_status,
 )
 
 Update = Literal["bfgs", "ssbfgs", "ssbroyden"]
@@ -118,7 +117,7 @@ def _step(update: Update, state: BFGSState, local: Slope) -> tuple[Vector, Scala
     accepted = found.search.accepted
     H = jnp.where(found.fresh, identity, state.inverse_hessian)
     num_updates = jnp.where(found.fresh, 0, state.num_updates)
-    learned, useful = _learn(update, H, num_updates, found, found.grad - local.grad)
+    learned, useful = _learn(update, H, num_updates, found)
     kept = choose(local.usable, (identity, jnp.zeros_like(num_updates)), (state.inverse_hessian, state.num_updates))
     inverse_hessian, num_updates = choose(accepted, (learned, num_updates + useful.astype(jnp.int32)), kept)
     state = state._replace(
@@ -126,16 +125,14 @@ def _step(update: Update, state: BFGSState, local: Slope) -> tuple[Vector, Scala
         num_updates=num_updates,
         step_size=jnp.where(local.usable, found.search.trial.t, state.step_size),
         num_trials=found.search.count,
-        status=search_status(accepted, ~found.fresh, found.search.trial.value, found.search.trial.slope),
+        status=found.status,
     )
     return found.step, found.value, found.grad, state
 
 
-def _learn(
-    update: Update, H: Matrix, num_updates: Int[Array, ""], found: Descent, y: Vector
-) -> tuple[Matrix, Bool[Array, ""]]:
+def _learn(update: Update, H: Matrix, num_updates: Int[Array, ""], found: Descent) -> tuple[Matrix, Bool[Array, ""]]:
     """The approximation after a step that changed the gradient by ``y``, and whether that was of use."""
-    step = found.step
+    step, y = found.pair.step, found.pair.change
     ys, yy = jnp.vdot(y, step, precision="highest"), jnp.vdot(y, y, precision="highest")
     useful = shows_curvature(step, y)
     ys, yy = jnp.where(useful, ys, 1), jnp.where(useful & (yy > 0), yy, 1)

@@ -109,7 +109,7 @@ def _init(x: Vector, params: Tree) -> CubicNewtonState:
 def _step(state: CubicNewtonState, local: Local) -> tuple[Vector, CubicNewtonState]:
     local, d = resolved(local)
     size = norm(local.grad)
-    first = size / first_length(local.x) ** 2  # where there is no curvature the first step is that long
+    first = size / first_length(local, size) ** 2  # where there is no curvature the first step is that long
     weight = jnp.where(state.weight > 0, state.weight, first)
     last = _search_weight(local, factor_model(local.hessian(), local.grad), weight)
     accepted = last.ratio >= _ACCEPT

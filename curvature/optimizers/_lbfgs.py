@@ -18,7 +18,6 @@ from curvature.optimizers._protocol import (
     Vector,
     first_order,
     nothing_stored,
-    search_status,
 )
 
 # Pairs by default. XLA's CPU compiler runs a program whose arrays take at most 512 bytes each in one thread, others on
@@ -31,8 +30,9 @@ class Pairs(NamedTuple):
     """The last steps ``s`` and gradient changes ``y`` in the places of a ring, with what products with them need.
 
     Attributes:
-        steps: a step in each row; the newest stands at ``(count - 1) % m``.
-        changes: the change of the gradient over each step.
+        steps: a step in each row, times a factor; the newest stands at ``(count - 1) % m``.
+        changes: the change of the gradient over each step, times the same factor, which makes the product of their
+            largest entries 1.
         inverse: of the matrix of the ``s_i' y_j`` whose pair i is no later than j; zero where there is no pair.
         yy: ``y_i' y_j``.
         sy: ``s_i' y_i``.
@@ -141,10 +141,10 @@ def _step(state: LBFGSState, local: Slope) -> tuple[Vector, Scalar, Vector, LBFG
     drops = local.usable & (found.fresh | ~accepted)
     pairs = state.pairs._replace(count=jnp.where(drops, 0, state.pairs.count))
     state = state._replace(
-        pairs=remember(pairs, found.step, found.grad - local.grad, found.expected),
+        pairs=remember(pairs, found.pair.step, found.pair.change, found.expected),
         step_size=jnp.where(local.usable, found.search.trial.t, state.step_size),
         num_trials=found.search.count,
-        status=search_status(accepted, ~found.fresh, found.search.trial.value, found.search.trial.slope),
+        status=found.status,
     )
     return found.step, found.value, found.grad, state
 

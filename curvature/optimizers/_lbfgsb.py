@@ -21,6 +21,8 @@ from curvature.optimizers._protocol import (
     Slope,
     Vector,
     at_start,
+    choose,
+    first_length,
     first_order_update,
     nothing_stored,
     shrink_factor,
@@ -30,6 +32,7 @@ from curvature.optimizers._trust_region import ACCEPT, POOR, Trial, next_radius
 from curvature.optimizers._wrappers import is_placeholder, wrappable
 
 _DAMPING = 0.1  # N&W take 0.2 in section 18.3
+_FAR = 10  # a trial whose value rises by more than so many times what the model has it fall is of another landscape
 _FORCING = 1e-3  # the relative residual on a face: products with the matrix cost no evaluation
 
 
@@ -53,7 +56,7 @@ class LBFGSBState(NamedTuple):
     """The state of ``lbfgsb``: plain arrays, ready for a checkpoint.
 
     Attributes:
-        radius: the radius for the next step.
+        radius: the radius for the next step; 0 where the first update is to guess it.
         memory: the steps and the changes of the gradient that make the matrix.
         num_trials: the points that the last update tried.
         status: a ``Status``: running, or why the last update could not move.
@@ -144,7 +147,7 @@ def lbfgsb(lower: Tree = None, upper: Tree = None, *, memory_size: int = 10) -> 
 def _init(memory_size: int, x: Vector, params: Tree) -> LBFGSBState:
     zero, none = jnp.asarray(0, x.dtype), jnp.zeros((memory_size, x.size), x.dtype)
     return LBFGSBState(
-        radius=jnp.maximum(1, norm(x)),
+        radius=zero,
         memory=LBFGSBMemory(none, none, jnp.asarray(memory_size - 1, jnp.int32), zero),
         num_trials=jnp.asarray(0, jnp.int32),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
@@ -153,10 +156,12 @@ def _init(memory_size: int, x: Vector, params: Tree) -> LBFGSBState:
 
 
 def _step(box: Box, state: LBFGSBState, slope: Slope) -> tuple[Vector, Scalar, Vector, LBFGSBState]:
-    last, grad, memory = _search_radius(box, state, slope)
+    is_guess = state.radius == 0
+    radius = jnp.where(is_guess, first_length(slope, norm(slope.grad)), state.radius)
+    last, grad, memory = _search_radius(box, state.memory, radius, is_guess, slope)
     accepted = last.ratio >= ACCEPT
     state = state._replace(
-        radius=jnp.where(accepted, next_radius(last), jnp.where(slope.usable, POOR, 1) * state.radius),
+        radius=jnp.where(accepted, next_radius(last), jnp.where(slope.usable, POOR * radius, state.radius)),
         memory=memory,
         num_trials=last.count,
         status=trial_status(accepted, last.value, last.predicted),
@@ -165,17 +170,18 @@ def _step(box: Box, state: LBFGSBState, slope: Slope) -> tuple[Vector, Scalar, V
     return jnp.where(accepted, last.step, 0), value, grad, state
 
 
-def _search_radius(box: Box, state: LBFGSBState, slope: Slope) -> _Tried:
+def _search_radius(box: Box, memory: LBFGSBMemory, radius: Scalar, is_guess: Bool[Array, ""], slope: Slope) -> _Tried:
     """Shrink the region until the model's step is accepted; every trial has a gradient, and is remembered."""
     noise = slope.noise + jnp.finfo(slope.noise.dtype).tiny
     steps = around(box, slope.x)
-    limit = jnp.asarray(4 * len(state.memory.steps) + 10, jnp.int32)
+    limit = jnp.asarray(4 * len(memory.steps) + 10, jnp.int32)
     solve_face = conjugate_gradients(jnp.asarray(_FORCING, slope.grad.dtype), limit)
 
     def running(tried: _Tried) -> Bool[Array, ""]:
         trial = tried.trial
         hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
-        return (trial.count == 0) | (~(trial.ratio >= ACCEPT) & ~hopeless & (trial.count < MAX_TRIALS))
+        accepted = (trial.ratio >= least) & (trial.ratio <= most)
+        return (trial.count == 0) | (~accepted & ~hopeless & (trial.count < MAX_TRIALS))
 
     def attempt(tried: _Tried) -> _Tried:
         last = tried.trial
@@ -190,12 +196,14 @@ def _search_radius(box: Box, state: LBFGSBState, slope: Slope) -> _Tried:
         finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
         ratio = jnp.where(finite, ratio, -jnp.inf).astype(radius.dtype)
         trial = Trial(radius, step, value, predicted, on_boundary, ratio, last.count + 1, inner_steps)
-        return _Tried(trial, grad, _remember(tried.memory, product, step, grad - slope.grad))
+        learned = _remember(tried.memory, product, step, grad - slope.grad)
+        return _Tried(trial, grad, choose(ratio > -_FAR, learned, tried.memory))
 
+    least, most = jnp.where(is_guess, POOR, ACCEPT), jnp.where(is_guess, 1 / POOR, jnp.inf)
     zero, none = jnp.zeros_like(slope.grad[0]), jnp.zeros_like(slope.grad[0], jnp.int32)
     nowhere, no = jnp.zeros_like(slope.grad), jnp.zeros_like(zero, bool)
-    start = Trial(state.radius + zero, nowhere, slope.value, zero, no, zero, none, none)
-    return jax.lax.while_loop(running, attempt, _Tried(start, slope.grad, state.memory))
+    start = Trial(radius + zero, nowhere, slope.value, zero, no, zero, none, none)
+    return jax.lax.while_loop(running, attempt, _Tried(start, slope.grad, memory))
 
 
 def _product(memory: LBFGSBMemory, first: Scalar) -> Callable[[Vector], Vector]:

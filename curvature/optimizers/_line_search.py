@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from curvature._types import Status
 from curvature.linalg._dense import norm
 from curvature.optimizers._protocol import (
     MAX_TRIALS,
@@ -13,8 +14,10 @@ from curvature.optimizers._protocol import (
     Scalar,
     Slope,
     Vector,
+    choose,
     evaluate,
     first_length,
+    search_status,
     shrink_factor,
 )
 
@@ -23,16 +26,29 @@ _WOLFE = 0.9  # N&W (3.7b): the share of the slope that may be left
 _EXPANSION = (2.0, 10.0)  # how much longer the next trial is while every one is too short
 _MARGIN = 0.1  # a trial keeps this share of the bracket away from its ends
 _BISECT = 3  # every so many trials the bracket is halved, whatever the cubic says
+_FAIR = 4.0  # by how much a step of guessed length may miss the fall that a parabola with its two slopes has
 
 
-def with_gradients(local: Local) -> Local:
-    """The objective that is NaN wherever its gradient is not finite: from there no Newton step leads on."""
+def with_gradients(local: Local, is_guess: Bool[Array, ""] | None = None) -> Local:
+    """The objective that is NaN wherever its gradient is not finite: from there no Newton step leads on.
+
+    Where the length of the steps ``is_guess``, it is NaN after any step that does not look like one along a parabola.
+    """
 
     def value_after(step: Vector) -> Scalar:
         value, grad = evaluate("value_fn", local.value_after, step)
-        return jnp.where(jnp.all(jnp.isfinite(grad)), value, jnp.nan)
+        usable = jnp.all(jnp.isfinite(grad))
+        if is_guess is not None:
+            slopes = (jnp.vdot(g, step, precision="highest") for g in (local.grad, grad))
+            usable &= ~is_guess | _is_fair(local.value - value, -sum(slopes) / 2, local.noise)
+        return jnp.where(usable | (value == -jnp.inf), value, jnp.nan)
 
     return local._replace(value_after=value_after)
+
+
+def _is_fair(fall: Scalar, parabola: Scalar, noise: Scalar) -> Bool[Array, ""]:
+    """Whether a step falls as a parabola with its two slopes does, to a factor; by the trapezoidal rule."""
+    return (_FAIR * fall >= parabola - noise) & (fall <= _FAIR * parabola + noise)
 
 
 class ValueSearch(NamedTuple):
@@ -87,7 +103,10 @@ class LinePoint(NamedTuple):
 
 
 class LineSearch(NamedTuple):
-    """Where the search stands. All of ``low`` is too short a step, all of ``high`` too long a one."""
+    """Where the search stands. All of ``low`` is too short a step, all of ``high`` too long a one.
+
+    Where the value is minus infinity, ``is_unbounded`` says so and the search ends.
+    """
 
     low: LinePoint
     high: LinePoint  # infinite before any trial was too long
@@ -95,37 +114,49 @@ class LineSearch(NamedTuple):
     grad: Vector  # at the trial
     grad_low: Vector
     accepted: Bool[Array, ""]
+    is_unbounded: Bool[Array, ""]
     count: Int[Array, ""]
 
 
-def wolfe_search(local: Slope, direction: Vector, first: Scalar) -> LineSearch:
+def wolfe_search(local: Slope, direction: Vector, is_guess: Bool[Array, ""]) -> LineSearch:
     """A step along a descent direction that satisfies the strong Wolfe conditions, N&W (3.7), or the approximate ones.
 
     A bracket grows until a trial is too long, and shrinks by the cubic through its ends. Where the value changes by no
     more than its rounding, the slope decides alone: the approximate Wolfe conditions of Hager and Zhang (2005),
     equation (4.1), doi:10.1137/030601880. A NaN is too long a step. When no trial is accepted the best one that was too
     short is returned, if its value is lower.
+
+    The first trial is the whole ``direction``. Where its length ``is_guess``, a trial must also look like a step along
+    a parabola, whose fall is ``-t`` times the mean of the slopes at both ends: to a factor, by the trapezoidal rule. A
+    step from a slope to a plateau far away satisfies the Wolfe conditions, but falls by far less or far more than that.
     """
     slope = jnp.vdot(local.grad, direction, precision="highest")
     start = LinePoint(jnp.zeros_like(slope), local.value, slope)
     beyond = LinePoint(jnp.full_like(slope, jnp.inf), jnp.full_like(slope, jnp.inf), jnp.zeros_like(slope))
-    trial = start._replace(t=first)
-    zero = jnp.zeros_like(slope, jnp.int32)
-    search = LineSearch(start, beyond, trial, local.grad, local.grad, jnp.zeros_like(slope, bool), zero)
+    trial = start._replace(t=jnp.ones_like(slope))
+    no, zero = jnp.zeros_like(slope, bool), jnp.zeros_like(slope, jnp.int32)
+    search = LineSearch(start, beyond, trial, local.grad, local.grad, no, no, zero)
 
     def running(search: LineSearch) -> Bool[Array, ""]:
-        hopeless = ~(slope < 0) | (search.trial.value == -jnp.inf)
+        hopeless = ~(slope < 0) | search.is_unbounded
         return ~search.accepted & ~hopeless & (search.count < MAX_TRIALS)
 
-    search = jax.lax.while_loop(running, lambda search: _attempt(search, local, direction, start), search)
-    failed = ~search.accepted & (search.trial.value != -jnp.inf)
-    keep = lambda ours, other: jnp.where(failed, ours, other)  # noqa: E731
-    rescued = failed & (search.low.t > 0) & (search.low.value < local.value)
-    return search._replace(
-        trial=jax.tree.map(keep, search.low, search.trial),
-        grad=keep(search.grad_low, search.grad),
-        accepted=search.accepted | rescued,
-    )
+    search = jax.lax.while_loop(running, lambda search: _attempt(search, local, direction, start, is_guess), search)
+    rescued = (search.low.t > 0) & (search.low.value < local.value)
+    trial, grad = choose(search.accepted, (search.trial, search.grad), (search.low, search.grad_low))
+    return search._replace(trial=trial, grad=grad, accepted=search.accepted | rescued)
+
+
+class Pair(NamedTuple):
+    """A step and the change of the gradient over it, both times the factor that makes their sizes reciprocal.
+
+    No update of a quasi-Newton matrix depends on that factor, and with it no square or product leaves the range,
+    however large or small the gradients.
+    """
+
+    step: Vector
+    change: Vector
+    factor: Scalar
 
 
 class Descent(NamedTuple):
@@ -134,8 +165,10 @@ class Descent(NamedTuple):
     step: Vector
     value: Scalar
     grad: Vector
-    expected: Scalar  # the curvature s'Bs that the memory had along the step
+    pair: Pair
+    expected: Scalar  # the curvature s'Bs that the memory had along the step of the pair
     fresh: Bool[Array, ""]  # whether the memory was empty, or had to be dropped
+    status: Int[Array, ""]
     search: LineSearch
 
 
@@ -143,18 +176,36 @@ def descend(local: Slope, direction: Vector, remembers: Bool[Array, ""]) -> Desc
     """Search along ``direction``, or along steepest descent where nothing is remembered or it does not descend."""
     slope = jnp.vdot(direction, local.grad, precision="highest")
     fresh = ~remembers | ~(slope < 0)
-    direction = jnp.where(fresh, -local.grad, direction)
-    search = wolfe_search(local, direction, jnp.where(fresh, _first_step_size(local), 1))
-    accepted = search.accepted
-    step = jnp.where(accepted, search.trial.t * direction, 0)  # no multiple of a direction that may be NaN
+    direction = choose(fresh, first_step(local), direction)
+    search = wolfe_search(local, direction, fresh)
+    accepted, trial = search.accepted, search.trial
+    step = jnp.where(accepted, trial.t * direction, 0)  # no multiple of a direction that may be NaN
+    value, grad = choose(accepted, (trial.value, search.grad), (local.value, local.grad))
+    pair = pair_of(step, grad - local.grad)
+    status = search_status(accepted, ~fresh, trial.value, trial.slope)
     return Descent(
         step=step,
-        value=jnp.where(accepted, search.trial.value, local.value),
-        grad=jnp.where(accepted, search.grad, local.grad),
-        expected=-search.trial.t * jnp.vdot(step, local.grad, precision="highest"),  # as B s = -t g
+        value=value,
+        grad=grad,
+        pair=pair,
+        expected=-trial.t * jnp.vdot(pair.step, pair.factor * local.grad, precision="highest"),  # as B s = -t g
         fresh=fresh,
+        status=jnp.where(search.is_unbounded, Status.UNBOUNDED, status).astype(jnp.int32),
         search=search,
     )
+
+
+def first_step(local: Slope) -> Vector:
+    """The step of steepest descent, whose direction says nothing of its length."""
+    size = norm(local.grad)
+    return -first_length(local, size) * (local.grad / jnp.where(size > 0, size, 1))
+
+
+def pair_of(step: Vector, change: Vector) -> Pair:
+    """The pair that a step and the change of the gradient over it make."""
+    sizes = jnp.sqrt(jnp.max(jnp.abs(step))) * jnp.sqrt(jnp.max(jnp.abs(change)))
+    factor = 1 / jnp.where(sizes > 0, sizes, 1)
+    return Pair(factor * step, factor * change, factor)
 
 
 def shows_curvature(step: Vector, change: Vector) -> Bool[Array, ""]:
@@ -163,12 +214,9 @@ def shows_curvature(step: Vector, change: Vector) -> Bool[Array, ""]:
     return jnp.sum(products) > jnp.finfo(step.dtype).eps * jnp.sum(jnp.abs(products))
 
 
-def _first_step_size(local: Slope) -> Scalar:
-    """For steepest descent, whose direction says nothing of its length; the search goes on from there."""
-    return first_length(local.x) / norm(local.grad)
-
-
-def _attempt(search: LineSearch, local: Slope, direction: Vector, start: LinePoint) -> LineSearch:
+def _attempt(
+    search: LineSearch, local: Slope, direction: Vector, start: LinePoint, is_guess: Bool[Array, ""]
+) -> LineSearch:
     """Evaluate the trial; accept it, or make it an end of the bracket and choose the next."""
     t = search.trial.t
     value, grad = local.value_and_grad_after(t * direction)
@@ -176,26 +224,29 @@ def _attempt(search: LineSearch, local: Slope, direction: Vector, start: LinePoi
     finite = jnp.isfinite(value) & jnp.isfinite(trial.slope)
     steep, lower = _WOLFE * jnp.abs(start.slope), value <= start.value + _ARMIJO * t * start.slope
     same = (value <= start.value + local.noise) & (trial.slope <= (2 * _ARMIJO - 1) * start.slope)
-    accepted = finite & (lower | same) & (jnp.abs(trial.slope) <= steep)
-    long = ~finite | ~(lower | same) | (trial.slope > 0)
+    fall, parabola = start.value - value, -t / 2 * (start.slope + trial.slope)
+    low_enough = finite & (lower | same) & (~is_guess | _is_fair(fall, parabola, local.noise))
+    accepted = low_enough & (jnp.abs(trial.slope) <= steep)
+    long = ~low_enough | (trial.slope > 0)
 
-    low = jax.tree.map(lambda new, old: jnp.where(long, old, new), trial, search.low)
-    high = jax.tree.map(lambda new, old: jnp.where(long, new, old), trial, search.high)
-    grad_low = jnp.where(long, search.grad_low, grad)
+    low, grad_low = choose(long, (search.low, search.grad_low), (trial, grad))
+    high = choose(long, trial, search.high)
     following = _next_trial(search.low, low, high, search.count, local.noise)
-    trial = trial._replace(t=jnp.where(accepted | (value == -jnp.inf), t, following))
-    return LineSearch(low, high, trial, grad, grad_low, accepted, search.count + 1)
+    trial = trial._replace(t=choose(accepted, t, following))
+    return LineSearch(low, high, trial, grad, grad_low, accepted, value == -jnp.inf, search.count + 1)
 
 
 def _next_trial(before: LinePoint, low: LinePoint, high: LinePoint, count: Int[Array, ""], noise: Scalar) -> Scalar:
     """Inside the bracket, or beyond ``low`` while nothing was too long."""
     least, most = _EXPANSION
-    longer = jnp.clip(_cubic_minimizer(before, low, noise), least * low.t, most * low.t)
+    is_bracket = jnp.isfinite(high.t)
+    minimizer = _cubic_minimizer(*choose(is_bracket, (low, high), (before, low)), noise)
+    longer = jnp.clip(minimizer, least * low.t, most * low.t)
     width = high.t - low.t
-    inside = jnp.clip(_cubic_minimizer(low, high, noise), low.t + _MARGIN * width, high.t - _MARGIN * width)
+    inside = jnp.clip(minimizer, low.t + _MARGIN * width, high.t - _MARGIN * width)
     inside = jnp.where(count % _BISECT == _BISECT - 1, low.t + width / 2, inside)
     inside = jnp.where(jnp.isfinite(high.value) & jnp.isfinite(high.slope), inside, low.t + _MARGIN * width)
-    return jnp.where(jnp.isfinite(high.t), inside, longer)
+    return choose(is_bracket, inside, longer)
 
 
 def _cubic_minimizer(a: LinePoint, b: LinePoint, noise: Scalar) -> Scalar:
@@ -205,11 +256,15 @@ def _cubic_minimizer(a: LinePoint, b: LinePoint, noise: Scalar) -> Scalar:
     """
     width = b.t - a.t
     safe = jnp.where(width > 0, width, 1)
-    secant = a.slope + b.slope - 3 * (b.value - a.value) / safe
-    root = jnp.sqrt(jnp.maximum(secant**2 - a.slope * b.slope, 0))
-    rise = b.slope - a.slope
+    mean = (b.value - a.value) / safe
+    unit = jnp.maximum(jnp.maximum(jnp.abs(a.slope), jnp.abs(b.slope)), jnp.abs(mean))
+    unit = jnp.where(unit > 0, unit, 1)  # in which the squares of slopes stay in the range
+    start, end = a.slope / unit, b.slope / unit
+    secant = start + end - 3 * (mean / unit)
+    root = jnp.sqrt(jnp.maximum(secant**2 - start * end, 0))
+    rise = end - start
     denominator = rise + 2 * root
-    share = (b.slope + root - secant) / jnp.where(denominator == 0, 1, denominator)
-    cubic = jnp.where((denominator > 0) & (secant**2 >= a.slope * b.slope), b.t - share * width, jnp.inf)
-    by_slopes = jnp.where(rise > 0, b.t - b.slope * width / jnp.where(rise > 0, rise, 1), jnp.inf)
+    share = (end + root - secant) / jnp.where(denominator == 0, 1, denominator)
+    cubic = jnp.where((denominator > 0) & (secant**2 >= start * end), b.t - share * width, jnp.inf)
+    by_slopes = jnp.where(rise > 0, b.t - end / jnp.where(rise > 0, rise, 1) * width, jnp.inf)
     return jnp.where(jnp.abs(b.value - a.value) > noise, cubic, by_slopes)

@@ -10,9 +10,11 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature._types import Status, Tree, ravel
+from curvature.linalg._dense import norm
 from curvature.optimizers._bounds import Box, projected_gradient_norm
 from curvature.optimizers._progress import Watch, observe
 from curvature.optimizers._protocol import (
+    MAX_TRIALS,
     FirstOrder,
     SecondOrder,
     Stored,
@@ -28,6 +30,7 @@ from curvature.transforms._modes import Program, choose_composition
 _PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond rounding, before a method has stalled
 _WINDOWS = (100, 500)  # steps that together must halve the gradient or lower the value by more than their roundings,
 _ROUNDINGS = 100  # which are so many: in the long window those of the largest value seen
+_RETREAT = 0.25  # the share that is left of a step to a point where a method can do nothing
 _SHARES = (10, 2)  # of all steps taken, the windows of a long solve: slow convergence is none the less convergence
 
 
@@ -75,6 +78,14 @@ class Mark(NamedTuple):
     num_steps: Int[Array, "2"]
 
 
+class Origin(NamedTuple):
+    """Where the last step began, its value with what rounding may add, and how often the step was cut since."""
+
+    x: Tree
+    value: Float[Array, ""]
+    num_cuts: Int[Array, ""]
+
+
 class Loop(NamedTuple):
     """Where a solve stands: ``minimize`` carries it from step to step, ``minimize_batched`` from block to block."""
 
@@ -87,6 +98,7 @@ class Loop(NamedTuple):
     mark: Mark
     status: Int[Array, ""]
     watch: Watch = Watch()
+    origin: Origin | None = None  # for methods whose trials are values alone
 
 
 def is_running(loop: Loop) -> Bool[Array, ""]:
@@ -119,9 +131,11 @@ def stepper(
             point.grad, loop.state, loop.x, grad=point.grad, value_fn=objective, args=args, **extras
         )
         status = state.status if has_status else loop.status
-        moved = (status == Status.RUNNING).astype(jnp.int32)
+        moved = status == Status.RUNNING
+        if isinstance(transformation, FirstOrder):  # its line search may end lower, though not where it should
+            moved |= (status == Status.UNBOUNDED) & (state.stored.value < point.value)
         x, state = jax.lax.stop_gradient((optax.apply_updates(loop.x, updates), state))  # of what may be closed over
-        return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved)
+        return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved.astype(jnp.int32))
 
     def advance(loop: Loop) -> Loop:
         point, extras = _evaluate(value_fn, args, hessian, loop, transformation)
@@ -129,10 +143,36 @@ def stepper(
             loop = update(loop, point, extras)
             return _arrive(loop, _stored_point(loop), limits, has_status, callback, box)
         point = jax.lax.stop_gradient(point)
-        loop = _arrive(loop, point, limits, has_status, callback, box)
-        return jax.lax.cond(is_running(loop), lambda loop: update(loop, point, extras), lambda loop: loop, loop)
+        arrived = _arrive(loop, point, limits, has_status, callback, box)
+        after = jax.lax.cond(is_running(arrived), lambda loop: update(loop, point, extras), lambda loop: loop, arrived)
+        return after if loop.origin is None else _cut_step(loop, loop.origin, point, after)
 
     return advance
+
+
+def _cut_step(loop: Loop, origin: Origin, point: Point, after: Loop) -> Loop:
+    """``after``, or a shorter step from the origin, where the last one led to derivatives that are NaN or infinite.
+
+    Methods that form or apply the Hessian judge a trial by its value, because derivatives at each would cost as much as
+    a step. So it is here that a trial is rejected after all, and a shortened step if its value is no lower.
+    """
+    rejected = (after.status == Status.NONFINITE) | ((origin.num_cuts > 0) & (point.value > origin.value))
+    rejected &= (loop.num_steps > 0) & (origin.num_cuts < MAX_TRIALS)
+    step = jax.tree.map(lambda x, start: _RETREAT * (x - start), loop.x, origin.x)
+    state = after.state
+    if hasattr(state, "radius"):
+        state = state._replace(radius=choose(rejected, norm(ravel(step)[0]), state.radius))
+    return after._replace(
+        x=choose(rejected, optax.apply_updates(origin.x, step), after.x),
+        state=state,
+        status=choose(rejected, loop.status, after.status),
+        num_steps=choose(rejected, loop.num_steps, after.num_steps),
+        origin=Origin(
+            choose(rejected, origin.x, loop.x),
+            choose(rejected, origin.value, point.value + point.noise),
+            jnp.where(rejected, origin.num_cuts + 1, 0),
+        ),
+    )
 
 
 def start_loop(
@@ -159,6 +199,8 @@ def start_loop(
         status=jnp.asarray(Status.RUNNING, jnp.int32),
         watch=watch,
     )
+    if isinstance(transformation, SecondOrder):
+        loop = loop._replace(origin=Origin(x0, infinity, zero))
     if isinstance(transformation, FirstOrder):
         stored = jax.lax.stop_gradient(Stored(*evaluate("minimize", value_fn, x0), x0))
         loop = loop._replace(state=loop.state._replace(stored=stored))

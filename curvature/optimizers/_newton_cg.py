@@ -18,6 +18,7 @@ from curvature.optimizers._protocol import (
     SecondOrder,
     Unevaluated,
     Vector,
+    first_length,
     second_order,
     trial_status,
     unevaluated,
@@ -29,7 +30,7 @@ class NewtonCGState(NamedTuple):
 
     Attributes:
         step_size: the share of the direction that the last update took.
-        length: the length of the last step, by which one along negative curvature is measured.
+        length: the length of the last step, by which one along negative curvature is measured; 0 before the first.
         num_trials: the points that the last update tried.
         num_inner_steps: its conjugate gradient steps.
         grad_norm: the norm of the first gradient, by which the inner tolerance is measured.
@@ -105,7 +106,7 @@ def _init(x: Vector, params: Tree) -> NewtonCGState:
     zero, none = jnp.asarray(0, x.dtype), jnp.asarray(0, jnp.int32)
     return NewtonCGState(
         step_size=zero,
-        length=jnp.maximum(1, norm(x)),
+        length=zero,
         num_trials=none,
         num_inner_steps=none,
         grad_norm=zero,
@@ -117,14 +118,16 @@ def _init(x: Vector, params: Tree) -> NewtonCGState:
 def _step(max_inner_steps: int | None, state: NewtonCGState, local: Local) -> tuple[Vector, NewtonCGState]:
     size = norm(local.grad)
     first = first_norm(state.grad_norm, size)
-    direction, curves_down, num_inner_steps, is_finite = _direction(local, size, first, max_inner_steps, state.length)
+    length = jnp.where(state.length > 0, state.length, first_length(local, size))
+    direction, curves_down, num_inner_steps, is_finite = _direction(local, size, first, max_inner_steps, length)
     slope = jnp.vdot(local.grad, direction, precision="highest")
     slope = jnp.where(is_finite, slope, jnp.nan)
-    last = search_values(with_gradients(local), direction, slope, curves_down)
+    is_guess = curves_down & (state.length == 0)
+    last = search_values(with_gradients(local, is_guess), direction, slope, curves_down)
     step = jnp.where(last.accepted, last.step_size * direction, 0)
     return step, state._replace(
         step_size=last.step_size,
-        length=jnp.where(last.accepted, norm(step), state.length / 4),
+        length=jnp.where(last.accepted, norm(step), length / 4),
         num_trials=last.count,
         num_inner_steps=num_inner_steps,
         grad_norm=first,

@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 
 from curvature import _checks
 from curvature._types import Status, Tree
-from curvature.linalg._dense import RegionStep
+from curvature.linalg._dense import RegionStep, norm
 from curvature.optimizers._bounds import Box, around, box_of, flat, projected_gradient_norm, stay_inside
 from curvature.optimizers._box_region import BoxModel, FaceSolver, by_eigenvectors, conjugate_gradients, minimize_in_box
 from curvature.optimizers._inexact import first_norm, forcing_term
@@ -108,7 +108,7 @@ def projected_newton(lower: Tree = None, upper: Tree = None, *, subproblem: Face
 def _init(x: Vector, params: Tree) -> TrustRegionState:
     zero = jnp.asarray(0, jnp.int32)
     return TrustRegionState(
-        radius=first_length(x),
+        radius=jnp.asarray(0, x.dtype),
         num_trials=zero,
         num_inner_steps=zero,
         grad_norm=jnp.asarray(0, x.dtype),
@@ -141,10 +141,12 @@ def _step(
         region, inner_steps = minimize_in_box(model, radius, solve_face)
         return region._replace(step=stay_inside(box, local.x, region.step)), inner_steps
 
-    last = search_radius(local, Solver(jnp.asarray(0, jnp.int32), solver), state.radius)
+    is_guess = state.radius == 0
+    radius = jnp.where(is_guess, first_length(local, norm(local.grad)), state.radius)
+    last = search_radius(local, Solver(jnp.asarray(0, jnp.int32), solver), radius, is_guess, grows=is_guess)
     accepted = last.ratio >= ACCEPT
     return jnp.where(accepted, last.step, 0), state._replace(
-        radius=jnp.where(accepted, next_radius(last), POOR * state.radius),
+        radius=jnp.where(accepted, next_radius(last), POOR * radius),
         num_trials=last.count,
         num_inner_steps=last.inner_steps,
         grad_norm=first,

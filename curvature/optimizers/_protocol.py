@@ -296,13 +296,23 @@ def bind_extras(value_fn: Callable[..., Any], extras: dict[str, Any]) -> Callabl
     return functools.partial(value_fn, **extras)
 
 
-def first_length(x: Vector) -> Scalar:
-    """How long a first step may be when nothing is known of the scale of ``x``: a hundredth of ``max(1, norm(x))``.
+def first_length(local: Slope | Local, slope: Scalar) -> Scalar:
+    """A guess of how long a first step may be: a hundredth of ``norm(x)``, or of ``abs(f) / norm(g)`` where ``x = 0``.
 
-    The unit is our own choice. It is small because a step that is too short costs a few evaluations, and one that is
-    too long may end on a plateau.
+    ``slope`` is ``norm(g)``.
+    Both follow the units of ``x`` and of ``f``. Without either it is a hundredth. Heuristic: a length that is too short
+    costs a few evaluations, one that is too long may end on a plateau, which is why a step of this length must be one
+    that the model foresees.
     """
-    return jnp.maximum(1, norm(x)) / 100
+    size = norm(local.x)
+    unit = jnp.where(size > 0, size, jnp.abs(local.value) / slope)
+    return jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1) / 100
+
+
+def shortest_radius(local: Slope | Local) -> Scalar:
+    """Below this ``grad / radius`` overflows: a subproblem in a smaller region would be NaN, though nothing else is."""
+    limits = jnp.finfo(local.grad.dtype)
+    return limits.tiny + 8 * local.grad.size * (norm(local.grad) / limits.max)
 
 
 def resolved(local: Local) -> tuple[Local, Vector]:

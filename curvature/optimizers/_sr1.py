@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from curvature._types import Status, Tree
 from curvature.linalg._dense import factor_model, norm, solve_region
+from curvature.optimizers._line_search import Pair, pair_of
 from curvature.optimizers._protocol import (
     MAX_TRIALS,
     FirstOrder,
@@ -21,12 +22,14 @@ from curvature.optimizers._protocol import (
     first_order,
     nothing_stored,
     search_status,
+    shortest_radius,
     shrink_factor,
 )
 
 _ACCEPT = 1e-4  # N&W algorithm 6.2: the least ratio of actual to predicted reduction that is a step
 _POOR, _GOOD = 0.1, 0.75
 _SKIP = 1e-8  # N&W (6.26)
+_FAIR = 4.0  # by how much the fall of a step of guessed length may miss what the model foresees
 _FAR = 10  # a trial whose value rises by more than so many times what the model has it fall is of another landscape
 
 
@@ -36,7 +39,7 @@ class SR1State(NamedTuple):
     Attributes:
         hessian: the approximation of the Hessian, in the order of ``jax.flatten_util.ravel_pytree``.
         num_updates: the pairs of steps and gradient changes in it since it was last zero.
-        radius: the radius for the next step.
+        radius: the radius for the next step; 0 where the first update is to guess it.
         num_trials: the points that the last update evaluated.
         status: a ``Status``: running, or why the last update could not move.
         stored: value and gradient at the new point, for optax.
@@ -112,7 +115,7 @@ def _init(x: Vector, params: Tree) -> SR1State:
     return SR1State(
         hessian=jnp.zeros((x.size, x.size), x.dtype),
         num_updates=zero,
-        radius=first_length(x),
+        radius=jnp.asarray(0, x.dtype),
         num_trials=zero,
         status=jnp.asarray(Status.RUNNING, jnp.int32),
         stored=nothing_stored(params),
@@ -120,10 +123,12 @@ def _init(x: Vector, params: Tree) -> SR1State:
 
 
 def _step(state: SR1State, local: Slope) -> tuple[Vector, Scalar, Vector, SR1State]:
+    is_guess = state.radius == 0
+    radius = jnp.where(is_guess, first_length(local, norm(local.grad)), state.radius)
     start = _Trial(
         hessian=state.hessian,
         num_updates=state.num_updates,
-        radius=state.radius,
+        radius=radius,
         step=jnp.zeros_like(local.grad),
         value=local.value,
         grad=local.grad,
@@ -136,7 +141,7 @@ def _step(state: SR1State, local: Slope) -> tuple[Vector, Scalar, Vector, SR1Sta
         hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
         return ~trial.accepted & ~hopeless & (trial.count < MAX_TRIALS)
 
-    last = jax.lax.while_loop(running, lambda trial: _attempt(trial, local), start)
+    last = jax.lax.while_loop(running, lambda trial: _attempt(trial, local, is_guess), start)
     accepted = last.accepted
     status = search_status(accepted, last.num_updates > 0, last.value, last.predicted)
     return (
@@ -146,30 +151,34 @@ def _step(state: SR1State, local: Slope) -> tuple[Vector, Scalar, Vector, SR1Sta
         state._replace(
             hessian=jnp.where(accepted, last.hessian, jnp.where(local.usable, 0, state.hessian)),
             num_updates=jnp.where(accepted, last.num_updates, jnp.where(local.usable, 0, state.num_updates)),
-            radius=jnp.where(accepted, last.radius, jnp.where(local.usable, state.radius / 4, state.radius)),
+            radius=jnp.where(accepted, last.radius, jnp.where(local.usable, radius / 4, state.radius)),
             num_trials=last.count,
             status=status,
         ),
     )
 
 
-def _attempt(trial: _Trial, local: Slope) -> _Trial:
+def _attempt(trial: _Trial, local: Slope, is_guess: Bool[Array, ""]) -> _Trial:
     """Minimize the model in the region, look, learn, and judge."""
     noise = local.noise + jnp.finfo(local.noise.dtype).tiny
-    step, predicted, _ = solve_region(factor_model(trial.hessian, local.grad), trial.radius)
+    step, predicted, _ = solve_region(
+        factor_model(trial.hessian, local.grad), jnp.maximum(trial.radius, shortest_radius(local))
+    )
     value, grad = local.value_and_grad_after(step)
     finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
     ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
     ratio = jnp.where(finite, ratio, -jnp.inf)
     near = ratio > -_FAR
-    hessian, learned = _learn(trial.hessian, trial.num_updates, step, grad - local.grad)
+    hessian, learned = _learn(trial.hessian, trial.num_updates, pair_of(step, grad - local.grad))
     learned = learned & near
     length = norm(step)
     slope = jnp.vdot(local.grad, step, precision="highest")
     shrink = jnp.where(near, 0.5, shrink_factor(local.value, slope, value))
     grown = jnp.where((ratio > _GOOD) & (length > 0.8 * trial.radius), 2 * trial.radius, trial.radius)
     grown = jnp.minimum(grown, jnp.finfo(grown.dtype).max / 8)
-    radius = jnp.where(ratio < _POOR, shrink * jnp.minimum(length, trial.radius), grown)
+    least, most = jnp.where(is_guess, 1 / _FAIR, _ACCEPT), jnp.where(is_guess, _FAIR, jnp.inf)
+    accepted = (ratio >= least) & (ratio <= most)
+    radius = jnp.where((ratio < _POOR) | ~accepted, shrink * jnp.minimum(length, trial.radius), grown)
     return _Trial(
         hessian=jnp.where(learned, hessian, trial.hessian),
         num_updates=trial.num_updates + learned.astype(jnp.int32),
@@ -178,20 +187,21 @@ def _attempt(trial: _Trial, local: Slope) -> _Trial:
         value=value,
         grad=grad,
         predicted=predicted,
-        accepted=ratio >= _ACCEPT,
+        accepted=accepted,
         count=trial.count + 1,
     )
 
 
-def _learn(B: Matrix, num_updates: Int[Array, ""], step: Vector, change: Vector) -> tuple[Matrix, Bool[Array, ""]]:
+def _learn(B: Matrix, num_updates: Int[Array, ""], pair: Pair) -> tuple[Matrix, Bool[Array, ""]]:
     """``B+``; before the first pair B is the multiple of the identity that its curvature suggests."""
-    ss, sy = jnp.vdot(step, step, precision="highest"), jnp.vdot(step, change, precision="highest")
+    step, change = pair.step, pair.change
+    sy = jnp.vdot(step, change, precision="highest")
     yy = jnp.vdot(change, change, precision="highest")
     scale = jnp.where(sy > 0, yy / jnp.where(sy > 0, sy, 1), 0)  # N&W (6.20)
     B = jnp.where(num_updates == 0, scale * jnp.eye(step.size, dtype=step.dtype), B)
     r = change - jnp.matmul(B, step, precision="highest")
     rs = jnp.vdot(r, step, precision="highest")
-    useful = (jnp.abs(rs) > _SKIP * norm(r) * norm(step)) & (ss > 0)
+    useful = (jnp.abs(rs) > _SKIP * norm(r) * norm(step)) & jnp.any(step != 0)
     updated = B + jnp.outer(r, r) / jnp.where(useful, rs, 1)
     useful = useful & jnp.all(jnp.isfinite(updated))
     return jnp.where(useful, updated, B), useful | (num_updates == 0) & (sy != 0)

@@ -25,6 +25,7 @@ from curvature.optimizers._protocol import (
     first_length,
     resolved,
     second_order,
+    shortest_radius,
     shrink_factor,
     trial_status,
     unevaluated,
@@ -43,7 +44,7 @@ class TrustRegionState(NamedTuple):
     """The state of ``trust_region``: plain arrays, ready for a checkpoint.
 
     Attributes:
-        radius: the radius for the next step.
+        radius: the radius for the next step; 0 where the first update is to guess it.
         num_trials: the points that the last update tried.
         num_inner_steps: the conjugate gradient steps of the last update; 0 for the exact subproblem.
         grad_norm: the norm of the first gradient, by which the inner tolerance is measured.
@@ -106,8 +107,9 @@ def trust_region(
             products that are taken together, and solves the subproblem to rounding by one eigendecomposition, the hard
             case included; variables that curve less than the square root of the rounding unit beside the largest are
             scaled up to that, so that rounding does not hide them.
-        initial_radius: the radius of the first step, in the units of ``params``; ``None`` is
-            ``max(1, norm(params)) / 100``.
+        initial_radius: the radius of the first step, in the units of ``params``; ``None`` guesses
+            ``norm(params) / 100``, or ``abs(value) / norm(grad) / 100`` at 0, and takes a step that falls as the model
+            foresees, to a factor of 4, so that a guess that is too long does not end on a plateau.
         max_inner_steps: the most conjugate gradient steps at one radius; ``None`` is 2 n + 10.
 
     Returns:
@@ -152,7 +154,7 @@ def trust_region(
 
 def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inner_steps: int | None) -> SecondOrder:
     def init(x: Vector, params: Tree) -> TrustRegionState:
-        radius = first_length(x) if initial_radius is None else jnp.asarray(initial_radius, x.dtype)
+        radius = jnp.asarray(0 if initial_radius is None else initial_radius, x.dtype)
         zero = jnp.asarray(0, jnp.int32)
         return TrustRegionState(
             radius=radius,
@@ -167,16 +169,20 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
         spanned = subproblem == "gltr" and local.x.size <= MAX_BASIS and max_inner_steps is None
+        d = jnp.ones_like(local.x)
         if spanned or subproblem == "exact":
             local, d = resolved(local)
+        is_guess = state.radius == 0
+        radius = jnp.where(is_guess, first_length(local, norm(local.grad)), state.radius)
+        if spanned or subproblem == "exact":
             solver = _exact(local)
         else:
-            d, solve_inexactly = jnp.ones_like(local.x), _gltr if subproblem == "gltr" else steihaug
-            solver = solve_inexactly(local, inner_solve(local, size, first, max_inner_steps), state.radius)
-        last = search_radius(local, solver, state.radius, grows=subproblem != "cg")
+            solve_inexactly = _gltr if subproblem == "gltr" else steihaug
+            solver = solve_inexactly(local, inner_solve(local, size, first, max_inner_steps), radius)
+        last = search_radius(local, solver, radius, is_guess, grows=is_guess | (subproblem != "cg"))
         accepted = last.ratio >= ACCEPT
         return jnp.where(accepted, last.step / d, 0), state._replace(
-            radius=jnp.where(accepted, next_radius(last), POOR * state.radius),
+            radius=jnp.where(accepted, next_radius(last), POOR * radius),
             num_trials=last.count,
             num_inner_steps=last.inner_steps,
             grad_norm=first,
@@ -235,8 +241,17 @@ class _Search(NamedTuple):
     done: Bool[Array, ""]
 
 
-def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool = False) -> Trial:
+def search_radius(
+    local: Local,
+    solver: Solver,
+    radius: Scalar,
+    is_guess: Bool[Array, ""] | bool = False,
+    *,
+    grows: Bool[Array, ""] | bool = False,
+) -> Trial:
     """Shrink the region until the model's step is accepted; only the value is evaluated at each trial.
+
+    Where the radius ``is_guess``, the region also shrinks while the fall is not what the model foresees, to a factor.
 
     Where the first step is accepted and ends on the boundary, a region that ``grows`` is doubled for as long as that
     lowers the value, as the model foresees or else by a quarter as much again: the internal doubling of Dennis and
@@ -248,18 +263,22 @@ def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool =
 
     def attempt(search: _Search) -> _Search:
         last = search.trial
-        growing = last.ratio >= ACCEPT
+        growing = is_fair(last)
         slope = jnp.vdot(local.grad, last.step, precision="highest")
         shrunk = norm(last.step) * shrink_factor(local.value, slope, last.value)
         radius = jnp.where(last.count == 0, last.radius, jnp.where(growing, _DOUBLING * last.radius, shrunk))
+        radius = jnp.maximum(radius, shortest)
         (step, predicted, on_boundary), inner_steps = solver.solve(radius)
         value = local.value_after(step)
         ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
         ratio = jnp.where(jnp.isfinite(value), ratio, -jnp.inf).astype(radius.dtype)
         inner_steps += last.inner_steps
         trial = Trial(radius, step, value, predicted, on_boundary, ratio, last.count + 1, inner_steps)
-        return _judge(trial, last, local, grows)
+        return _judge(trial, last, local, is_fair, grows)
 
+    least, most = jnp.where(is_guess, POOR, ACCEPT), jnp.where(is_guess, 1 / POOR, jnp.inf)
+    is_fair = lambda trial: (trial.ratio >= least) & (trial.ratio <= most)  # noqa: E731
+    shortest = shortest_radius(local)
     zero, none = jnp.zeros_like(local.grad[0]), jnp.zeros_like(local.grad[0], jnp.int32)
     start = Trial(
         radius=radius + zero,
@@ -275,11 +294,17 @@ def search_radius(local: Local, solver: Solver, radius: Scalar, *, grows: bool =
     return jax.lax.while_loop(lambda search: ~search.done, attempt, search).trial
 
 
-def _judge(trial: Trial, last: Trial, local: Local, grows: bool) -> _Search:
+def _judge(
+    trial: Trial,
+    last: Trial,
+    local: Local,
+    is_fair: Callable[[Trial], Bool[Array, ""]],
+    grows: Bool[Array, ""] | bool,
+) -> _Search:
     """Keep the trial, or what was accepted before it; end unless another radius is worth a value."""
-    good, found = trial.ratio > _GOOD, last.ratio >= ACCEPT
+    good, found = trial.ratio > _GOOD, is_fair(last)
     falls_on = local.value - trial.value >= _LASTING * (local.value - last.value)
-    improves = (trial.ratio >= ACCEPT) & (~found | ((trial.value < last.value - local.noise) & (good | falls_on)))
+    improves = is_fair(trial) & (~found | ((trial.value < last.value - local.noise) & (good | falls_on)))
     kept = last._replace(
         on_boundary=last.on_boundary & good,  # a larger region that was not good is not grown into
         count=trial.count,

@@ -1,0 +1,136 @@
+"""minimize claims no success at a plateau, and takes a finite point for the end of no solve that can go on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import curvature
+from curvature import Status
+
+FIRST_ORDER = ["bfgs", "l-bfgs", "sr1"]
+METHODS = ["trust-exact", "trust-region", "newton", "newton-cg", "cubic-newton", *FIRST_ORDER]
+BOUNDED = ["trust-exact", "trust-region", "l-bfgs"]
+WIDE = (-1e6, 1e6)
+
+GRID = np.linspace(0, 10, 41)
+
+
+def peak_misfit(p, shift):
+    """A peak in height and place; where it leaves the data, the misfit is flat at 17724.5."""
+    x = jnp.asarray(GRID, p.dtype)
+    data = 5000 * jnp.exp(-((x - 5.2) ** 2) / 2)
+    return jnp.sum((p[0] * jnp.exp(-((x - p[1] - shift) ** 2) / 2) - data) ** 2) / 1e4
+
+
+@pytest.mark.parametrize(("method", "bounds"), [(m, None) for m in METHODS] + [(m, WIDE) for m in BOUNDED])
+def test_a_first_step_does_not_leap_to_a_plateau(method, bounds, dtype):
+    # the height of 4500 says nothing of how far the place may move; the data are without noise: the minimum is 0
+    result = curvature.minimize(
+        peak_misfit, jnp.array([4500, 3], dtype), (jnp.zeros((), dtype),), method=method, bounds=bounds
+    )
+    assert result.value < 1e-3
+    np.testing.assert_allclose(result.x, [5000, 5.2], rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["bfgs", "l-bfgs"])
+@pytest.mark.parametrize("factor", [1e-25, 1e-3, 1.0, 1e3, 1e18])
+def test_no_square_of_a_slope_leaves_the_range(method, factor):
+    def steep(x, factor):
+        return factor * (0.5 * ((x[0] - 1) ** 2 + 1e10 * (x[1] - 0.01) ** 2))
+
+    start, factor = jnp.array([5000, 0.02], jnp.float32), jnp.float32(factor)
+    result = curvature.minimize(steep, start, (factor,), method=method, gtol=0, rtol=1e-10)
+    assert result.success
+    np.testing.assert_allclose(result.x, [1, 0.01], rtol=0.02)
+
+
+@pytest.mark.parametrize("method", [*FIRST_ORDER, "trust-exact", "newton-cg"])
+@pytest.mark.parametrize(("factor", "unit"), [(2.0**30, 1.0), (2.0**-80, 1.0), (1.0, 2.0**20), (1.0, 2.0**-20)])
+@pytest.mark.parametrize("start", [[-1.2, 1.0], [0.0, 0.0]])
+def test_other_units_change_nothing_but_the_units(method, factor, unit, start, dtype):
+    def valley(x, factor, unit):
+        x = x / unit
+        return factor * (10 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2)
+
+    def solve(factor, unit):
+        start_, factor, unit = (jnp.asarray(number, dtype) for number in (start, factor, unit))
+        return curvature.minimize(valley, unit * start_, (factor, unit), method=method, gtol=0, rtol=1e-4)
+
+    plain, other = solve(1, 1), solve(factor, unit)
+    assert plain.success
+    assert other.success
+    assert abs(int(other.num_steps) - int(plain.num_steps)) <= 1
+    np.testing.assert_allclose(other.x / unit, plain.x, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["bfgs", "l-bfgs"])
+def test_minus_infinity_ends_at_the_lowest_finite_point_seen(method, dtype):
+    result = curvature.minimize(lambda x: -jnp.sum(jnp.exp(x)), jnp.zeros(2, dtype), method=method)
+    assert result.status == Status.UNBOUNDED
+    assert jnp.isfinite(result.value)
+    assert result.value < -1e10
+    assert result.num_steps > 0
+    np.testing.assert_array_equal(result.value, -jnp.sum(jnp.exp(result.x)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("start", [1.0, 0.3])
+def test_a_kink_is_called_no_nan(method, start, dtype):
+    result = curvature.minimize(lambda x: jnp.sum(jnp.abs(x)), jnp.array([start], dtype), method=method)
+    assert result.status in (Status.STALLED, Status.CONVERGED)
+    assert result.value < 1e-6
+
+
+@pytest.mark.parametrize("start", [-100.0, -30.0, -3.0])
+def test_a_bounded_start_far_from_the_minimizer(start, dtype):
+    fun = lambda x: jnp.sum(jnp.exp(x) - 2 * x)
+    result = curvature.minimize(fun, jnp.array([start], dtype), bounds=(-1e3, 1e3), method="l-bfgs")
+    assert result.success
+    np.testing.assert_allclose(result.x, np.log(2), rtol=1e-3)
+
+
+def logistic_misfit(p, data):
+    """Of a logistic curve whose second derivatives overflow in single precision where ``p[1]`` falls below -88."""
+    k = jnp.arange(27, dtype=p.dtype)
+    return jnp.sum((p[0] / (1 + jnp.exp(-(p[1] + p[2] * k))) - data) ** 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_to_derivatives_that_are_not_finite_is_cut(method):
+    k = np.arange(27)
+    data = 1.2 / (1 + np.exp(-(-130.0 + 9 * k))) + 0.02 * np.sin(7 * k)
+    result = curvature.minimize(logistic_misfit, jnp.array([1, 0, 0], "f4"), (jnp.asarray(data, "f4"),), method=method)
+    assert result.status != Status.NONFINITE
+    # the top alone, with the curve a step between k = 14 and 15: linear least squares, by hand
+    top = np.mean(data[15:])
+    least = np.sum(data[:14] ** 2) + np.sum((data[15:] - top) ** 2)
+    assert float(result.value) < 1.5 * least
+
+
+@pytest.mark.parametrize("method", ["trust-exact", "trust-region", "newton", "newton-cg", "cubic-newton"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_derivatives_that_end_beyond_a_wall_are_no_end(method, order, dtype):
+    # the value is smooth up to 3 and beyond, but its derivative of that order is NaN there; the minimizer is 2
+    @jax.custom_jvp
+    def fenced(x):
+        return x
+
+    @fenced.defjvp
+    def _(primals, tangents):
+        (x,), (t,) = primals, tangents
+        return fenced(x), jnp.where(x < 3, gate(x), jnp.nan if order == 1 else gate(x)) * t
+
+    @jax.custom_jvp
+    def gate(x):
+        return jnp.ones_like(x)
+
+    @gate.defjvp
+    def _(primals, tangents):
+        (x,), (t,) = primals, tangents
+        return gate(x), jnp.where(x < 3, jnp.zeros_like(x), jnp.nan) * t
+
+    fun = lambda x: jnp.sum(jnp.log(1 + (fenced(x) - 2) ** 2))
+    result = curvature.minimize(fun, jnp.array([-1.5, 0.4], dtype), method=method)
+    assert result.success
+    np.testing.assert_allclose(result.x, 2, atol=1e-3)
