@@ -1,6 +1,6 @@
 """Every fast path of the library against the plain composition of JAX, for a program given by two losses.
 
-``failures_of`` is silent where JAX itself cannot differentiate the program, and where its result is not finite.
+``failures_of`` passes over what is not finite by JAX either.
 """
 
 import warnings
@@ -18,6 +18,10 @@ from curvature.transforms import _mean_hessian
 
 MODES = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
 CLIP = 0.7
+
+
+class NotDifferentiableError(Exception):
+    """JAX has no derivatives to compare with."""
 
 
 class Case(NamedTuple):
@@ -330,18 +334,21 @@ def _evaluate(fun: Callable[..., Any], case: Case) -> Any:
 
 
 def failures_of(case: Case, tolerance: float, number: int = 0, only: Sequence[str] = ()) -> dict[str, str]:
-    """What differs from JAX, by the name of the check; nothing where JAX cannot differentiate the program.
+    """What differs from JAX, by the name of the check.
 
     Args:
         case: the program.
         tolerance: relative to the largest entry.
         number: which of the checks that go by turns.
         only: the checks to make, if not all.
+
+    Raises:
+        NotDifferentiableError: when JAX cannot differentiate the program.
     """
     try:
         truth = truth_of(case)
-    except Exception:
-        return {}
+    except Exception as error:
+        raise NotDifferentiableError from error
     checks = checks_of(case, number)
     if only:
         checks = {name: check for name, check in checks.items() if name in only}

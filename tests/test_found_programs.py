@@ -51,6 +51,7 @@ def test_a_loss_of_a_batch_has_the_hessian_of_jax(name):
     nasty = OF_BATCH[name]
 
     def of_one(p, *example):
-        return nasty.fun(p, *(leaf[None] for leaf in example))
+        """A batch of equal examples."""
+        return nasty.fun(p, *(jnp.broadcast_to(leaf, (nasty.size, *leaf.shape)) for leaf in example))
 
     assert failures(Case(of_one, nasty.fun, *nasty.values())) == {}
