@@ -84,9 +84,13 @@ class Environment(dict[Variable, Any]):
         self.update(zip(variables, values, strict=True))
 
     def evaluate(self, jaxpr: Jaxpr, eqn: Equation) -> None:
-        """Set what one equation of ``jaxpr`` computes."""
+        """Set what one equation of ``jaxpr`` computes, where it is not known already.
+
+        Some outputs may be known and others not: those known may be what a derivative is taken with respect to.
+        """
         fun, variables = equation_function(jaxpr, eqn)
-        self.write(eqn.outvars, fun(*self.read(variables)))
+        for v, value in zip(eqn.outvars, fun(*self.read(variables)), strict=True):
+            self.setdefault(v, value)
 
     def lacks(self, eqn: Equation) -> bool:
         """Whether something that an equation computes is not known yet."""

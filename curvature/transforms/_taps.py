@@ -246,9 +246,9 @@ def _analyze(
             if operands:
                 _propagate(eqn, origins, views, inside=bool(lengths))
             continue
-        operands = [n for n in operands if is_floating(eqn.invars[n])]
-        if not operands:
-            continue
+        operands = [n for n in operands if is_floating(eqn.invars[n]) and eqn.invars[n].aval.size]
+        if not operands or not any(v.aval.size for v in eqn.outvars if is_floating(v)):
+            continue  # no entries, no derivative
         if eqn.primitive.name == "scan":
             opened = _analyze_scan(eqn, on_data, origins, lengths)
             if opened is not None:
