@@ -153,7 +153,7 @@ def einsum_out_of_order(p, x, y, k):
 
 @per_example(w=(2, 3, 2))
 def einsum_three_axes(p, x, y, k):
-    return jnp.sum(jnp.tanh(jnp.einsum("aib,i->ba", p["w"], x)) @ jnp.array([1.0, 2.0], x.dtype)) ** 2
+    return jnp.sum(jnp.tanh(jnp.einsum("aij,i->ja", p["w"], x)) @ jnp.array([1.0, 2.0], x.dtype)) ** 2
 
 
 @per_example(a=(3, 2), b=(2, 2))
@@ -618,7 +618,7 @@ def causal_attention(p, x, y, k):
 @per_example(x=(2, 3), qkv=(3, 3, 2, 1), out=(2, 1, 3))
 def attention_of_one_projection(p, x, y, k):
     q, key, v = jnp.einsum("td,dchn->cthn", x, p["qkv"])
-    weights = jax.nn.softmax(jnp.einsum("thn,shn->hts", q, key))
+    weights = jax.nn.softmax(jnp.einsum("thk,shk->hts", q, key))
     return jnp.sum(jnp.einsum("hts,shn,hnd->td", weights, v, p["out"]) ** 2)
 
 

@@ -230,24 +230,11 @@ def run(
 
         def update(loop: _Loop) -> _Loop:
             updates, state = update_fn(None, loop.state, loop.x, linearized=linear, request=request)
-            converged = state.decrement <= allowed
-            moved = (state.status == Status.RUNNING) & ~converged
-            return loop._replace(
-                x=choose(converged, loop.x, optax.apply_updates(loop.x, updates)),
-                before=loop.x,
-                taken_back=jnp.zeros_like(loop.taken_back),
-                state=state,
-                best=choose(converged, point, loop.best),
-                status=jnp.where(converged, Status.CONVERGED, state.status).astype(jnp.int32),
-                num_steps=loop.num_steps + moved.astype(jnp.int32),
-            )
-
-        def take_back(loop: _Loop) -> _Loop:
-            return loop._replace(x=loop.before, taken_back=jnp.ones_like(loop.taken_back))
+            return _moved(loop, point, updates, state, allowed)
 
         finite = _is_finite(point)
         loop = jax.lax.cond((loop.status == Status.RUNNING) & finite, update, lambda loop: loop, loop)
-        return jax.lax.cond((loop.status == Status.RUNNING) & ~finite, take_back, lambda loop: loop, loop)
+        return jax.lax.cond((loop.status == Status.RUNNING) & ~finite, _take_back, lambda loop: loop, loop)
 
     start = _start(transformation.init(x0), jax.eval_shape(lambda x: _point(x, linearize(x)), x0), x0, limits)
     start = vary_like(start, x0)  # what is counted in a step varies as the step does, and so from the start
@@ -299,6 +286,26 @@ def _point(x: Tree, linear: Linearized) -> _Point:
         rounding=rounding_of(linear.columns, linear.x),
         noise=linear.noise,
     )
+
+
+def _moved(loop: _Loop, point: _Point, updates: Tree, state: Any, allowed: Scalar) -> _Loop:
+    """The loop after an update, which stays where the decrement says that the point has converged."""
+    converged = state.decrement <= allowed
+    moved = (state.status == Status.RUNNING) & ~converged
+    return loop._replace(
+        x=choose(converged, loop.x, optax.apply_updates(loop.x, updates)),
+        before=loop.x,
+        taken_back=jnp.zeros_like(loop.taken_back),
+        state=state,
+        best=choose(converged, point, loop.best),
+        status=jnp.where(converged, Status.CONVERGED, state.status).astype(jnp.int32),
+        num_steps=loop.num_steps + moved.astype(jnp.int32),
+    )
+
+
+def _take_back(loop: _Loop) -> _Loop:
+    """The loop at the point before the last step, which led to values or derivatives that are not finite."""
+    return loop._replace(x=loop.before, taken_back=jnp.ones_like(loop.taken_back))
 
 
 def _is_finite(point: _Point) -> Bool[Array, ""]:

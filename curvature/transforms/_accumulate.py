@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jaxtyping import Array, Float
 
 from curvature._types import ChunkSize, Tree
@@ -65,7 +66,7 @@ def vary_like(tree: Tree, batch: Any) -> Tree:
 
 def _type_of(value: Any) -> Any:
     """The type of an array; a type, as of a traced output, is its own."""
-    return value if isinstance(value, jax.core.ShapedArray) else jax.typeof(value)
+    return value if isinstance(value, ShapedArray) else jax.typeof(value)
 
 
 def varying_axes(aval: Any) -> frozenset[str]:

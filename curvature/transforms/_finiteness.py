@@ -77,7 +77,7 @@ class _Facts:
 
     def range_of(self, v: Any) -> Range:
         """The bounds of a variable or a literal."""
-        dtype = getattr(v.aval, "dtype", None)
+        dtype = getattr(v.aval, "dtype", jnp.int32)
         if isinstance(v, Literal) and not jnp.issubdtype(dtype, jnp.complexfloating):
             return float(np.min(v.val)), float(np.max(v.val))
         bounds = (0.0, 1.0) if dtype == np.bool_ else _UNKNOWN
@@ -128,7 +128,7 @@ def _is_finite_equation(jaxpr: Jaxpr, eqn: Any, facts: _Facts, assumed: frozense
 
 
 def _has_finite_rule(closed: ClosedJaxpr, ranges: Sequence[Range], assumed: frozenset[str]) -> bool:
-    """Judge the rule of a ``custom_jvp``; where the rule calls the function itself, nothing new is learnt."""
+    """Judge the rule of a ``custom_jvp``; where the rule calls the function itself, nothing new is learned."""
     text = str(closed)
     moving = [is_floating(v) for v in closed.jaxpr.invars]
     if text in assumed or not any(moving):
@@ -283,7 +283,8 @@ def _note_peak(eqn: Any, facts: _Facts) -> None:
 
 def _is_shifted_by_its_peak(eqn: Any, facts: _Facts) -> bool:
     """Whether an equation subtracts from a variable its own maxima over some axes."""
-    x, shift = eqn.invars
+    operands: list[Any] = list(eqn.invars)
+    x, shift = operands
     peak = None if isinstance(shift, Literal) else facts.peaks.get(shift)
     if peak is None or peak.of is not x or shift.aval.ndim != x.aval.ndim:
         return False
