@@ -44,7 +44,8 @@ def hessian_diagonal(
             Traced calls are compared as by ``hessian``.
 
     Returns:
-        The diagonal, shaped like ``x``.
+        The diagonal, shaped like ``x``. Inside ``jax.shard_map``, at an ``x`` that the devices share, it is of the sum
+        over the devices, as ``jax.hessian`` is.
 
     Raises:
         TypeError: when ``f`` is not callable or not scalar, when a leaf is not of a real floating dtype, or when no

@@ -26,7 +26,10 @@ def hvp(f: Objective, x: Tree, v: Tree, *args: Any, mode: HessianMode = "auto") 
             over reverse, reverse over reverse, reverse over forward, forward over forward.
 
     Returns:
-        ``H v``, shaped like ``x``. Whether it is of a mean or a sum over data follows ``f``.
+        ``H v``, shaped like ``x``. Whether it is of a mean or a sum over data follows ``f``. In every mode ``H[i, j]``
+        is the derivative with respect to ``x_j`` of entry i of the gradient, also where a custom rule that is no
+        derivative makes ``H`` asymmetric. Inside ``jax.shard_map``, at an ``x`` that the devices share, it is of the
+        sum over the devices, as ``jax.grad`` and ``jax.hessian`` are.
 
     Raises:
         TypeError: when ``f`` is not callable or not scalar, when a leaf is not of a real floating dtype, or when no
@@ -101,7 +104,9 @@ def hessian(
         mode: the composition of modes; see ``hvp``. With ``"auto"`` here and in ``chunk_size``, a function that its
             jaxpr shows to be a sum or mean over the examples of its data is taken apart into these, and its Hessian
             assembled as ``mean_hessian`` does, if that pays. Else, on a CPU, reverse over reverse goes first for all of
-            a scalar function's Hessian, unless there are convolutions: one product alone costs more so, many cost less.
+            a scalar function's Hessian, unless there are convolutions, or the gradient holds an operation that may have
+            an infinite derivative (it could make a NaN where forward over reverse, as ``jax.hessian``, is finite): one
+            product alone costs more so, many cost less.
             ``explain`` tells what is taken.
         chunk_size: how many columns are computed at once; see ``vmap``.
         blocks: ``(rows, columns)`` for the block of two leaves or sub-trees of ``x`` alone, named by their paths as
@@ -117,7 +122,8 @@ def hessian(
         A function of the arguments of ``f`` that returns what ``jax.hessian(f)`` returns: for each output leaf, a tree
         like ``x`` of trees like ``x``, with blocks of shape ``out.shape + x_i.shape + x_j.shape``. It is symmetric to
         rounding, not to the last bit. For a block of two sub-trees: a tree like the rows of trees like the columns.
-        For the diagonal: a tree like ``x`` with blocks of shape ``out.shape + x_i.shape + x_i.shape``.
+        For the diagonal: a tree like ``x`` with blocks of shape ``out.shape + x_i.shape + x_i.shape``. Conventions for
+        custom rules and inside ``jax.shard_map`` are those of ``hvp``, in every mode.
 
     Raises:
         TypeError, ValueError: as ``jacobian``; ValueError for an unknown path, which lists those there are.

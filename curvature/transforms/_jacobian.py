@@ -132,7 +132,8 @@ def jacobian(
     Returns:
         A function of the arguments of ``f`` that returns a tree shaped like the output of ``f``, whose leaves are trees
         shaped like ``x`` (a tuple of them for several ``argnums``), with blocks of shape
-        ``out_leaf.shape + x_leaf.shape``.
+        ``out_leaf.shape + x_leaf.shape``. Inside ``jax.shard_map`` it is that of the function of one device in both
+        modes, as by ``jax.jacfwd``, where ``jax.jacrev`` by an ``x`` that the devices share sums over them.
 
     Raises:
         TypeError: when a leaf of ``x`` or of the output is not of a real floating dtype, or no mode (or not the mode

@@ -45,7 +45,8 @@ def laplacian(
 
     Returns:
         A function of ``(x, *args)``, where ``x`` is any tree of floating arrays, that returns a tree like the output
-        of ``f``. Map it over points with ``jax.vmap(laplacian(f), in_axes=(0, None))``.
+        of ``f``. Map it over points with ``jax.vmap(laplacian(f), in_axes=(0, None))``. Inside ``jax.shard_map`` it is
+        that of the function of each device.
 
     Raises:
         TypeError: when ``f`` is not callable or an output is not floating, when a leaf of ``x`` is not of a real

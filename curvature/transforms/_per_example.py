@@ -23,6 +23,7 @@ def per_example_grad(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Call
     Returns:
         A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns a
         tree like ``params`` with leaves of shape ``(B,) + leaf.shape``. Gradients are per example: divide by B nowhere.
+        Inside ``jax.shard_map`` they are those of the examples of each device.
 
     Raises:
         TypeError: when the loss is not scalar, or a leaf of ``params`` is not of a real floating dtype.

@@ -150,8 +150,8 @@ def test_argnums_may_be_numpy_integers():
 
 CONSTANTS = {
     "a float": lambda x: 3.0,
-    "a NumPy scalar": lambda x: np.float32(3),
-    "a NumPy array": lambda x: np.ones(2, np.float32),
+    "a NumPy scalar": lambda x: np.float64(3),
+    "a NumPy array": lambda x: np.ones(2),
     "among others": lambda x: [x[0] ** 2, 3.0],
     "by a branch": lambda x: 3.0 if x[0] > 0 else x[0],
 }
