@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from curvature import _checks
 from curvature._types import Objective, Tree
 from curvature.transforms import _modes
-from curvature.transforms._pushforward import choose_forward, derivative_along, directional_derivative
+from curvature.transforms._jacobian import jacobian_of
+from curvature.transforms._pushforward import (
+    choose_forward,
+    derivative_along,
+    directional_derivative,
+    inconsistent_rule,
+)
 from curvature.transforms._self_check_traces import check_laplacian
 from curvature.transforms._taylor import BY_REVERSE, Jet, Step, push_jets
 
@@ -31,9 +37,11 @@ def laplacian(
 
     Values, the K first derivatives and the sum of the second ones pass through ``f`` together, equation by equation:
     through calls, branches, loops and custom derivative rules. Functions of one variable, entry by entry, are composed
-    before they meet the K directions. A ``custom_vjp`` has no forward derivative; it alone is differentiated by reverse
-    mode, once for each direction. ``laplacian(f).explain(x, *args)`` tells how each equation was differentiated, and in
-    ``.fallbacks`` those that collapsed Taylor mode has no rule for, with the line on which they stand.
+    before they meet the K directions. Nothing proves that the rule of a ``custom_vjp`` is the derivative of its
+    function, nor that of a ``custom_jvp`` which does not call its function for the value. With either in it, the
+    Laplacian is the sum of ``s_k' H s_k`` with the Hessian of ``jax.hessian``, which is the Jacobian of the gradient
+    that JAX computes. ``laplacian(f).explain(x, *args)`` says how each equation was differentiated, and ``.fallbacks``
+    names those that collapsed Taylor mode has no rule for, with their line.
 
     Args:
         f: ``f(x, *args)``, which returns any tree of floating arrays.
@@ -138,11 +146,36 @@ def _evaluate(program: _modes.Program, directions: Tree, steps: list[Step]) -> t
     if program.jaxpr is None:
         each = jax.vmap(lambda v: _second_derivative(program.fun, x, v))(directions)
         return program.fun(x)[0], jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), each)
+    rule = inconsistent_rule(program.jaxpr.jaxpr)
+    if rule is not None and program.blocker("rev") is None:
+        steps.append(Step(rule.primitive, BY_REVERSE, rule.where))
+        return program.fun(x)[0], _by_hessian(program, directions)
     jets = [Jet(*pair) for pair in zip(jax.tree.leaves(x), jax.tree.leaves(directions), strict=True)]
     outs = push_jets(program.jaxpr.jaxpr, program.jaxpr.consts, jets, steps)
     structure = jax.tree.structure(program.out)
     laps = [jnp.zeros_like(out.value) if out.lap is None else out.lap for out in outs]
     return structure.unflatten([out.value for out in outs]), structure.unflatten(laps)
+
+
+def _by_hessian(program: _modes.Program, directions: Tree) -> Any:
+    """``sum_k s_k' H s_k`` for each output, with ``H`` the Jacobian of the gradient that reverse mode computes."""
+
+    def along(v: Tree) -> Any:
+        def slope(x: Tree) -> tuple[Any, tuple[()]]:
+            gradient = jacobian_of(program.fun, x, "rev", None)[0]
+            return jax.tree.map(lambda out, rows: _contract(rows, v, out), program.out, gradient), ()
+
+        first = _modes.trace(slope, program.x)
+        return derivative_along(choose_forward("laplacian", first.blocker), first.fun, program.x, v)[0]
+
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.vmap(along)(directions))
+
+
+def _contract(rows: Tree, v: Tree, out: Any) -> Any:
+    """The gradients of an output, a tree like ``x`` of arrays with the axes of the output first, times a direction."""
+    pairs = zip(jax.tree.leaves(rows), jax.tree.leaves(v), strict=True)
+    terms = [jnp.tensordot(row, leaf, leaf.ndim).astype(out.dtype) for row, leaf in pairs]
+    return sum(terms[1:], terms[0])
 
 
 def _second_derivative(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: Tree) -> Any:

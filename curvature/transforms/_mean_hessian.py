@@ -15,6 +15,7 @@ from curvature.transforms._accumulate import entry, num_chunks, sum_over_chunks
 from curvature.transforms._blocks import Subtree, leaf_paths, leaf_subtrees, select
 from curvature.transforms._compositions import hessian_of
 from curvature.transforms._examples import Examples, find_examples
+from curvature.transforms._finiteness import keeps_finite
 from curvature.transforms._jacobian import jacobian_of
 from curvature.transforms._points import Blocks, Points, Wanted, bytes_per_example, find_points, tapped_blocks
 from curvature.transforms._pushforward import asymmetric_rule
@@ -160,14 +161,21 @@ def _assemble(
 
 
 def _points_of(taps: Taps | None) -> Points | None:
-    """The points, or None where there are no taps, forward over reverse is not legal, or nothing proves symmetry.
+    """The points of the taps, or None where the assembled Hessian might not be that of forward over reverse mode.
 
-    The blocks above the diagonal are copies of those below. With a custom rule that is no derivative the two differ.
+    Preconditions: forward over reverse is legal. Every custom rule proves its Hessian symmetric, because the blocks
+    above the diagonal are copies of those below. Functions of parameters alone have finite derivatives, because the
+    products with their Jacobians would spread a NaN to entries that are finite in ``jax.hessian``.
     """
-    if taps is None or taps.program.composition_blocker("fwd_over_rev") is not None:
+    if taps is None or taps.program.jaxpr is None or taps.program.composition_blocker("fwd_over_rev") is not None:
         return None
-    jaxpr = taps.program.jaxpr
-    return find_points(taps) if jaxpr is not None and asymmetric_rule(jaxpr.jaxpr) is None else None
+    if asymmetric_rule(taps.program.jaxpr.jaxpr) is not None:
+        return None
+    if any(root not in taps.views for root in taps.roots):
+        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in taps.leaves]
+        if not keeps_finite(jax.make_jaxpr(taps.root_values)(avals)):
+            return None
+    return find_points(taps)
 
 
 def _parts(function: str, params: Tree, blocks: HessianBlocks) -> list[tuple[Subtree, Subtree]]:

@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 from curvature import _checks
 from curvature._types import Tree
-from curvature.transforms._jaxprs import called_jaxpr, is_floating, lone_equation, open_jaxpr
+from curvature.transforms._jaxprs import called_jaxpr, inline, is_floating, lone_equation, open_jaxpr
 from curvature.transforms._legality import Blocker, find_blocker, find_equation
 
 LINEAR_BY_ENTRY = frozenset({"add", "sub", "neg", "add_any", "copy", "convert_element_type", "select_n"})
@@ -111,23 +111,65 @@ def asymmetric_rule(jaxpr: Jaxpr) -> Blocker | None:
     A rule need not be the derivative of the function that it belongs to. Where it is not, the gradient ``g`` that JAX
     computes is no gradient, and its Jacobian ``H[i, j] = d g_i / d x_j`` differs from its transpose. A ``custom_vjp``
     may do anything to its cotangents. A ``custom_jvp`` of one active argument that acts entry by entry has a diagonal
-    Jacobian, and the derivatives of that are diagonal too, so that whichever function the rule holds for derivative,
-    ``H`` is symmetric; with two arguments, or across entries, nothing makes the mixed derivatives equal.
+    Jacobian, and the derivatives of that are diagonal too: the rule is the derivative of some function. With two
+    arguments, or across entries, nothing makes the mixed derivatives equal. The second derivative must go through the
+    rule as well: a rule that computes the value by other operations has these differentiated there.
     """
 
     def need_not_be_symmetric(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
         if eqn.primitive.name == "custom_vjp_call":
             return True
-        return eqn.primitive.name == "custom_jvp_call" and not _acts_on_one_argument_by_entry(jaxpr, eqn, mask)
+        if eqn.primitive.name != "custom_jvp_call":
+            return False
+        alone, places = _alone(jaxpr, eqn, mask)
+        return len(places) != 1 or not is_elementwise(alone, places) or not _rule_calls_itself(alone, places)
 
-    return find_equation(jaxpr, [True] * len(jaxpr.invars), [True] * len(jaxpr.outvars), need_not_be_symmetric)
+    return _first_equation(jaxpr, need_not_be_symmetric)
 
 
-def _acts_on_one_argument_by_entry(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
+def inconsistent_rule(jaxpr: Jaxpr) -> Blocker | None:
+    """The first custom rule that a second derivative need not go through twice; None if there is none.
+
+    The second derivative along a direction is then no sum over equations: JAX differentiates the gradient, in which a
+    ``custom_vjp`` has left what it made of its cotangents, and a ``custom_jvp`` the operations of its rule.
+    """
+
+    def is_inconsistent(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
+        if eqn.primitive.name == "custom_vjp_call":
+            return True
+        return eqn.primitive.name == "custom_jvp_call" and not _rule_calls_itself(*_alone(jaxpr, eqn, mask))
+
+    return _first_equation(jaxpr, is_inconsistent)
+
+
+def _first_equation(jaxpr: Jaxpr, wanted: Callable[[Jaxpr, JaxprEqn, list[bool]], bool]) -> Blocker | None:
+    return find_equation(jaxpr, [True] * len(jaxpr.invars), [True] * len(jaxpr.outvars), wanted)
+
+
+def _alone(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> tuple[ClosedJaxpr, list[int]]:
+    """One equation as a jaxpr, and the numbers of its active inputs."""
     alone = lone_equation(jaxpr, eqn)
     active = {v for v, is_active in zip(eqn.invars, mask, strict=True) if is_active}
-    places = [i for i, v in enumerate(alone.jaxpr.invars) if v in active]
-    return len(places) == 1 and is_elementwise(alone, places)
+    return alone, [i for i, v in enumerate(alone.jaxpr.invars) if v in active]
+
+
+def _rule_calls_itself(alone: ClosedJaxpr, places: Sequence[int]) -> bool:
+    """Whether the rule of a ``custom_jvp`` has the value from the function itself, on the same operands."""
+    fun, avals = jex.core.jaxpr_as_fun(alone), [v.aval for v in alone.jaxpr.invars]
+
+    def value(values: list[Any], tangents: list[Any]) -> list[Any]:
+        def along(*moved: Any) -> list[Any]:
+            given = dict(zip(places, moved, strict=True))
+            return fun(*[given.get(i, v) for i, v in enumerate(values)])
+
+        return jax.jvp(along, tuple(values[i] for i in places), tuple(tangents))[0]
+
+    jaxpr = inline(jax.make_jaxpr(value)(avals, [avals[i] for i in places])).jaxpr
+    own = next((eqn for eqn in jaxpr.eqns if list(eqn.outvars) == list(jaxpr.outvars)), None)
+    if own is None or own.primitive.name != "custom_jvp_call":
+        return False
+    operands = [v for v in own.invars if isinstance(v, Var)]
+    return operands == list(jaxpr.invars[: len(operands)]) and str(lone_equation(jaxpr, own)) == str(alone)
 
 
 def is_elementwise(closed: ClosedJaxpr, active: Sequence[int]) -> bool:

@@ -318,3 +318,12 @@ def test_functions_of_parameters_of_two_precisions():
 
     params = {"single": np.float32(0.3 * normal(4, 3)), "double": normal(4, 2, seed=2)}
     assert_all_agree(loss, params, normal(B, 3, seed=1), roundings=1e10)
+
+
+def test_a_hessian_is_finite_where_that_of_jax_is():
+    data, w = jnp.asarray(normal(B, 3)), jnp.asarray([0.0, 1.0, 2.0, 0.5])
+    f = lambda w: jnp.mean(jnp.sum(data * jnp.sqrt(w)[1:], 1) ** 2)
+    want = np.asarray(jax.hessian(f)(w))
+    assert np.isfinite(want).any()
+    assert not np.isfinite(want).all()
+    np.testing.assert_allclose(curvature.hessian(f)(w), want, rtol=1e-10)
