@@ -349,6 +349,9 @@ BY_EXAMPLES = {
     "per_example_grad": lambda w, x, size: curvature.per_example_grad(example_loss, chunk_size=size)(w, x),
     "per_example_hessian": lambda w, x, size: curvature.per_example_hessian(example_loss, chunk_size=size)(w, x),
     "per_example_grad_norm": lambda w, x, size: curvature.per_example_grad_norm(example_loss, chunk_size=size)(w, x),
+    "norms from one output": lambda w, x, size: curvature.per_example_grad_norm(
+        lambda w, x: jnp.tanh(x @ w["in"][:, 0]) ** 2, chunk_size=size
+    )(w, x),
     "clipped_grad": lambda w, x, size: curvature.clipped_grad(example_loss, 0.1, chunk_size=size)(w, x),
     "moments": lambda w, x, size: tuple(curvature.per_example_grad_moments(example_loss, chunk_size=size)(w, x)),
     "mean_hessian": lambda w, x, size: curvature.mean_hessian(example_loss, chunk_size=size)(w, x),

@@ -49,7 +49,7 @@ def sum_over_chunks(fun: Callable[[Any, Float[Array, " size"]], Tree], batch: An
 def zeros(shape: tuple[int, ...], like: Any) -> Array:
     """Zeros of the dtype of ``like``, which vary over the devices of a mesh over which ``like`` does."""
     varying = tuple(varying_axes(like))
-    zero = jnp.zeros(shape, like.dtype)
+    zero = jnp.zeros(shape or 1, like.dtype).reshape(shape)  # a bare scalar has no mesh inside jit: no reshard of it
     return jax.lax.pcast(zero, varying, to="varying") if varying else zero
 
 
