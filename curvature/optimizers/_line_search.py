@@ -39,8 +39,8 @@ def with_gradients(local: Local, is_guess: Bool[Array, ""] | None = None) -> Loc
         value, grad = evaluate("value_fn", local.value_after, step)
         usable = jnp.all(jnp.isfinite(grad))
         if is_guess is not None:
-            slopes = jnp.vdot(local.grad + grad, step, precision="highest")
-            usable &= ~is_guess | _is_fair(local.value - value, -slopes / 2, local.noise)
+            parabola = -jnp.vdot(local.grad + grad, step, precision="highest") / 2
+            usable &= ~is_guess | _is_fair(local.value - value, parabola, local.noise)
         return jnp.where(usable | (value == -jnp.inf), value, jnp.nan)
 
     return local._replace(value_after=value_after)
@@ -240,8 +240,8 @@ def _next_trial(before: LinePoint, low: LinePoint, high: LinePoint, count: Int[A
     """Inside the bracket, or beyond ``low`` while nothing was too long."""
     least, most = _EXPANSION
     is_bracket = jnp.isfinite(high.t)
-    one, other = choose(is_bracket, (low, high), (before, low))
-    minimizer = _cubic_minimizer(one, other, noise)
+    start, end = choose(is_bracket, (low, high), (before, low))
+    minimizer = _cubic_minimizer(start, end, noise)
     longer = jnp.clip(minimizer, least * low.t, most * low.t)
     width = high.t - low.t
     inside = jnp.clip(minimizer, low.t + _MARGIN * width, high.t - _MARGIN * width)

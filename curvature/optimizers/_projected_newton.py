@@ -1,6 +1,7 @@
 """Newton's method within bounds: a trust region whose steps are projected onto the box."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Array, Int
 from curvature import _checks
 from curvature._types import Status, Tree
 from curvature.linalg._dense import RegionStep, norm
-from curvature.optimizers._bounds import Box, around, box_of, flat, projected_gradient_norm, stay_inside
+from curvature.optimizers._bounds import Box, StepBox, around, box_of, flat, projected_gradient_norm, stay_inside
 from curvature.optimizers._box_region import BoxModel, FaceSolver, by_eigenvectors, conjugate_gradients, minimize_in_box
 from curvature.optimizers._inexact import first_norm, forcing_term
 from curvature.optimizers._protocol import (
@@ -20,6 +21,7 @@ from curvature.optimizers._protocol import (
     Vector,
     at_start,
     first_length,
+    resolved,
     second_order_update,
     trial_status,
     unevaluated,
@@ -118,10 +120,14 @@ def _init(x: Vector, params: Tree) -> TrustRegionState:
 
 
 def _step_exact(box: Box, state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
-    hessian = local.hessian()
+    scaled, d = resolved(local, by_powers_of_two=True)
+    hessian = scaled.hessian()
     product = functools.partial(jnp.matmul, hessian, precision="highest")
-    model = BoxModel(local.grad, product, hessian, around(box, local.x))
-    return _step(box, state, local, model, by_eigenvectors, state.grad_norm)
+    steps = StepBox(*(d * bound for bound in around(box, local.x)))
+    model = BoxModel(scaled.grad, product, hessian, steps)
+    stay = lambda step: d * stay_inside(box, local.x, step / d)  # noqa: E731
+    step, state = _step(stay, state, scaled, model, by_eigenvectors, state.grad_norm)
+    return step / d, state
 
 
 def _step_by_cg(box: Box, state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
@@ -129,17 +135,22 @@ def _step_by_cg(box: Box, state: TrustRegionState, local: Local) -> tuple[Vector
     first = first_norm(state.grad_norm, size)
     solve_face = conjugate_gradients(forcing_term(first, size), jnp.asarray(2 * local.x.size + 10, jnp.int32))
     model = BoxModel(local.grad, local.hvp, None, around(box, local.x))
-    return _step(box, state, local, model, solve_face, first)
+    return _step(functools.partial(stay_inside, box, local.x), state, local, model, solve_face, first)
 
 
 def _step(
-    box: Box, state: TrustRegionState, local: Local, model: BoxModel, solve_face: FaceSolver, first: Scalar
+    stay: Callable[[Vector], Vector],
+    state: TrustRegionState,
+    local: Local,
+    model: BoxModel,
+    solve_face: FaceSolver,
+    first: Scalar,
 ) -> tuple[Vector, TrustRegionState]:
     """Search the radius whose step within the box is accepted."""
 
     def solver(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
         region, inner_steps = minimize_in_box(model, radius, solve_face)
-        return region._replace(step=stay_inside(box, local.x, region.step)), inner_steps
+        return region._replace(step=stay(region.step)), inner_steps
 
     is_guess = state.radius == 0
     radius = jnp.where(is_guess, first_length(local, norm(local.grad)), state.radius)

@@ -315,13 +315,14 @@ def shortest_radius(local: Slope | Local) -> Scalar:
     return limits.tiny + 8 * local.grad.size * (norm(local.grad) / limits.max)
 
 
-def resolved(local: Local) -> tuple[Local, Vector]:
+def resolved(local: Local, *, by_powers_of_two: bool = False) -> tuple[Local, Vector]:
     """The objective in variables ``d x`` in which no curvature drowns in the rounding of another, and ``d``.
 
     An eigendecomposition knows eigenvalues to ``eps`` of the largest. With ``h`` the diagonal of the Hessian over its
     largest entry, in absolute values, ``d = sqrt(clip(h / sqrt(eps), sqrt(eps), 1))``: where the variables differ by
     less than ``h = sqrt(eps)`` it is 1, and beyond it brings those that hardly curve back to there. The bounds are our
-    own choice; a region in ``d x`` stays one in ``x`` to a bounded factor, as the theory of trust regions asks.
+    own choice; a region in ``d x`` stays one in ``x`` to a bounded factor, as the theory of trust regions asks. With
+    ``d`` ``by_powers_of_two`` a step to a bound is exact in either variables.
     """
     hessian = local.hessian()
     curvature = jnp.abs(jnp.einsum("ii->i", hessian))  # jnp.diagonal would be a gather
@@ -330,6 +331,8 @@ def resolved(local: Local) -> tuple[Local, Vector]:
     share = jnp.where(largest > 0, curvature / jnp.where(largest > 0, largest, 1), 1)
     real = curvature.dtype.type
     d = jnp.sqrt(jax.lax.clamp(real(root), share / real(root), real(1)))
+    if by_powers_of_two:
+        d = d / (2 * jnp.frexp(d)[0])
     scaled = local._replace(
         x=d * local.x,
         grad=local.grad / d,

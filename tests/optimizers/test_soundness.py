@@ -134,3 +134,20 @@ def test_derivatives_that_end_beyond_a_wall_are_no_end(method, order, dtype):
     result = curvature.minimize(fun, jnp.array([-1.5, 0.4], dtype), method=method)
     assert result.success
     np.testing.assert_allclose(result.x, 2, atol=1e-3)
+
+
+def test_a_power_law_in_a_box_in_single_precision():
+    # The Hessian's diagonal spans ten orders of magnitude: without scaling its eigenvectors hide the offset, and the
+    # fit ends at 413. The minimum is that of SciPy's least_squares in double precision, 396.0227720.
+    rng = np.random.default_rng(4)
+    e = np.linspace(0.5, 30, 40)
+    y = 2 + 1e-3 * e**4 + 3 * rng.standard_normal(40)
+
+    def misfit(p, e, y):
+        return jnp.sum((p[0] + p[1] * e ** p[2] - y) ** 2)
+
+    data = jnp.asarray(e, "f4"), jnp.asarray(y, "f4")
+    bounds = jnp.array([-10, 0, 0], "f4"), jnp.array([10, 1, 6], "f4")
+    result = curvature.minimize(misfit, jnp.array([1, 0.5, 2], "f4"), data, bounds=bounds)
+    np.testing.assert_allclose(result.value, 396.0227720, rtol=1e-4)
+    np.testing.assert_allclose(result.x, [1.90852806, 9.72706386e-04, 4.00813147], rtol=1e-2)
