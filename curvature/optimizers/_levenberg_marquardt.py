@@ -251,7 +251,7 @@ def _factored(
         matrix = curvature.hessian / scale[:, None] / scale[None]
         return factor_model(matrix, local.grad), jnp.ones_like(local.value)
 
-    if subproblem == "exact" and curvature is not None:
+    if subproblem == "exact" and curvature is not None and factors.values.size == scale.size:
         model, peak = jax.lax.cond(second_order, by_hessian, by_jacobian)
     else:
         model, peak = by_jacobian()
