@@ -222,8 +222,7 @@ def _identities(
     legal = [m for m in _COMPOSITIONS if line.program.composition_blocker(m) is None]
     legal = [m for m in legal if few or m != "fwd_over_fwd" or legal == [m]]
     agree = _judge.agreement("H v: modes agree", line.products_by(legal, probes[0]), line, size)
-    symmetric = _judge.symmetry(line, labels, directions, products, size)
-    agree = _judge.blame_rule(agree, symmetric, line, legal)
+    symmetric = _judge.blame_rule(_judge.symmetry(line, labels, directions, products, size), line)
     return [agree, symmetric, _judge.linearity(line, probes, size)]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from curvature.diagnostics import _differences
 from curvature.diagnostics._line import Line
 from curvature.diagnostics._reports import DerivativeCheck, Verdict
+from curvature.transforms._pushforward import asymmetric_rule
 
 _SAFETY = 20  # times the error that the differences estimate of themselves
 _CANCELED = 64  # roundings of f, or of the gradient, that its derivative may be left with
@@ -186,16 +187,17 @@ def _tell_second(line: Line, label: str, direction: np.ndarray, i: int) -> tuple
     return f"the entry {entry} of H v for {label}", line.scales[i]
 
 
-def blame_rule(check: DerivativeCheck, symmetric: DerivativeCheck, line: Line, modes: Sequence[str]) -> DerivativeCheck:
-    """``check``, that modes agree, with the reason where it fails because the matrix is not symmetric."""
-    if check.verdict != "wrong" or symmetric.verdict != "wrong" or not {"fwd_over_rev", "rev_over_rev"} <= {*modes}:
-        return check
-    rule = line.program.blocker("fwd")
-    reason = (
-        f"{check.sentence} fwd_over_rev gives the derivative of the gradient times v, rev_over_rev its transpose "
-        "times v, and these differ: what reverse mode returns is the gradient of no function."
+def blame_rule(symmetric: DerivativeCheck, line: Line) -> DerivativeCheck:
+    """The check of symmetry, with the custom rule that a matrix without symmetry comes from."""
+    jaxpr = line.program.jaxpr
+    rule = None if jaxpr is None or symmetric.verdict != "wrong" else asymmetric_rule(jaxpr.jaxpr)
+    if rule is None:
+        return symmetric
+    sentence = (
+        f"{symmetric.sentence} What reverse mode returns is the gradient of no function, and H v the derivative of it "
+        f"along v. The rule that nothing proves to be a derivative is that of {rule}."
     )
-    return replace(check, sentence=reason + (f" Its rule comes from {rule}." if rule is not None else ""))
+    return replace(symmetric, sentence=sentence)
 
 
 def symmetry(

@@ -188,6 +188,7 @@ class SumOperator(LinearOperator):
 
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
         """As for every operator; the sum of the matrices of the terms, each formed in its cheapest way."""
+        _checks.check_chunk_size("as_matrix", chunk_size)
         matrices = [term.as_matrix(chunk_size) for term in self.terms if not isinstance(term, DampingOperator)]
         total = sum(matrices[1:], matrices[0])
         for term in self.terms:
@@ -197,6 +198,7 @@ class SumOperator(LinearOperator):
 
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
         """As for every operator; the sum of the diagonals of the terms, each computed in its cheapest way."""
+        _checks.check_chunk_size("diagonal", chunk_size)
         ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), self.in_structure())
         return _total(
             [term.mv(ones) if isinstance(term, DampingOperator) else term.diagonal(chunk_size) for term in self.terms]
@@ -230,10 +232,12 @@ class ScaledOperator(LinearOperator):
 
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
         """As for every operator; a multiple of the matrix of the operator, formed in its cheapest way."""
+        _checks.check_chunk_size("as_matrix", chunk_size)
         return scaled(self.scale, self.operator.as_matrix(chunk_size))
 
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
         """As for every operator; a multiple of the diagonal of the operator, computed in its cheapest way."""
+        _checks.check_chunk_size("diagonal", chunk_size)
         return scaled(self.scale, self.operator.diagonal(chunk_size))
 
     def in_structure(self) -> Tree:
