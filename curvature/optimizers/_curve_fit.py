@@ -41,7 +41,8 @@ def curve_fit(
 
     Returns:
         ``(params, covariance)``: the parameters, shaped like ``p0``, and the n x n matrix ``s^2 (J'J)^-1`` in the order
-        of ``ravel_pytree(p0)``, as ``LeastSquaresResult.covariance`` tells.
+        of ``ravel_pytree(p0)``, see ``LeastSquaresResult.covariance``. As in SciPy all of it is infinite where the data
+        leave a direction undetermined; ``least_squares`` shows which variables that concerns.
 
     Raises:
         TypeError: when ``model`` is not callable, or a leaf of ``p0`` or ``ydata`` not of a real floating dtype.
@@ -74,4 +75,6 @@ def _fit(
         return predictions - ydata
 
     fit: Any = run(residuals, p0, (xdata, ydata), limits, method="levenberg-marquardt", loss=loss)
-    return fit.x, jnp.where(fit.success, fit.covariance(), jnp.nan)
+    covariance = fit.covariance()
+    covariance = jnp.where(jnp.any(jnp.isinf(covariance)), jnp.inf, covariance)
+    return fit.x, jnp.where(fit.success, covariance, jnp.nan)

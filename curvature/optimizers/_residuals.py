@@ -137,7 +137,8 @@ def newton_decrement(linear: Linearized, hessian: Float[Array, "n n"]) -> Scalar
     infinite.
 
     The variables are scaled by ``sqrt(norm(J_k)^2 + abs(S_kk))`` with ``S = B - J'J``, which cancellation between the
-    two does not make small. Directions along which curvature and gradient are both lost in rounding are left out.
+    two does not make small. Along directions in which curvature and gradient are both lost in rounding, ``J`` decides,
+    whose singular values are known where their squares are not: ``offset`` is what they leave.
     """
     squares = linear.columns**2
     scale = where_positive(jnp.sqrt(squares + jnp.abs(jnp.diagonal(hessian) - squares)))
@@ -148,7 +149,19 @@ def newton_decrement(linear: Linearized, hessian: Float[Array, "n n"]) -> Scalar
     flat = ~positive & (eigenvalues >= -rounding_level(eigenvalues))
     lost = flat & (jnp.abs(gradient) <= _LOST * gradient.size * eps * norm(linear.residual))
     decrement = norm(jnp.where(positive, gradient / jnp.sqrt(jnp.where(positive, eigenvalues, 1)), 0))
-    return jnp.where(jnp.all(positive | lost), decrement, jnp.inf)
+    left_over = _offset_along(linear, jnp.where(flat, vectors, 0) / scale[:, None])
+    return jnp.where(jnp.all(positive | lost), jnp.hypot(decrement, left_over), jnp.inf)
+
+
+def _offset_along(linear: Linearized, directions: Float[Array, "n n"]) -> Scalar:
+    """``offset`` with variables that move along these directions only, of norm one where the columns of ``J`` are."""
+    if linear.factors is None:
+        return jnp.zeros_like(linear.value)
+    columns, values, vectors, coordinates = linear.factors
+    images = values[:, None] * _matmul(vectors.T, columns[:, None] * directions)
+    left, sizes, _ = jnp.linalg.svd(images, full_matrices=False)
+    kept = sizes > _LOST * directions.shape[0] * jnp.finfo(sizes.dtype).eps * values[0]
+    return norm(jnp.where(kept, _matmul(left.T, coordinates), 0))
 
 
 def flat(tree: Tree, dtype: Any) -> Array:

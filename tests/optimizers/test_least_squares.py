@@ -10,6 +10,7 @@ import scipy.optimize
 import curvature
 from benchmarks.mgh import PROBLEMS
 from curvature import Status
+from curvature.optimizers._residual_method import Request
 from tests.oracles import assert_close
 
 CHOSEN = ["freudenstein-roth", "meyer", "powell singular", "brown-dennis"]
@@ -65,6 +66,44 @@ def test_covariance_of_nonlinear_fits_is_that_of_scipy():
     )
     np.testing.assert_allclose([params["a"], params["rate"], params["shift"]], theirs[0], rtol=1e-7)
     np.testing.assert_allclose(covariance, theirs[1], rtol=1e-5)
+
+
+def test_covariance_is_that_of_the_exact_jacobian_where_the_sum_is_least():
+    """SciPy's own data (gh-4555b); by differences its covariance is off in the sixth digit."""
+    rng = np.random.default_rng(408113519974467917)
+    x = np.linspace(0, 4, 50)
+    data = 2.5 * np.exp(-1.3 * x) + 0.5 + 0.2 * rng.normal(size=50)
+    params, covariance = curvature.curve_fit(lambda p, x: p[0] * jnp.exp(-p[1] * x) + p[2], x, data, jnp.ones(3))
+    theirs = scipy.optimize.curve_fit(
+        lambda x, a, b, c: a * np.exp(-b * x) + c,
+        x,
+        data,
+        jac=lambda x, a, b, c: np.stack([np.exp(-b * x), -a * x * np.exp(-b * x), np.ones(50)], 1),
+        ftol=1e-15,
+        xtol=1e-15,
+        gtol=1e-15,
+    )
+    np.testing.assert_allclose(params, theirs[0], rtol=1e-8)
+    np.testing.assert_allclose(covariance, theirs[1], rtol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "line",
+    [
+        lambda p, x: (p[0] + p[1]) * x + p[2],
+        lambda p, x: p[0] * x + p[2] + 0 * p[1],
+        lambda p, x: p[0] * p[1] * x + p[2],
+    ],
+    ids=["sum", "unused", "product"],
+)
+def test_a_flat_direction_makes_the_whole_covariance_of_a_curve_infinite(line, dtype):
+    x = np.linspace(0, 4, 50, dtype=dtype)
+    data = dtype(1.5) * x + np.cos(dtype(40) * x)
+    params, covariance = curvature.curve_fit(line, x, data, np.ones(3, dtype))
+    slope, offset = np.polyfit(x, data, 1)
+    np.testing.assert_allclose(line(params, np.eye(2, dtype=dtype)[0]), [slope + offset, offset], rtol=1e-3)
+    assert jnp.all(jnp.isinf(covariance))
 
 
 def test_a_fit_without_success_has_no_covariance():
@@ -312,6 +351,32 @@ def test_a_plateau_is_no_success_in_single_precision(width):
         lambda p: p[0] * np.exp(-((t - p[1]) ** 2) / p[2] ** 2) - data, [1.0, 0.045, width]
     )
     assert not fit.success or np.isclose(fit.value, theirs.cost, rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver", [curvature.levenberg_marquardt(), curvature.gauss_newton()], ids=["lm", "gn"])
+def test_what_the_jacobian_knows_is_not_lost_in_its_square(solver):
+    """The columns differ by 1e-4, whose square is lost beside 1; a step along their difference removes 0.005."""
+    x = jnp.zeros(2, jnp.float32)
+    state = solver.update(
+        None,
+        solver.init(x),
+        x,
+        residual_fn=lambda x: jnp.stack([x[0] + x[1], 1e-4 * x[1] - 5e-3, 1 + 0 * x[0]]),
+        request=Request(decrement=jnp.asarray(True), shorter=jnp.asarray(False)),
+    )[1]
+    np.testing.assert_allclose(state.decrement, 5e-3, rtol=1e-2)
+
+
+def test_a_saddle_where_two_terms_merge_is_left():
+    """SciPy's data of gh-4555: its own fit ends beside the saddle, at 3.793."""
+    rng = np.random.default_rng(408113519974467917)
+    x = np.arange(100.0)
+    data = np.linspace(2, 7, 100) + rng.random(100)
+    fit = curvature.least_squares(
+        lambda p, x, y: p[0] * jnp.log(x + 1 + p[1]) + p[2] * jnp.log(x + 1 + p[3]) + p[4] - y, np.ones(5), (x, data)
+    )
+    assert fit.success
+    np.testing.assert_allclose(fit.value, 3.7166137347, rtol=1e-9)
 
 
 def test_steps_to_where_derivatives_are_not_finite_are_taken_back():
