@@ -133,8 +133,8 @@ def second_order_update(
     params, value, grad, fun = _operands(name, updates, params, value, grad, value_fn, extra_args)
     local = _localize(name, params, value, grad, fun, hvp_fn, hessian_fn)
     usable = is_finite(value, local.grad)
-    vector, after = step(state, local._replace(grad=jnp.where(usable, local.grad, jnp.nan)))
-    return ravel(params)[1](jnp.where(usable, vector, 0)), unless_lost(usable, after, state)
+    vector, after = step(state, local._replace(grad=choose(usable, local.grad, jnp.full_like(local.grad, jnp.nan))))
+    return ravel(params)[1](choose(usable, vector, jnp.zeros_like(vector))), unless_lost(usable, after, state)
 
 
 def first_order(
@@ -200,7 +200,7 @@ def unless_lost(usable: Bool[Array, ""], after: Any, state: Any) -> Any:
     """The state after a step, or, where the gradient was not usable, the one before it, which says so."""
 
     def leaf(new: Array, old: Array) -> Array:
-        return new if new is old else jnp.where(usable, new, old)
+        return new if new is old else jax.lax.select(usable, new, old)
 
     lost = state._replace(status=jnp.asarray(Status.NONFINITE, jnp.int32))
     return jax.tree.map(leaf, after, lost)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -66,7 +67,7 @@ def gradient_for(name: str, updates: Tree | None, grad: Tree | None) -> Any:
     """The gradient of an update, where ``updates`` and ``grad=`` are the same arrays but for masked leaves.
 
     What changed the updates before, such as weight decay or clipping in an ``optax.chain``, has not changed
-    ``value_fn``: no step fits both. Arrays are compared by identity, because the values of tracers are not known.
+    ``value_fn``: no step fits both. Tracers are compared by identity, because their values are not known.
     """
     if updates is None or grad is None:
         return grad if updates is None else updates
@@ -81,7 +82,13 @@ def _are_same(updates: Tree, grad: Tree) -> bool:
         others = structure.flatten_up_to(grad)
     except ValueError:  # another structure
         return False
-    return all(_is_masked(leaf) or leaf is other for leaf, other in zip(leaves, others, strict=True))
+    return all(_is_masked(leaf) or _are_equal(leaf, other) for leaf, other in zip(leaves, others, strict=True))
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    if one is other or isinstance(one, Tracer) or isinstance(other, Tracer):
+        return one is other
+    return np.array_equal(one, other, equal_nan=True)
 
 
 def _naming_masks(name: str, method: str, params: Tree, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -342,7 +342,9 @@ def test_ekfac_has_the_exact_diagonal_in_its_basis_and_other_leaves_their_exact_
             assert route.startswith("Kronecker factors")
             weights = jnp.asarray(rng.normal(size=block.eigenvalues.shape))
             weighted = replace(block, eigenvalues=weights)
-            columns = [np.asarray(weighted.mv(row.reshape(block.layout.view.shape))).ravel() for row in jnp.asarray(exact)]
+            columns = [
+                np.asarray(weighted.mv(row.reshape(block.layout.view.shape))).ravel() for row in jnp.asarray(exact)
+            ]
             assert_close(np.trace(columns), jnp.sum(weights * block.eigenvalues), roundings=1e4)
         else:
             assert route.startswith(("exact block", "zero"))
