@@ -244,19 +244,15 @@ def _factored(
     factors = linear.factors
 
     def by_jacobian() -> tuple[QuadraticModel, Scalar]:
-        model, peak = region_model(factors, scale)
-        missing = (scale.size - model.eigenvalues.size, 0)  # fewer residuals than variables: nothing along the rest
-        vectors = jnp.pad(model.vectors, ((0, 0), missing))
-        return QuadraticModel(jnp.pad(model.eigenvalues, missing), vectors, jnp.pad(model.gradient, missing)), peak
+        return region_model(factors, scale)
 
     def by_hessian() -> tuple[QuadraticModel, Scalar]:
         assert curvature is not None
         matrix = curvature.hessian / scale[:, None] / scale[None]
         return factor_model(matrix, local.grad), jnp.ones_like(local.value)
 
-    if subproblem == "exact" and curvature is not None:
-        is_convex = jnp.isfinite(curvature.decrement)  # where it was asked for, as steps by J lead nowhere
-        model, peak = jax.lax.cond(second_order | is_convex, by_hessian, by_jacobian)
+    if subproblem == "exact" and curvature is not None and factors.values.size == scale.size:
+        model, peak = jax.lax.cond(second_order, by_hessian, by_jacobian)
     else:
         model, peak = by_jacobian()
     solve = _dogleg if subproblem == "dogleg" else solve_region
