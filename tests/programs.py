@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+_PRECISION = 'jax.config.update("jax_enable_x64", True)\n'
+
 Shape = tuple[int, ...]
 Generator = np.random.Generator
 
@@ -73,8 +75,9 @@ class Program:
 
 
 def namespace_of(text: str) -> dict[str, Any]:
-    """The names that a text defines."""
+    """The names that a text defines; whoever evaluates it has set the precision, and its own setting would remain."""
     names: dict[str, Any] = {}
+    text = text.replace(_PRECISION, "")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of casts that JAX truncates
         exec(compile(text, "program", "exec"), names)
@@ -781,7 +784,8 @@ def appended(t, rng, s, view):
 
 @layer(any_rank=True)
 def padded_by_leaf(t, rng, s, view):
-    return f"jax.lax.pad(h, {t.leaf(())}, [(0, 0, 0)] * (h.ndim - 1) + [(1, 0, 0)])", (*s[:-1], s[-1] + 1)
+    p = t.leaf(())  # JAX cannot transpose a pad whose operand is a constant
+    return f"jax.lax.pad(h + 0 * {p}, {p}, [(0, 0, 0)] * (h.ndim - 1) + [(1, 0, 0)])", (*s[:-1], s[-1] + 1)
 
 
 @layer(any_rank=True)
@@ -1330,7 +1334,7 @@ def _render(program: Program) -> Iterator[str]:
         functions += ["", "", "def loss_of_output(h, x, y, k):", *_indented([*losses, "return l"])]
     body = "\n".join(functions)
     yield "import jax\nimport jax.numpy as jnp\nimport numpy as np\n"
-    yield 'jax.config.update("jax_enable_x64", True)\n'
+    yield _PRECISION
     for name, source in HELPERS.items():
         if f"{name}(" in body:
             yield source

@@ -90,14 +90,16 @@ def gradients_of_site(taps: Taps, site: Site, values: Environment, captured: Any
     others = [v for n, v in enumerate(site.eqn.invars) if n not in site.operands]
     env.update({v: value for v, value in zip(others, captured, strict=True) if isinstance(v, Var)})
     operands = [site.eqn.invars[n] for n in site.operands]
+    # JAX cannot transpose a pad by its padding value alone.
+    others = [v for v in others if isinstance(v, Var)] if site.eqn.primitive.name == "pad" else []
 
-    def outputs(parameters: list[Array]) -> list[Array]:
+    def outputs(parameters: list[Array], beside: list[Array]) -> list[Array]:
         inner = Environment(env)
-        inner.write(operands, parameters)
+        inner.write([*operands, *others], [*parameters, *beside])
         outs = dict(zip(site.eqn.outvars, fun(*inner.read(variables)), strict=True))
         return [outs[v] for v in site.outputs]
 
-    _, pull = jax.vjp(outputs, values.read(operands))
+    _, pull = jax.vjp(outputs, values.read(operands), env.read(others))
     return [_to_root(gradient, origin) for gradient, origin in zip(pull(list(d))[0], site.origins, strict=True)]
 
 

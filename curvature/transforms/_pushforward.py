@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 from curvature import _checks
 from curvature._types import Tree
-from curvature.transforms._jaxprs import called_jaxpr, inline, is_floating, lone_equation, open_jaxpr
+from curvature.transforms._jaxprs import called_jaxpr, dependents, inline, is_floating, lone_equation, open_jaxpr
 from curvature.transforms._legality import Blocker, find_blocker, find_equation
 
 LINEAR_BY_ENTRY = frozenset({"add", "sub", "neg", "add_any", "copy", "convert_element_type", "select_n"})
@@ -184,7 +184,8 @@ def is_elementwise(closed: ClosedJaxpr, active: Sequence[int]) -> bool:
 
 
 def _only_by_entry(jaxpr: Jaxpr, shape: tuple[int, ...], assumed: frozenset[str]) -> bool:
-    return all(_by_entry(jaxpr, eqn, shape, assumed) for eqn in jaxpr.eqns)
+    on_inputs = dependents(jaxpr, jaxpr.invars)  # what depends on no input is a constant of each entry
+    return all(_by_entry(jaxpr, eqn, shape, assumed) for eqn in jaxpr.eqns if not on_inputs.isdisjoint(eqn.outvars))
 
 
 def _by_entry(jaxpr: Jaxpr, eqn: JaxprEqn, shape: tuple[int, ...], assumed: frozenset[str]) -> bool:

@@ -537,7 +537,7 @@ ERRORS = {
     ),
     "traced batches": (
         lambda: jax.jit(lambda op, v: op @ v)(curvature.HessianOperator(cubic, X, batches=[A]), X),
-        r"HessianOperator: x or v is traced, but batches= are summed on the host.*chunk_size=, pass op itself.*as_scipy",
+        r"HessianOperator: x or v is traced, but batches= are summed on the host.*chunk_size=, pass op itself.*as_sci",
     ),
     "block": (
         lambda: operator().block("w", "nowhere"),

@@ -327,3 +327,9 @@ def test_a_hessian_is_finite_where_that_of_jax_is():
     assert np.isfinite(want).any()
     assert not np.isfinite(want).all()
     np.testing.assert_allclose(curvature.hessian(f)(w), want, rtol=1e-10)
+
+
+def test_a_parameter_that_pads():
+    loss = lambda p, x: jnp.sum(jnp.sin(jax.lax.pad(jnp.tanh(x * p["w"]), p["edge"], [(1, 2, 0)]) * p["scale"]) ** 2)
+    params = {"w": normal(3), "edge": np.float64(0.3), "scale": normal(6, seed=2)}
+    assert_all_agree(loss, params, normal(B, 3, seed=1))
