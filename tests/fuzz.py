@@ -18,8 +18,11 @@ if jax.__version_info__ < (0, 11, 1):
 
 def case_of(program: Program) -> Case:
     """The functions and values of a program."""
-    names = namespace_of(program.text())
-    return Case(names["per"], names["f"], names["p"], names["batch"], names.get("output"), names.get("loss_of_output"))
+    text = program.text()
+    names = namespace_of(text)
+    # A pull-back that is not linear in its cotangents is that of no Jacobian: there is no Gauss-Newton matrix.
+    outputs = (None, None) if "clipped_back" in text else (names.get("output"), names.get("loss_of_output"))
+    return Case(names["per"], names["f"], names["p"], names["batch"], *outputs)
 
 
 def failures(program: Program, only: Sequence[str] = ()) -> dict[str, str]:

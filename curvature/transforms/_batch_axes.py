@@ -45,7 +45,7 @@ def axis_rule(eqn: Equation, axes: Axes, size: int) -> Rule | None:
 
 def _broadcast(eqn: Equation, axes: Axes, size: int) -> Rule | None:
     """Of an operand without examples: a new axis of their size may be theirs, for each of which it is the same."""
-    dims, shape = eqn.params["broadcast_dimensions"], eqn.params["shape"]
+    dims, shape = tuple(map(int, eqn.params["broadcast_dimensions"])), eqn.params["shape"]
     if axes[0] is not None:
         return axes, [dims[axes[0]]]
     operand = eqn.invars[0].aval.shape

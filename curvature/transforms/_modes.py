@@ -10,7 +10,7 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 from curvature import _checks
 from curvature._types import ChunkSize, HessianMode, JacobianMode, Tree
@@ -263,11 +263,12 @@ def _bytes_written(jaxpr: Jaxpr) -> int:
     return written
 
 
+def contains(primitive: str, eqn: JaxprEqn) -> bool:
+    """Whether an equation is one of ``primitive`` or has one in its bodies."""
+    bodies = jex.core.jaxprs_in_params(eqn.params)
+    return eqn.primitive.name == primitive or any(_has(primitive, body) for body in bodies)
+
+
 def _has(primitive: str, jaxpr: Jaxpr | ClosedJaxpr | None) -> bool:
     """Whether ``primitive`` occurs, also in the bodies of loops, branches and calls."""
-    if jaxpr is None:
-        return False
-    return any(
-        eqn.primitive.name == primitive or any(_has(primitive, body) for body in jex.core.jaxprs_in_params(eqn.params))
-        for eqn in jaxpr.eqns
-    )
+    return jaxpr is not None and any(contains(primitive, eqn) for eqn in jaxpr.eqns)

@@ -190,7 +190,9 @@ class Taps:
 def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
     """The taps of a loss; None where it has none to offer: no reverse mode, no jaxpr, parameters that do not meet data.
 
-    A loss in which parameters become complex numbers has none either: shifts and cotangents are real here.
+    A loss in which parameters become complex numbers has none either: shifts and cotangents are real here. Nor has one
+    in which parameters enter a ``custom_vjp``: cotangents are scaled and added up before they are sent back through
+    what parameters enter, which need not be linear there.
     """
     whole = _modes.trace(lambda point: (loss(point[0], *point[1]), None), (params, example))
     _checks.check_scalar_output(function, "loss", whole.out)
@@ -212,11 +214,18 @@ def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any,
     level = _analyze(closed, on_data, origins, views)
     assert level is not None, "only a scan can fail to be taken apart"
     roots = tuple(dict.fromkeys(origin.root for site in level.all_sites() for origin in site.origins))
-    if not roots:
+    if not roots or _enter_custom_vjp(level, on_data, dependents(closed.jaxpr, inputs)):
         return None
     views = {root: views[root] for root in roots if root in views}
     leaves_of = _leaves_of(closed.jaxpr, inputs, roots)
     return Taps(level, frozenset(on_data), tuple(inputs), roots, views, leaves_of, program)
+
+
+def _enter_custom_vjp(level: _Level, on_data: set[Variable], on_parameters: set[Variable]) -> bool:
+    """Whether parameters alone, or at a site without a form, go through a ``custom_vjp``."""
+    alone = [e for e in level.jaxpr.eqns if not on_parameters.isdisjoint(e.outvars) and on_data.isdisjoint(e.outvars)]
+    alone += [site.eqn for site in level.all_sites() if site.form is None]
+    return any(_modes.contains("custom_vjp_call", eqn) for eqn in alone)
 
 
 # ---- analysis ----------------------------------------------------------------------------------------------------

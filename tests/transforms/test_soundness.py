@@ -291,6 +291,20 @@ def clipped_on_the_way_back(x):
 clipped_on_the_way_back.defvjp(lambda x: (x, x), lambda x, d: (jnp.clip(d, -0.3, 0.3) * (1 + x**2),))
 
 
+RULES = {
+    "on parameters alone": lambda p, x: jnp.sum(jnp.sin(x @ clipped_on_the_way_back(p["w"])) ** 2),
+    "on parameters and data in a branch": lambda p, x: jnp.sum(
+        jax.lax.cond(x[0] > 0, lambda w, x: clipped_on_the_way_back(x @ w), lambda w, x: x @ w, p["w"], x) ** 2
+    ),
+    "on a function of them": lambda p, x: 3 * jnp.sum(clipped_on_the_way_back(x @ p["w"]) ** 2),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_cotangents_are_clipped_one_example_at_a_time(name):
+    assert_all_agree(RULES[name], {"w": 2 * normal(3, 2)}, 2 * normal(B, 3, seed=1))
+
+
 @jax.custom_jvp
 def rotated(x):
     return x
