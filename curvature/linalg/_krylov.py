@@ -83,7 +83,7 @@ def cg(
     return call_solver("cg", _cg, op, b, rtol, limit, preconditioner)
 
 
-def _cg(op: Operator, b: Tree, rtol: Array, limit: Int[Array, ""], preconditioner: Operator | None) -> Any:
+def _cg(op: Operator, b: Tree, rtol: ArrayLike, limit: Int[Array, ""], preconditioner: Operator | None) -> Any:
     system = linear_system("cg", op, b, limit, preconditioner)
 
     def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:

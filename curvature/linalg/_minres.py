@@ -84,7 +84,7 @@ def minres(
     return call_solver("minres", _minres, op, b, rtol, limit, preconditioner)
 
 
-def _minres(op: Operator, b: Tree, rtol: Array, limit: Int[Array, ""], preconditioner: Operator | None) -> Any:
+def _minres(op: Operator, b: Tree, rtol: ArrayLike, limit: Int[Array, ""], preconditioner: Operator | None) -> Any:
     system = linear_system("minres", op, b, limit, preconditioner)
 
     def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:

@@ -106,7 +106,7 @@ def solve(
 
 
 def _solve(
-    op: Operator, b: Tree, rtol: Array, limit: Int[Array, ""], preconditioner: Operator | None, method: SolveMethod
+    op: Operator, b: Tree, rtol: ArrayLike, limit: Int[Array, ""], preconditioner: Operator | None, method: SolveMethod
 ) -> tuple[Tree, SolveInfo]:
     system = linear_system("solve", op, b, limit, preconditioner)
     if method == "auto":

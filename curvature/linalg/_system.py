@@ -35,15 +35,19 @@ class System(NamedTuple):
 
 def check_system(
     function: str, b: Tree, rtol: ArrayLike, max_steps: ArrayLike | None
-) -> tuple[Tree, Array, Int[Array, ""]]:
-    """The right-hand side, the tolerance and the most steps as arrays, once their values are known to be legal."""
+) -> tuple[Tree, ArrayLike, Int[Array, ""]]:
+    """The right-hand side, the tolerance and the most steps as operands, once their values are known to be legal.
+
+    A float stays one: inside ``shard_map`` a linear solve refuses an array that does not vary beside what does.
+    """
     b = _checks.check_point(function, "b", b)
     _checks.check_entries(function, "b", b)
     _checks.check_nonnegative(function, "rtol", rtol)
     if max_steps is not None:
         _checks.check_count(function, "max_steps", max_steps)
     size = sum(leaf.size for leaf in jax.tree.leaves(b))
-    return b, jnp.asarray(rtol), jnp.asarray(10 * size if max_steps is None else max_steps, jnp.int32)
+    rtol = float(rtol) if isinstance(rtol, int) else rtol
+    return b, rtol, jnp.asarray(10 * size if max_steps is None else max_steps, jnp.int32)
 
 
 def linear_system(
