@@ -65,7 +65,7 @@ def vary_like(tree: Tree, batch: Any) -> Tree:
 
 def _type_of(value: Any) -> Any:
     """The type of an array; a type, as of a traced output, is its own."""
-    return value if isinstance(value, jax.core.ShapedArray) else jax.typeof(value)
+    return value if isinstance(value, type(jax.typeof(0.0))) else jax.typeof(value)
 
 
 def varying_axes(aval: Any) -> frozenset[str]:

@@ -77,7 +77,7 @@ class _Facts:
 
     def range_of(self, v: Any) -> Range:
         """The bounds of a variable or a literal."""
-        dtype = getattr(v.aval, "dtype", None)
+        dtype: Any = getattr(v.aval, "dtype", None)
         if isinstance(v, Literal) and not jnp.issubdtype(dtype, jnp.complexfloating):
             return float(np.min(v.val)), float(np.max(v.val))
         bounds = (0.0, 1.0) if dtype == np.bool_ else _UNKNOWN
@@ -283,6 +283,8 @@ def _note_peak(eqn: Any, facts: _Facts) -> None:
 
 def _is_shifted_by_its_peak(eqn: Any, facts: _Facts) -> bool:
     """Whether an equation subtracts from a variable its own maxima over some axes."""
+    x: Any
+    shift: Any
     x, shift = eqn.invars
     peak = None if isinstance(shift, Literal) else facts.peaks.get(shift)
     if peak is None or peak.of is not x or shift.aval.ndim != x.aval.ndim:
