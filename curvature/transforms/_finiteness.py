@@ -283,11 +283,9 @@ def _note_peak(eqn: Any, facts: _Facts) -> None:
 
 def _is_shifted_by_its_peak(eqn: Any, facts: _Facts) -> bool:
     """Whether an equation subtracts from a variable its own maxima over some axes."""
-    x: Any
-    shift: Any
     x, shift = eqn.invars
     peak = None if isinstance(shift, Literal) else facts.peaks.get(shift)
-    if peak is None or peak.of is not x or shift.aval.ndim != x.aval.ndim:
+    if peak is None or peak.of is not x or len(peak.places) != x.aval.ndim:
         return False
     wanted = tuple(None if axis in peak.axes or size == 1 else axis for axis, size in enumerate(x.aval.shape))
     places = tuple(None if size == 1 else place for place, size in zip(peak.places, x.aval.shape, strict=True))
