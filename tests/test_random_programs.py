@@ -26,7 +26,7 @@ def test_a_random_program_has_the_derivatives_of_jax(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.parametrize("seed", range(20))
 def test_many_random_programs_have_the_derivatives_of_jax(seed):
     check(seed)
     if seed % 50 == 49:
