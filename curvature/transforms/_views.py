@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array
 
+from curvature.transforms._accumulate import zeros
 from curvature.transforms._jaxprs import Equation, is_real
 
 _OPERATIONS = {"reshape": jax.lax.reshape, "transpose": jax.lax.transpose, "rev": jax.lax.rev}
@@ -36,7 +37,8 @@ class View(NamedTuple):
 
     def transpose(self, array: Array) -> Array:
         """An array shaped like the view, rearranged as the leaf is."""
-        return jax.linear_transpose(self.apply, jax.ShapeDtypeStruct(self.shape, array.dtype))(array)[0]
+        nothing = zeros(self.shape, jax.typeof(array))  # which varies over the devices of a mesh as the array does
+        return jax.vjp(self.apply, nothing)[1](array)[0]
 
     def extended(self, eqn: Equation) -> "View | None":
         """The view that an equation makes of this one, or None if its output is no rearrangement of its operand.
