@@ -7,7 +7,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from curvature.transforms._batch_axes import axis_rule
 from curvature.transforms._jaxprs import Equation, Variable, open_jaxpr
-from curvature.transforms._legality import Blocker
+from curvature.transforms._legality import Blocker, blocker_at
 
 _AFFINE = {"add", "sub", "add_any", "neg", "convert_element_type", "copy"}
 _AFFINE |= {"reduce_sum", "reshape", "squeeze", "broadcast_in_dim", "transpose"}
@@ -47,12 +47,12 @@ def _follow(jaxpr: Jaxpr, places: _Places, size: int, may_sum: bool) -> Blocker 
                 return found
         elif any(v in places.sums for v in operands):
             if not _is_affine(eqn, places):
-                return _at(eqn)
+                return blocker_at(eqn)
             places.sums.update(eqn.outvars)
         else:
             rule = axis_rule(eqn, [places.axes.get(v) if isinstance(v, Var) else None for v in eqn.invars], size)
             if rule is None or (None in rule[1] and not may_sum):
-                return _at(eqn)
+                return blocker_at(eqn)
             for v, axis in zip(eqn.outvars, rule[1], strict=True):
                 _place(places, v, axis, axis is None)
     return None
@@ -68,7 +68,7 @@ def _follow_call(eqn: Equation, body: Jaxpr, places: _Places, size: int, may_sum
     for v, out in zip(eqn.outvars, body.outvars, strict=True):
         if isinstance(out, Var):
             _place(places, v, inner.axes.get(out), out in inner.sums)
-    return found if found is None or found.where else found._replace(where=_at(eqn).where)
+    return found if found is None or found.where else found._replace(where=blocker_at(eqn).where)
 
 
 def _place(places: _Places, v: Variable, axis: int | None, is_sum: bool) -> None:
@@ -76,10 +76,6 @@ def _place(places: _Places, v: Variable, axis: int | None, is_sum: bool) -> None
         places.axes[v] = axis
     if is_sum:
         places.sums.add(v)
-
-
-def _at(eqn: Equation) -> Blocker:
-    return Blocker(eqn.primitive.name, jex.source_info_util.summarize(eqn.source_info))
 
 
 def _body_of(eqn: Equation) -> Jaxpr | None:

@@ -23,6 +23,7 @@ from jaxtyping import Array
 from curvature._types import Objective, Tree
 from curvature.transforms import _modes
 from curvature.transforms._jaxprs import Equation, Variable, dependents, inline
+from curvature.transforms._legality import blocker_at
 
 _MOST_LINES = 3  # of the user's program that an error message names for each leaf
 MOVES = 64.0  # times what a move of the point by four roundings changes
@@ -242,7 +243,7 @@ def entries_of(closed: ClosedJaxpr, leaf: int, num_leaves: int) -> list[str]:
 
 def line_of(eqn: Equation) -> str:
     """The primitive of an equation and the user's line that brought it in."""
-    return f"{eqn.primitive.name} at {jex.source_info_util.summarize(eqn.source_info)}"
+    return str(blocker_at(eqn))
 
 
 def describe_leaf(path: str, route: str | None, lines: Sequence[str]) -> str:
