@@ -311,6 +311,9 @@ def _gauss_newton(case: Case, p: Any, example: Any) -> tuple[list[Any], Any]:
 
 # ---- comparison -----------------------------------------------------------------------------------------------------
 
+# The numbers of a program are near one. Where its terms cancel to zero, the gradient too, what is left is their rounding.
+_LEAST_SCALE = 1e-4
+
 
 def _difference(ours: Any, theirs: Any, tolerance: float, scale: float) -> str | None:
     if isinstance(theirs, tuple):
@@ -356,7 +359,7 @@ def failures_of(case: Case, tolerance: float, number: int = 0, only: Sequence[st
     if only:
         checks = {name: check for name, check in checks.items() if name in only}
     together = _evaluate(lambda *data: {name: check.ours(*data) for name, check in checks.items()}, case)
-    scale = float(np.abs(truth.gradient).max(initial=0))  # of rounding, where a Hessian is zero
+    scale = float(np.abs(truth.gradient).max(initial=_LEAST_SCALE))  # of rounding, where a Hessian is zero
     failures = {}
     for name, check in checks.items():
         ours = _evaluate(check.ours, case) if isinstance(together, Exception) else together[name]
@@ -377,5 +380,5 @@ def _kronecker_failures(case: Case, tolerance: float) -> dict[str, str]:
         blocks = kronecker_blocks(case)
     except Exception as error:
         return {"KroneckerOperator": f"raises {type(error).__name__}: {str(error)[:300]}"}
-    found = {name: _difference(*pair, tolerance, 0.0) for name, pair in (blocks or {}).items()}
+    found = {name: _difference(*pair, tolerance, _LEAST_SCALE) for name, pair in (blocks or {}).items()}
     return {name: difference for name, difference in found.items() if difference is not None}
