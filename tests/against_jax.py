@@ -311,7 +311,7 @@ def _gauss_newton(case: Case, p: Any, example: Any) -> tuple[list[Any], Any]:
 
 # ---- comparison -----------------------------------------------------------------------------------------------------
 
-# The numbers of a program are near one. Where its terms cancel to zero, the gradient too, what is left is their rounding.
+# The numbers of a program are near one. Where all its terms cancel, in the gradient too, only rounding is left.
 _LEAST_SCALE = 1e-4
 
 
