@@ -1,201 +1,74 @@
 """Second-order derivatives, curvature and Newton methods for JAX."""
 
-from curvature._types import History, MinimizeResult, SolveInfo, Status
-from curvature.diagnostics import DerivativeCheck, DerivativeReport, Explanation, Way, check_derivatives, explain
-from curvature.linalg import (
-    DiagonalPreconditioner,
-    Eigenpairs,
-    Estimate,
-    NystromPreconditioner,
-    SpectralDensity,
-    Tridiagonal,
-    cg,
-    check_symmetry,
-    diagonal,
-    diagonal_preconditioner,
-    eigsh,
-    lanczos,
-    logdet,
-    minres,
-    nystrom_preconditioner,
-    solve,
-    spectral_density,
-    trace,
-)
-from curvature.operators import (
-    FisherOperator,
-    GaussNewtonOperator,
-    HessianOperator,
-    JacobianOperator,
-    KroneckerOperator,
-    LinearOperator,
-    MatrixOperator,
-    NTKOperator,
-    as_lineax,
-    as_scipy,
-    damping,
-)
-from curvature.optimizers import (
-    AdaHessianState,
-    BFGSState,
-    CubicNewtonState,
-    GaussNewtonState,
-    KFACState,
-    LBFGSBState,
-    LBFGSState,
-    LeastSquaresResult,
-    LevenbergMarquardtState,
-    MinimizeStep,
-    NaturalGradientState,
-    NewtonCGState,
-    NewtonState,
-    SophiaState,
-    SR1State,
-    TrustRegionState,
-    adahessian,
-    bfgs,
-    cubic_newton,
-    curve_fit,
-    gauss_newton,
-    kfac,
-    lbfgs,
-    lbfgsb,
-    least_squares,
-    levenberg_marquardt,
-    minimize,
-    minimize_batched,
-    natural_gradient,
-    newton,
-    newton_cg,
-    projected_newton,
-    scale_by_adahessian,
-    scale_by_sophia,
-    scipy_minimize,
-    sophia,
-    sr1,
-    trust_region,
-)
-from curvature.transforms import (
-    GradMoments,
-    MatrixView,
-    Tapped,
-    TapReport,
-    clipped_grad,
-    directional_derivatives,
-    hessian,
-    hessian_diagonal,
-    hvp,
-    jacobian,
-    laplacian,
-    linearize_grad,
-    matrix_view,
-    mean_hessian,
-    per_example_grad,
-    per_example_grad_moments,
-    per_example_grad_norm,
-    per_example_hessian,
-    sparse_hessian,
-    sparse_jacobian,
-    vmap,
-)
+from importlib.metadata import version as _version
 
-__all__ = [
-    "AdaHessianState",
-    "BFGSState",
-    "CubicNewtonState",
-    "DerivativeCheck",
-    "DerivativeReport",
-    "DiagonalPreconditioner",
-    "Eigenpairs",
-    "Estimate",
-    "Explanation",
-    "FisherOperator",
-    "GaussNewtonOperator",
-    "GaussNewtonState",
-    "GradMoments",
-    "HessianOperator",
-    "History",
-    "JacobianOperator",
-    "KFACState",
-    "KroneckerOperator",
-    "LBFGSBState",
-    "LBFGSState",
-    "LeastSquaresResult",
-    "LevenbergMarquardtState",
-    "LinearOperator",
-    "MatrixOperator",
-    "MatrixView",
-    "MinimizeResult",
-    "MinimizeStep",
-    "NTKOperator",
-    "NaturalGradientState",
-    "NewtonCGState",
-    "NewtonState",
-    "NystromPreconditioner",
-    "SR1State",
-    "SolveInfo",
-    "SophiaState",
-    "SpectralDensity",
-    "Status",
-    "TapReport",
-    "Tapped",
-    "Tridiagonal",
-    "TrustRegionState",
-    "Way",
-    "adahessian",
-    "as_lineax",
-    "as_scipy",
-    "bfgs",
-    "cg",
-    "check_derivatives",
-    "check_symmetry",
-    "clipped_grad",
-    "cubic_newton",
-    "curve_fit",
-    "damping",
-    "diagonal",
-    "diagonal_preconditioner",
-    "directional_derivatives",
-    "eigsh",
-    "explain",
-    "gauss_newton",
-    "hessian",
-    "hessian_diagonal",
-    "hvp",
-    "jacobian",
-    "kfac",
-    "lanczos",
-    "laplacian",
-    "lbfgs",
-    "lbfgsb",
-    "least_squares",
-    "levenberg_marquardt",
-    "linearize_grad",
-    "logdet",
-    "matrix_view",
-    "mean_hessian",
-    "minimize",
-    "minimize_batched",
-    "minres",
-    "natural_gradient",
-    "newton",
-    "newton_cg",
-    "nystrom_preconditioner",
-    "per_example_grad",
-    "per_example_grad_moments",
-    "per_example_grad_norm",
-    "per_example_hessian",
-    "projected_newton",
-    "scale_by_adahessian",
-    "scale_by_sophia",
-    "scipy_minimize",
-    "solve",
-    "sophia",
-    "sparse_hessian",
-    "sparse_jacobian",
-    "spectral_density",
-    "sr1",
-    "trace",
-    "trust_region",
-    "vmap",
-]
+from curvature import types as types
+from curvature._types import MinimizeResult as MinimizeResult
+from curvature._types import Status as Status
+from curvature.diagnostics._check_derivatives import check_derivatives as check_derivatives
+from curvature.diagnostics._explain import explain as explain
+from curvature.linalg._cg import cg as cg
+from curvature.linalg._eigsh import eigsh as eigsh
+from curvature.linalg._lanczos import lanczos as lanczos
+from curvature.linalg._minres import minres as minres
+from curvature.linalg._preconditioners import diagonal_preconditioner as diagonal_preconditioner
+from curvature.linalg._preconditioners import nystrom_preconditioner as nystrom_preconditioner
+from curvature.linalg._solve import solve as solve
+from curvature.linalg._spectral_density import logdet as logdet
+from curvature.linalg._spectral_density import spectral_density as spectral_density
+from curvature.linalg._symmetry import check_symmetry as check_symmetry
+from curvature.linalg._trace import diagonal as diagonal
+from curvature.linalg._trace import trace as trace
+from curvature.operators._base import LinearOperator as LinearOperator
+from curvature.operators._base import MatrixOperator as MatrixOperator
+from curvature.operators._base import damping as damping
+from curvature.operators._curvature import FisherOperator as FisherOperator
+from curvature.operators._curvature import GaussNewtonOperator as GaussNewtonOperator
+from curvature.operators._curvature import HessianOperator as HessianOperator
+from curvature.operators._interop import as_lineax as as_lineax
+from curvature.operators._interop import as_scipy as as_scipy
+from curvature.operators._jacobian_operators import JacobianOperator as JacobianOperator
+from curvature.operators._jacobian_operators import NTKOperator as NTKOperator
+from curvature.operators.kronecker._operator import KroneckerOperator as KroneckerOperator
+from curvature.optimizers._bfgs import bfgs as bfgs
+from curvature.optimizers._cubic_newton import cubic_newton as cubic_newton
+from curvature.optimizers._gauss_newton import gauss_newton as gauss_newton
+from curvature.optimizers._lbfgs import lbfgs as lbfgs
+from curvature.optimizers._lbfgsb import lbfgsb as lbfgsb
+from curvature.optimizers._levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
+from curvature.optimizers._newton import newton as newton
+from curvature.optimizers._newton_cg import newton_cg as newton_cg
+from curvature.optimizers._projected_newton import projected_newton as projected_newton
+from curvature.optimizers._sr1 import sr1 as sr1
+from curvature.optimizers._trust_region import trust_region as trust_region
+from curvature.solvers._batched import minimize_batched as minimize_batched
+from curvature.solvers._curve_fit import curve_fit as curve_fit
+from curvature.solvers._fit import LeastSquaresResult as LeastSquaresResult
+from curvature.solvers._least_squares import least_squares as least_squares
+from curvature.solvers._minimize import minimize as minimize
+from curvature.solvers._scipy import scipy_minimize as scipy_minimize
+from curvature.training._adahessian import adahessian as adahessian
+from curvature.training._adahessian import scale_by_adahessian as scale_by_adahessian
+from curvature.training._kfac import kfac as kfac
+from curvature.training._natural_gradient import natural_gradient as natural_gradient
+from curvature.training._sophia import scale_by_sophia as scale_by_sophia
+from curvature.training._sophia import sophia as sophia
+from curvature.transforms._blocks import matrix_view as matrix_view
+from curvature.transforms._chunks import vmap as vmap
+from curvature.transforms._clipped_grad import clipped_grad as clipped_grad
+from curvature.transforms._clipped_grad import per_example_grad_norm as per_example_grad_norm
+from curvature.transforms._grad_moments import per_example_grad_moments as per_example_grad_moments
+from curvature.transforms._hessian import hessian as hessian
+from curvature.transforms._hessian import hessian_diagonal as hessian_diagonal
+from curvature.transforms._hessian import hvp as hvp
+from curvature.transforms._hessian import linearize_grad as linearize_grad
+from curvature.transforms._jacobian import jacobian as jacobian
+from curvature.transforms._laplacian import directional_derivatives as directional_derivatives
+from curvature.transforms._laplacian import laplacian as laplacian
+from curvature.transforms._mean_hessian import mean_hessian as mean_hessian
+from curvature.transforms._per_example import per_example_grad as per_example_grad
+from curvature.transforms._per_example import per_example_hessian as per_example_hessian
+from curvature.transforms._sparse import sparse_hessian as sparse_hessian
+from curvature.transforms._sparse import sparse_jacobian as sparse_jacobian
+
+__version__ = _version("curvature-jax")

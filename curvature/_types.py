@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Objective = Callable[..., Any]
@@ -16,6 +14,13 @@ Objective = Callable[..., Any]
 
 Tree = PyTree[Any]
 """A tree of arrays: the point ``x``, a direction, a gradient."""
+
+Vector = Float[Array, " n"]
+"""A tree as one vector; see ``ravel``."""
+
+Matrix = Float[Array, "n n"]
+Scalar = Float[Array, ""]
+VectorMap = Callable[[Vector], Vector]
 
 HessianMode = Literal["auto", "fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd"]
 """How two derivatives are composed: ``"a_over_b"`` differentiates, by mode ``a``, the gradient made by mode ``b``."""
@@ -135,11 +140,3 @@ class SolveInfo(NamedTuple):
     residual_norm: Float[Array, ""]
     min_curvature: Float[Array, ""]
     direction: Tree
-
-
-def ravel(tree: Tree) -> tuple[Float[Array, " n"], Callable[[Array], Tree]]:
-    """The tree as one vector of at least single precision, and the way back, which restores each leaf's dtype."""
-    with jax.numpy_dtype_promotion("standard"):  # leaves may differ in dtype even where users are strict
-        flat, unravel = ravel_pytree(tree)
-        dtype = jnp.promote_types(flat.dtype, jnp.float32)
-    return flat.astype(dtype), lambda vector: unravel(vector.astype(flat.dtype))

@@ -126,7 +126,7 @@ def show_fit(screen: Console, params: Params, data: Data) -> curvature.MinimizeR
     screen.print('curvature.minimize(loss, params, data, method="trust-region", gtol=1e-9)', style="bold")
     screen.print("step   objective           max|gradient|   radius   CG steps")
 
-    def show(step: curvature.MinimizeStep) -> None:
+    def show(step: curvature.types.MinimizeStep) -> None:
         state = f"{float(step.state.radius):6.3g}   {int(step.state.num_inner_steps):8}"
         screen.print(f"{int(step.num_steps):4}   {float(step.value):.15f}   {float(step.grad_norm):13.1e}   {state}")
 

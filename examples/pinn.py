@@ -85,7 +85,7 @@ def train(max_steps: int) -> tuple[curvature.MinimizeResult, Curve]:
     screen, points, curve, began = timing.console(), square(POINTS), [], time.perf_counter()
     screen.print("step   mean square residual   max|gradient|   CG steps   seconds")
 
-    def show(step: curvature.MinimizeStep) -> None:
+    def show(step: curvature.types.MinimizeStep) -> None:
         seconds = time.perf_counter() - began
         curve.append((seconds, float(step.value)))
         if int(step.num_steps) % 10 == 0:

@@ -94,7 +94,7 @@ def product(op: Operator, v: Params) -> Params:
     return op @ v
 
 
-def solve(op: Operator, b: Params) -> tuple[Params, curvature.SolveInfo]:
+def solve(op: Operator, b: Params) -> tuple[Params, curvature.types.SolveInfo]:
     """``(A + c I) x = b`` by conjugate gradients, all in one program."""
     return curvature.cg(op + curvature.damping(DAMPING), b, rtol=1e-4)
 

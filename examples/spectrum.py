@@ -34,7 +34,7 @@ Params = dict[str, jax.Array]
 class Spectrum(NamedTuple):
     """The density of the eigenvalues, and the ends of the spectrum."""
 
-    density: curvature.SpectralDensity
+    density: curvature.types.SpectralDensity
     largest: jax.Array
     smallest: jax.Array
 

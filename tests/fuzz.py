@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from tests.against_jax import Case, NotDifferentiableError, examples_taken_apart, failures_of
-from tests.programs import Program, draw, namespace_of, shrink
+from tests.random_programs import Program, draw, namespace_of, shrink
 
 # Each program runs once; see conftest.py. XLA reads the flags at the first compilation.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -1,11 +1,11 @@
-"""Random programs, and the derivatives of each by every fast path against those of JAX alone; see ``programs.py``."""
+"""Random programs (``random_programs.py``): every fast path against the derivatives of JAX alone."""
 
 import jax
 import pytest
 
 import curvature
 from tests.fuzz import failures, report
-from tests.programs import Piece, Program, draw, shrink
+from tests.random_programs import Piece, Program, draw, shrink
 
 
 @pytest.fixture(autouse=True)

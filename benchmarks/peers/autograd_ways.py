@@ -11,7 +11,7 @@ from benchmarks.peers import operations
 from benchmarks.peers.flat import PRODUCTS, Flat
 
 Function = Callable[..., Any]
-Way = Callable[[Any, Function], Function]  # from the module and ``fun(x)`` to a function of ``x`` and ``v``
+ModeCost = Callable[[Any, Function], Function]  # from the module and ``fun(x)`` to a function of ``x`` and ``v``
 
 
 def contestants(flat: Flat, derivative: str, choice: Choice) -> Iterator[Contestant]:
@@ -21,7 +21,7 @@ def contestants(flat: Flat, derivative: str, choice: Choice) -> Iterator[Contest
         yield Contestant(name, "autograd", make=functools.partial(start, flat, way, choice), pieces=pieces)
 
 
-def start(flat: Flat, way: Way, choice: Choice) -> Task:
+def start(flat: Flat, way: ModeCost, choice: Choice) -> Task:
     """The call to be timed; NumPy's threads are those of its BLAS, which the environment has told."""
     import autograd
 
@@ -47,7 +47,7 @@ def one_tape(autograd: Any, fun: Function) -> Function:
     return products
 
 
-WAYS: dict[str, dict[str, Way]] = {
+WAYS: dict[str, dict[str, ModeCost]] = {
     "gradient": {"autograd.grad": lambda autograd, fun: lambda x, v: autograd.grad(fun)(x)},
     "hvp": {"autograd.hessian_vector_product": lambda autograd, fun: autograd.hessian_vector_product(fun)},
     "products": {"autograd.make_vjp, one tape": one_tape, "autograd.hessian_vector_product": products_anew},

@@ -11,7 +11,7 @@ from benchmarks.peers.flat import PRODUCTS, Flat
 
 TensorFlow = Any  # the module, which is imported when a contestant starts
 Function = Callable[..., Any]
-Way = Callable[[TensorFlow, Function], Function]  # from ``fun(x)`` to a function of ``x`` and ``v``
+ModeCost = Callable[[TensorFlow, Function], Function]  # from ``fun(x)`` to a function of ``x`` and ``v``
 
 
 def contestants(
@@ -25,7 +25,7 @@ def contestants(
             yield Contestant(f"{name}, {execution}", "tensorflow", make=make, pieces=pieces)
 
 
-def start(flat: Flat, way: Way, choice: Choice, execution: str) -> Task:
+def start(flat: Flat, way: ModeCost, choice: Choice, execution: str) -> Task:
     """The call to be timed; compilation happens at its first call."""
     tf = library(choice.threads, choice.device)
     x, v, *data = (tf.constant(array, choice.dtype) for array in (flat.x, flat.v, *flat.data))
@@ -116,7 +116,7 @@ def one_tape(tf: TensorFlow, fun: Function) -> Function:
     return products
 
 
-WAYS: dict[str, dict[str, Way]] = {
+WAYS: dict[str, dict[str, ModeCost]] = {
     "gradient": {"GradientTape": gradient},
     "hvp": {
         "ForwardAccumulator over GradientTape": forward_over_reverse,

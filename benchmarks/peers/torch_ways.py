@@ -14,7 +14,7 @@ from benchmarks.peers.flat import PRODUCTS, Flat
 
 Torch = Any  # the module, which is imported when a contestant starts
 Function = Callable[..., Any]
-Way = Callable[[Torch, Function], Function]  # from ``fun(x)`` to a function of ``x`` and ``v``
+ModeCost = Callable[[Torch, Function], Function]  # from ``fun(x)`` to a function of ``x`` and ``v``
 
 
 def contestants(flat: Flat, derivative: str, choice: Choice, *, compiled: bool = True) -> Iterator[Contestant]:
@@ -35,7 +35,7 @@ def contestants(flat: Flat, derivative: str, choice: Choice, *, compiled: bool =
         yield Contestant(f"torch.compile({name})", "torch", make=make, read=read, pieces=pieces)
 
 
-def start(flat: Flat, way: Way, choice: Choice, *, compiled: bool = False) -> Task:
+def start(flat: Flat, way: ModeCost, choice: Choice, *, compiled: bool = False) -> Task:
     """The call to be timed; compilation happens at its first call."""
     torch = library(choice.threads)
     device = "cuda" if choice.device == "gpu" else "cpu"
@@ -122,7 +122,7 @@ def reverse_over_reverse(torch: Torch, fun: Function) -> Function:
     return lambda x, v: torch.func.vjp(torch.func.grad(fun), x)[1](v)[0]
 
 
-def in_a_loop(way: Way) -> Way:
+def in_a_loop(way: ModeCost) -> ModeCost:
     """The products one after the other, each from the beginning."""
 
     def loop(torch: Torch, fun: Function) -> Function:
@@ -132,7 +132,7 @@ def in_a_loop(way: Way) -> Way:
     return loop
 
 
-def functional(name: str, **options: Any) -> Way:
+def functional(name: str, **options: Any) -> ModeCost:
     """A function of ``torch.autograd.functional`` with its options."""
 
     def way(torch: Torch, fun: Function) -> Function:
@@ -141,7 +141,7 @@ def functional(name: str, **options: Any) -> Way:
     return way
 
 
-WAYS: dict[str, dict[str, Way]] = {
+WAYS: dict[str, dict[str, ModeCost]] = {
     "gradient": {
         "torch.autograd.grad": backward,
         "torch.func.grad": lambda torch, fun: lambda x, v: torch.func.grad(fun)(x),

@@ -133,7 +133,7 @@ def eigenvalues(race: Race, make: Callable[[], Network], report: Callable[[str],
     return outcome
 
 
-def largest(op: Any) -> curvature.Eigenpairs:
+def largest(op: Any) -> curvature.types.Eigenpairs:
     """By ``curvature.eigsh``."""
     return curvature.eigsh(op, k=EIGENVALUES, which="LA")
 

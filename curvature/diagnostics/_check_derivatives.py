@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from curvature import _checks
+from curvature import _checks, _trees
 from curvature._types import HessianMode, Objective, Tree
 from curvature.diagnostics import _judge
 from curvature.diagnostics._line import Line, scales_of
 from curvature.diagnostics._reports import DerivativeCheck, DerivativeReport
-from curvature.transforms import _modes, hessian, hvp, matrix_view
+from curvature.programs import _traced
+from curvature.transforms._blocks import matrix_view
+from curvature.transforms._hessian import hessian, hvp
 from curvature.transforms._jacobian import gradient_of, with_aux
 from curvature.transforms._mean_hessian import find_structure
 
@@ -79,7 +81,7 @@ def check_derivatives(
     x = _checks.check_point("check_derivatives", "x", x)
     _checks.check_concrete("check_derivatives", {"x": x, "args": args})
     _checks.check_entries("check_derivatives", "x", x)
-    own = _modes.trace(lambda x: with_aux("check_derivatives", f(x, *args), False), x)
+    own = _traced.trace(lambda x: with_aux("check_derivatives", f(x, *args), False), x)
     _checks.check_floating_output("check_derivatives", "f", own.out)
     remarks = []
     if not own.is_scalar:
@@ -98,7 +100,7 @@ def check_derivatives(
     return DerivativeReport(name, (finite, *checks), nonfinite, tuple(remarks))
 
 
-def _scalar(f: Objective, args: tuple[Any, ...], own: _modes.Program) -> Objective:
+def _scalar(f: Objective, args: tuple[Any, ...], own: _traced.Program) -> Objective:
     """``f`` of ``x`` alone, as a scalar: the sum of its outputs, each with a fixed random weight."""
     if own.is_scalar:
         return lambda x: f(x, *args)
@@ -123,12 +125,12 @@ def _line(f: Objective, args: tuple[Any, ...], x: Tree, order: int, remarks: lis
 
     wide_x, wide_args = jax.tree.map(widen, x), jax.tree.map(widen, args)
     try:
-        own = _modes.trace(lambda x: (f(x, *wide_args), None), wide_x)
+        own = _traced.trace(lambda x: (f(x, *wide_args), None), wide_x)
         fun, point = _scalar(f, wide_args, own), wide_x
         line = Line(fun, point, order)
     except (TypeError, ValueError) as error:
         first = next(iter(str(error).splitlines()), "")
-        own = _modes.trace(lambda x: (f(x, *args), None), x)
+        own = _traced.trace(lambda x: (f(x, *args), None), x)
         fun, point = _scalar(f, args, own), x
         line = Line(fun, point, order)  # raises again if double precision was not the reason
         remarks.append(f"f does not take double precision, so differences are rough: {first}")
@@ -140,7 +142,7 @@ def _line(f: Objective, args: tuple[Any, ...], x: Tree, order: int, remarks: lis
 
 def _assembled(fun: Objective, x: Tree, line: Line, remarks: list[str]) -> np.ndarray | None:
     """The Hessian that ``hessian`` assembles from examples, in the units of the line; None where it does not."""
-    if find_structure(_modes.trace(lambda x: (fun(x), None), x)) is None:
+    if find_structure(_traced.trace(lambda x: (fun(x), None), x)) is None:
         return None
     if line.size > _MOST_ASSEMBLED:
         remarks.append(f"The assembled Hessian of {line.size:,} rows was left out.")
@@ -259,8 +261,8 @@ def _along_all(
 
 def _nonfinite(fun: Objective, x: Tree, order: int) -> dict[str, tuple[str, ...]]:
     """Which leaves have a gradient or a row of the Hessian that is not finite, by mode, in the precision of ``x``."""
-    program = _modes.trace(lambda x: (fun(x), None), x)
-    few = _modes.num_entries(x) <= _MOST_FORWARD
+    program = _traced.trace(lambda x: (fun(x), None), x)
+    few = _trees.num_entries(x) <= _MOST_FORWARD
     first = [m for m in ("rev", "fwd") if program.blocker(m) is None and (few or m == "rev")]
     second = [m for m in _COMPOSITIONS if program.composition_blocker(m) is None and (few or m != "fwd_over_fwd")]
 

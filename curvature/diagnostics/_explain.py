@@ -11,16 +11,18 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from curvature import _checks
+from curvature import _checks, _trees
 from curvature._types import HessianMode, JacobianMode, Objective, Tree
-from curvature.diagnostics._reports import Explanation, Way
-from curvature.transforms import _modes, hessian, hvp, jacobian
-from curvature.transforms._examples import Examples
-from curvature.transforms._jacobian import auto_chunk_of, gradient_of, with_aux
-from curvature.transforms._legality import outputs_of
+from curvature.diagnostics._reports import ModeCost, ModeReport
+from curvature.programs import _traced
+from curvature.programs._legality import outputs_of
+from curvature.programs._mean_structure import Examples
+from curvature.transforms import _modes
+from curvature.transforms._hessian import hessian, hvp
+from curvature.transforms._jacobian import auto_chunk_of, gradient_of, jacobian, with_aux
 from curvature.transforms._mean_hessian import find_structure
-from curvature.transforms._points import Points
 from curvature.transforms._sites import rules_of_sites
+from curvature.transforms._tap_hessian import Points
 
 _COMPOSITIONS = get_args(HessianMode)[1:]
 _DIRECTIONS = get_args(JacobianMode)[1:]
@@ -30,7 +32,7 @@ _MOST_BYTES = 4 * 2**30  # of temporaries: nor is one that takes more
 Call = Callable[[], Any]
 
 
-def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> Explanation:
+def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> ModeReport:
     """Every composition of modes for the derivatives of ``f``: legal or why not, what it costs, which is chosen.
 
     For a scalar function: the gradient, the Hessian-vector product ``H v`` and the Hessian ``H[i, j] = d^2 f / dx_i
@@ -68,18 +70,18 @@ def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> Explana
     x = _checks.check_point("explain", "x", x)
     _checks.check_data("explain", args)
     _checks.check_concrete("explain", {"x": x, "args": args})
-    program = _modes.trace(lambda x: with_aux("explain", f(x, *args), False), x)
+    program = _traced.trace(lambda x: with_aux("explain", f(x, *args), False), x)
     _checks.check_floating_output("explain", "f", program.out)
     structure = find_structure(program)
     ways = tuple(itertools.chain(*(_ways(kind, program, f, x, args, measure) for kind in _kinds(program))))
     if structure is not None:
         ways = _with_taps(ways, f, x, args, measure)
     unused, flat = _leaves_without(program)
-    return Explanation(
+    return ModeReport(
         name=getattr(f, "__name__", type(f).__name__),
         ways=ways,
-        num_inputs=_modes.num_entries(x),
-        num_outputs=_modes.num_entries(program.out),
+        num_inputs=_trees.num_entries(x),
+        num_outputs=_trees.num_entries(program.out),
         chunk=_chunk(program, ways),
         unused=unused,
         without_curvature=flat,
@@ -92,13 +94,13 @@ def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> Explana
 Kind = Literal["gradient", "hvp", "hessian", "jacobian"]
 
 
-def _kinds(program: _modes.Program) -> tuple[Kind, ...]:
+def _kinds(program: _traced.Program) -> tuple[Kind, ...]:
     return ("gradient", "hvp", "hessian") if program.is_scalar else ("jacobian",)
 
 
 def _ways(
-    kind: Kind, program: _modes.Program, f: Objective, x: Tree, args: tuple[Any, ...], measure: bool
-) -> list[Way]:
+    kind: Kind, program: _traced.Program, f: Objective, x: Tree, args: tuple[Any, ...], measure: bool
+) -> list[ModeCost]:
     """The rows of one derivative."""
     modes = _COMPOSITIONS if kind in ("hvp", "hessian") else _DIRECTIONS
     chosen = _choice(kind, program)
@@ -107,7 +109,7 @@ def _ways(
     for mode in sorted(modes, key=lambda mode: mode != chosen):
         blocker = program.composition_blocker(mode) if kind in ("hvp", "hessian") else program.blocker(mode)
         if blocker is not None:
-            ways[mode] = Way(kind, mode, False, str(blocker))
+            ways[mode] = ModeCost(kind, mode, False, str(blocker))
             continue
         passes = _passes(kind, mode, program)
         function, operands = _way_function(kind, mode, f, x, args)
@@ -118,7 +120,7 @@ def _ways(
     return [ways[mode] for mode in modes]
 
 
-def _choice(kind: Kind, program: _modes.Program) -> str | None:
+def _choice(kind: Kind, program: _traced.Program) -> str | None:
     """What ``auto`` takes, by the very code that takes it; None if nothing is legal."""
     try:
         if kind in ("hvp", "hessian"):
@@ -128,9 +130,9 @@ def _choice(kind: Kind, program: _modes.Program) -> str | None:
         return None
 
 
-def _passes(kind: Kind, mode: str, program: _modes.Program) -> int:
+def _passes(kind: Kind, mode: str, program: _traced.Program) -> int:
     """How many passes through ``f`` a way takes, up to a small factor."""
-    inputs, outputs = _modes.num_entries(program.x), _modes.num_entries(program.out)
+    inputs, outputs = _trees.num_entries(program.x), _trees.num_entries(program.out)
     if kind in ("gradient", "jacobian"):
         return inputs if mode == "fwd" else outputs
     of_product = inputs if mode == "fwd_over_fwd" else 1
@@ -150,7 +152,7 @@ def _way_function(
         return jacobian(f, mode=mode), (x, *args)
 
     def gradient(x: Tree, *args: Any) -> Any:
-        program = _modes.trace(lambda x: with_aux("explain", f(x, *args), False), x)
+        program = _traced.trace(lambda x: with_aux("explain", f(x, *args), False), x)
         return gradient_of(program, x, mode)[0]
 
     return gradient, (x, *args)
@@ -158,11 +160,11 @@ def _way_function(
 
 def _cost(
     kind: Kind, mode: str, chosen: bool, function: Callable[..., Any], operands: Any, run: bool, traceable: bool
-) -> Way:
+) -> ModeCost:
     """The row of a legal way: what compiling it tells, and its time."""
     if not traceable:
         seconds = _median_seconds(lambda: function(*operands)) if run else None
-        return Way(kind, mode, chosen, seconds=seconds, remark="runs without jit only")
+        return ModeCost(kind, mode, chosen, seconds=seconds, remark="runs without jit only")
 
     def fresh(*operands: Any) -> Any:  # a function that jit has never seen, so that no cache answers for the compiler
         return function(*operands)
@@ -173,7 +175,7 @@ def _cost(
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     temporary = getattr(memory, "temp_size_in_bytes", None)
     run = run and (temporary or 0) <= _MOST_BYTES
-    return Way(
+    return ModeCost(
         kind,
         mode,
         chosen,
@@ -184,7 +186,9 @@ def _cost(
     )
 
 
-def _with_taps(ways: tuple[Way, ...], f: Objective, x: Tree, args: tuple[Any, ...], measure: bool) -> tuple[Way, ...]:
+def _with_taps(
+    ways: tuple[ModeCost, ...], f: Objective, x: Tree, args: tuple[Any, ...], measure: bool
+) -> tuple[ModeCost, ...]:
     """The rows with one more for the Hessian, of what ``auto`` takes where it finds examples."""
     others = tuple(dataclasses.replace(way, chosen=way.chosen and way.derivative != "hessian") for way in ways)
     return (*others, _cost("hessian", "taps", True, hessian(f), (x, *args), measure, True))
@@ -208,7 +212,7 @@ def _median_seconds(call: Call, budget: float = 0.2, most: int = 51) -> float:
     return statistics.median(seconds)
 
 
-def _chunk(program: _modes.Program, ways: tuple[Way, ...]) -> int | None:
+def _chunk(program: _traced.Program, ways: tuple[ModeCost, ...]) -> int | None:
     """How many columns or rows of the last kind of derivative run at once, by the chosen way."""
     way = next((way for way in reversed(ways) if way.chosen), None)
     if way is None or way.derivative not in ("hessian", "jacobian") or way.mode == "taps" or program.jaxpr is None:
@@ -219,7 +223,7 @@ def _chunk(program: _modes.Program, ways: tuple[Way, ...]) -> int | None:
     return auto_chunk_of(lambda x: gradient_of(program, x, inner), program.x, outer)
 
 
-def _leaves_without(program: _modes.Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _leaves_without(program: _traced.Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The paths of the leaves that the function, and that its first derivative, cannot depend on."""
     if program.jaxpr is None:
         return (), ()
@@ -232,7 +236,7 @@ def _leaves_without(program: _modes.Program) -> tuple[tuple[str, ...], tuple[str
     return unused, _inert_leaves(program.reverse if inner == "rev" else program.forward)
 
 
-def _inert_leaves(program: _modes.Program) -> tuple[str, ...]:
+def _inert_leaves(program: _traced.Program) -> tuple[str, ...]:
     """The paths of the leaves of ``x`` that no output of the program carries a derivative by."""
     assert program.jaxpr is not None
     jaxpr = program.jaxpr.jaxpr
@@ -244,7 +248,7 @@ def _inert_leaves(program: _modes.Program) -> tuple[str, ...]:
     return tuple(inert)
 
 
-def _remarks(program: _modes.Program, ways: tuple[Way, ...], measure: bool) -> tuple[str, ...]:
+def _remarks(program: _traced.Program, ways: tuple[ModeCost, ...], measure: bool) -> tuple[str, ...]:
     remarks = []
     if program.jaxpr is None:
         remarks.append(

@@ -10,7 +10,7 @@ import numpy as np
 from curvature.diagnostics import _differences
 from curvature.diagnostics._line import Line
 from curvature.diagnostics._reports import DerivativeCheck, Verdict
-from curvature.transforms._pushforward import asymmetric_rule
+from curvature.programs._pushforward import asymmetric_rule
 
 _SAFETY = 20  # times the error that the differences estimate of themselves
 _CANCELED = 64  # roundings of f, or of the gradient, that its derivative may be left with

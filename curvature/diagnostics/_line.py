@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from curvature._types import Objective, Tree, ravel
+from curvature._trees import ravel
+from curvature._types import Objective, Tree
 from curvature.diagnostics._differences import STEPS
-from curvature.transforms import _modes, hvp
+from curvature.programs import _traced
+from curvature.transforms import _modes
+from curvature.transforms._hessian import hvp
 from curvature.transforms._jacobian import gradient_of
 
 _WIDER = 1e-3  # of the largest entry of a leaf, or of one: how far an entry moves whose own size shows nothing
@@ -35,7 +38,7 @@ class Line:
         flat, unravel = ravel(x)
         scales, _ = ravel(scales_of(x))
         self.size, self.scales = flat.size, np.asarray(scales, np.float64)
-        self.program = _modes.trace(lambda z: (fun(unravel(flat + scales * z)), None), jnp.zeros_like(flat))
+        self.program = _traced.trace(lambda z: (fun(unravel(flat + scales * z)), None), jnp.zeros_like(flat))
         self.gradient_mode = _modes.choose_jacobian("check_derivatives", self.program, "auto")
         if order == 2:
             self.composition = _modes.choose_composition("check_derivatives", self.program, "auto")

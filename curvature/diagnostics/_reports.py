@@ -11,7 +11,7 @@ _MOST_SITES = 12  # that are printed
 
 
 @dataclass(frozen=True)
-class Way:
+class ModeCost:
     """One way to a derivative: a row of ``explain``.
 
     Attributes:
@@ -44,12 +44,12 @@ class Way:
 
 
 @dataclass(frozen=True, repr=False)
-class Explanation(Printable):
+class ModeReport(Printable):
     """What ``explain`` found; prints as a table.
 
     Attributes:
         name: the function's.
-        ways: a ``Way`` for each derivative and composition of modes.
+        ways: a ``ModeCost`` for each derivative and composition of modes.
         num_inputs: the number of entries of ``x``.
         num_outputs: the number of entries of ``f(x)``.
         chunk: how many columns of the Hessian (or tangents or cotangents of the Jacobian) run at once; None if no mode
@@ -64,7 +64,7 @@ class Explanation(Printable):
     """
 
     name: str
-    ways: tuple[Way, ...]
+    ways: tuple[ModeCost, ...]
     num_inputs: int
     num_outputs: int
     chunk: int | None
@@ -74,7 +74,7 @@ class Explanation(Printable):
     sites: tuple[SiteRule, ...]
     remarks: tuple[str, ...]
 
-    def way(self, derivative: str, mode: str = "auto") -> Way | None:
+    def way(self, derivative: str, mode: str = "auto") -> ModeCost | None:
         """The row of a derivative by a mode; for ``"auto"`` the chosen one; None if there is none."""
         for way in self.ways:
             if way.derivative == derivative and (way.chosen if mode == "auto" else way.mode == mode):
@@ -111,7 +111,7 @@ class Explanation(Printable):
         return findings
 
 
-def _way_cells(way: Way, measured: bool) -> tuple[str, ...]:
+def _way_cells(way: ModeCost, measured: bool) -> tuple[str, ...]:
     start = (way.derivative, way.mode + "  <-" * way.chosen)
     if way.blocker is not None:
         return (*start, f"not legal: {way.blocker}")

@@ -10,13 +10,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from curvature import _checks
 from curvature._checks import _linalg
-from curvature._types import Tree, ravel
-from curvature.linalg._dense import norm
+from curvature._numerics import norm
+from curvature._trees import ravel
+from curvature._types import Scalar, Tree, Vector
 from curvature.linalg._host_loop import call_solver
 from curvature.linalg._lanczos import orthonormal_rows, random_rows
-from curvature.linalg._system import Scalar, Vector, checked_product
+from curvature.linalg._linear_system import checked_product
 from curvature.operators._base import LinearOperator, Product, zeros
-from curvature.transforms._jacobian import vmap
+from curvature.transforms._chunks import vmap
 
 Which = Literal["LA", "SA", "LM"]
 """The largest, the smallest, or those of largest magnitude."""

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from curvature._checks import _linalg
+from curvature._compile_cache import call_compiled, compiled_for, is_traced
 from curvature.operators._base import LinearOperator
 from curvature.operators._data import DataOperator
 from curvature.operators._streamed import evaluate_streamed, replace_streamed, streamed_p
-from curvature.transforms._jaxprs import Environment, called_jaxpr, open_jaxpr, open_scan
-from curvature.transforms._programs import call_compiled, compiled_for, is_traced
+from curvature.programs._jaxprs import Environment, called_jaxpr, open_jaxpr, open_scan
 
 # The pieces of the jaxprs that ran on the host, which jit keeps for each program: without them each call compiles.
 _PIECES: weakref.WeakKeyDictionary[Jaxpr, list["_Piece"]] = weakref.WeakKeyDictionary()

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from curvature._checks import _linalg
-from curvature._types import Tree, ravel
-from curvature.linalg._dense import norm
+from curvature._numerics import norm
+from curvature._trees import ravel
+from curvature._types import Scalar, Tree, Vector, VectorMap
 from curvature.linalg._host_loop import call_solver
-from curvature.linalg._system import Scalar, Vector, VectorMap, checked_product
+from curvature.linalg._linear_system import checked_product
 from curvature.operators._base import LinearOperator, zeros
 
 _LOST = 100  # roundings: our own level below which what orthogonalization leaves of a vector is noise

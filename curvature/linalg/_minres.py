@@ -8,17 +8,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
-from curvature._types import SolveInfo, Status, Tree
-from curvature.linalg._dense import exponent_of
+from curvature._numerics import dot, exponent_of
+from curvature._types import Scalar, SolveInfo, Status, Tree, Vector, VectorMap
 from curvature.linalg._host_loop import call_solver
-from curvature.linalg._system import (
+from curvature.linalg._linear_system import (
     Correction,
     Operator,
-    Scalar,
-    Vector,
-    VectorMap,
     check_system,
-    dot,
     implicit_solution,
     linear_system,
     refine,

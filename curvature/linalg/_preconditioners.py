@@ -9,11 +9,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from curvature import _checks
 from curvature._checks import _linalg
-from curvature._types import ChunkSize, Tree, ravel
-from curvature.linalg._dense import exponent_of, rounding_level
+from curvature._numerics import exponent_of, rounding_level
+from curvature._trees import ravel
+from curvature._types import ChunkSize, Tree
 from curvature.linalg._host_loop import call_solver
 from curvature.operators._base import LinearOperator, Product, register_operator, structure_of, zeros
-from curvature.transforms._jacobian import vmap
+from curvature.transforms._chunks import vmap
 
 
 @register_operator

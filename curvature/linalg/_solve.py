@@ -10,29 +10,27 @@ from jaxtyping import Array, Float, Int
 
 from curvature import _checks
 from curvature._checks import _linalg
-from curvature._types import SolveInfo, Status, Tree, ravel
-from curvature.linalg._dense import Matrix, rounding_level, scaling
+from curvature._numerics import dot, rounding_level
+from curvature._trees import ravel
+from curvature._types import Matrix, Scalar, SolveInfo, Status, Tree, Vector, VectorMap
+from curvature.linalg._cg import restarted_cg
 from curvature.linalg._host_loop import call_solver
-from curvature.linalg._krylov import restarted_cg
-from curvature.linalg._minres import restarted_minres
-from curvature.linalg._system import (
+from curvature.linalg._linear_system import (
     Correction,
     Method,
     Operator,
-    Scalar,
     System,
-    Vector,
-    VectorMap,
     check_system,
-    dot,
     implicit_solution,
     linear_system,
     refine,
     unit_preconditioner,
     where_status,
 )
+from curvature.linalg._minres import restarted_minres
+from curvature.linalg._subproblems import scaling
 from curvature.operators._base import DampingOperator, LinearOperator, SumOperator, zeros
-from curvature.transforms._jacobian import vmap
+from curvature.transforms._chunks import vmap
 
 SolveMethod = Literal["auto", "cg", "minres", "cholesky", "eigh", "woodbury"]
 """``"auto"`` is ``"cholesky"``, then ``"eigh"``, for small systems and ``"cg"``, then ``"minres"``, for large ones."""

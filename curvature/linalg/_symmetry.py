@@ -7,12 +7,13 @@ from jaxtyping import Array, Bool, PRNGKeyArray
 
 from curvature import _checks
 from curvature._checks import _linalg
-from curvature._types import ravel
-from curvature.linalg._dense import norm
+from curvature._numerics import dot, norm
+from curvature._trees import ravel
+from curvature._types import Scalar, Vector
 from curvature.linalg._host_loop import call_solver
-from curvature.linalg._system import Scalar, Vector, checked_product, dot
+from curvature.linalg._linear_system import checked_product
 from curvature.operators._base import LinearOperator, zeros
-from curvature.transforms._jacobian import vmap
+from curvature.transforms._chunks import vmap
 
 
 def check_symmetry(

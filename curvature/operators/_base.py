@@ -10,14 +10,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from curvature import _checks
-from curvature._types import ChunkSize, Tree, ravel
+from curvature._trees import num_entries, ravel
+from curvature._types import ChunkSize, Tree
 from curvature.operators._pytrees import register_operator, static, zeros
 from curvature.operators._pytrees import replace as replace
 from curvature.operators._pytrees import set_fields as set_fields
 from curvature.operators._pytrees import structure_of as structure_of
 from curvature.transforms._blocks import side_by_side
 from curvature.transforms._jacobian import map_basis
-from curvature.transforms._modes import num_entries
 
 Product = Callable[[Tree], Tree]
 """A linear map of trees."""

@@ -10,8 +10,9 @@ from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
 from curvature import _checks
 from curvature._checks import _linalg
+from curvature._trees import Subtree
 from curvature._types import HessianMode, Objective, Tree
-from curvature.operators import _outputs
+from curvature.operators import _likelihoods
 from curvature.operators._base import (
     LinearOperator,
     Product,
@@ -24,8 +25,8 @@ from curvature.operators._base import (
 )
 from curvature.operators._data import DataOperator, Reduction
 from curvature.operators._jacobian_operators import JacobianOperator, push_and_pull, trace_model
+from curvature.programs import _traced
 from curvature.transforms import _modes
-from curvature.transforms._blocks import Subtree
 from curvature.transforms._compositions import is_symmetric, linearize_program, product_of, trace_objective
 
 FisherKind = Literal["exact", "sampled", "empirical"]
@@ -106,7 +107,7 @@ class HessianOperator(DataOperator):
     def _once(self, v: Tree) -> Tree:
         return product_of(*self._composed(), v) if self.rows == self.columns == "" else super()._once(v)
 
-    def _composed(self) -> tuple[_modes.Program, str]:
+    def _composed(self) -> tuple[_traced.Program, str]:
         program = trace_objective("HessianOperator", "f", self.f, self.x, self.args)
         return program, _modes.choose_composition("HessianOperator", program, self.mode)
 
@@ -133,7 +134,7 @@ class _ModelDataOperator(DataOperator):
 
     model: Callable[..., Any]
     loss: Callable[..., Any]
-    likelihood: _outputs.Likelihood | None
+    likelihood: _likelihoods.Likelihood | None
 
     def _set_model(self, model: Callable[..., Any], loss: Callable[..., Any], likelihood: Any) -> None:
         """Set the fields above once they are known to be right."""
@@ -142,7 +143,7 @@ class _ModelDataOperator(DataOperator):
             _checks.check_callable(function, name, value)
             _checks.check_hashable(function, name, value)
         if likelihood is not None:
-            _checks.check_choice(function, "likelihood", likelihood, _outputs.Likelihood)
+            _checks.check_choice(function, "likelihood", likelihood, _likelihoods.Likelihood)
         set_fields(self, model=model, loss=loss, likelihood=likelihood)
 
     def _objective(self) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
@@ -166,15 +167,15 @@ class _ModelDataOperator(DataOperator):
     def _on_outputs(self, outputs: Tree) -> Product:
         """``t -> M t`` with ``M`` the Hessian of the loss by the outputs, or the closed form of it."""
         if self.likelihood is None:
-            return _outputs.loss_hessian(type(self).__name__, self.loss, outputs, self.args)
-        return _outputs.information(*self._weighted_labels(outputs))
+            return _likelihoods.loss_hessian(type(self).__name__, self.loss, outputs, self.args)
+        return _likelihoods.information(*self._weighted_labels(outputs))
 
-    def _weighted_labels(self, outputs: Tree) -> tuple[_outputs.Family, Tree, Tree]:
+    def _weighted_labels(self, outputs: Tree) -> tuple[_likelihoods.Family, Tree, Tree]:
         """The family of the likelihood, the outputs, and the weights that the loss gives the labels."""
         name, likelihood = type(self).__name__, str(self.likelihood)
         _checks.check_logits(name, likelihood, outputs)
-        family = _outputs.FAMILIES[likelihood]
-        return family, outputs, _outputs.label_weights(name, self.loss, outputs, self.args, family)
+        family = _likelihoods.FAMILIES[likelihood]
+        return family, outputs, _likelihoods.label_weights(name, self.loss, outputs, self.args, family)
 
 
 @register_operator
@@ -244,7 +245,7 @@ class GaussNewtonOperator(_ModelDataOperator):
 
     model: Callable[..., Any] = static()
     loss: Callable[..., Any] = static()
-    likelihood: _outputs.Likelihood | None = static()
+    likelihood: _likelihoods.Likelihood | None = static()
 
     def __init__(
         self,
@@ -252,7 +253,7 @@ class GaussNewtonOperator(_ModelDataOperator):
         loss: Callable[..., Any],
         x: Tree,
         *args: Any,
-        likelihood: _outputs.Likelihood | None = None,
+        likelihood: _likelihoods.Likelihood | None = None,
         reduction: Reduction = "mean",
         chunk_size: int | None = None,
         sharding: NamedSharding | None = None,
@@ -322,7 +323,7 @@ class FisherOperator(_ModelDataOperator):
 
     model: Callable[..., Any] = static()
     loss: Callable[..., Any] = static()
-    likelihood: _outputs.Likelihood | None = static()
+    likelihood: _likelihoods.Likelihood | None = static()
     kind: FisherKind = static()
     num_samples: int = static()
     key: PRNGKeyArray | UInt32[Array, "..."] | None
@@ -335,7 +336,7 @@ class FisherOperator(_ModelDataOperator):
         x: Tree,
         *args: Any,
         kind: FisherKind = "exact",
-        likelihood: _outputs.Likelihood | None = None,
+        likelihood: _likelihoods.Likelihood | None = None,
         key: PRNGKeyArray | UInt32[Array, "..."] | None = None,
         num_samples: int = 1,
         reduction: Reduction = "mean",
@@ -365,8 +366,8 @@ class FisherOperator(_ModelDataOperator):
         examples = _checks.check_outputs_of_examples("FisherOperator", outputs)
         if self.key is not None and self.first is not None:
             family, _, weights = self._weighted_labels(outputs)
-            draws = _outputs.draw_scores(family, self.key, outputs, self.first, self.num_samples)
-            return _outputs.sampled_information(family, weights, draws)
-        scores = _outputs.loss_gradient("FisherOperator", self.loss, outputs, self.args)
+            draws = _likelihoods.draw_scores(family, self.key, outputs, self.first, self.num_samples)
+            return _likelihoods.sampled_information(family, weights, draws)
+        scores = _likelihoods.loss_gradient("FisherOperator", self.loss, outputs, self.args)
         scale = examples if self.reduction == "mean" else 1  # the scores of a mean hold 1/B, their squares 1/B^2
-        return lambda t: scaled(scale, _outputs.outer_products(scores, t))
+        return lambda t: scaled(scale, _likelihoods.outer_products(scores, t))

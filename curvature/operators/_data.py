@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from curvature import _checks
+from curvature._sharding import zeros
+from curvature._trees import Subtree, select
 from curvature._types import ChunkSize, Tree
 from curvature.operators._base import (
     LinearOperator,
@@ -25,9 +27,7 @@ from curvature.operators._base import (
 )
 from curvature.operators._devices import combine_over_devices, sharding_of_examples
 from curvature.operators._interactions import check_reduction
-from curvature.transforms._accumulate import zeros
-from curvature.transforms._blocks import Subtree, select
-from curvature.transforms._jacobian import vmap
+from curvature.transforms._chunks import vmap
 
 _rich_error: ImportError | None = None
 try:

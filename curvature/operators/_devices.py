@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from curvature._sharding import vary_like
 from curvature._types import Tree
-from curvature.transforms._accumulate import vary_like
 
 
 def sharding_of_examples(args: Any) -> NamedSharding | None:

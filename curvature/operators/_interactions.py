@@ -18,9 +18,9 @@ from curvature import _checks
 from curvature._types import Tree
 from curvature.operators._mixing import find_mixing
 from curvature.operators._trials import Values, evaluated, once, point_of, rounding_of, rows_of, traced
-from curvature.transforms import _modes
+from curvature.programs import _traced
+from curvature.programs._legality import Blocker
 from curvature.transforms._jacobian import gradient_of
-from curvature.transforms._legality import Blocker
 
 _TRIED = 3  # examples: a shift by one or two places moves all, and a mask of one of them leaves more than one
 
@@ -120,7 +120,7 @@ def _in_batch_and_alone(
     def pushed(args: tuple[Any, ...]) -> tuple[Tree, Tree]:
         return jax.jvp(lambda x: model(x, *args), (x,), (jax.tree.map(_waves, x),))
 
-    program = _modes.trace(lambda x: (model(x, *args), None), x)
+    program = _traced.trace(lambda x: (model(x, *args), None), x)
     if program.blocker("fwd") is None:
         return tuple(map(outputs.split, pushed(args))), one_by_one(pushed, args)
     whole, alone = outputs.split(model(x, *args)), one_by_one(lambda one: model(x, *one), args)
@@ -156,7 +156,7 @@ def check_loss_apart(
         count = jax.tree.leaves(rows)[0].shape[0]
 
         def gradient(rows: Tree) -> Tree:
-            program = _modes.trace(lambda rows: (loss(outputs.join(rows), *args), None), rows)
+            program = _traced.trace(lambda rows: (loss(outputs.join(rows), *args), None), rows)
             return gradient_of(program, rows, "rev" if program.blocker("rev") is None else "fwd")[0]
 
         def moved(b: int) -> Tree:

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from curvature import _checks
+from curvature import _checks, _trees
+from curvature._trees import Subtree, select
 from curvature._types import ChunkSize, Tree
 from curvature.operators._base import (
     LinearOperator,
@@ -17,19 +18,19 @@ from curvature.operators._base import (
     static,
     structure_of,
 )
+from curvature.programs import _traced
 from curvature.transforms import _modes
-from curvature.transforms._blocks import Subtree, select
 from curvature.transforms._jacobian import map_basis
 
 
-def trace_model(function: str, name: str, model: Callable[..., Any], x: Tree, args: tuple[Any, ...]) -> _modes.Program:
+def trace_model(function: str, name: str, model: Callable[..., Any], x: Tree, args: tuple[Any, ...]) -> _traced.Program:
     """``model`` traced at ``x``, once it is known to return floating arrays."""
-    program = _modes.trace(lambda x: (model(x, *args), None), x)
+    program = _traced.trace(lambda x: (model(x, *args), None), x)
     _checks.check_floating_output(function, name, program.out)
     return program
 
 
-def push_and_pull(function: str, name: str, program: _modes.Program, part: Subtree) -> tuple[Tree, Product, Product]:
+def push_and_pull(function: str, name: str, program: _traced.Program, part: Subtree) -> tuple[Tree, Product, Product]:
     """The outputs of a model, ``v -> J v`` and ``w -> J' w`` by a part of ``x``, all from one evaluation."""
     blocker = program.blocker("rev")
     if blocker is not None:
@@ -69,7 +70,7 @@ class _ModelOperator(LinearOperator):
         _checks.check_data(name, args)
         set_fields(self, f=f, x=_checks.check_point(name, "x", x), args=args)
 
-    def _program(self) -> _modes.Program:
+    def _program(self) -> _traced.Program:
         return trace_model(type(self).__name__, "f", self.f, self.x, self.args)
 
     def _push_and_pull(self) -> tuple[Tree, Product, Product]:
@@ -125,7 +126,7 @@ class JacobianOperator(_ModelOperator):
         if _modes.choose_jacobian("JacobianOperator", program, "auto") == "fwd":
             return super().as_matrix(chunk_size)
         rows = map_basis(self._push_and_pull()[2], program.out, chunk_size)
-        return matrix_of_products(rows, _modes.num_entries(program.out))
+        return matrix_of_products(rows, _trees.num_entries(program.out))
 
 
 @register_operator

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax.extend as jex
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from curvature.transforms._batch_axes import axis_rule
-from curvature.transforms._jaxprs import Equation, Variable, open_jaxpr
-from curvature.transforms._legality import Blocker, blocker_at
+from curvature.programs._batch_axis import axis_rule
+from curvature.programs._jaxprs import Equation, Variable, open_jaxpr
+from curvature.programs._legality import Blocker, blocker_at
 
 _AFFINE = {"add", "sub", "add_any", "neg", "convert_element_type", "copy"}
 _AFFINE |= {"reduce_sum", "reshape", "squeeze", "broadcast_in_dim", "transpose"}

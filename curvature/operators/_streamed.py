@@ -10,10 +10,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching
 from jaxtyping import Array, Float
 
+from curvature._trees import num_entries
 from curvature._types import ChunkSize, Tree
 from curvature.operators._base import LinearOperator, register_operator, static
 from curvature.operators._data import DataOperator
-from curvature.transforms._modes import num_entries
 
 Structure = tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]
 """A tree of shapes and dtypes that can be hashed: its structure and its leaves."""

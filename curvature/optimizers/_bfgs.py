@@ -7,19 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._types import Status, Tree
+from curvature._types import Matrix, Scalar, Status, Tree, Vector
 from curvature.optimizers._line_search import Descent, descend, shows_curvature
-from curvature.optimizers._protocol import (
-    FirstOrder,
-    Matrix,
-    Scalar,
-    Slope,
-    Stored,
-    Vector,
-    choose,
-    first_order,
-    nothing_stored,
-)
+from curvature.optimizers._method import FirstOrder, Slope, Stored, choose, first_order, nothing_stored
 
 Update = Literal["bfgs", "ssbfgs", "ssbroyden"]
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from curvature import _checks
-from curvature._types import Tree, ravel
-from curvature.optimizers._protocol import Scalar, Vector
+from curvature._trees import ravel
+from curvature._types import Scalar, Tree, Vector
 
 Mask = Bool[Array, " n"]
 

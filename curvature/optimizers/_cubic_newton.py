@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from curvature._types import Status, Tree
-from curvature.linalg._dense import QuadraticModel, factor_model, norm, solve_cubic
-from curvature.optimizers._protocol import (
+from curvature._numerics import norm
+from curvature._types import Scalar, Status, Tree, Vector
+from curvature.linalg._subproblems import QuadraticModel, factor_model, solve_cubic
+from curvature.optimizers._method import (
     MAX_TRIALS,
     Local,
-    Scalar,
     SecondOrder,
     Unevaluated,
-    Vector,
     first_length,
     resolved,
     second_order,

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
-from curvature._types import Status, Tree
-from curvature.linalg._dense import norm
-from curvature.optimizers._inexact import first_norm, inner_solve
+from curvature._numerics import norm
+from curvature._types import Status, Tree, Vector
+from curvature.optimizers._forcing import first_norm, inner_solve
 from curvature.optimizers._line_search import search_values
-from curvature.optimizers._protocol import Unevaluated, Vector, trial_status, unevaluated
+from curvature.optimizers._method import Unevaluated, trial_status, unevaluated
 from curvature.optimizers._residual_method import Request, ResidualMethod, curvature_if, residual_method, scaled_local
 from curvature.optimizers._residuals import Linearized, where_positive
 from curvature.optimizers._trust_region import steihaug

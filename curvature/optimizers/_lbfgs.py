@@ -8,17 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
-from curvature._types import Status, Tree
+from curvature._types import Scalar, Status, Tree, Vector
 from curvature.optimizers._line_search import descend, shows_curvature
-from curvature.optimizers._protocol import (
-    FirstOrder,
-    Scalar,
-    Slope,
-    Stored,
-    Vector,
-    first_order,
-    nothing_stored,
-)
+from curvature.optimizers._method import FirstOrder, Slope, Stored, first_order, nothing_stored
 
 # Pairs by default. XLA's CPU compiler runs a program whose arrays take at most 512 bytes each in one thread, others on
 # a pool of threads, which costs more than a few variables are worth: 8 x 8 doubles are 512 bytes.

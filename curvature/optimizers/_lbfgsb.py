@@ -9,17 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._types import Status, Tree
-from curvature.linalg._dense import norm
-from curvature.linalg._system import dot
+from curvature._numerics import dot, norm
+from curvature._types import Scalar, Status, Tree, Vector
 from curvature.optimizers._bounds import Box, around, box_of, downhill, flat, stay_inside
-from curvature.optimizers._box_region import BoxModel, conjugate_gradients, minimize_in_box
-from curvature.optimizers._protocol import (
+from curvature.optimizers._box_subproblem import BoxModel, conjugate_gradients, minimize_in_box
+from curvature.optimizers._method import (
     MAX_TRIALS,
     FirstOrder,
-    Scalar,
     Slope,
-    Vector,
     at_start,
     choose,
     first_length,

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._types import Status, Tree
-from curvature.linalg._dense import QuadraticModel, RegionStep, factor_model, norm, solve_region
-from curvature.optimizers._inexact import first_norm, inner_solve
-from curvature.optimizers._protocol import Local, Scalar, Unevaluated, Vector, trial_status, unevaluated
+from curvature._numerics import norm
+from curvature._types import Scalar, Status, Tree, Vector
+from curvature.linalg._subproblems import QuadraticModel, RegionStep, factor_model, solve_region
+from curvature.optimizers._forcing import first_norm, inner_solve
+from curvature.optimizers._method import Local, Unevaluated, trial_status, unevaluated
 from curvature.optimizers._residual_method import (
     Curvature,
     Request,

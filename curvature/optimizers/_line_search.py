@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from curvature._types import Status
-from curvature.linalg._dense import norm
-from curvature.optimizers._protocol import (
+from curvature._numerics import norm
+from curvature._types import Scalar, Status, Vector
+from curvature.optimizers._method import (
     MAX_TRIALS,
     Local,
-    Scalar,
     Slope,
-    Vector,
     choose,
     evaluate,
     first_length,

@@ -6,18 +6,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from curvature._types import Status, Tree
-from curvature.linalg._dense import positive_definite_solve
+from curvature._types import Status, Tree, Vector
+from curvature.linalg._subproblems import positive_definite_solve
 from curvature.optimizers._line_search import search_values, with_gradients
-from curvature.optimizers._protocol import (
-    Local,
-    SecondOrder,
-    Unevaluated,
-    Vector,
-    second_order,
-    trial_status,
-    unevaluated,
-)
+from curvature.optimizers._method import Local, SecondOrder, Unevaluated, second_order, trial_status, unevaluated
 
 
 class NewtonState(NamedTuple):

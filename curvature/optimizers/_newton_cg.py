@@ -8,16 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._types import Status, Tree
-from curvature.linalg._dense import norm
-from curvature.linalg._krylov import truncated_cg
-from curvature.optimizers._inexact import first_norm, inner_solve
+from curvature._numerics import norm
+from curvature._types import Status, Tree, Vector
+from curvature.linalg._cg import truncated_cg
+from curvature.optimizers._forcing import first_norm, inner_solve
 from curvature.optimizers._line_search import search_values, with_gradients
-from curvature.optimizers._protocol import (
+from curvature.optimizers._method import (
     Local,
     SecondOrder,
     Unevaluated,
-    Vector,
     first_length,
     second_order,
     trial_status,

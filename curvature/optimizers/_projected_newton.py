@@ -8,17 +8,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from curvature import _checks
-from curvature._types import Status, Tree
-from curvature.linalg._dense import RegionStep, norm
+from curvature._numerics import norm
+from curvature._types import Scalar, Status, Tree, Vector
+from curvature.linalg._subproblems import RegionStep
 from curvature.optimizers._bounds import Box, StepBox, around, box_of, flat, projected_gradient_norm, stay_inside
-from curvature.optimizers._box_region import BoxModel, FaceSolver, by_eigenvectors, conjugate_gradients, minimize_in_box
-from curvature.optimizers._inexact import first_norm, forcing_term
-from curvature.optimizers._protocol import (
+from curvature.optimizers._box_subproblem import (
+    BoxModel,
+    FaceSolver,
+    by_eigenvectors,
+    conjugate_gradients,
+    minimize_in_box,
+)
+from curvature.optimizers._forcing import first_norm, forcing_term
+from curvature.optimizers._method import (
     DenseSecondOrder,
     Local,
-    Scalar,
     SecondOrder,
-    Vector,
     at_start,
     first_length,
     resolved,

@@ -9,18 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from curvature import _checks
-from curvature._types import Tree, ravel
-from curvature.linalg._dense import Matrix
-from curvature.optimizers._protocol import (
-    Local,
-    Scalar,
-    Vector,
-    WithStatus,
-    at_start,
-    bind_extras,
-    is_finite,
-    unless_lost,
-)
+from curvature._trees import ravel
+from curvature._types import Matrix, Scalar, Tree, Vector
+from curvature.optimizers._method import Local, WithStatus, at_start, bind_extras, is_finite, unless_lost
 from curvature.optimizers._residuals import Linearized, linearize_residuals, newton_decrement
 from curvature.optimizers._wrappers import gradient_for, wrappable
 from curvature.transforms._jacobian import map_basis

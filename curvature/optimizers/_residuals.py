@@ -8,20 +8,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from curvature import _checks
-from curvature._types import Tree, ravel
-from curvature.linalg._dense import QuadraticModel, norm, rounding_level
+from curvature._numerics import norm, rounding_level
+from curvature._trees import num_entries, ravel, select
+from curvature._types import Scalar, Tree, Vector
+from curvature.linalg._subproblems import QuadraticModel
 from curvature.operators._base import matrix_of_products
 from curvature.operators._jacobian_operators import push_and_pull
-from curvature.optimizers._protocol import noise_of
+from curvature.optimizers._method import noise_of
 from curvature.optimizers._robust import half_sum, weigh
-from curvature.transforms import linearize_grad
-from curvature.transforms._blocks import select
+from curvature.programs._traced import Program, trace
+from curvature.transforms._hessian import linearize_grad
 from curvature.transforms._jacobian import map_basis
-from curvature.transforms._modes import Program, choose_jacobian, num_entries, trace
+from curvature.transforms._modes import choose_jacobian
 
-Vector = Float[Array, " n"]
 Matrix = Float[Array, "m n"]
-Scalar = Float[Array, ""]
 Product = Callable[[Array], Array]
 
 _LOST = 2  # heuristic: singular values, and gradients beside the residuals, of 2 n roundings are zero

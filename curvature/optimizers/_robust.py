@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from curvature._types import Scalar
+
 Loss = Literal["linear", "soft_l1", "huber", "cauchy", "arctan"]
-Scalar = Float[Array, ""]
 Residual = Float[Array, " m"]
 
 _LEAST_CURVATURE = 0.1  # of a row, relative to its slope: beyond the inflection of a loss its curvature is negative

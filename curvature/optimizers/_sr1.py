@@ -7,17 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from curvature._types import Status, Tree
-from curvature.linalg._dense import factor_model, norm, solve_region
+from curvature._numerics import norm
+from curvature._types import Matrix, Scalar, Status, Tree, Vector
+from curvature.linalg._subproblems import factor_model, solve_region
 from curvature.optimizers._line_search import Pair, pair_of
-from curvature.optimizers._protocol import (
+from curvature.optimizers._method import (
     MAX_TRIALS,
     FirstOrder,
-    Matrix,
-    Scalar,
     Slope,
     Stored,
-    Vector,
     first_length,
     first_order,
     nothing_stored,

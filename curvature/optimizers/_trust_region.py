@@ -9,18 +9,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._types import Status, Tree
-from curvature.linalg._dense import RegionStep, factor_model, norm, solve_region
-from curvature.linalg._krylov import truncated_cg
-from curvature.linalg._krylov_model import MAX_BASIS, krylov_model, solve_krylov_region
-from curvature.optimizers._inexact import Inner, first_norm, inner_solve
-from curvature.optimizers._protocol import (
+from curvature._numerics import norm
+from curvature._types import Scalar, Status, Tree, Vector
+from curvature.linalg._cg import truncated_cg
+from curvature.linalg._gltr import MAX_BASIS, krylov_model, solve_krylov_region
+from curvature.linalg._subproblems import RegionStep, factor_model, solve_region
+from curvature.optimizers._forcing import Inner, first_norm, inner_solve
+from curvature.optimizers._method import (
     MAX_TRIALS,
     Local,
-    Scalar,
     SecondOrder,
     Unevaluated,
-    Vector,
     choose,
     first_length,
     resolved,

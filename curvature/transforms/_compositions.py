@@ -6,15 +6,16 @@ from typing import Any
 import jax
 
 from curvature import _checks
+from curvature._trees import Subtree, leaf_subtrees, select
 from curvature._types import ChunkSize, HessianBlocks, HessianMode, Objective, Tree
+from curvature.programs import _traced
+from curvature.programs._pushforward import asymmetric_rule, derivative_along, directional_derivative, transposed
 from curvature.transforms import _modes
-from curvature.transforms._blocks import Subtree, leaf_subtrees, select
 from curvature.transforms._jacobian import gradient_of, jacobian_of, summed_jacobian_of, with_aux
-from curvature.transforms._pushforward import asymmetric_rule, derivative_along, directional_derivative, transposed
 
 
 def hessian_of(
-    function: str, program: _modes.Program, mode: HessianMode, chunk_size: ChunkSize, blocks: HessianBlocks = None
+    function: str, program: _traced.Program, mode: HessianMode, chunk_size: ChunkSize, blocks: HessianBlocks = None
 ) -> tuple[Tree, Any]:
     """The Hessian of a traced function at its point, or those blocks of it, and the function's aux."""
     x = program.x
@@ -30,7 +31,7 @@ def hessian_of(
 
 
 def _block(
-    program: _modes.Program, composition: str, rows: Subtree, columns: Subtree, chunk_size: ChunkSize
+    program: _traced.Program, composition: str, rows: Subtree, columns: Subtree, chunk_size: ChunkSize
 ) -> tuple[Tree, Any]:
     """The block of two sub-trees: for each output a tree like the rows of trees like the columns; and the aux."""
     outer, _, inner = composition.partition("_over_")
@@ -46,7 +47,7 @@ def _block(
     return result, aux
 
 
-def linearize_program(program: _modes.Program, composition: str) -> tuple[Any, Tree, Callable[[Tree], Tree], Any]:
+def linearize_program(program: _traced.Program, composition: str) -> tuple[Any, Tree, Callable[[Tree], Tree], Any]:
     """Value, gradient, Hessian product and aux of a traced objective at its point."""
     x = program.x
     if composition == "fwd_over_rev":
@@ -61,14 +62,14 @@ def linearize_program(program: _modes.Program, composition: str) -> tuple[Any, T
 
 def trace_objective(
     function: str, name: str, f: Objective, x: Tree, args: tuple[Any, ...], has_aux: bool = False
-) -> _modes.Program:
+) -> _traced.Program:
     """``f`` traced at ``x``, once it is known to return one floating scalar."""
-    program = _modes.trace(lambda x: with_aux(function, f(x, *args), has_aux), x)
+    program = _traced.trace(lambda x: with_aux(function, f(x, *args), has_aux), x)
     _checks.check_scalar_output(function, name, program.out)
     return program
 
 
-def is_symmetric(program: _modes.Program) -> bool:
+def is_symmetric(program: _traced.Program) -> bool:
     """Whether the Hessian is known to equal its transpose, so that a pull-back of the gradient is a product with it.
 
     Without that, ``H[i, j]`` is the derivative by ``x_j`` of entry i of the gradient, as for ``jax.hessian``.
@@ -76,7 +77,7 @@ def is_symmetric(program: _modes.Program) -> bool:
     return program.jaxpr is not None and asymmetric_rule(program.jaxpr.jaxpr) is None
 
 
-def product_of(program: _modes.Program, composition: str, v: Tree) -> Tree:
+def product_of(program: _traced.Program, composition: str, v: Tree) -> Tree:
     """``H v`` by the composition asked for."""
     x = program.x
     outer, _, inner = composition.partition("_over_")

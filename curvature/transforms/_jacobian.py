@@ -7,105 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from curvature import _checks
+from curvature import _checks, _trees
+from curvature._sharding import place_like, vary_like, varying_axes
 from curvature._types import ChunkSize, JacobianMode, Tree
-from curvature.transforms import _modes
-from curvature.transforms._accumulate import entry, is_sharded, place_like, vary_like, varying_axes
-
-
-def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, chunk_size: ChunkSize = "auto") -> Callable:
-    """``jax.vmap`` in bounded memory: lanes run in equal chunks, one chunk after the other.
-
-    ``vmap(f)(xs)[i] = f(xs[i])``. The compiled program holds ``f`` once, whatever the number of lanes: where they do
-    not divide into equal chunks, the last chunk starts early and overlaps the one before.
-
-    Args:
-        f: the function of one lane.
-        in_axes: as in ``jax.vmap``: an integer, None, or a tree of them that is a prefix of the arguments.
-        out_axes: as in ``jax.vmap``.
-        chunk_size: lanes at once. ``None`` is ``jax.vmap`` itself; ``"auto"`` takes as many as keep what all
-            operations write within 36 MiB (CPU; in one where five such chunks would do, or convolutions within 1 GiB)
-            or an eighth of the free memory (GPU, TPU); up to a fifth fewer where those divide the lanes evenly. Lanes
-            that are sharded over an explicit mesh axis run all at once, each device its share.
-
-    Returns:
-        The function of all lanes. Keyword arguments are mapped over their leading axis.
-
-    Raises:
-        ValueError: for a ``chunk_size`` that is not a positive integer, None or "auto", arguments whose mapped axes
-            differ in size or are missing, or an ``in_axes`` that is no prefix of the arguments.
-
-    Cost: one evaluation of ``f`` for each lane; memory for the results and for the intermediates of one chunk.
-        ``"auto"`` traces ``f`` once more, and compiles nothing more.
-
-    Example:
-        >>> import jax.numpy as jnp, curvature
-        >>> curvature.vmap(jnp.dot, in_axes=(0, None), chunk_size=2)(jnp.eye(3), jnp.array([1.0, 2.0, 3.0]))
-        Array([1., 2., 3.], dtype=float32)
-    """
-    _checks.check_callable("vmap", "f", f)
-    _checks.check_chunk_size("vmap", chunk_size)
-    in_axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes
-
-    def mapped(*args: Any, **kwargs: Any) -> Any:
-        lanes = _checks.check_lanes("vmap", in_axes, args, kwargs)
-
-        def call(operands: Any) -> Any:
-            return f(*operands[0], **operands[1])
-
-        return _map_chunks("vmap", call, (args, kwargs), (in_axes, 0), out_axes, lanes, chunk_size)
-
-    return mapped
-
-
-def _map_chunks(
-    function: str,
-    call: Callable[[Any], Any],
-    operands: Any,
-    axes: Any,
-    out_axes: Any,
-    lanes: int,
-    chunk_size: ChunkSize,
-) -> Any:
-    """Map ``call`` over the axes of ``operands``, a chunk at a time; ``axes`` is a prefix of ``operands``."""
-    in_axes = _checks.check_prefix(function, "in_axes", axes, operands)
-
-    def take(start: Any, size: int) -> Any:
-        return _on_mapped(lambda leaf, axis: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis), operands, in_axes)
-
-    def one() -> Any:
-        return _on_mapped(entry, operands, in_axes)
-
-    mapped = zip(jax.tree.leaves(operands), jax.tree.leaves(in_axes), strict=True)
-    at_once = any(axis is not _checks.UNMAPPED and is_sharded(leaf, axis) for leaf, axis in mapped)
-    chunks = 1 if at_once else _modes.num_chunks(lanes, chunk_size, call, one)
-    if chunks == 1:
-        return jax.vmap(call, (axes,), out_axes)(operands)
-    size = -(-lanes // chunks)
-    firsts = jax.tree.map(lambda axis: None if axis is None else 0, out_axes, is_leaf=_checks.is_none)
-    stacked = jax.lax.map(lambda start: jax.vmap(call, (axes,), firsts)(take(start, size)), jnp.arange(chunks) * size)
-    return _on_mapped(
-        lambda leaf, axis: jnp.moveaxis(_join(leaf, lanes), 0, axis),
-        stacked,
-        _checks.check_prefix(function, "out_axes", out_axes, stacked),
-        otherwise=lambda leaf: leaf[0],
-    )
-
-
-def _join(stacked: Array, lanes: int) -> Array:
-    """``(chunks, size, ...)`` to ``(lanes, ...)``; the last chunk repeats the end of the one before it."""
-    chunks, size, *shape = stacked.shape
-    repeated = chunks * size - lanes
-    if not repeated:
-        return stacked.reshape(lanes, *shape)
-    return jnp.concatenate([stacked[:-1].reshape((chunks - 1) * size, *shape), stacked[-1, repeated:]])
-
-
-def _on_mapped(
-    fun: Callable[[Any, int], Any], tree: Any, axes: Any, otherwise: Callable[[Any], Any] = lambda leaf: leaf
-) -> Any:
-    """``fun(leaf, axis)`` on the leaves that have an axis, ``otherwise(leaf)`` on those that are not mapped."""
-    return jax.tree.map(lambda leaf, axis: otherwise(leaf) if axis is _checks.UNMAPPED else fun(leaf, axis), tree, axes)
+from curvature.programs import _traced
+from curvature.transforms import _chunks, _modes
+from curvature.transforms._chunks import map_chunks
 
 
 def jacobian(
@@ -158,7 +65,7 @@ def jacobian(
 
     def jacobian_fn(*args: Any, **kwargs: Any) -> Any:
         fun, x = bind_argnums("jacobian", f, argnums, has_aux, args, kwargs)
-        program = _modes.trace_on_device(fun, x)
+        program = _traced.trace_on_device(fun, x)
         _checks.check_floating_output("jacobian", "f", program.out)
         chosen = _modes.choose_jacobian("jacobian", program, mode)
         result, (_, aux) = jacobian_of(program.fun, program.x, chosen, chunk_size)
@@ -223,15 +130,15 @@ def auto_chunk_of(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, mode: str) ->
 
     def count(x: Tree) -> None:
         product, like, _, _ = _linear_map(fun, x, mode)
-        lanes = _modes.num_entries(like)
-        chunks = _modes.num_chunks(lanes, "auto", lambda i: product(_basis_vector(like, i)), lambda: jnp.asarray(0))
+        lanes = _trees.num_entries(like)
+        chunks = _chunks.num_chunks(lanes, "auto", lambda i: product(_basis_vector(like, i)), lambda: jnp.asarray(0))
         sizes.append(-(-lanes // chunks))
 
     jax.eval_shape(count, x)
     return sizes[0]
 
 
-def gradient_of(program: _modes.Program, x: Tree, mode: str) -> tuple[Any, tuple[Any, Any]]:
+def gradient_of(program: _traced.Program, x: Tree, mode: str) -> tuple[Any, tuple[Any, Any]]:
     """``summed_jacobian_of`` a traced function, all at once; in reverse mode a scalar function needs no map at all."""
     if mode == "rev" and program.is_scalar:
         return program.reverse.fun(x)
@@ -264,12 +171,10 @@ def sum_over_devices(derivatives: Tree, x: Tree) -> Tree:
 
 def map_basis(product: Callable[[Tree], Tree], like: Tree, chunk_size: ChunkSize) -> Tree:
     """``product`` of every vector of the standard basis of trees shaped like ``like``, along a new leading axis."""
-    lanes = _modes.num_entries(like)
+    lanes = _trees.num_entries(like)
     if lanes == 1:  # no axis to map: spare the product a batch of one
         return jax.tree.map(lambda leaf: leaf[None], product(jax.tree.map(jnp.ones_like, like)))
-    return _map_chunks(
-        "jacobian", lambda i: product(_basis_vector(like, i)), jnp.arange(lanes), 0, 0, lanes, chunk_size
-    )
+    return map_chunks("jacobian", lambda i: product(_basis_vector(like, i)), jnp.arange(lanes), 0, 0, lanes, chunk_size)
 
 
 def _basis_vector(like: Tree, i: Int[Array, ""]) -> Tree:

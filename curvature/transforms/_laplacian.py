@@ -9,18 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvature import _checks
+from curvature import _checks, _trees
 from curvature._types import Objective, Tree
-from curvature.transforms import _modes
+from curvature.programs import _traced
+from curvature.programs._jets import BY_REVERSE, Jet, Step, push_jets
+from curvature.programs._pushforward import choose_forward, derivative_along, directional_derivative, inconsistent_rule
 from curvature.transforms._jacobian import jacobian_of
-from curvature.transforms._pushforward import (
-    choose_forward,
-    derivative_along,
-    directional_derivative,
-    inconsistent_rule,
-)
 from curvature.transforms._self_check_traces import check_laplacian
-from curvature.transforms._taylor import BY_REVERSE, Jet, Step, push_jets
 
 _EAGER = Step("a branch on a value", "jvp of jvp of the whole function, for each direction", "f")
 
@@ -130,17 +125,17 @@ class Laplacian:
         jax.eval_shape(lambda: _evaluate(program, directions, steps))
         return LaplacianReport(tuple(steps))
 
-    def _prepare(self, x: Tree, args: tuple[Any, ...]) -> tuple[_modes.Program, Tree]:
+    def _prepare(self, x: Tree, args: tuple[Any, ...]) -> tuple[_traced.Program, Tree]:
         """``f`` traced at ``x``, and the directions."""
         x = _checks.check_point("laplacian", "x", x)
         _checks.check_entries("laplacian", "x", x)
         factor = None if self.factor is None else _checks.check_factor("laplacian", "factor", self.factor, "x", x)
-        program = _modes.trace(lambda x: (self.f(x, *args), None), x)
+        program = _traced.trace(lambda x: (self.f(x, *args), None), x)
         _checks.check_floating_output("laplacian", "f", program.out)
         return program, _identity(x) if factor is None else factor
 
 
-def _evaluate(program: _modes.Program, directions: Tree, steps: list[Step]) -> tuple[Any, Any]:
+def _evaluate(program: _traced.Program, directions: Tree, steps: list[Step]) -> tuple[Any, Any]:
     """The value and the sum of second derivatives."""
     x = program.x
     if program.jaxpr is None:
@@ -157,7 +152,7 @@ def _evaluate(program: _modes.Program, directions: Tree, steps: list[Step]) -> t
     return structure.unflatten([out.value for out in outs]), structure.unflatten(laps)
 
 
-def _by_hessian(program: _modes.Program, directions: Tree) -> Any:
+def _by_hessian(program: _traced.Program, directions: Tree) -> Any:
     """``sum_k s_k' H s_k`` for each output, with ``H`` the Jacobian of the gradient that reverse mode computes."""
 
     def along(v: Tree) -> Any:
@@ -165,7 +160,7 @@ def _by_hessian(program: _modes.Program, directions: Tree) -> Any:
             gradient = jacobian_of(program.fun, x, "rev", None)[0]
             return jax.tree.map(lambda out, rows: _contract(rows, v, out), program.out, gradient), ()
 
-        first = _modes.trace(slope, program.x)
+        first = _traced.trace(slope, program.x)
         return derivative_along(choose_forward("laplacian", first.blocker), first.fun, program.x, v)[0]
 
     return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.vmap(along)(directions))
@@ -185,7 +180,7 @@ def _second_derivative(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: Tree)
 def _identity(x: Tree) -> Tree:
     """The standard basis of trees like ``x``, along a leading axis of each leaf."""
     leaves, structure = jax.tree.flatten(x)
-    total, start, rows = _modes.num_entries(x), 0, []
+    total, start, rows = _trees.num_entries(x), 0, []
     for leaf in leaves:
         block = jnp.eye(total, leaf.size, -start, dtype=leaf.dtype)
         rows.append(block.reshape(total, *leaf.shape) + jnp.zeros_like(leaf)[None])  # vary over devices as x does
@@ -224,11 +219,11 @@ def directional_derivatives(f: Objective, x: Tree, v: Tree, *args: Any, order: i
     _checks.check_count("directional_derivatives", "order", order, 1)
     x = _checks.check_point("directional_derivatives", "x", x)
     v = _checks.check_direction("directional_derivatives", "v", v, "x", x)
-    program = _modes.trace(lambda x: (f(x, *args), ()), x)
+    program = _traced.trace(lambda x: (f(x, *args), ()), x)
     _checks.check_floating_output("directional_derivatives", "f", program.out)
     for _ in range(order):
         mode = choose_forward("directional_derivatives", program.blocker)
-        program = _modes.trace(functools.partial(derivative_along, mode, program.fun, v=v), x)
+        program = _traced.trace(functools.partial(derivative_along, mode, program.fun, v=v), x)
     last, lower = program.fun(x)
     derivatives = [last]
     for _ in range(order - 1):  # the aux of each is the one below and its aux

@@ -8,21 +8,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from curvature import _checks
-from curvature._types import ChunkSize, HessianBlocks, Objective, Tree, ravel
-from curvature.transforms import _modes
-from curvature.transforms._accumulate import entry, num_chunks, sum_over_chunks
-from curvature.transforms._blocks import Subtree, leaf_paths, leaf_subtrees, select
+from curvature import _checks, _trees
+from curvature._sharding import entry
+from curvature._trees import Subtree, leaf_paths, leaf_subtrees, ravel, select
+from curvature._types import ChunkSize, HessianBlocks, Objective, Tree
+from curvature.programs import _traced
+from curvature.programs._finiteness import keeps_finite
+from curvature.programs._mean_structure import Examples, find_examples
+from curvature.programs._pushforward import asymmetric_rule
+from curvature.programs._taps import Taps, trace_taps
+from curvature.programs._views import transpose_block
+from curvature.transforms._chunks import num_batch_chunks, sum_over_chunks
 from curvature.transforms._compositions import hessian_of
-from curvature.transforms._examples import Examples, find_examples
-from curvature.transforms._finiteness import keeps_finite
 from curvature.transforms._jacobian import jacobian_of
-from curvature.transforms._points import Blocks, Points, Wanted, bytes_per_example, find_points, tapped_blocks
-from curvature.transforms._pushforward import asymmetric_rule
+from curvature.transforms._per_example_function import PerExampleFunction, open_batch, reporter
 from curvature.transforms._self_check_second import check_hessian, subject_of_mean
-from curvature.transforms._tapped import Tapped, open_batch, reporter
-from curvature.transforms._taps import Taps, trace_taps
-from curvature.transforms._views import transpose_block
+from curvature.transforms._tap_hessian import Blocks, Points, Wanted, bytes_per_example, find_points, tapped_blocks
 
 _LEAST_CHUNK = 128  # fewer examples make thin products of matrices
 _FEWER = 2  # taps pay when they take so many times fewer directions than there are parameters: ours
@@ -30,7 +31,7 @@ _FEWER = 2  # taps pay when they take so many times fewer directions than there 
 
 def mean_hessian(
     loss: Objective, *, chunk_size: ChunkSize = "auto", blocks: HessianBlocks = None, check: bool = False
-) -> Tapped:
+) -> PerExampleFunction:
     """The Hessian of the mean of ``loss`` over a batch: ``H = (1/B) sum_b d^2 loss(params, *example_b) / d params^2``.
 
     Equal to ``hessian`` of that mean, but assembled from what the structure of a sum over examples allows. Where a
@@ -93,7 +94,7 @@ def mean_hessian(
             check_hessian(subject, blocks)
         return result
 
-    return Tapped(of_batch, report)
+    return PerExampleFunction(of_batch, report)
 
 
 def _of_batch(
@@ -107,7 +108,7 @@ def _of_batch(
     return _assemble("mean_hessian", points, params, jax.tree.leaves(batch), blocks, chunk_size)
 
 
-def routes_of_examples(program: _modes.Program) -> dict[str, str]:
+def routes_of_examples(program: _traced.Program) -> dict[str, str]:
     """For each leaf the rule that ``hessian_of_examples`` takes, by its path; empty where it takes none."""
     found = find_structure(program)
     if found is None:
@@ -116,7 +117,7 @@ def routes_of_examples(program: _modes.Program) -> dict[str, str]:
     return dict(zip(leaf_paths(program.x), _routes(points.taps, program.x), strict=True))
 
 
-def hessian_of_examples(program: _modes.Program, blocks: HessianBlocks) -> Tree | None:
+def hessian_of_examples(program: _traced.Program, blocks: HessianBlocks) -> Tree | None:
     """The Hessian of a function that is a mean over examples, or None where that does not show or does not pay."""
     found = find_structure(program)
     if found is None:
@@ -125,13 +126,13 @@ def hessian_of_examples(program: _modes.Program, blocks: HessianBlocks) -> Tree 
     return _assemble("hessian", points, program.x, examples.batch, blocks, "auto")
 
 
-def find_structure(program: _modes.Program) -> tuple[Examples, Points] | None:
+def find_structure(program: _traced.Program) -> tuple[Examples, Points] | None:
     """The examples of a function and the points of one's loss, where these are worth it."""
     examples = find_examples(program)
     if examples is None:
         return None
     points = _points_of(trace_taps("hessian", examples.loss, program.x, tuple(entry(leaf) for leaf in examples.batch)))
-    if points is None or _FEWER * points.num_directions > _modes.num_entries(program.x):
+    if points is None or _FEWER * points.num_directions > _trees.num_entries(program.x):
         return None
     return examples, points
 
@@ -147,7 +148,7 @@ def _assemble(
     """The Hessian of the mean, or those blocks of it, as a tree of trees."""
     leaves, parts = jax.tree.leaves(params), _parts(function, params, blocks)
     pairs = {(i, j) for rows, columns in parts for i in _numbers(rows, leaves) for j in _numbers(columns, leaves)}
-    chunks = num_chunks(len(examples[0]), chunk_size, bytes_per_example(points), _LEAST_CHUNK)
+    chunks = num_batch_chunks(len(examples[0]), chunk_size, bytes_per_example(points), _LEAST_CHUNK)
     found = _blocks_of_leaves(points, leaves, examples, pairs, chunks)
 
     def tree_of(rows: Subtree, columns: Subtree) -> Tree:
@@ -212,7 +213,7 @@ def _routes(taps: Taps | None, params: Tree) -> list[str]:
 
 def _by_products(loss: Objective, params: Tree, batch: tuple[Any, ...], blocks: HessianBlocks) -> Tree:
     """The same Hessian from products alone, by whichever composition is legal."""
-    mean = _modes.trace(
+    mean = _traced.trace(
         lambda params: (jnp.mean(jax.vmap(loss, (None,) + (0,) * len(batch))(params, *batch)), None), params
     )
     return hessian_of("mean_hessian", mean, "auto", "auto", blocks)[0]
@@ -266,7 +267,7 @@ def _of_derived(
         terms = [jnp.sum(gradients[root] * values[root]).astype(weights.dtype) for root in derived]
         return jnp.sum(jnp.stack(terms)), None
 
-    rows, _ = hessian_of("mean_hessian", _modes.trace(weighted_roots, list(leaves)), "auto", "auto")
+    rows, _ = hessian_of("mean_hessian", _traced.trace(weighted_roots, list(leaves)), "auto", "auto")
     return {(i, j): block for i, row in enumerate(rows) for j, block in enumerate(row)}
 
 

@@ -5,9 +5,11 @@ from typing import Any
 
 from curvature import _checks
 from curvature._types import ChunkSize, HessianMode, Objective, Tree
+from curvature.programs import _traced
 from curvature.transforms import _modes
+from curvature.transforms._chunks import vmap
 from curvature.transforms._compositions import hessian_of
-from curvature.transforms._jacobian import gradient_of, vmap
+from curvature.transforms._jacobian import gradient_of
 
 
 def per_example_grad(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Callable[..., Tree]:
@@ -39,7 +41,7 @@ def per_example_grad(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Call
                [0., 0.]], dtype=float32)
     """
 
-    def gradient(program: _modes.Program) -> Tree:
+    def gradient(program: _traced.Program) -> Tree:
         mode = _modes.choose_jacobian("per_example_grad", program, "auto")
         return gradient_of(program, program.x, mode)[0]
 
@@ -74,21 +76,21 @@ def per_example_hessian(
     """
     _checks.check_choice("per_example_hessian", "mode", mode, HessianMode)
 
-    def one_hessian(program: _modes.Program) -> Tree:
+    def one_hessian(program: _traced.Program) -> Tree:
         return hessian_of("per_example_hessian", program, mode, None)[0]
 
     return _over_batch("per_example_hessian", loss, one_hessian, chunk_size)
 
 
 def _over_batch(
-    function: str, loss: Objective, derivative: Callable[[_modes.Program], Tree], chunk_size: ChunkSize
+    function: str, loss: Objective, derivative: Callable[[_traced.Program], Tree], chunk_size: ChunkSize
 ) -> Callable[..., Tree]:
     """``derivative`` of the loss at ``params``, mapped over the leading axis of the batch."""
     _checks.check_callable(function, "loss", loss)
     _checks.check_chunk_size(function, chunk_size)
 
     def one(params: Tree, *example: Any) -> Tree:
-        program = _modes.trace_on_device(lambda params: (loss(params, *example), None), params)
+        program = _traced.trace_on_device(lambda params: (loss(params, *example), None), params)
         _checks.check_scalar_output(function, "loss", program.out)
         return derivative(program)
 

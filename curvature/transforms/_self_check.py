@@ -21,9 +21,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from jaxtyping import Array
 
 from curvature._types import Objective, Tree
-from curvature.transforms import _modes
-from curvature.transforms._jaxprs import Equation, Variable, dependents, inline
-from curvature.transforms._legality import blocker_at
+from curvature.programs import _traced
+from curvature.programs._jaxprs import Equation, Variable, dependents, inline
+from curvature.programs._legality import blocker_at
 
 _MOST_LINES = 3  # of the user's program that an error message names for each leaf
 MOVES = 64.0  # times what a move of the point by four roundings changes
@@ -114,7 +114,7 @@ def _wide(array: Array) -> np.ndarray:
 # ---- values --------------------------------------------------------------------------------------------------------
 
 
-def rebuild(program: _modes.Program, x: Tree, consts: Sequence[Any]) -> _modes.Program:
+def rebuild(program: _traced.Program, x: Tree, consts: Sequence[Any]) -> _traced.Program:
     """The same program at other values of its point and of what it closes over; its aux is left out."""
     assert program.jaxpr is not None
     closed = ClosedJaxpr(program.jaxpr.jaxpr, list(consts))
@@ -124,13 +124,13 @@ def rebuild(program: _modes.Program, x: Tree, consts: Sequence[Any]) -> _modes.P
         outs = jex.core.jaxpr_as_fun(closed)(*jax.tree.leaves(x))
         return structure.unflatten(outs[: structure.num_leaves]), None
 
-    return _modes.trace(fun, x)
+    return _traced.trace(fun, x)
 
 
-def trace_example(loss: Objective, params: Tree, batch: tuple[Any, ...]) -> _modes.Program:
+def trace_example(loss: Objective, params: Tree, batch: tuple[Any, ...]) -> _traced.Program:
     """The loss of the first example, traced as a function of the parameters and the example."""
     example = jax.tree.map(lambda leaf: leaf[0], few_of(batch, 1))
-    return _modes.trace(lambda point: (loss(point[0], *point[1]), None), (params, example))
+    return _traced.trace(lambda point: (loss(point[0], *point[1]), None), (params, example))
 
 
 def few_of(batch: Tree, count: int) -> Tree:
@@ -149,12 +149,12 @@ def few_of(batch: Tree, count: int) -> Tree:
     return jax.tree.map(cut, batch)
 
 
-def consts_of(program: _modes.Program) -> list[Any]:
+def consts_of(program: _traced.Program) -> list[Any]:
     """What a program closes over; nothing where it branches on values."""
     return [] if program.jaxpr is None else list(program.jaxpr.consts)
 
 
-def rebuild_loss(program: _modes.Program, consts: Sequence[Any]) -> Objective:
+def rebuild_loss(program: _traced.Program, consts: Sequence[Any]) -> Objective:
     """A loss that was traced by ``trace_example``, at other values of what it closes over."""
     assert program.jaxpr is not None, "a loss that branches on values cannot be traced"
     closed = ClosedJaxpr(program.jaxpr.jaxpr, list(consts))
@@ -204,7 +204,7 @@ def widen(array: Array) -> Array:
     return array.astype(jnp.float32) if jnp.finfo(array.dtype).bits < 32 else array
 
 
-def eps_of(program: _modes.Program) -> float:
+def eps_of(program: _traced.Program) -> float:
     """The relative rounding of the coarsest arithmetic in a program."""
     assert program.jaxpr is not None
     coarsest = max(_coarsest(program.jaxpr.jaxpr), *(float(jnp.finfo(v.dtype).eps) for v in jax.tree.leaves(program.x)))

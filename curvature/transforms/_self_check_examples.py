@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from curvature._trees import leaf_paths
 from curvature._types import Objective, Tree
-from curvature.transforms import _modes
-from curvature.transforms._blocks import leaf_paths
-from curvature.transforms._grad_norm import accumulator
+from curvature.programs import _traced
+from curvature.transforms._per_example_norms import accumulator
 from curvature.transforms._self_check import (
     MOVES,
     Sides,
@@ -121,7 +121,7 @@ def _of_leaf(loss: Objective, params: Tree, leaf: int | None) -> tuple[Objective
     return of_leaf, leaves[leaf]
 
 
-def _gradients(of_example: _modes.Program, loss: Objective, params: Tree, batch: tuple[Any, ...]) -> Gradients:
+def _gradients(of_example: _traced.Program, loss: Objective, params: Tree, batch: tuple[Any, ...]) -> Gradients:
     """The gradients of each example by JAX's transformations alone: in reverse mode where that is legal."""
     gradient = jax.grad(loss) if of_example.blocker("rev") is None else jax.jacfwd(loss)
     return [*map(widen, jax.tree.leaves(jax.vmap(gradient, (None,) + (0,) * len(batch))(params, *batch)))]

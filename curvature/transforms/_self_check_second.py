@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from curvature._trees import leaf_paths, select
 from curvature._types import HessianBlocks, HessianMode, Objective, Tree
-from curvature.transforms import _modes
-from curvature.transforms._blocks import leaf_paths, select
+from curvature.programs import _traced
 from curvature.transforms._self_check import (
     Sides,
     Values,
@@ -55,7 +55,7 @@ class Subject(NamedTuple):
     """
 
     function: str
-    program: _modes.Program
+    program: _traced.Program
     values: Values
     plain: Callable[[Any], tuple[Callable[[Tree], Any], Tree]]
     evaluate: Callable[[Any], Any]
@@ -69,10 +69,10 @@ class Subject(NamedTuple):
 
 def subject_of(
     function: str,
-    program: _modes.Program,
-    evaluate: Callable[[_modes.Program], Any],
+    program: _traced.Program,
+    evaluate: Callable[[_traced.Program], Any],
     result: Any,
-    routes: Callable[[_modes.Program], dict[str, str]] = lambda _: {},
+    routes: Callable[[_traced.Program], dict[str, str]] = lambda _: {},
 ) -> Subject:
     """A derivative of a traced function at its point."""
     assert program.jaxpr is not None
@@ -116,7 +116,7 @@ def subject_of_mean(
         params, batch, consts = operands
         return evaluate(rebuild_loss(of_example, consts), params, batch)
 
-    program = _modes.trace(lambda params: (mean_of(loss, batch)(params), None), params)
+    program = _traced.trace(lambda params: (mean_of(loss, batch)(params), None), params)
     values = (params, batch, consts_of(of_example)), result
     return Subject(function, program, values, plain, again, lambda: report(params, *batch).routes)
 
@@ -196,7 +196,7 @@ def _products(
     return measure
 
 
-def weights_of(program: _modes.Program) -> list[Array]:
+def weights_of(program: _traced.Program) -> list[Array]:
     """The weights by which the outputs are added up: one for a scalar function, random ones for others."""
     if program.is_scalar:
         return [jnp.ones((), program.out.dtype)]
@@ -239,7 +239,7 @@ def _contract(weights: Array, block: Array, v: Array) -> Array:
     return jnp.einsum("o,orc,c->r", weights, block, v, precision="highest")
 
 
-def product(program: _modes.Program, fun: Callable[[Tree], Array], x: Tree, v: Tree) -> Tree:
+def product(program: _traced.Program, fun: Callable[[Tree], Array], x: Tree, v: Tree) -> Tree:
     """``H v`` of a scalar function by JAX's transformations alone: forward over reverse mode where that is legal."""
     composition = next(m for m in get_args(HessianMode)[1:] if program.composition_blocker(m) is None)
     if composition == "fwd_over_rev":

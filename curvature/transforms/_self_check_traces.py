@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from curvature._types import Tree
-from curvature.transforms import _modes
+from curvature.programs import _traced
 from curvature.transforms._self_check import (
     Sides,
     Values,
@@ -66,7 +66,7 @@ def check_diagonal(subject: Subject) -> None:
         raise failure(subject.function, what, by, excess, at_fault, REMEDY)
 
 
-def check_laplacian(program: _modes.Program, along: Callable[[_modes.Program, Tree], Any]) -> None:
+def check_laplacian(program: _traced.Program, along: Callable[[_traced.Program, Tree], Any]) -> None:
     """Raise where the sum of second derivatives along two random directions is not ``sum_k v_k' H v_k``.
 
     Args:
@@ -93,7 +93,7 @@ def check_laplacian(program: _modes.Program, along: Callable[[_modes.Program, Tr
 
 
 def _laplacian_sides(
-    subject: Subject, along: Callable[[_modes.Program, Tree], Any], eps: float, chosen: Sequence[int], values: Values
+    subject: Subject, along: Callable[[_traced.Program, Tree], Any], eps: float, chosen: Sequence[int], values: Values
 ) -> Sides:
     """Both sides for directions in some leaves."""
     fun, x = subject.plain(values[0])

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import jax.extend as jex
 
+from curvature._trees import leaf_paths
 from curvature._types import Tree
-from curvature.transforms._blocks import leaf_paths
-from curvature.transforms._points import Points
+from curvature.transforms._tap_hessian import Points
 
 _RULES = {
     "dot_general": "matrix product",

@@ -9,11 +9,12 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 from jaxtyping import Array
 
-from curvature import _checks
-from curvature._types import JacobianMode, Objective, SparseHessianMode, Tree, ravel
-from curvature.transforms import _modes
+from curvature import _checks, _trees
+from curvature._trees import ravel
+from curvature._types import JacobianMode, Objective, SparseHessianMode, Tree
+from curvature.programs import _traced
+from curvature.programs._legality import Blocker
 from curvature.transforms._compositions import is_symmetric, linearize_program, trace_objective
-from curvature.transforms._legality import Blocker
 
 _asdex_error: ImportError | None = None
 try:
@@ -147,7 +148,7 @@ def sparse_jacobian(
     _checks.check_callable("sparse_jacobian", "f", f)
     _checks.check_choice("sparse_jacobian", "mode", mode, JacobianMode)
     x = _checks.check_point("sparse_jacobian", "x", x)
-    program = _modes.trace(lambda x: (f(x, *args), None), x)
+    program = _traced.trace(lambda x: (f(x, *args), None), x)
     _checks.check_floating_output("sparse_jacobian", "f", program.out)
     order = get_args(JacobianMode)[1:]
     legal = _legal_modes("sparse_jacobian", mode, {name: program.blocker(name) for name in order})
@@ -158,7 +159,7 @@ def sparse_jacobian(
 
     if pattern is None:
         pattern = asdex.jacobian_sparsity(fun, vector, *args)
-    shape = (_modes.num_entries(program.out), vector.size)
+    shape = (_trees.num_entries(program.out), vector.size)
     sparsity = _sparsity(*_checks.check_pattern("sparse_jacobian", pattern, shape), shape, vector)
     coloring = asdex.jacobian_coloring_from_sparsity(sparsity, mode=legal[0] if len(legal) == 1 else None)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import curvature
+from curvature import _compile_cache
 from curvature.operators._base import MatrixOperator
-from curvature.transforms import _programs
 from tests.linalg.operators import counted
 from tests.oracles import assert_close
 
@@ -92,11 +92,11 @@ def test_no_function_is_kept_alive():
         return weakref.ref(f), weakref.ref(op.model), weakref.ref(op.loss)
 
     gc.collect()
-    before = len(_programs._PROGRAMS_FOR)
+    before = len(_compile_cache._PROGRAMS_FOR)
     references = solve(2.0)
     gc.collect()
     assert [reference() for reference in references] == [None] * 3
-    assert len(_programs._PROGRAMS_FOR) == before
+    assert len(_compile_cache._PROGRAMS_FOR) == before
 
 
 class Scaled:

@@ -11,8 +11,8 @@ import scipy.linalg
 from jax.flatten_util import ravel_pytree
 
 from curvature import FisherOperator, KroneckerOperator
-from curvature.operators._kronecker_blocks import EigenBlock
 from curvature.operators._pytrees import replace
+from curvature.operators.kronecker._blocks import EigenBlock
 from tests.losses import B, in_precision
 from tests.oracles import assert_close, flat
 

@@ -10,10 +10,10 @@ from jaxtyping import Array
 
 import curvature
 from curvature import Status
-from curvature.linalg._dense import factor_model, solve_cubic, solve_region
-from curvature.linalg._krylov_model import krylov_model, solve_krylov_region
+from curvature.linalg._gltr import krylov_model, solve_krylov_region
+from curvature.linalg._subproblems import factor_model, solve_cubic, solve_region
 from curvature.optimizers._lbfgs import inverse_product, no_pairs, remember
-from curvature.optimizers._protocol import WithStatus, _localize, resolved
+from curvature.optimizers._method import WithStatus, _localize, resolved
 from tests.optimizers.problems import PROBLEMS, rosenbrock, wood
 from tests.oracles import assert_close
 

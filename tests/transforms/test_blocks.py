@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import curvature
-from curvature.transforms._blocks import leaf_paths, select
+from curvature._trees import leaf_paths, select
 from tests.oracles import assert_close, assert_trees_close, dense_blocks
 from tests.scenarios import SCENARIOS, forward_only, make_mlp, mlp_loss, reverse_only
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import curvature
-from curvature.transforms._pushforward import asymmetric_rule
+from curvature.programs._pushforward import asymmetric_rule
 from tests.oracles import assert_close
 
 A = np.array([[0.3, -0.7, 0.2], [0.5, 0.1, -0.4], [-0.2, 0.6, 0.9]])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import curvature
-from curvature.transforms import _clipped, _diagonal, _hessian, _laplacian, _mean_hessian, _moments
+from curvature.transforms import _hessian, _laplacian, _mean_hessian
 from tests.scenarios import forward_only, reverse_only
 
 RNG = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def plant(monkeypatch, name):
         right = _mean_hessian._assemble
         monkeypatch.setattr(_mean_hessian, "_assemble", lambda *args: transposed(right(*args)))
     elif name == "hessian_diagonal":
-        right = _diagonal._diagonal_of
+        right = _hessian._diagonal_of
         monkeypatch.setattr(_diagonal, "_diagonal_of", lambda *args: right(*args) * (1 if args[2].leaves.start else 2))
     elif name == "laplacian":
         right = _laplacian.push_jets

@@ -1,0 +1,261 @@
+"""The log-determinant and the spectral density of a symmetric operator, by stochastic Lanczos quadrature."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from curvature import _checks, _trees
+from curvature._types import ChunkSize, Vector
+from curvature.linalg._host_loop import call_solver
+from curvature.linalg._lanczos import tridiagonalize
+from curvature.linalg._trace import Estimate, Key, exactly, mean_of, on_vectors, signs
+from curvature.operators._base import LinearOperator
+from curvature.transforms._chunks import vmap
+
+_DENSE = 1024  # up to here the eigenvalues of the matrix take seconds at most: ours
+_GRID = 1024
+_MARGIN = 8  # widths from the outermost Ritz value to the end of the grid: 1e-15 of a Gaussian lies beyond
+
+
+class SpectralDensity(NamedTuple):
+    """A smoothed spectrum and what it is made of; p points, k probes, m steps.
+
+    Attributes:
+        grid: the points, in increasing order if not given.
+        density: the share of the eigenvalues per unit length at each point; it integrates to 1 over the whole line.
+        standard_error: its standard error, from the spread over the probes.
+        ritz_values: the nodes of the quadrature of each probe.
+        weights: their weights, which sum to 1 for each probe. Once the Krylov space of a probe is exhausted, the
+            weights of further eigenvalues are 0.
+    """
+
+    grid: Float[Array, " p"]
+    density: Float[Array, " p"]
+    standard_error: Float[Array, " p"]
+    ritz_values: Float[Array, "k m"]
+    weights: Float[Array, "k m"]
+
+
+def logdet(
+    op: LinearOperator,
+    *,
+    key: Key,
+    num_samples: int = 32,
+    num_steps: int = 64,
+    chunk_size: ChunkSize = "auto",
+) -> Estimate:
+    """Estimate ``log det A = tr log A`` of a symmetric positive definite operator.
+
+    Each of k probes of random signs ``w`` gives ``w' log(A) w`` by the Gauss quadrature of m Lanczos steps with full
+    reorthogonalization. The standard error adds in squares the spread over the probes and, for what the quadrature may
+    still lack, its change over the last half of the steps; that rule is ours, and cautious. Where the matrix has at
+    most 1024 columns and no more than the ``k m`` products of the estimate, its eigenvalues are computed instead.
+
+    Both are NaN when ``A`` is seen not to be positive definite: when an eigenvalue or Ritz value is below
+    ``sqrt(n or m) * eps`` times the largest. Add ``damping`` to an operator that is only semidefinite. A few negative
+    eigenvalues amid very many, too small to stand out in m steps, can go unseen.
+
+    The derivative by what ``A`` depends on estimates ``tr(A^-1 dA)`` with the same probes.
+
+    Args:
+        op: an operator with ``is_symmetric``.
+        key: a random key; the same key gives the same answer.
+        num_samples: the number k of probes, at least 2.
+        num_steps: the number m of Lanczos steps for each, at least 2; badly conditioned operators need more.
+        chunk_size: how many probes run at once; see ``vmap``.
+
+    Returns:
+        An ``Estimate`` of scalars.
+
+    Raises:
+        TypeError: when ``op`` is no operator or ``key`` no key.
+        ValueError: for an operator that is not square or not known to be symmetric, or a number below 2.
+
+    Cost: one linearization and ``k (m + 1)`` products, or n and an eigendecomposition. Memory: the m Lanczos vectors of
+        each probe of a chunk. With ``batches=`` the probes of a chunk share m + 1 passes over them.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, curvature
+        >>> op = curvature.HessianOperator(lambda x: x[0] ** 2 + 3 * x[1] ** 2, jnp.ones(2))
+        >>> float(curvature.logdet(op, key=jax.random.key(0)).value)  # log(2 * 6)
+        2.4849
+
+    References: Ubaru, Chen and Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature (2017),
+        doi:10.1137/16M1104974, algorithm 1.
+    """
+    _checks.check_key("logdet", key)
+    _checks.check_static_count("logdet", "num_samples", num_samples, 2)
+    _checks.check_static_count("logdet", "num_steps", num_steps, 2)
+    _checks.check_chunk_size("logdet", chunk_size)
+    how = {"num_samples": num_samples, "num_steps": num_steps, "chunk_size": chunk_size}
+    return call_solver("logdet", _logdet, op, key, **how)
+
+
+def _logdet(op: LinearOperator, key: Key, num_samples: int, num_steps: int, chunk_size: ChunkSize) -> Estimate:
+    _checks.check_square_operator("logdet", op, symmetric=True)
+    n = _trees.num_entries(op.in_structure())
+    if n <= min(num_samples * num_steps, _DENSE):
+        matrix = op.as_matrix(chunk_size)
+        return exactly(jnp.sum(_logarithms(jnp.linalg.eigvalsh((matrix + matrix.T) / 2))))
+    product, _, like = on_vectors("logdet", op)
+    steps = min(num_steps, n)
+
+    def sample(keys: Key) -> tuple[Array, Array]:
+        return _quadratic_log(product, signs(keys[0], like), keys[1], steps)
+
+    values, changes = vmap(sample, chunk_size=chunk_size)(jax.random.split(key, (num_samples, 2)))
+    estimate = mean_of(values)
+    return Estimate(estimate.value, jnp.hypot(estimate.standard_error, jnp.mean(changes)))
+
+
+def spectral_density(
+    op: LinearOperator,
+    *,
+    key: Key,
+    num_samples: int = 16,
+    num_steps: int = 64,
+    grid: Float[Array, " p"] | None = None,
+    width: ArrayLike | None = None,
+    chunk_size: ChunkSize = "auto",
+) -> SpectralDensity:
+    """Estimate the density of the eigenvalues ``l_i`` of a symmetric operator, smoothed by a Gaussian.
+
+    ``density(t) = (1/n) sum_i g(t - l_i)``, ``g`` the normal density of standard deviation ``width``. Each of k probes
+    of random signs gives it by the quadrature of m Lanczos steps with full reorthogonalization: the eigenvalues of the
+    tridiagonal matrix are its nodes, the squared first components of its eigenvectors the weights.
+
+    Args:
+        op: an operator with ``is_symmetric``.
+        key: a random key; the same key gives the same answer.
+        num_samples: the number k of probes, at least 2.
+        num_steps: the number m of Lanczos steps for each.
+        grid: where to evaluate; None is 1024 points (4 for each step, if more) from 8 widths below the least Ritz value
+            to 8 above the largest.
+        width: None is the range of the Ritz values over m, about the least that m steps resolve. A smaller one shows
+            single Ritz values, which the standard error does not account for, and may need a finer grid.
+        chunk_size: how many probes run at once; see ``vmap``.
+
+    Returns:
+        A ``SpectralDensity``. Its entries are NaN where the operator's products are.
+
+    Raises:
+        TypeError: when ``op`` is no operator or ``key`` no key.
+        ValueError: for an operator that is not square or not known to be symmetric, or a number or grid out of range.
+
+    Cost: one linearization and ``k m`` products. Memory: the m Lanczos vectors of each probe of a chunk. With
+        ``batches=`` the probes of a chunk share m passes over them.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, curvature
+        >>> op = curvature.HessianOperator(lambda x: jnp.sum(x**2), jnp.ones(3))
+        >>> spectrum = curvature.spectral_density(op, key=jax.random.key(0))
+        >>> float(spectrum.grid[jnp.argmax(spectrum.density)])
+        2.00
+        >>> float(jnp.trapezoid(spectrum.density, spectrum.grid))
+        1.000
+
+    References: Ubaru, Chen and Saad (2017), doi:10.1137/16M1104974. Ghorbani, Krishnan and Xiao, An investigation into
+        neural net optimization via Hessian eigenvalue density, arXiv:1901.10159, section 2.
+    """
+    _checks.check_key("spectral_density", key)
+    _checks.check_static_count("spectral_density", "num_samples", num_samples, 2)
+    _checks.check_static_count("spectral_density", "num_steps", num_steps, 1)
+    _checks.check_chunk_size("spectral_density", chunk_size)
+    if grid is not None:
+        _checks.check_grid("spectral_density", grid)
+    if width is not None:
+        _checks.check_positive("spectral_density", "width", width)
+        width = jnp.asarray(width)
+    how = {"num_samples": num_samples, "num_steps": num_steps, "chunk_size": chunk_size}
+    return call_solver("spectral_density", _spectral_density, op, key, grid, width, **how)
+
+
+def _spectral_density(
+    op: LinearOperator,
+    key: Key,
+    grid: Array | None,
+    width: Array | None,
+    num_samples: int,
+    num_steps: int,
+    chunk_size: ChunkSize,
+) -> SpectralDensity:
+    _checks.check_square_operator("spectral_density", op, symmetric=True)
+    product, _, like = on_vectors("spectral_density", op)
+    steps = min(num_steps, like.size)
+
+    def quadrature(keys: Key) -> tuple[Array, Array]:
+        found = tridiagonalize(product, _unit(signs(keys[0], like)), keys[1], steps)
+        return _gauss_rule(found.diagonal, found.off_diagonal)
+
+    nodes, weights = vmap(quadrature, chunk_size=chunk_size)(jax.random.split(key, (num_samples, 2)))
+    least, largest = jnp.min(nodes), jnp.max(nodes)
+    sigma = _default_width(least, largest, steps) if width is None else jnp.asarray(width, nodes.dtype)
+    if grid is None:
+        grid = jnp.linspace(least - _MARGIN * sigma, largest + _MARGIN * sigma, max(_GRID, 4 * steps))
+    points = grid.astype(nodes.dtype)
+
+    def density(nodes: Array, weights: Array) -> Array:
+        bumps = jax.scipy.stats.norm.pdf((points[:, None] - nodes[None]) / sigma)
+        return jnp.matmul(bumps, weights, precision="highest") / sigma
+
+    densities = mean_of(vmap(density, chunk_size=chunk_size)(nodes, weights))
+    return SpectralDensity(points, densities.value, densities.standard_error, nodes, weights)
+
+
+def _default_width(least: Array, largest: Array, steps: int) -> Array:
+    """The range over the steps; for a range within rounding, what the grid can still resolve."""
+    size = jnp.maximum(jnp.abs(least), jnp.abs(largest))
+    width = jnp.maximum((largest - least) / steps, 1000 * jnp.finfo(size.dtype).eps * size)
+    return jnp.where(width == 0, 1, width)
+
+
+def _quadratic_log(product: Callable[[Vector], Vector], probe: Vector, key: Key, steps: int) -> tuple[Array, Array]:
+    """``w' log(A) w`` by quadrature, and how much the last half of the steps changed it."""
+    start, fixed, half = _unit(probe), jax.lax.stop_gradient, steps // 2
+    found = tridiagonalize(lambda v: fixed(product(v)), start, key, steps)
+    # The rule of half the steps is that of the whole matrix cut in two, whose other part has weight 0. Both go to one
+    # eigh: two of a batch at once can block each other for good in XLA's pool of few threads.
+    cut = jnp.where(jnp.arange(steps) < half, found.diagonal, found.diagonal[0])
+    cut_beside = jnp.where(jnp.arange(steps - 1) < half - 1, found.off_diagonal, 0)
+    both = jnp.stack([_tridiagonal(found.diagonal, found.off_diagonal), _tridiagonal(cut, cut_beside)])
+    (nodes, half_nodes), (vectors, half_vectors) = jnp.linalg.eigh(both)
+    value = jnp.sum(vectors[0] ** 2 * _logarithms(nodes))
+    change = jnp.sum(half_vectors[0] ** 2 * _logarithms(half_nodes)) - value
+
+    # Its derivative is w' A^-1 dA w, where Q T^-1 Q' is the inverse on the Krylov space.
+    inverse = _matmul(_matmul(vectors, vectors[0] / nodes), found.basis)
+    image = product(start)
+    value = value + jnp.vdot(inverse, image - fixed(image), precision="highest")
+    return probe.size * value, probe.size * change
+
+
+def _logarithms(eigenvalues: Vector) -> Vector:
+    """Their logarithms; NaN for all where the least cannot be told from zero or less."""
+    noise = eigenvalues.size**0.5 * jnp.finfo(eigenvalues.dtype).eps * jnp.max(jnp.abs(eigenvalues))
+    positive = jnp.min(eigenvalues) > noise
+    return jnp.where(positive, jnp.log(jnp.where(positive, eigenvalues, 1)), jnp.nan)
+
+
+def _gauss_rule(
+    diagonal: Float[Array, " m"], off_diagonal: Float[Array, " m-1"]
+) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
+    """Nodes and weights: the eigenvalues of the tridiagonal matrix and their squared first components."""
+    nodes, vectors = jnp.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
+    return nodes, vectors[0] ** 2
+
+
+def _tridiagonal(diagonal: Float[Array, " m"], off_diagonal: Float[Array, " m-1"]) -> Float[Array, "m m"]:
+    beside = jnp.diag(off_diagonal, 1)
+    return jnp.diag(diagonal) + beside + beside.T
+
+
+def _unit(probe: Vector) -> Vector:
+    return probe / jnp.sqrt(jnp.asarray(probe.size, probe.dtype))  # of signs
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision="highest")

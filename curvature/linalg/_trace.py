@@ -1,0 +1,224 @@
+"""The trace and the diagonal of an operator from random probes, each with a standard error."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from curvature import _checks, _trees
+from curvature._numerics import exponent_of
+from curvature._trees import ravel
+from curvature._types import ChunkSize, Tree, Vector, VectorMap
+from curvature.linalg._host_loop import call_solver
+from curvature.linalg._lanczos import orthogonal_to
+from curvature.linalg._linear_system import checked_product
+from curvature.operators._base import LinearOperator, zeros
+from curvature.transforms import _chunks
+from curvature.transforms._chunks import sum_over_chunks, vmap
+
+Key = Array
+"""A random key, typed or raw."""
+
+TraceMethod = Literal["hutchinson", "hutch++"]
+"""How the trace is estimated: from random probes alone, or exactly on a subspace and from probes outside of it."""
+
+
+class Estimate(NamedTuple):
+    """A stochastic estimate.
+
+    Attributes:
+        value: the estimate, an array or a tree of arrays.
+        standard_error: its standard error, estimated from the spread of the samples and shaped like ``value``; 0 where
+            the value is exact. Rounding comes on top of it.
+    """
+
+    value: Tree
+    standard_error: Tree
+
+
+def trace(
+    op: LinearOperator,
+    *,
+    key: Key,
+    num_samples: int = 32,
+    method: TraceMethod = "hutchinson",
+    chunk_size: ChunkSize = "auto",
+) -> Estimate:
+    """Estimate ``tr A = sum_i A[i, i]`` of a square operator from products with random probes ``w``.
+
+    ``"hutchinson"`` is the mean of ``w' A w`` over k probes of random signs; its variance for a symmetric ``A`` is
+    ``(2/k) sum_(i != j) A[i, j]^2``. ``"hutch++"`` takes the trace on the range of ``A W`` for k such probes ``W``
+    exactly, and estimates what is outside of it from k new ones. Where eigenvalues decay its error falls with them
+    instead of as ``1/sqrt(k)``, and it is exact for an operator of rank at most k; for a flat one it gains nothing.
+
+    Both are unbiased, and so are their derivatives by what ``A`` depends on; ``A`` need not be symmetric.
+
+    Args:
+        op: a square operator.
+        key: a random key; the same key gives the same answer.
+        num_samples: the number k of probes, at least 2.
+        method: see above.
+        chunk_size: how many products run at once; see ``vmap``.
+
+    Returns:
+        An ``Estimate`` of scalars. With few probes the standard error is itself a rough estimate.
+
+    Raises:
+        TypeError: when ``op`` is no operator or ``key`` no key.
+        ValueError: for an operator that is not square, an unknown method or fewer than 2 samples.
+
+    Cost: one linearization; k products for ``"hutchinson"`` and memory for the probes of a chunk; ``3 k`` products and
+        memory for ``3 k`` vectors for ``"hutch++"``, which takes the n products of the exact diagonal where they are no
+        more. With ``batches=`` the products of a chunk share one pass over them.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, curvature
+        >>> op = curvature.HessianOperator(lambda x: x[0] ** 2 + 3 * x[1] ** 2, jnp.ones(2))
+        >>> curvature.trace(op, key=jax.random.key(0), method="hutch++")
+        Estimate(value=Array(8., dtype=float32), standard_error=Array(0., dtype=float32))
+
+    References: Hutchinson, doi:10.1080/03610919008812866. Meyer, Musco, Musco and Woodruff, Hutch++, arXiv:2010.09649,
+        algorithm 1.
+    """
+    _checks.check_key("trace", key)
+    _checks.check_static_count("trace", "num_samples", num_samples, 2)
+    _checks.check_choice("trace", "method", method, TraceMethod)
+    _checks.check_chunk_size("trace", chunk_size)
+    how = {"num_samples": num_samples, "method": method, "chunk_size": chunk_size}
+    return call_solver("trace", _trace, op, key, **how)
+
+
+def _trace(op: LinearOperator, key: Key, num_samples: int, method: TraceMethod, chunk_size: ChunkSize) -> Estimate:
+    _checks.check_square_operator("trace", op)
+    n = _trees.num_entries(op.in_structure())
+    if method == "hutch++" and 3 * num_samples >= n:
+        return exactly(jnp.sum(ravel(op.diagonal(chunk_size))[0]))
+    product, _, like = on_vectors("trace", op)
+    if method == "hutch++":
+        return _deflated_trace(vmap(product, chunk_size=chunk_size), key, num_samples, like)
+
+    def sample(key: Key) -> Array:
+        probe = signs(key, like)
+        return jnp.vdot(probe, product(probe), precision="highest")
+
+    return mean_of(vmap(sample, chunk_size=chunk_size)(jax.random.split(key, num_samples)))
+
+
+def diagonal(
+    op: LinearOperator, *, key: Key | None = None, num_samples: int | None = None, chunk_size: ChunkSize = "auto"
+) -> Estimate:
+    """The diagonal ``A[i, i]`` of a square operator: exact, or with a key estimated from random signs ``w``.
+
+    The estimate is the mean of ``w * (A w)`` over k probes; the variance of its i-th entry is
+    ``(1/k) sum_(j != i) A[i, j]^2``: the cheaper the more the diagonal dominates.
+
+    Args:
+        op: a square operator.
+        key: a random key, or None for the exact diagonal.
+        num_samples: the number k of probes, at least 2; 32 unless told otherwise. Only with a key.
+        chunk_size: how many products run at once; see ``vmap``.
+
+    Returns:
+        An ``Estimate`` of trees shaped like the argument of ``op``, with a standard error for each entry.
+
+    Raises:
+        TypeError: when ``op`` is no operator or ``key`` no key.
+        ValueError: for an operator that is not square, fewer than 2 samples, or samples without a key.
+
+    Cost: one linearization; n products without a key or for k >= n, which are exact; else k products. Memory: three
+        vectors and the probes of one chunk. With ``batches=`` the products of a chunk share one pass over them.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> op = curvature.HessianOperator(lambda x: x[0] ** 2 * x[1], jnp.array([1.0, 2.0]))
+        >>> curvature.diagonal(op).value
+        Array([4., 0.], dtype=float32)
+
+    References: Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix (2007),
+        doi:10.1016/j.apnum.2007.01.003.
+    """
+    _checks.check_chunk_size("diagonal", chunk_size)
+    if key is None and num_samples is not None:
+        raise _checks.samples_without_key("diagonal")
+    num_samples = 32 if num_samples is None else num_samples
+    if key is not None:
+        _checks.check_key("diagonal", key)
+        _checks.check_static_count("diagonal", "num_samples", num_samples, 2)
+    return call_solver("diagonal", _diagonal, op, key, num_samples=num_samples, chunk_size=chunk_size)
+
+
+def _diagonal(op: LinearOperator, key: Key | None, num_samples: int, chunk_size: ChunkSize) -> Estimate:
+    _checks.check_square_operator("diagonal", op)
+    if key is None:
+        return exactly(op.diagonal(chunk_size))
+    product, unravel, like = on_vectors("diagonal", op)
+    if num_samples >= like.size:
+        return exactly(op.diagonal(chunk_size))
+    value, error = _mean_diagonal(product, jax.random.split(key, num_samples), like, chunk_size)
+    return Estimate(unravel(value), unravel(error))
+
+
+def on_vectors(function: str, op: LinearOperator) -> tuple[VectorMap, Callable[[Vector], Tree], Vector]:
+    """The product on vectors, linearized once; the way back to trees; zeros that vary over a mesh where ``op`` does."""
+    product, example = checked_product(function, "op", op, zeros(op.in_structure()))
+    like, unravel = ravel(example)
+    return lambda v: ravel(product(unravel(v)))[0], unravel, like
+
+
+def signs(key: Key, like: Vector) -> Vector:
+    """A probe of random signs, which varies over a mesh where ``like``, of zeros, does."""
+    return jax.random.rademacher(key, like.shape, like.dtype) + like
+
+
+def exactly(value: Tree) -> Estimate:
+    """An answer without a sampling error."""
+    return Estimate(value, jax.tree.map(jnp.zeros_like, value))
+
+
+def mean_of(samples: Float[Array, "k *shape"]) -> Estimate:
+    """The mean over the leading axis and its standard error, safe from underflow of the squares."""
+    k = samples.shape[0]
+    mean = jnp.mean(samples, 0)
+    deviations = samples - mean[None]
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(deviations), 0))
+    unit = jnp.where(largest == 0, 1, largest)
+    variance = jnp.sum((deviations / unit[None]) ** 2, 0) / (k - 1)
+    return Estimate(mean, jax.lax.stop_gradient(unit * jnp.sqrt(variance / k)))
+
+
+def _mean_diagonal(
+    product: Callable[[Vector], Vector], keys: Key, like: Vector, chunk_size: ChunkSize
+) -> tuple[Vector, Vector]:
+    """The mean of ``w * (A w)`` and its standard error, from sums of deviations from the first sample."""
+
+    def sample(key: Key) -> Vector:
+        probe = signs(key, like)
+        return probe * product(probe)
+
+    first = sample(keys[0])
+    exponent = jax.lax.stop_gradient(exponent_of(first))
+
+    def sums(keys: Key, weights: Vector) -> tuple[Vector, Vector]:
+        deviations = jnp.ldexp(jax.vmap(sample)(keys) - first[None], -exponent)  # no square underflows
+        squares = jax.lax.stop_gradient(deviations) ** 2
+        totals = jnp.matmul(weights, jnp.stack([deviations, squares]), precision="highest")
+        return totals[0], totals[1]
+
+    k = keys.shape[0]
+    chunks = _chunks.num_chunks(k - 1, chunk_size, sample, lambda: keys[0])
+    total, squares = sum_over_chunks(sums, keys[1:], chunks, like.dtype)
+    variance = jnp.maximum(squares - jax.lax.stop_gradient(total) ** 2 / k, 0) / (k - 1)
+    return first + jnp.ldexp(total / k, exponent), jnp.ldexp(jnp.sqrt(variance / k), exponent)
+
+
+def _deflated_trace(products: Callable[[Array], Array], key: Key, num_samples: int, like: Vector) -> Estimate:
+    """The trace on the range of ``A W`` exactly, the rest from new probes: given the range, those are independent."""
+    probes = jax.vmap(lambda key: signs(key, like))(jax.random.split(key, 2 * num_samples))
+    # The range may stay fixed in a derivative: the estimate is unbiased whatever it is.
+    sketch = jax.lax.stop_gradient(products(probes[:num_samples]))
+    basis = jnp.linalg.qr(jnp.ldexp(sketch, -exponent_of(sketch.reshape(-1))).T)[0].T
+    rest = orthogonal_to(basis, probes[num_samples:])
+    inside = jnp.sum(basis * products(basis))
+    return mean_of(inside + jnp.sum(rest * products(rest), axis=1))

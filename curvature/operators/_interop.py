@@ -1,0 +1,115 @@
+"""Operators for the solvers of other libraries."""
+
+import importlib
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.sparse.linalg
+from jaxtyping import Array, Float
+
+from curvature import _checks
+from curvature._trees import num_entries, ravel
+from curvature.operators._base import LinearOperator, zeros
+from curvature.operators._data import DataOperator
+from curvature.transforms._chunks import vmap
+
+
+def as_lineax(op: LinearOperator) -> Any:
+    """The operator as a ``lineax.FunctionLinearOperator``, linearized, with the tag of symmetry where it is known.
+
+    Call it inside the ``jit`` that solves: it holds the intermediates of one point.
+
+    Args:
+        op: any operator; positive definiteness is not known to it, so add ``lineax.positive_semidefinite_tag`` yourself
+            where it holds.
+
+    Returns:
+        The ``lineax.FunctionLinearOperator`` on trees like ``v``.
+
+    Raises:
+        ImportError: when lineax is not installed, or does not work with the JAX at hand.
+        TypeError: for an operator of batches on the host, or a multiple of the identity that has no structure.
+
+    Cost: one linearization; then a linearized product each time.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature, lineax
+        >>> op = curvature.HessianOperator(lambda x: jnp.sum(x**4), jnp.array([1.0, 2.0]))
+        >>> lineax.linear_solve(curvature.as_lineax(op), jnp.array([12.0, 12.0])).value
+        Array([1.  , 0.25], dtype=float32)
+    """
+    lineax: Any = None
+    failure = None
+    try:
+        lineax = importlib.import_module("lineax")  # not at the top: it takes more than half a second
+    except ImportError as error:
+        failure = error
+    _checks.check_extra("as_lineax", "lineax", "lineax", failure)
+    tags: Any = lineax.symmetric_tag if op.is_symmetric else ()
+    return lineax.FunctionLinearOperator(op.linearize(), op.in_structure(), tags)
+
+
+def as_scipy(op: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
+    """The operator as a ``scipy.sparse.linalg.LinearOperator`` on vectors of NumPy.
+
+    Entries stand in the order of ``jax.flatten_util.ravel_pytree``. It takes operators of batches too.
+
+    Args:
+        op: any operator.
+
+    Returns:
+        The m x n ``scipy.sparse.linalg.LinearOperator``, with ``matvec``, ``rmatvec``, ``matmat`` and ``rmatmat``.
+
+    Raises:
+        TypeError: for a multiple of the identity that has no structure.
+
+    Cost: each call evaluates the operator afresh; it compiles once for all points and data of the same shapes.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature, scipy.sparse.linalg
+        >>> op = curvature.HessianOperator(lambda x: jnp.sum(x**4), jnp.array([1.0, 2.0, 3.0]))
+        >>> scipy.sparse.linalg.eigsh(curvature.as_scipy(op), k=1, return_eigenvectors=False)
+        array([108.], dtype=float32)
+    """
+    in_structure, out_structure = op.in_structure(), op.out_structure()
+    dtype = np.promote_types(*(ravel(zeros(structure))[0].dtype for structure in (in_structure, out_structure)))
+
+    def product(op: LinearOperator, many: bool, array: np.ndarray) -> np.ndarray:
+        array = np.asarray(array, dtype)  # SciPy's ones may be double
+        if not _on_host(op):
+            return np.asarray((_compiled_columns if many else _compiled_vector)(op, array))
+        columns = [_on_vector(op, column) for column in (array.T if many else array.reshape(1, -1))]
+        return np.stack(columns, axis=-1) if many else np.asarray(columns[0])
+
+    transpose = op.T
+    linear_operator: Any = scipy.sparse.linalg.LinearOperator  # of which type checkers know the subclass's arguments
+    return linear_operator(
+        (num_entries(out_structure), num_entries(in_structure)),
+        matvec=partial(product, op, False),
+        rmatvec=partial(product, transpose, False),
+        matmat=partial(product, op, True),
+        rmatmat=partial(product, transpose, True),
+        dtype=dtype,
+    )
+
+
+def _on_host(op: LinearOperator) -> bool:
+    """Whether a part of the operator sums batches on the host."""
+
+    def has_batches(node: Any) -> bool:
+        return isinstance(node, DataOperator) and node.batches is not None
+
+    return any(map(has_batches, jax.tree.leaves(op, is_leaf=has_batches)))
+
+
+def _on_vector(op: LinearOperator, vector: Any) -> Float[Array, " m"]:
+    return ravel(op(ravel(zeros(op.in_structure()))[1](vector.reshape(-1))))[0]
+
+
+def _on_columns(op: LinearOperator, columns: Array | np.ndarray) -> Float[Array, "m k"]:
+    return vmap(partial(_on_vector, op), in_axes=1, out_axes=1)(columns)
+
+
+_compiled_vector, _compiled_columns = jax.jit(_on_vector), jax.jit(_on_columns)

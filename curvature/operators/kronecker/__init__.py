@@ -1,0 +1,1 @@
+"""The Kronecker-factored curvature operator (KFAC, EKFAC)."""

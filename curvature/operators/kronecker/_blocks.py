@@ -1,0 +1,218 @@
+"""The diagonal blocks of a ``KroneckerOperator``, one for each leaf: in Kronecker factors, in eigenpairs, or exact.
+
+In the canonical form of ``programs/_affine.py`` a leaf is an array ``V[g, i, o]`` of groups, rows and columns, and a
+block of Kronecker factors maps it to ``sum_jp A[g, i, j] G[g, o, p] V[g, j, p]``.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from curvature._types import Scalar
+from curvature.operators._pytrees import register_operator, static
+from curvature.programs._affine import Axes
+from curvature.programs._views import View
+
+Canonical = Float[Array, "groups rows columns"]
+Factor = Float[Array, "groups rows rows"] | Float[Array, "groups rows"]
+"""One symmetric matrix for each group, or its diagonal where that is all there is."""
+
+
+class Layout(NamedTuple):
+    """How the entries of a leaf are dealt out to groups, rows and columns.
+
+    Attributes:
+        view: how the entries of the leaf are rearranged before they meet the data.
+        root: the shape of that view, to whose axes ``order`` refers.
+        order: the axes of the root in the order of g, i and o.
+        sizes: the sizes of g, i and o.
+    """
+
+    view: View
+    root: tuple[int, ...]
+    order: Axes
+    sizes: tuple[int, int, int]
+
+    def canonical(self, leaf: Array) -> Canonical:
+        """A leaf in canonical form."""
+        return jnp.transpose(self.view.apply(leaf), self.order).reshape(self.sizes)
+
+    def restored(self, array: Canonical) -> Array:
+        """The leaf of an array in canonical form."""
+        in_order = array.reshape([self.root[axis] for axis in self.order])
+        return self.view.transpose(jnp.transpose(in_order, np.argsort(self.order).tolist()))
+
+
+@register_operator
+class KroneckerBlock:
+    """``A`` times ``G`` for each group."""
+
+    a: Factor
+    g: Float[Array, "groups columns columns"]
+    layout: Layout = static()
+
+    def mv(self, v: Array) -> Array:
+        """The product with a leaf."""
+        return self.layout.restored(_right(_left(self.a, self.layout.canonical(v)), self.g))
+
+    def trace(self) -> Scalar:
+        """The sum of the diagonal."""
+        return jnp.sum(jnp.sum(diagonal_of(self.a), 1) * jnp.sum(diagonal_of(self.g), 1))
+
+    def diagonal(self) -> Array:
+        """The diagonal, shaped like the leaf."""
+        return self.layout.restored(diagonal_of(self.a)[:, :, None] * diagonal_of(self.g)[:, None, :])
+
+    def eigen(self) -> "EigenBlock":
+        """The same in eigenpairs."""
+        la, ua = (self.a, None) if self.a.ndim == 2 else eigenpairs(self.a)
+        lg, ug = eigenpairs(self.g)
+        return EigenBlock(ua, ug, la[:, :, None] * lg[:, None, :], self.layout)
+
+    def logdet(self, damping: Scalar) -> Scalar:
+        """``log det(A x G + damping I)``."""
+        return self.eigen().logdet(damping)
+
+    def inverse(self, damping: Scalar, exact: bool) -> "KroneckerBlock | EigenBlock":
+        """``(A x G + damping I)^-1``, or that of damped factors."""
+        if exact:
+            return self.eigen().inverse(damping, exact)
+        mean_a, mean_g = jnp.mean(diagonal_of(self.a), 1), jnp.mean(diagonal_of(self.g), 1)
+        known = (mean_a > 0) & (mean_g > 0)  # or else the block is zero, and pi may be anything
+        pi = jnp.sqrt(jnp.where(known, mean_a, 1)) / jnp.sqrt(jnp.where(known, mean_g, 1))
+        a = jnp.where(jnp.expand_dims(known, range(1, self.a.ndim)), self.a, 0)
+        g = jnp.where(known[:, None, None], self.g, 0)
+        root = jnp.sqrt(damping)  # Martens & Grosse (2015), section 6.3
+        return KroneckerBlock(_inverse(a, root * pi), _inverse(g, root / pi), self.layout)
+
+
+@register_operator
+class EigenBlock:
+    """``(U_A x U_G) diag(eigenvalues) (U_A x U_G)'`` for each group; ``basis_a`` is None for the identity."""
+
+    basis_a: Float[Array, "groups rows rows"] | None
+    basis_g: Float[Array, "groups columns columns"]
+    eigenvalues: Canonical
+    layout: Layout = static()
+
+    def mv(self, v: Array) -> Array:
+        """The product with a leaf."""
+        turned = None if self.basis_a is None else _transposed(self.basis_a)
+        coordinates = _right(_left(turned, self.layout.canonical(v)), self.basis_g)
+        return self.layout.restored(
+            _right(_left(self.basis_a, self.eigenvalues * coordinates), _transposed(self.basis_g))
+        )
+
+    def trace(self) -> Scalar:
+        """The sum of the diagonal."""
+        return jnp.sum(self.eigenvalues)
+
+    def diagonal(self) -> Array:
+        """The diagonal, shaped like the leaf."""
+        squares = None if self.basis_a is None else self.basis_a**2
+        return self.layout.restored(_right(_left(squares, self.eigenvalues), _transposed(self.basis_g**2)))
+
+    def logdet(self, damping: Scalar) -> Scalar:
+        """``log det(block + damping I)``."""
+        return jnp.sum(jnp.log(self.eigenvalues + damping))
+
+    def inverse(self, damping: Scalar, exact: bool) -> "EigenBlock":
+        """``(block + damping I)^-1``; it is exact in any case."""
+        return EigenBlock(self.basis_a, self.basis_g, 1 / (self.eigenvalues + damping), self.layout)
+
+
+@register_operator
+class DenseBlock:
+    """A block as a matrix of all entries of the leaf."""
+
+    matrix: Float[Array, "n n"]
+    shape: tuple[int, ...] = static()
+
+    def mv(self, v: Array) -> Array:
+        """The product with a leaf."""
+        return jnp.matmul(self.matrix, v.reshape(-1), precision="highest").reshape(self.shape)
+
+    def trace(self) -> Scalar:
+        """The sum of the diagonal."""
+        return jnp.trace(self.matrix)
+
+    def diagonal(self) -> Array:
+        """The diagonal, shaped like the leaf."""
+        return jnp.diagonal(self.matrix).reshape(self.shape)
+
+    def logdet(self, damping: Scalar) -> Scalar:
+        """``log det(block + damping I)``."""
+        return jnp.sum(jnp.log(eigenpairs(self.matrix[None])[0] + damping))
+
+    def inverse(self, damping: Scalar, exact: bool) -> "DenseBlock":
+        """``(block + damping I)^-1``; it is exact in any case."""
+        return DenseBlock(_inverse(self.matrix[None], damping[None])[0], self.shape)
+
+
+@register_operator
+class DiagonalBlock:
+    """The diagonal of a block, shaped like the leaf, for the block."""
+
+    entries: Float[Array, "*leaf"]
+
+    def mv(self, v: Array) -> Array:
+        """The product with a leaf."""
+        return self.entries * v
+
+    def trace(self) -> Scalar:
+        """The sum of the diagonal."""
+        return jnp.sum(self.entries)
+
+    def diagonal(self) -> Array:
+        """The diagonal, shaped like the leaf."""
+        return self.entries
+
+    def logdet(self, damping: Scalar) -> Scalar:
+        """``log det(block + damping I)``."""
+        return jnp.sum(jnp.log(self.entries + damping))
+
+    def inverse(self, damping: Scalar, exact: bool) -> "DiagonalBlock":
+        """``(block + damping I)^-1``; it is exact in any case."""
+        return DiagonalBlock(1 / (self.entries + damping))
+
+
+Block = KroneckerBlock | EigenBlock | DenseBlock | DiagonalBlock
+
+
+def diagonal_of(factor: Factor) -> Float[Array, "groups rows"]:
+    """The diagonal of a factor."""
+    return factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=1, axis2=2)
+
+
+def eigenpairs(
+    matrices: Float[Array, "groups n n"],
+) -> tuple[Float[Array, "groups n"], Float[Array, "groups n n"]]:
+    """The eigenvalues of positive semidefinite matrices, and their eigenvectors as columns."""
+    eigenvalues, vectors = jnp.linalg.eigh(matrices)
+    return jnp.maximum(eigenvalues, 0), vectors  # rounding can leave them just below
+
+
+def _inverse(factor: Factor, damping: Float[Array, "groups"]) -> Factor:
+    """``(factor + damping I)^-1``."""
+    if factor.ndim == 2:
+        return 1 / (factor + damping[:, None])
+    eigenvalues, vectors = eigenpairs(factor)
+    return jnp.matmul(vectors / (eigenvalues + damping[:, None])[:, None, :], _transposed(vectors), precision="highest")
+
+
+def _left(factor: Factor | None, v: Canonical) -> Canonical:
+    """``factor V``; None is the identity."""
+    if factor is None:
+        return v
+    return factor[:, :, None] * v if factor.ndim == 2 else jnp.matmul(factor, v, precision="highest")
+
+
+def _right(v: Canonical, factor: Float[Array, "groups columns columns"]) -> Canonical:
+    """``V factor``."""
+    return jnp.matmul(v, factor, precision="highest")
+
+
+def _transposed(matrices: Array) -> Array:
+    return jnp.swapaxes(matrices, 1, 2)

@@ -1,0 +1,117 @@
+"""The examples of a model one by one: where its parameters meet the data, and what comes back there from its outputs.
+
+Sent back is ``w``, a vector like the outputs, as the gradient of ``<w, outputs>``; the loss comes in only by the choice
+of the vectors. So the taps are those of ``<w, outputs>``, in which ``w`` is data. The model is evaluated on batches of
+one, of which it is known beforehand that their outputs are those of the whole batch; the loss on the whole batch only.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from curvature import _checks
+from curvature._sharding import gathered
+from curvature._trees import ravel
+from curvature._types import Objective, Tree
+from curvature.operators._interactions import OutputRows, check_loss_apart, check_model_apart, check_reduction
+from curvature.operators.kronecker._outputs import OutputSide
+from curvature.programs._jaxprs import Environment
+from curvature.programs._taps import trace_taps
+from curvature.transforms._clipped_grad import formed_gradient
+from curvature.transforms._per_example_norms import formed_gradients
+
+Known = tuple[Any, Any]
+"""What one example leaves at the sites: their inputs, and for each column the cotangents of their outputs."""
+
+
+class Examples:
+    """A model on batches of one example, and the loss of all of them.
+
+    Attributes:
+        size: the number of examples.
+        rows: the leaves of the arguments that have an axis of examples.
+        leaves: the leaves of the parameters.
+        taps: where they meet the data; None where the model has no reverse mode.
+        sites: those of the taps.
+        side: for each example what its columns are made from.
+        shares: how much each example counts in means over examples: all the same, but nothing without curvature.
+    """
+
+    def __init__(
+        self, name: str, model: Objective, loss: Objective, x: Tree, args: tuple[Any, ...], kind: OutputSide, key: Any
+    ) -> None:
+        self.size = _checks.check_examples(name, "args", args)
+        leaves, self._structure = jax.tree.flatten(jax.tree.map(jnp.asarray, args))
+        self._is_row = [leaf.ndim > 0 for leaf in leaves]
+        self.rows = [gathered(leaf) for leaf in leaves if leaf.ndim > 0]
+        self._shared = [leaf for leaf in leaves if leaf.ndim == 0]
+        self._name, self._model, self._kind = name, model, kind
+        self._x, self._key, self.leaves = x, key, jax.tree.leaves(x)
+
+        first = [leaf[0] for leaf in self.rows]
+        args = self._structure.unflatten(leaves)
+        whole = jax.eval_shape(lambda x: model(x, *args), x)
+        _checks.check_floating_output(name, "model", whole)
+        one = self._outputs_of_one(first)
+        kind.check(name, one)
+        _checks.check_scalar_output(name, "loss", jax.eval_shape(lambda outputs: loss(outputs, *args), whole))
+        outputs = OutputRows(name, whole, one, self.size)
+        check_model_apart(name, model, x, args, outputs, self.size)
+        check_loss_apart(name, loss, args, outputs, self.size)
+
+        def of_rows(_: Any, rows: Tree, *args: Any) -> Array:
+            return loss(outputs.join(rows), *args)
+
+        batch = outputs.structure(self.size), *args
+        words, weighted = ("the loss", kind.reduction), kind.kind != "empirical"
+        check_reduction(name, words, (loss,), of_rows, (), batch, may_be_neither=weighted)
+        self.side = kind.of_batch(name, lambda rows: of_rows((), rows, *args), outputs.split(model(x, *args)))
+        counted = kind.has_curvature(self.side)
+        self.shares = counted / jnp.maximum(jnp.sum(counted), 1)
+
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
+        self._zero = zero
+        self.taps = trace_taps(name, self._probe, x, (first, self._shared, zero, zero))
+        self.sites = [] if self.taps is None else self.taps.sites
+        self._values = Environment() if self.taps is None else self.taps.parameter_values(self.leaves)
+
+    def _outputs_of_one(self, row: Sequence[Array]) -> Tree:
+        """The structure of the outputs of a batch of one."""
+        try:
+            return jax.eval_shape(lambda x: self._model(x, *self._args(row)), self._x)
+        except (TypeError, ValueError, IndexError) as error:
+            raise _checks.no_batch_of_one(self._name, error) from error
+
+    def _args(self, row: Sequence[Array], shared: Sequence[Array] | None = None) -> tuple[Any, ...]:
+        """The arguments of a batch of one."""
+        rows, others = iter(row), iter(self._shared if shared is None else shared)
+        return self._structure.unflatten([next(rows)[None] if is_row else next(others) for is_row in self._is_row])
+
+    def _probe(self, x: Tree, row: Sequence[Array], shared: Sequence[Array], w: Tree, zero: Tree) -> Array:
+        """``<w, outputs>``; the zero makes outputs of parameters alone meet the data, as a bias does."""
+        outputs = self._model(x, *self._args(row, shared))
+        entries = jax.tree.map(lambda w, out, zero: w * (out + zero), w, outputs, zero)
+        return jnp.sum(ravel(entries)[0])
+
+    def known(self, place: Array, row: Sequence[Array], side: Any, weight: Array) -> Known:
+        """What example number ``place`` leaves at the sites; without taps its gradients take the cotangents' place."""
+        key = None if self._key is None else jax.random.fold_in(self._key, place)
+        columns, unravel = self._kind.columns(side, key), ravel(self._zero)[1]
+
+        def of_column(column: Float[Array, " outputs"]) -> Known:
+            rest = row, self._shared, unravel(column), self._zero
+            if self.taps is None:
+                return None, jax.tree.leaves(formed_gradient(self._name, self._probe, self._x, rest))
+            return self.taps.cotangents(self._values, jax.tree.leaves(rest))
+
+        return jax.vmap(of_column, out_axes=(None, 0))(columns * weight.astype(columns.dtype))
+
+    def gradients(self, chosen: Sequence[int]) -> Callable[[Any, Any], list[Array]]:
+        """From the inputs and cotangents of one example and one column to the gradients of some leaves, formed."""
+        if self.taps is None:
+            return lambda _, gradients: [gradients[k] for k in chosen]
+        of_parts = formed_gradients(self.taps, self._values, self.leaves, chosen)
+        return lambda captured, d: of_parts(list(zip(self.sites, captured, d, strict=True)))

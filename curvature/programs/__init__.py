@@ -1,0 +1,1 @@
+"""Reading a function as a program (a jaxpr): legality, batch axes, affine operations, taps, jets."""

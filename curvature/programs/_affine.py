@@ -1,0 +1,295 @@
+"""How a parameter enters an affine operation: the canonical form of a matrix product, a convolution, a lookup, a bias.
+
+Every rule reads its equation ``z = op(a, u)``, of a parameter ``u`` and data ``a``, as
+
+    z[g, s, o] = sum_i a[g, s, i] u[g, i, o]
+
+with the axes of ``u`` dealt out to groups g, rows i and columns o, and positions s that share the parameter: tokens,
+pixels, steps of a loop. So with ``d`` the cotangent of ``z`` the gradient is ``sum_s a[g, s, i] d[g, s, o]``.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from curvature.programs._jaxprs import Equation, is_floating, is_real
+
+Axes = tuple[int, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Lookup:
+    """Rows picked from a table: the input ``a`` of an embedding, one-hot in i, kept as the numbers of the rows.
+
+    Attributes:
+        rows: which row each position picks; -1 for none.
+        size: the number of rows.
+    """
+
+    rows: Int[Array, "*positions"]
+    size: int = field(metadata={"static": True})
+
+    def one_hot(self, dtype: Any) -> Float[Array, "*positions size"]:
+        """The same as a dense input."""
+        return jax.nn.one_hot(self.rows, self.size, dtype=dtype)
+
+
+class Form(NamedTuple):
+    """The canonical form of one use of a parameter.
+
+    Attributes:
+        group: the axes of the parameter that are batched over, in the order of g.
+        rows: those contracted with the data, in the order of i.
+        columns: those that remain in the output, in the order of o.
+        inputs: from the equation's other operands to ``a``, of shape (g, s, i), or a ``Lookup`` of shape (g, s).
+        outputs: from a cotangent of the equation's output to ``d``, of shape (g, s, o).
+        apply: from ``a`` and the parameter to the equation's output, where that is better than the equation itself.
+        constant: whether ``a`` is a constant, as for a bias, so that the output is the parameter and something more.
+    """
+
+    group: Axes
+    rows: Axes
+    columns: Axes
+    inputs: Callable[..., Any]
+    outputs: Callable[[Array], Array]
+    apply: Callable[[Array, Array], Array] | None = None
+    constant: bool = False
+
+
+def canonical_form(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
+    """The form of an equation in its parameter, or None if it is not one of those known here.
+
+    Args:
+        eqn: the equation.
+        operand: which of its inputs is the parameter; another one is data.
+        axes: for each axis of that input, the axis of the parameter that it is; None if it only repeats.
+
+    Precondition of every rule: one output, and real numbers throughout, apart from the integers that index a lookup.
+    """
+    rule = _RULES.get(eqn.primitive.name)
+    if rule is None or len(eqn.outvars) != 1 or not all(map(is_real, (eqn.outvars[0], eqn.invars[operand]))):
+        return None
+    if any(is_floating(v) and not is_real(v) for v in eqn.invars):
+        return None
+    return rule(eqn, operand, axes)
+
+
+def _dot_general(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
+    """A matrix product. Precondition: each axis of the operand is an axis of the parameter."""
+    if None in axes:
+        return None
+    contracted, batched = eqn.params["dimension_numbers"]
+    # Pairs (axis of the parameter, axis of the data), in the order of the parameter's axes.
+    rows = sorted((axes[c[operand]], c[1 - operand]) for c in zip(*contracted, strict=True))
+    group = [(axes[b[operand]], b[1 - operand], k) for k, b in enumerate(zip(*batched, strict=True))]
+    group.sort()
+    taken = {*contracted[operand], *batched[operand]}
+    columns = [axis for k, axis in enumerate(axes) if k not in taken]
+    data_ndim = eqn.invars[1 - operand].aval.ndim
+    data_taken = {*contracted[1 - operand], *batched[1 - operand]}
+    positions = [k for k in range(data_ndim) if k not in data_taken]
+    input_order = [b for _, b, _ in group] + positions + [c for _, c in rows]
+
+    first_column = len(group) + (len(positions) if operand == 1 else 0)  # the output is batch, left free, right free
+    first_position = len(group) + (len(columns) if operand == 0 else 0)
+    column_order = sorted(range(len(columns)), key=lambda k: columns[k])
+    output_order = [
+        *(k for _, _, k in group),
+        *range(first_position, first_position + len(positions)),
+        *(first_column + k for k in column_order),
+    ]
+    sizes = len(group), len(positions)
+    return Form(
+        tuple(g for g, _, _ in group),
+        tuple(r for r, _ in rows),
+        tuple(sorted(columns)),
+        lambda a: _three(jnp.transpose(a, input_order), *sizes),
+        lambda d: _three(jnp.transpose(d, output_order), *sizes),
+    )
+
+
+def _convolution(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
+    """A product with the patches of the image, which is also how it is computed where it is tapped.
+
+    Precondition: the parameter is the kernel, each axis of it is an axis of the parameter, and there are no groups.
+
+    The patches are needed anyway, and a product runs well inside a loop over chunks, where XLA's convolutions for CPUs
+    do not.
+    """
+    params = eqn.params
+    if operand != 1 or None in axes or params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        return None
+    lhs, rhs, out = params["dimension_numbers"]
+    (result,) = eqn.outvars
+    window = [eqn.invars[1].aval.shape[k] for k in rhs[2:]]
+    sizes = [result.aval.shape[k] for k in out[2:]]
+    rows = [axes[k] for k in (*rhs[2:], rhs[1])]  # window, then input channel: as the patches come
+    row_order = sorted(range(len(rows)), key=lambda k: rows[k])
+    to_output = (out[0], *out[2:], out[1])
+
+    def inputs(image: Array) -> Array:
+        space = zip(params["padding"], params["lhs_dilation"], strict=True)
+        padding = [(0, 0, 0), *((low, high, step - 1) for (low, high), step in space), (0, 0, 0)]
+        image = jax.lax.pad(jnp.transpose(image, (lhs[0], *lhs[2:], lhs[1])), jnp.zeros((), image.dtype), padding)
+        patches = _patches(image, window, sizes, params["window_strides"], params["rhs_dilation"])
+        patches = patches.reshape(-1, *window, image.shape[-1])
+        return _three(jnp.transpose(patches, [0, *(1 + k for k in row_order)]), 0, 1)
+
+    def apply(a: Array, kernel: Array) -> Array:
+        order = [(*rhs[2:], rhs[1])[k] for k in row_order]
+        matrix = jnp.transpose(kernel, (*order, rhs[0])).reshape(a.shape[2], -1)
+        dtype, precision = params["preferred_element_type"], params["precision"]
+        flat = jnp.matmul(a[0], matrix, precision=precision, preferred_element_type=dtype)
+        channels_last = flat.reshape(*(result.aval.shape[k] for k in to_output))
+        return jnp.moveaxis(channels_last, range(len(to_output)), to_output).astype(result.aval.dtype)
+
+    return Form(
+        (),
+        tuple(sorted(rows)),
+        (axes[rhs[0]],),
+        inputs,
+        lambda d: _three(jnp.transpose(d, to_output), 0, d.ndim - 1),
+        apply,
+    )
+
+
+def _patches(
+    image: Array, window: Sequence[int], sizes: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
+) -> Array:
+    """``(batch, *space, channel)`` to ``(batch, *sizes, window and channel)``: what each output position sees."""
+
+    def shifted(offsets: Sequence[int]) -> Array:
+        starts = [0, *(offset * step for offset, step in zip(offsets, dilation, strict=True)), 0]
+        steps = [1, *strides, 1]
+        spans = [
+            image.shape[0] - 1,
+            *((size - 1) * s for size, s in zip(sizes, strides, strict=True)),
+            image.shape[-1] - 1,
+        ]
+        limits = [start + span + 1 for start, span in zip(starts, spans, strict=True)]
+        return jax.lax.slice(image, starts, limits, steps)
+
+    return jnp.concatenate([shifted(offsets) for offsets in itertools.product(*map(range, window))], axis=-1)
+
+
+def _gather(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
+    """A lookup of whole rows: ``table[tokens]``.
+
+    Precondition: the parameter is the table, one axis of it is indexed, and slices are whole along all others.
+    """
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    table = eqn.invars[0].aval.shape
+    if operand != 0 or None in axes or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+        return None
+    (row,) = numbers.start_index_map
+    if numbers.collapsed_slice_dims != (row,) or sizes != (*table[:row], 1, *table[row + 1 :]):
+        return None
+    positions = [k for k in range(eqn.outvars[0].aval.ndim) if k not in numbers.offset_dims]
+    flat = jax.lax.GatherDimensionNumbers((), (0,), (0,))
+
+    def inputs(indices: Array) -> Lookup:
+        dtype = jnp.int32
+        rows = jax.lax.gather(
+            jnp.arange(table[row], dtype=dtype), indices, flat, (1,), mode=eqn.params["mode"], fill_value=-1
+        )
+        return Lookup(rows.reshape(1, -1), table[row])
+
+    return _lookup(axes, row, inputs, [*positions, *numbers.offset_dims], len(positions))
+
+
+def _dynamic_slice(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
+    """A lookup of one row: ``table[token]``.
+
+    Precondition: the parameter is the table, and slices are of one entry along one axis and whole along all others.
+    """
+    table, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    moved = [k for k, (whole, part) in enumerate(zip(table, sizes, strict=True)) if whole != part]
+    if operand != 0 or None in axes or len(moved) != 1 or sizes[moved[0]] != 1:
+        return None
+    (row,) = moved
+
+    def inputs(*starts: Array) -> Lookup:
+        return Lookup(jnp.clip(starts[row].astype(jnp.int32), 0, table[row] - 1).reshape(1, 1), table[row])
+
+    order = [row, *(k for k in range(len(table)) if k != row)]
+    return _lookup(axes, row, inputs, order, 1)
+
+
+def _lookup(axes: Sequence[Any], row: int, inputs: Callable[..., Lookup], order: list[int], positions: int) -> Form:
+    """The form of a lookup whose output, transposed by ``order``, is positions and then the table's other axes."""
+    columns = [axis for k, axis in enumerate(axes) if k != row]
+    column_order = sorted(range(len(columns)), key=lambda k: columns[k])
+    order = order[:positions] + [order[positions + k] for k in column_order]
+    return Form(
+        (),
+        (axes[row],),
+        tuple(sorted(columns)),
+        inputs,
+        lambda d: _three(jnp.transpose(d, order), 0, positions),
+    )
+
+
+def _addition(eqn: Equation, operand: int, axes: Sequence[Any], sign: int = 1) -> Form:
+    """A bias: the constant input one. Precondition: an elementwise sum, with any axes."""
+    columns, order, positions = _broadcast(eqn, operand, axes)
+    dtype, size = eqn.outvars[0].aval.dtype, math.prod(eqn.outvars[0].aval.shape[k] for k in order[:positions])
+    return Form(
+        (),
+        (),
+        columns,
+        lambda *_: jnp.full((1, size, 1), sign, dtype),
+        lambda d: _three(jnp.transpose(d, order), 0, positions),
+        constant=True,
+    )
+
+
+def _subtraction(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form:
+    return _addition(eqn, operand, axes, sign=1 if operand == 0 else -1)
+
+
+def _multiplication(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form:
+    """A scale: each entry of the parameter is one group. Precondition: an elementwise product, with any axes."""
+    group, order, positions = _broadcast(eqn, operand, axes)
+    shape = eqn.outvars[0].aval.shape
+    order = order[positions:] + order[:positions]
+
+    def grouped(array: Array) -> Array:
+        return _three(jnp.transpose(jnp.broadcast_to(array, shape), order), len(order) - positions, positions)
+
+    return Form(group, (), (), grouped, grouped)
+
+
+def _broadcast(eqn: Equation, operand: int, axes: Sequence[Any]) -> tuple[Axes, list[int], int]:
+    """For an elementwise equation: the parameter's axes in order, the order of its output's axes, how many repeat."""
+    sizes, shape = eqn.invars[operand].aval.shape, eqn.outvars[0].aval.shape
+    axes = axes if len(sizes) == len(shape) else [None] * len(shape)  # a scalar goes with everything
+    axes = [axis if sizes[k : k + 1] == shape[k : k + 1] else None for k, axis in enumerate(axes)]
+    positions = [k for k, axis in enumerate(axes) if axis is None]
+    rest = sorted((axis, k) for k, axis in enumerate(axes) if axis is not None)
+    return tuple(axis for axis, _ in rest), [*positions, *(k for _, k in rest)], len(positions)
+
+
+def _three(array: Array, groups: int, positions: int) -> Array:
+    """The axes of groups, of positions and the others, each as one."""
+    shape = array.shape
+    cut = groups + positions
+    return array.reshape(math.prod(shape[:groups]), math.prod(shape[groups:cut]), math.prod(shape[cut:]))
+
+
+_RULES: dict[str, Callable[[Equation, int, Sequence[int | None]], Form | None]] = {
+    "dot_general": _dot_general,
+    "conv_general_dilated": _convolution,
+    "gather": _gather,
+    "dynamic_slice": _dynamic_slice,
+    "add": _addition,
+    "add_any": _addition,
+    "sub": _subtraction,
+    "mul": _multiplication,
+}

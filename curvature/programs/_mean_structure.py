@@ -1,0 +1,352 @@
+"""The examples of a batch, found in the jaxpr of a function that sums or averages over them.
+
+An axis of the data is followed from equation to equation as long as nothing mixes its entries, up to sums over it, of
+which the function must be affine: ``f(x) = A(x, sum_b s(x, example_b))``. It is then the mean over the B examples of
+``A(x, B s(x, example_b))``, which is what the program computes on a batch of one when each sum is multiplied by B.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+from jaxtyping import Array
+
+from curvature._types import Tree
+from curvature.programs._batch_axis import Axes, Rule, axis_rule, on_batch_of_one
+from curvature.programs._jaxprs import (
+    Environment,
+    Equation,
+    Variable,
+    dependents,
+    equation_function,
+    inline,
+    is_floating,
+)
+from curvature.programs._traced import Program
+
+_LINEAR = {"neg", "convert_element_type", "copy", "reduce_sum", "reshape", "squeeze", "broadcast_in_dim", "transpose"}
+
+
+class Examples(NamedTuple):
+    """A function as a mean over examples.
+
+    Attributes:
+        loss: ``loss(x, *example) -> scalar``, whose mean over the examples is the function.
+        batch: the data that differs between examples, with a leading axis of examples.
+    """
+
+    loss: Callable[..., Array]
+    batch: list[Array]
+
+
+def find_examples(program: Program) -> Examples | None:
+    """The examples that a scalar function without aux sums over, or None where that cannot be shown."""
+    if program.jaxpr is None or not program.is_scalar or len(program.jaxpr.jaxpr.outvars) != 1:
+        return None
+    closed = inline(program.jaxpr)
+    if any(map(_is_placed, closed.jaxpr.constvars)):
+        return None
+    for size in _leading_sizes(closed.jaxpr):
+        reading = _read_program(closed.jaxpr, size)
+        if closed.jaxpr.outvars[0] in reading.sums:
+            return _examples_of(closed, reading)
+    return None
+
+
+def _is_placed(v: Variable) -> bool:
+    """Whether the type of a variable says how it lies on the devices of a mesh; a batch of one would lie otherwise."""
+    kind, sharding = getattr(v.aval, "manual_axis_type", None), getattr(v.aval, "sharding", None)
+    return bool(kind is not None and kind.varying) or any(axis is not None for axis in getattr(sharding, "spec", ()))
+
+
+def _leading_sizes(jaxpr: Jaxpr) -> list[int]:
+    """What may be the number of examples: the leading sizes of the data, those of the most entries first."""
+    entries: dict[int, int] = {}
+    constants: list[Variable] = list(jaxpr.constvars)
+    for v in constants:
+        if v.aval.ndim and v.aval.shape[0] > 1:
+            entries[v.aval.shape[0]] = entries.get(v.aval.shape[0], 0) + v.aval.size
+    return sorted(entries, key=lambda size: -entries[size])
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+class _Step(NamedTuple):
+    """One equation, as it is evaluated for a batch of one.
+
+    Attributes:
+        eqn: the equation.
+        needs: for each operand the axis of its examples; None for an operand that is taken whole.
+        axes: for each output the axis of its examples; None where it has been summed over.
+    """
+
+    eqn: Equation
+    needs: Axes
+    axes: Axes
+
+
+@dataclass
+class _Reading:
+    """What is known of the variables of a jaxpr.
+
+    Attributes:
+        jaxpr: the jaxpr, inlined.
+        size: the number of examples.
+        data: the variables that may be cut into examples along any axis of that size: those known beforehand.
+        axes: the axis of the examples, of variables that have one and exist for one example only.
+        optional: the same of variables that exist whole too: data, and what only repeats along that axis.
+        sums: variables that are affine in sums over the examples.
+        steps: by output, the equations of a batch of one.
+        mixed: whether anything mixes the examples in another way.
+        of_derivative: whether the jaxpr is of a derivative.
+    """
+
+    jaxpr: Jaxpr
+    size: int
+    data: set[Variable]
+    axes: dict[Variable, int] = field(default_factory=dict)
+    optional: dict[Variable, int] = field(default_factory=dict)
+    sums: set[Variable] = field(default_factory=set)
+    steps: dict[Variable, _Step] = field(default_factory=dict)
+    mixed: bool = False
+    of_derivative: bool = False
+
+    def read(self) -> "_Reading":
+        """Follow the axes through all equations."""
+        for eqn in self.jaxpr.eqns:
+            if not self.mixed:
+                self._read_equation(eqn)
+        if self.mixed:
+            self.sums, self.axes = set(), {}
+        return self
+
+    def _read_equation(self, eqn: Equation) -> None:
+        operands = [v for v in eqn.invars if isinstance(v, Var)]
+        if any(v in self.sums for v in operands):
+            self.mixed |= not self._is_affine(eqn)
+            self.sums.update(eqn.outvars)
+            return
+        is_strict = any(v in self.axes for v in operands)
+        step = self._step(eqn, self.axes if is_strict else self.optional)
+        if step is None:
+            self.mixed |= is_strict
+            return
+        known = self.data.issuperset(eqn.outvars)
+        if step.axes[0] is None:
+            if not known and not self._repeats(step):
+                self.mixed |= self._grows(eqn)
+                self.sums.update(eqn.outvars)
+                self.steps.update(dict.fromkeys(eqn.outvars, step))
+            return
+        target = self.optional if not is_strict and (known or self._repeats(step)) else self.axes
+        target.update({v: axis for v, axis in zip(eqn.outvars, step.axes, strict=True) if axis is not None})
+        if not known:
+            self.steps.update(dict.fromkeys(eqn.outvars, step))
+
+    def _repeats(self, step: _Step) -> bool:
+        """Whether an equation of optional operands takes no data, so that its output is the same for each example."""
+        cut = [v for v, axis in zip(step.eqn.invars, step.needs, strict=True) if axis is not None]
+        return not any(v in self.data or v in self.axes for v in cut)
+
+    def _grows(self, eqn: Equation) -> bool:
+        """Whether a sum is larger than what one example brings to it: taken apart it would be held for each."""
+        brought = sum(v.aval.size for v in eqn.invars)
+        return self.size * eqn.outvars[0].aval.size > brought
+
+    def _step(self, eqn: Equation, axes: dict[Variable, int]) -> _Step | None:
+        given = [axes.get(v) if isinstance(v, Var) else None for v in eqn.invars]
+        if eqn.primitive.name == "custom_jvp_call":
+            rule = self._axes_of_custom(eqn, given)
+        else:
+            rule = axis_rule(eqn, given, self.size)
+        if rule is None or not all(map(self._can_be_cut, eqn.invars, rule[0])):
+            return None
+        uses = _uses(eqn, rule[0])
+        alike = all(not isinstance(v, Var) or uses[v] == axis for v, axis in zip(eqn.invars, rule[0], strict=True))
+        return _Step(eqn, *rule) if alike else None  # a variable used twice is cut alike
+
+    def _axes_of_custom(self, eqn: Equation, given: Axes) -> Rule | None:
+        """The rule of a function with a derivative of its own: both must keep the examples apart.
+
+        Within a derivative only the function is asked: its rule may well call the function itself.
+        """
+        (axis, *others) = {axis for axis in given if axis is not None} or {None}
+        if axis is None or others or not all(map(is_floating, (*eqn.invars, *eqn.outvars))):
+            return None
+        needs = [axis if v.aval.shape[axis : axis + 1] == (self.size,) else None for v in eqn.invars]
+        body = _read_body(_body_of(eqn), needs, self.size, self.of_derivative)
+        if body is None or (not self.of_derivative and _read_derivative(self.jaxpr, eqn, needs, self.size) is None):
+            return None
+        return needs, [body.axes[v] for v in body.jaxpr.outvars]
+
+    def _can_be_cut(self, v: Any, axis: int | None) -> bool:
+        if axis is None:
+            return not isinstance(v, Var) or v not in self.axes
+        if not isinstance(v, Var):
+            return False
+        known: Variable = v
+        in_data = v in self.data and known.aval.shape[axis] == self.size
+        return in_data or axis in (self.axes.get(v), self.optional.get(v))
+
+    def _is_affine(self, eqn: Equation) -> bool:
+        """Whether an equation of sums is affine in them, with coefficients that do not depend on the point."""
+        name, fixed = eqn.primitive.name, [not isinstance(v, Var) or v in self.data for v in eqn.invars]
+        whole = not any(v in self.axes for v in eqn.invars if isinstance(v, Var))
+        if name in _LINEAR:
+            return all(map(is_floating, (*eqn.invars, *eqn.outvars)))  # rounding to integers is not linear
+        if name in ("add", "sub", "add_any"):
+            return whole
+        return (name == "mul" and any(fixed)) or (name == "div" and fixed[1])
+
+
+def _read_program(jaxpr: Jaxpr, size: int) -> _Reading:
+    """Read a function of ``x``, the inputs of the jaxpr; its constants are the data."""
+    on_x = dependents(jaxpr, jaxpr.invars)
+    constants: list[Variable] = list(jaxpr.constvars)
+    data = {*constants, *(v for eqn in jaxpr.eqns for v in eqn.outvars if v not in on_x and not _is_filled(eqn))}
+    seeds = {v: 0 for v in constants if v.aval.shape[:1] == (size,)}
+    return _Reading(jaxpr, size, data, optional=seeds).read()
+
+
+def _is_filled(eqn: Equation) -> bool:
+    """Whether an equation makes an array of one number, which need not be cut out of memory."""
+    return eqn.primitive.name == "broadcast_in_dim" and not isinstance(eqn.invars[0], Var)
+
+
+def _read_body(closed: ClosedJaxpr, axes: Axes, size: int, of_derivative: bool) -> _Reading | None:
+    """Read a program of a batch, all of whose outputs must keep the axis of the examples."""
+    jaxpr = closed.jaxpr
+    given = {v: axis for v, axis in zip(jaxpr.invars, axes, strict=True) if axis is not None}
+    reading = _Reading(jaxpr, size, set(), axes=given, of_derivative=of_derivative).read()
+    return None if jaxpr.constvars or any(v not in reading.axes for v in jaxpr.outvars) else reading
+
+
+def _body_of(eqn: Equation) -> ClosedJaxpr:
+    return inline(eqn.params["call_jaxpr"])
+
+
+def _read_derivative(jaxpr: Jaxpr, eqn: Equation, needs: Axes, size: int) -> _Reading | None:
+    """The derivative of an equation by its distinct variables, along directions, read as a body."""
+    fun, variables = equation_function(jaxpr, eqn)
+    avals = [v.aval for v in variables]
+    made = jax.make_jaxpr(lambda values, along: jax.jvp(fun, values, along)[1])(avals, avals)
+    axes = _uses(eqn, needs).values()
+    return _read_body(inline(made), [*axes, *axes], size, of_derivative=True)
+
+
+def _uses(eqn: Equation, needs: Axes) -> dict[Variable, int | None]:
+    """The axis that each distinct variable of an equation is cut along, in the order of ``equation_function``."""
+    return {v: axis for v, axis in zip(eqn.invars, needs, strict=True) if isinstance(v, Var)}
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+Task = tuple[Equation, _Step | None]
+"""An equation to evaluate, whole or as a step."""
+
+
+def _plan(reading: _Reading) -> tuple[list[Task], list[tuple[Variable, int]]]:
+    """What to evaluate for a batch of one, in order, and which data to cut along which axis."""
+    wanted = {(v, reading.axes.get(v)) for v in reading.jaxpr.outvars}
+    tasks: list[Task] = []
+    cut: dict[tuple[Variable, int], None] = {}
+    for eqn in reversed(reading.jaxpr.eqns):
+        step = reading.steps.get(eqn.outvars[0])
+        if step is not None and not wanted.isdisjoint(zip(eqn.outvars, step.axes, strict=True)):
+            tasks.append((eqn, step))
+            uses = _uses(eqn, step.needs).items()
+            cut.update({(v, axis): None for v, axis in uses if axis is not None and v in reading.data})
+            wanted.update((v, None if v in reading.data else axis) for v, axis in uses)
+            if step.axes[0] is None:
+                continue
+        if any((v, None) in wanted for v in eqn.outvars):
+            tasks.append((eqn, None))
+            wanted.update((v, None) for v in eqn.invars if isinstance(v, Var))
+    return tasks[::-1], list(cut)
+
+
+def _examples_of(closed: ClosedJaxpr, reading: _Reading) -> Examples:
+    """The loss of one example, and the data cut into examples; what depends on data alone is computed here."""
+    jaxpr = closed.jaxpr
+    tasks, cut = _plan(reading)
+    data = Environment()
+    data.write(jaxpr.constvars, closed.consts)
+    for eqn, step in tasks:
+        if step is None and all(v in data for v in eqn.invars if isinstance(v, Var)):
+            data.evaluate(jaxpr, eqn)
+
+    def loss(x: Tree, *example: Array) -> Array:
+        whole = Environment(data)
+        whole.write(jaxpr.invars, jax.tree.leaves(x))
+        one = {use: jnp.expand_dims(part, use[1]) for use, part in zip(cut, example, strict=True)}
+        _evaluate(reading, tasks, whole, one)
+        return whole.read(jaxpr.outvars)[0]
+
+    return Examples(loss, [jnp.moveaxis(data[v], axis, 0) for v, axis in cut])
+
+
+def _evaluate(
+    reading: _Reading, tasks: Sequence[Task], whole: Environment, one: dict[tuple[Variable, int], Array]
+) -> None:
+    """Evaluate for a batch of one: what is ``whole``, and ``one`` entry along an axis of each variable that has one."""
+    for eqn, step in tasks:
+        if step is None:
+            if whole.lacks(eqn):
+                whole.evaluate(reading.jaxpr, eqn)
+            continue
+        uses = _uses(eqn, step.needs).items()
+        env = Environment({v: whole[v] if axis is None else one[v, axis] for v, axis in uses})
+        if eqn.primitive.name == "custom_jvp_call":
+            outs = _custom_on_one(reading, step)(*env.values())
+        else:
+            outs = on_batch_of_one(reading.jaxpr, eqn, step.axes, env)
+        if step.axes[0] is None:
+            whole.write(eqn.outvars, [reading.size * out for out in outs])
+        else:
+            one.update(zip(zip(eqn.outvars, step.axes, strict=True), outs, strict=True))  # pyright: ignore
+
+
+def _run_body(reading: _Reading, axes: Axes, values: Sequence[Any]) -> list[Any]:
+    """The outputs of a body for a batch of one."""
+    whole, one = Environment(), {}
+    for v, axis, value in zip(reading.jaxpr.invars, axes, values, strict=True):
+        if axis is None:
+            whole[v] = value
+        else:
+            one[v, axis] = value
+    _evaluate(reading, _plan(reading)[0], whole, one)
+    return [one[v, reading.axes[v]] for v in reading.jaxpr.outvars]
+
+
+def _custom_on_one(reading: _Reading, step: _Step) -> Callable[..., list[Any]]:
+    """A function with a derivative of its own, on a batch of one, as a function of the equation's variables."""
+    eqn, size = step.eqn, reading.size
+    fun, variables = equation_function(reading.jaxpr, eqn)
+    axes = list(_uses(eqn, step.needs).values())
+    body = _read_body(_body_of(eqn), step.needs, size, reading.of_derivative)
+    assert body is not None  # it has been read before
+
+    @jax.custom_jvp
+    def on_one(*values: Any) -> list[Any]:
+        env = Environment(zip(variables, values, strict=True))
+        return _run_body(body, step.needs, env.read(eqn.invars))
+
+    @on_one.defjvp
+    def _(values: Sequence[Any], directions: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        derivative = _read_derivative(reading.jaxpr, eqn, step.needs, size)
+        if derivative is not None:
+            return on_one(*values), _run_body(derivative, [*axes, *axes], [*values, *directions])
+        along = jax.jvp(fun, _widened(values, axes, size), _widened(directions, axes, size))[1]
+        first = [jnp.take(out, jnp.array([0]), axis) for out, axis in zip(along, step.axes, strict=True)]
+        return on_one(*values), first
+
+    return on_one
+
+
+def _widened(values: Sequence[Any], axes: Axes, size: int) -> list[Any]:
+    """A batch of equal examples."""
+    return [v if axis is None else jnp.repeat(v, size, axis) for v, axis in zip(values, axes, strict=True)]

@@ -1,0 +1,135 @@
+"""The gradients of parameters from what is known where they meet the data: in factors, or formed."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Var
+from jaxtyping import Array, Float
+
+from curvature.programs._affine import Axes, Lookup
+from curvature.programs._jaxprs import Environment, Variable, equation_function
+from curvature.programs._taps import Origin, Site, Taps
+
+
+class Factors(NamedTuple):
+    """One use of a root in canonical form: its gradient is ``sum_s a[g, s, i] d[g, s, o]``.
+
+    Attributes:
+        a: the input, of shape (g, s, i), or a ``Lookup`` of shape (g, s).
+        d: the cotangent of the output, of shape (g, s, o).
+        group, rows, columns: the axes of the root that g, i and o stand for.
+    """
+
+    a: Any
+    d: Array
+    group: Axes
+    rows: Axes
+    columns: Axes
+
+
+def factors(site: Site, a: Any, d: Array) -> Factors:
+    """A site with a form, in canonical form: the scans around it are groups or positions of their own."""
+    outputs, depth = site.form.outputs, len(site.lengths)
+    for _ in range(depth):
+        outputs = jax.vmap(outputs)
+    loops = site.origins[0].loops
+    sliced = [k for k in range(depth) if loops[k] is not None]
+    order = [*sliced, depth, *(k for k in range(depth) if loops[k] is None), depth + 1]
+
+    def arrange(array: Array) -> Array:
+        array = jnp.transpose(array, [*order, *range(depth + 2, array.ndim)])
+        cut = len(sliced) + 1
+        groups, positions = math.prod(array.shape[:cut]), math.prod(array.shape[cut : depth + 2])
+        return array.reshape(groups, positions, *array.shape[depth + 2 :])
+
+    return Factors(jax.tree.map(arrange, a), arrange(outputs(d)), site.group, site.form.rows, site.form.columns)
+
+
+def canonical_gradient(use: Factors) -> Float[Array, "groups rows columns"]:
+    """The gradient in canonical form, formed."""
+    if not isinstance(use.a, Lookup):
+        return jnp.einsum("gsi,gso->gio", use.a, use.d)
+    rows = jnp.where(use.a.rows < 0, use.a.size, use.a.rows)  # out of range, so dropped
+
+    def scatter(rows: Array, d: Array) -> Array:
+        return jnp.zeros((use.a.size, d.shape[1]), d.dtype).at[rows].add(d, mode="drop")
+
+    return jax.vmap(scatter)(rows, use.d)
+
+
+def to_canonical(array: Array, use: Factors) -> Float[Array, "groups rows columns"]:
+    """An array with the axes of the root, in the canonical form of a use."""
+    order = all_axes((*use.group, *use.rows, *use.columns), array.ndim)
+    sizes = [math.prod(array.shape[axis] for axis in axes) for axes in (use.group, use.rows, use.columns)]
+    return jnp.transpose(array, order).reshape(sizes)
+
+
+def all_axes(order: Axes, ndim: int) -> Axes:
+    """An order of axes with those at its end that have gone, as only axes of size one do."""
+    return (*order, *(k for k in range(ndim) if k not in order))
+
+
+def from_canonical(product: Array, order: Axes, root: Variable) -> Array:
+    """An array whose axes are those of the root in another ``order``, grouped at will, as the root has them."""
+    shape = root.aval.shape
+    order = all_axes(order, len(shape))
+    back = sorted(range(len(order)), key=lambda k: order[k])
+    return jnp.transpose(product.reshape([shape[k] for k in order]), back).astype(root.aval.dtype)
+
+
+def gradients_of_site(taps: Taps, site: Site, values: Environment, captured: Any, d: Sequence[Array]) -> list[Array]:
+    """The gradients of the roots of any site, formed: by its form or, if it has none, by reverse mode through it."""
+    if site.form is not None:
+        return [from_canonical(canonical_gradient(factors(site, captured, d[0])), site.axes, site.origins[0].root)]
+    fun, variables = equation_function(taps.level.jaxpr, site.eqn)
+    env = Environment()
+    others = [v for n, v in enumerate(site.eqn.invars) if n not in site.operands]
+    env.update({v: value for v, value in zip(others, captured, strict=True) if isinstance(v, Var)})
+    operands = [site.eqn.invars[n] for n in site.operands]
+    # JAX cannot transpose a pad by its padding value alone.
+    others = [v for v in others if isinstance(v, Var)] if site.eqn.primitive.name == "pad" else []
+
+    def outputs(parameters: list[Array], beside: list[Array]) -> list[Array]:
+        inner = Environment(env)
+        inner.write([*operands, *others], [*parameters, *beside])
+        outs = dict(zip(site.eqn.outvars, fun(*inner.read(variables)), strict=True))
+        return [outs[v] for v in site.outputs]
+
+    _, pull = jax.vjp(outputs, values.read(operands), env.read(others))
+    return [_to_root(gradient, origin) for gradient, origin in zip(pull(list(d))[0], site.origins, strict=True)]
+
+
+def sum_over_batch(taps: Taps, values: Environment, captured: Sequence[Any], d: Sequence[Any]) -> dict[Variable, Array]:
+    """The gradients of the roots, summed over examples: what is known at the sites has a leading axis of them.
+
+    The examples are so many positions more, of which a product of matrices takes the sum.
+    """
+    total: dict[Variable, Any] = dict.fromkeys(taps.roots, 0)
+    for site, inputs, cotangents in zip(taps.sites, captured, d, strict=True):
+        if site.form is not None:
+            use = jax.vmap(lambda a, d, site=site: factors(site, a, d)[:2])(inputs, cotangents[0])
+            a, d_all = jax.tree.map(_batch_as_positions, use)
+            together = Factors(a, d_all, site.group, site.form.rows, site.form.columns)
+            gradients = [from_canonical(canonical_gradient(together), site.axes, site.origins[0].root)]
+        else:
+            of_example = functools.partial(gradients_of_site, taps, site, values)
+            gradients = jax.tree.map(lambda rows: jnp.sum(rows, 0), jax.vmap(of_example)(inputs, cotangents))
+        for origin, gradient in zip(site.origins, gradients, strict=True):
+            total[origin.root] = total[origin.root] + gradient
+    return total
+
+
+def _batch_as_positions(array: Array) -> Array:
+    """``(batch, groups, positions, ...)`` to ``(groups, batch and positions, ...)``."""
+    groups = jnp.swapaxes(array, 0, 1)
+    return groups.reshape(groups.shape[0], -1, *groups.shape[3:])
+
+
+def _to_root(gradient: Array, origin: Origin) -> Array:
+    """The gradient by a variable, as one by the root whose axes it moved or repeated."""
+    repeated = [k for k, axis in enumerate(origin.axes) if axis is None]
+    return from_canonical(jnp.sum(gradient, repeated), tuple(a for a in origin.axes if a is not None), origin.root)

@@ -1,0 +1,243 @@
+"""Many problems at once, the finished ones dropped on the way."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from curvature import _checks
+from curvature._compile_cache import compiled
+from curvature._types import MinimizeResult, Objective, Status, Tree
+from curvature.solvers._loop import Limits, Loop, is_running, start_loop, stepper
+from curvature.solvers._methods import Method, resolve
+from curvature.solvers._minimize import limits_of
+from curvature.solvers._progress import Watch
+
+_BLOCK = 5  # steps between two looks at who has finished: ours, by benchmarks/batched.py
+_LEAST = 16  # so few lanes cost about what one does
+_WORTH = 0.6  # a batch this much smaller is worth its compilation; half, for sizes that are powers of two
+
+
+class _Data(NamedTuple):
+    """The arguments of all problems: leaves with a leading axis of lanes, leaves that all share, and which is which."""
+
+    mapped: list[Array]
+    shared: list[Array]
+
+
+class _Layout(NamedTuple):
+    """How the leaves of ``_Data`` make the arguments; static."""
+
+    structure: Any
+    is_mapped: tuple[bool, ...]
+
+
+def minimize_batched(
+    fun: Objective,
+    x0_batch: Tree,
+    args_batch: Any = (),
+    *,
+    in_axes: Any = 0,
+    method: Method = "auto",
+    gtol: ArrayLike | None = None,
+    rtol: ArrayLike = 0.0,
+    max_steps: ArrayLike = 1000,
+    hessian: Callable[..., Tree] | None = None,
+) -> MinimizeResult:
+    """Minimize ``fun(x, *args)`` from many starts, or for many data, without waiting for the slowest.
+
+    The result is that of ``jax.vmap(minimize)``, where every lane is carried along until the last one has finished.
+    Here the lanes run in blocks of 5 steps; between two blocks the host looks who has finished, and once half of them
+    have, the others go on alone, in a batch of the next power of two. So there are few programs to compile, found again
+    by later calls.
+
+    Lanes that are sharded over devices along their leading axis stay so as long as the devices divide them evenly.
+
+    Args:
+        fun: the objective of one problem, as for ``minimize``.
+        x0_batch: the starts: a tree like ``x0`` whose leaves have a leading axis of lanes.
+        args_batch: data for ``fun``: a tuple, or one argument that is not a tuple.
+        in_axes: the axis of lanes of each leaf of the data, as in ``jax.vmap``: one integer for all, or a tree that is
+            a prefix of ``args_batch``; None for what the problems share.
+        method: as for ``minimize``. In a batch of small problems the eigendecompositions of ``"trust-exact"`` take most
+            of its time, and ``"trust-region"`` is two to three times as fast.
+        gtol: as for ``minimize``, the same for all.
+        rtol: the tolerance relative to the first gradient of each lane.
+        max_steps: the most steps of each lane.
+        hessian: as for ``minimize``.
+
+    Returns:
+        A ``MinimizeResult`` whose fields have a leading axis of lanes: each has a status of its own. Starts that are
+        NaN or infinite are reported there.
+
+    Raises:
+        TypeError: as ``minimize``; when an operand is traced, since the host decides who goes on: within ``jit``,
+            ``grad`` and ``vmap`` map ``minimize`` itself.
+        ValueError: as ``minimize``, and for axes of lanes that are missing or differ in size.
+
+    Cost: that of ``jax.vmap(minimize)`` up to the end of the block in which half of the lanes have finished, half of
+        it from there to a quarter, and so on. For each block one transfer of the statuses to the host; for each size of
+        batch one compilation.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> result = curvature.minimize_batched(
+        ...     lambda x, shift, power: jnp.sum((x - shift) ** power),
+        ...     jnp.zeros((3, 2)), (jnp.array([1.0, 2.0, 4.0]), 2), in_axes=(0, None),
+        ... )
+        >>> jnp.allclose(result.x[:, 0], jnp.array([1.0, 2.0, 4.0])), result.success
+        (Array(True, dtype=bool), Array([ True,  True,  True], dtype=bool))
+    """
+    name = "minimize_batched"
+    _checks.check_callable(name, "fun", fun)
+    if hessian is not None:
+        _checks.check_callable(name, "hessian", hessian)
+    x0 = _checks.check_point(name, "x0_batch", x0_batch)
+    args, axes = (args_batch, in_axes) if type(args_batch) is tuple else ((args_batch,), _of_one(in_axes))
+    _checks.check_data(name, args)
+    _checks.check_concrete(name, {"x0_batch": x0, "args_batch": args})
+    lanes, leaf_axes = _checks.check_problems(name, x0, args, axes)
+    data, layout = _split(args, leaf_axes)
+    first = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), x0)
+    _checks.check_entries(name, "x0_batch", first)
+    limits = limits_of(name, first, gtol, rtol, max_steps)
+    how = {"layout": layout, "transformation": resolve(name, method, first, hessian), "hessian": hessian}
+    loop = _align(compiled(_start, fun, (x0, data))(x0, data, limits, **how), jax.tree.leaves(x0)[0])
+    data = data._replace(mapped=_align(data.mapped, jax.tree.leaves(x0)[0]))
+    return _run_blocks(compiled(_advance, fun, (x0, data)), how, loop, data, limits, lanes)
+
+
+def _of_one(in_axes: Any) -> Any:
+    """The axes of the tuple of one argument, from those of the argument."""
+    return in_axes if in_axes is None or isinstance(in_axes, int) else (in_axes,)
+
+
+def _split(args: tuple[Any, ...], axes: Sequence[Any]) -> tuple[_Data, _Layout]:
+    leaves, structure = jax.tree.flatten(args)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    is_mapped = tuple(axis is not _checks.UNMAPPED for axis in axes)
+    mapped = [
+        jnp.moveaxis(leaf, axis, 0) for leaf, axis in zip(leaves, axes, strict=True) if axis is not _checks.UNMAPPED
+    ]
+    shared = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis is _checks.UNMAPPED]
+    return _Data(mapped, shared), _Layout(structure, is_mapped)
+
+
+def _args_of(layout: _Layout, mapped: Sequence[Any], shared: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments of one lane."""
+    sources = {True: iter(mapped), False: iter(shared)}
+    return layout.structure.unflatten([next(sources[is_mapped]) for is_mapped in layout.is_mapped])
+
+
+def _start(
+    fun: Objective,
+    x0: Tree,
+    data: _Data,
+    limits: Limits,
+    *,
+    layout: _Layout,
+    transformation: optax.GradientTransformation,
+    hessian: Callable[..., Tree] | None,
+) -> Loop:
+    """The loops of all lanes before their first step."""
+
+    def start(x0: Tree, mapped: list[Array]) -> Loop:
+        args = _args_of(layout, mapped, data.shared)
+        return start_loop(lambda x: fun(x, *args), x0, limits, transformation, Watch())
+
+    return jax.vmap(start)(x0, data.mapped)
+
+
+def _advance(
+    fun: Objective,
+    loop: Loop,
+    data: _Data,
+    limits: Limits,
+    *,
+    layout: _Layout,
+    transformation: optax.GradientTransformation,
+    hessian: Callable[..., Tree] | None,
+) -> Loop:
+    """A block of steps for these lanes."""
+
+    def advance(loop: Loop, mapped: list[Array]) -> Loop:
+        args = _args_of(layout, mapped, data.shared)
+        step = stepper(lambda x: fun(x, *args), args, limits, transformation, hessian)
+        _, loop = jax.lax.while_loop(
+            lambda carry: is_running(carry[1]) & (carry[0] < _BLOCK),
+            lambda carry: (carry[0] + 1, step(carry[1])),
+            (jnp.zeros_like(loop.status), loop),
+        )
+        return loop
+
+    return jax.vmap(advance)(loop, data.mapped)
+
+
+def _run_blocks(
+    advance: Callable[..., Loop], how: dict[str, Any], loop: Loop, data: _Data, limits: Limits, lanes: int
+) -> MinimizeResult:
+    """Blocks of steps until nobody runs; ``where`` says which lanes the loop at hand belongs to."""
+    found, where = _outcome(loop), np.arange(lanes)
+    while True:
+        loop = advance(loop, data, limits, **how)
+        running = np.flatnonzero(np.asarray(loop.status) == Status.RUNNING)
+        size = max(_LEAST, 1 << (len(running) - 1).bit_length()) if len(running) else 0
+        if size > _WORTH * len(where):
+            continue
+        found = _put(found, _outcome(loop), where) if len(where) < lanes else _outcome(loop)
+        if not size:
+            return found
+        finished = np.setdiff1d(np.arange(len(where)), running)
+        chosen = np.concatenate([running, finished[: size - len(running)]])  # they fill up, and do nothing
+        where = where[chosen]
+        loop, mapped = _take((loop, data.mapped), chosen)
+        data = data._replace(mapped=mapped)
+
+
+def _outcome(loop: Loop) -> MinimizeResult:
+    return MinimizeResult(loop.best.x, loop.best.value, loop.best.grad, loop.num_steps, loop.status)
+
+
+def _align(tree: Tree, like: Array) -> Tree:
+    """All leaves with their lanes on the devices that have those of ``like``."""
+    if len(like.sharding.device_set) == 1 or not isinstance(like.sharding, NamedSharding):
+        return tree
+    lanes = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[:1]))
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, lanes), tree)
+
+
+def _take(tree: Tree, lanes: np.ndarray) -> Tree:
+    """These lanes alone, spread over the devices that hold all of them."""
+
+    def take(leaf: Array) -> Array:
+        if len(leaf.sharding.device_set) == 1:
+            return leaf[lanes]
+        return jax.device_put(np.asarray(leaf)[lanes], _spread(leaf.sharding, len(lanes)))
+
+    return jax.tree.map(take, tree)
+
+
+def _put(tree: Tree, part: Tree, lanes: np.ndarray) -> Tree:
+    """The tree with these lanes replaced."""
+
+    def put(leaf: Array, new: Array) -> Array:
+        if len(leaf.sharding.device_set) == 1:
+            return leaf.at[lanes].set(new)
+        rows = np.array(leaf)
+        rows[lanes] = np.asarray(new)
+        return jax.device_put(rows, leaf.sharding)
+
+    return jax.tree.map(put, tree, part)
+
+
+def _spread(sharding: Any, lanes: int) -> Any:
+    """The sharding of all lanes where it divides these evenly; else every device has them all."""
+    if lanes % len(sharding.device_set) == 0 or not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec())

@@ -1,0 +1,80 @@
+"""A curve through data, and how certain its parameters are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from curvature import _checks
+from curvature._compile_cache import compiled
+from curvature._types import Tree
+from curvature.optimizers._robust import Loss
+from curvature.solvers._least_squares import Limits, check_limits, run
+
+
+def curve_fit(
+    model: Callable[..., Array],
+    xdata: Tree,
+    ydata: ArrayLike,
+    p0: Tree,
+    *,
+    loss: Loss = "linear",
+    f_scale: ArrayLike = 1.0,
+    max_steps: ArrayLike = 10_000,
+) -> tuple[Tree, Float[Array, "n n"]]:
+    """Fit ``model(params, xdata)`` to ``ydata`` by least squares: the parameters and their covariance.
+
+    ``least_squares`` on the residuals ``model(params, xdata) - ydata``, for errors of equal size: divide both by the
+    standard deviations where they differ. A fit that has not converged has a covariance of NaN; ``least_squares`` says
+    why.
+
+    Args:
+        model: the predictions, shaped like ``ydata``.
+        xdata: what ``model`` takes beside the parameters, any tree of arrays.
+        ydata: the observations.
+        p0: the first guess of the parameters, any tree of floating arrays.
+        loss: as in ``least_squares``.
+        f_scale: as in ``least_squares``.
+        max_steps: the most steps.
+
+    Returns:
+        ``(params, covariance)``: the parameters, shaped like ``p0``, and the n x n matrix ``s^2 (J'J)^-1`` in the order
+        of ``ravel_pytree(p0)``, see ``LeastSquaresResult.covariance``. As in SciPy all of it is infinite where the data
+        leave a direction undetermined; ``least_squares`` shows which variables that concerns.
+
+    Raises:
+        TypeError: when ``model`` is not callable, or a leaf of ``p0`` or ``ydata`` not of a real floating dtype.
+        ValueError: when ``model`` returns another shape than that of ``ydata``, or as ``least_squares``.
+
+    Cost: as ``least_squares``; compiled once for each model and shape.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> t, y = jnp.arange(5.0), jnp.array([1.1, 2.9, 5.2, 6.8, 9.1])
+        >>> params, covariance = curvature.curve_fit(lambda p, t: p[0] + p[1] * t, t, y, jnp.zeros(2))
+        >>> jnp.round(params, 2), jnp.round(covariance, 4)
+        (Array([1.04, 1.99], dtype=float32), Array([[ 0.0214, -0.0071],
+               [-0.0071,  0.0036]], dtype=float32))
+    """
+    _checks.check_callable("curve_fit", "model", model)
+    ydata = _checks.check_observations("curve_fit", ydata)
+    p0 = _checks.check_start("curve_fit", "p0", p0)
+    _checks.check_data("curve_fit", (xdata,))
+    limits = check_limits("curve_fit", p0, "levenberg-marquardt", loss, f_scale, None, 0.0, max_steps)
+    return compiled(_fit, model, (p0, xdata, ydata))(p0, xdata, ydata, limits, loss=loss)
+
+
+def _fit(
+    model: Callable[..., Array], p0: Tree, xdata: Tree, ydata: Array, limits: Limits, *, loss: Loss
+) -> tuple[Tree, Float[Array, "n n"]]:
+    def residuals(params: Tree, xdata: Tree, ydata: Array) -> Array:
+        predictions = model(params, xdata)
+        _checks.check_predictions("curve_fit", predictions, ydata)
+        return predictions - ydata
+
+    fit: Any = run(residuals, p0, (xdata, ydata), limits, method="levenberg-marquardt", loss=loss)
+    covariance = fit.covariance()
+    covariance = jnp.where(jnp.any(jnp.isinf(covariance)), jnp.inf, covariance)
+    return fit.x, jnp.where(fit.success, covariance, jnp.nan)

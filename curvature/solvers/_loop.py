@@ -1,0 +1,345 @@
+"""The loop that drives any optax transformation: evaluate, judge, step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from curvature._numerics import norm
+from curvature._trees import ravel
+from curvature._types import Status, Tree
+from curvature.optimizers._bounds import Box, projected_gradient_norm
+from curvature.optimizers._method import (
+    MAX_TRIALS,
+    FirstOrder,
+    SecondOrder,
+    Stored,
+    WithStatus,
+    choose,
+    evaluate,
+    noise_of,
+    value_and_grad,
+)
+from curvature.programs._traced import Program
+from curvature.solvers._progress import Watch, observe
+from curvature.transforms._compositions import linearize_program, trace_objective
+from curvature.transforms._modes import choose_composition
+
+_PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond rounding, before a method has stalled
+_WINDOWS = (100, 500)  # steps that together must halve the gradient or lower the value by more than their roundings,
+_ROUNDINGS = 100  # which are so many: in the long window those of the largest value seen
+_RETREAT = 0.25  # the share that is left of a step to a point where a method can do nothing
+_SHARES = (10, 2)  # of all steps taken, the windows of a long solve: slow convergence is none the less convergence
+
+
+class MinimizeStep(NamedTuple):
+    """What the callback of ``minimize`` is told at each iterate.
+
+    Attributes:
+        num_steps: the steps taken so far.
+        value: the objective.
+        grad_norm: the largest absolute entry of its gradient; with bounds of the projected one.
+        state: the state of the method: what the step that led here has left, and what the next one starts from.
+    """
+
+    num_steps: Int[Array, ""]
+    value: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    state: Any
+
+
+class Limits(NamedTuple):
+    """Arrays, whatever numbers the user gave, so that other numbers find the same program."""
+
+    gtol: Float[Array, ""]
+    rtol: Float[Array, ""]
+    max_steps: Int[Array, ""]
+
+
+class Point(NamedTuple):
+    x: Tree
+    value: Float[Array, ""]
+    grad: Tree
+    grad_norm: Float[Array, ""]
+    noise: Float[Array, ""]
+
+
+class Mark(NamedTuple):
+    """The last progress that no luck explains, as each of the two windows has it.
+
+    The value, the smallest gradient, the roundings that count, and when.
+    """
+
+    value: Float[Array, "2"]
+    grad_norm: Float[Array, "2"]
+    noise: Float[Array, "2"]
+    num_steps: Int[Array, "2"]
+
+
+class Origin(NamedTuple):
+    """Where the last step began, its value with what rounding may add, and how often the step was cut since."""
+
+    x: Tree
+    value: Float[Array, ""]
+    num_cuts: Int[Array, ""]
+
+
+class Loop(NamedTuple):
+    """Where a solve stands: ``minimize`` carries it from step to step, ``minimize_batched`` from block to block."""
+
+    x: Tree
+    state: Any
+    best: Point
+    tolerance: Float[Array, ""]
+    num_steps: Int[Array, ""]
+    idle_steps: Int[Array, ""]
+    mark: Mark
+    status: Int[Array, ""]
+    watch: Watch = Watch()
+    origin: Origin | None = None  # for methods whose trials are values alone
+
+
+def is_running(loop: Loop) -> Bool[Array, ""]:
+    """Whether the loop has not ended yet."""
+    return loop.status == Status.RUNNING
+
+
+def stepper(
+    value_fn: Callable[[Tree], Any],
+    args: tuple[Any, ...],
+    limits: Limits,
+    transformation: optax.GradientTransformation,
+    hessian: Callable[..., Tree] | None,
+    callback: Callable[[MinimizeStep], None] | None = None,
+    box: Box | None = None,
+) -> Callable[[Loop], Loop]:
+    """The body of the loop: from a point to the next, which is judged.
+
+    A method that keeps value and gradient in its state judges the point that it has reached, so that nothing is done in
+    vain at the last one. Any other evaluates the point and judges it before it goes on, unless it ends there.
+    """
+    has_status = isinstance(transformation, WithStatus)
+    update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
+
+    def objective(x: Tree, args: Any = None) -> Any:  # optax's line searches refuse what it does not take
+        return value_fn(x)
+
+    def update(loop: Loop, point: Point, extras: dict[str, Any]) -> Loop:
+        updates, state = update_fn(
+            point.grad, loop.state, loop.x, grad=point.grad, value_fn=objective, args=args, **extras
+        )
+        status = state.status if has_status else loop.status
+        moved = status == Status.RUNNING
+        if isinstance(transformation, FirstOrder):  # its line search may end lower, though not where it should
+            moved |= (status == Status.UNBOUNDED) & (state.stored.value < point.value)
+        x, state = jax.lax.stop_gradient((optax.apply_updates(loop.x, updates), state))  # of what may be closed over
+        return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved.astype(jnp.int32))
+
+    def advance(loop: Loop) -> Loop:
+        point, extras = _evaluate(value_fn, args, hessian, loop, transformation)
+        if isinstance(transformation, FirstOrder):
+            loop = update(loop, point, extras)
+            return _arrive(loop, _stored_point(loop), limits, has_status, callback, box)
+        point = jax.lax.stop_gradient(point)
+        arrived = _arrive(loop, point, limits, has_status, callback, box)
+        after = jax.lax.cond(is_running(arrived), lambda loop: update(loop, point, extras), lambda loop: loop, arrived)
+        return after if loop.origin is None else _cut_step(loop, loop.origin, point, after)
+
+    return advance
+
+
+def _cut_step(loop: Loop, origin: Origin, point: Point, after: Loop) -> Loop:
+    """``after``, or a shorter step from the origin, where the last one led to derivatives that are NaN or infinite.
+
+    Methods that form or apply the Hessian judge a trial by its value, because derivatives at each would cost as much as
+    a step. So it is here that a trial is rejected after all, and a shortened step if its value is no lower.
+    """
+    rejected = (after.status == Status.NONFINITE) | ((origin.num_cuts > 0) & (point.value > origin.value))
+    rejected &= (loop.num_steps > 0) & (origin.num_cuts < MAX_TRIALS)
+    step = jax.tree.map(lambda x, start: _RETREAT * (x - start), loop.x, origin.x)
+    state = after.state
+    if hasattr(state, "radius"):
+        state = state._replace(radius=choose(rejected, norm(ravel(step)[0]), state.radius))
+    return after._replace(
+        x=choose(rejected, optax.apply_updates(origin.x, step), after.x),
+        state=state,
+        status=choose(rejected, loop.status, after.status),
+        num_steps=choose(rejected, loop.num_steps, after.num_steps),
+        origin=Origin(
+            choose(rejected, origin.x, loop.x),
+            choose(rejected, origin.value, point.value + point.noise),
+            jnp.where(rejected, origin.num_cuts + 1, 0),
+        ),
+    )
+
+
+def start_loop(
+    value_fn: Callable[[Tree], Any],
+    x0: Tree,
+    limits: Limits,
+    transformation: optax.GradientTransformation,
+    watch: Watch,
+    callback: Callable[[MinimizeStep], None] | None = None,
+    box: Box | None = None,
+) -> Loop:
+    """The loop before the first step; the tolerance is ``gtol`` until the first gradient is known."""
+    zero = jnp.asarray(0, jnp.int32)
+    infinity = jnp.full_like(limits.gtol, jnp.inf)
+    never = jnp.full_like(infinity, jnp.inf, shape=(len(_WINDOWS),))
+    loop = Loop(
+        x=x0,
+        state=jax.lax.stop_gradient(transformation.init(x0)),
+        best=Point(x0, infinity, jax.tree.map(jnp.zeros_like, x0), infinity, infinity),
+        tolerance=limits.gtol,
+        num_steps=zero,
+        idle_steps=zero,
+        mark=Mark(never, never, jnp.zeros_like(never), jnp.zeros_like(never, jnp.int32)),
+        status=jnp.asarray(Status.RUNNING, jnp.int32),
+        watch=watch,
+    )
+    if isinstance(transformation, SecondOrder):
+        loop = loop._replace(origin=Origin(x0, infinity, zero))
+    if isinstance(transformation, FirstOrder):
+        stored = jax.lax.stop_gradient(Stored(*evaluate("minimize", value_fn, x0), x0))
+        loop = loop._replace(state=loop.state._replace(stored=stored))
+        point = _seen(loop, _stored_point(loop), callback, box)
+        loop = _observed(_begin(loop, point, limits), point)
+    return loop
+
+
+def _arrive(
+    loop: Loop, point: Point, limits: Limits, has_status: bool, callback: Callable[..., None] | None, box: Box | None
+) -> Loop:
+    """Judge the point that the loop stands at, and tell those who watch, unless it ended on the way there."""
+    point = _seen(loop, point, callback, box)
+    judged = _judge(loop, point, limits, has_status)
+    return _observed(judged._replace(status=jnp.where(is_running(loop), judged.status, loop.status)), point)
+
+
+def _seen(loop: Loop, point: Point, callback: Callable[..., None] | None, box: Box | None) -> Point:
+    """The point with the gradient that counts within bounds; the callback is told of it."""
+    if box is not None:
+        grad_norm = projected_gradient_norm(box, point.x, point.grad)
+        point = point._replace(grad_norm=grad_norm.astype(point.grad_norm.dtype))
+    if callback is not None:
+        told = MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state)
+        jax.lax.cond(is_running(loop), lambda: jax.debug.callback(callback, told), lambda: None)
+    return point
+
+
+def _observed(loop: Loop, point: Point) -> Loop:
+    watch = observe(loop.watch, loop.num_steps, point.value, point.grad_norm, loop.tolerance)
+    return loop._replace(watch=watch)
+
+
+def _evaluate(
+    value_fn: Callable[[Tree], Any],
+    args: tuple[Any, ...],
+    hessian: Callable[..., Tree] | None,
+    loop: Loop,
+    transformation: optax.GradientTransformation,
+) -> tuple[Point, dict[str, Any]]:
+    """The objective at the current point, once, and what else the method's update takes."""
+    extras: dict[str, Any] = {}
+    if isinstance(transformation, FirstOrder):
+        return _stored_point(loop), {"value": loop.state.stored.value}
+    program = trace_objective("minimize", "fun", value_fn, loop.x, ())
+    if hessian is not None:
+        value, grad = value_and_grad("minimize", program)
+        extras["hessian_fn"] = lambda x: hessian(x, *args)
+    elif isinstance(transformation, SecondOrder):
+        composition = choose_composition("minimize", program, "auto")
+        value, grad, extras["hvp_fn"], _ = linearize_program(program, composition)
+    else:
+        value, grad = _stored_or_fresh(program, loop)
+    extras["value"] = value = jnp.asarray(value)
+    return _point(loop, value, grad), extras
+
+
+def _stored_point(loop: Loop) -> Point:
+    stored = loop.state.stored
+    return _point(loop, stored.value, stored.grad)
+
+
+def _point(loop: Loop, value: Float[Array, ""], grad: Tree) -> Point:
+    dtype = loop.tolerance.dtype
+    grad_norm = jnp.max(jnp.abs(ravel(grad)[0]))
+    return Point(loop.x, value.astype(dtype), grad, grad_norm, noise_of(value).astype(dtype))
+
+
+def _stored_or_fresh(program: Program, loop: Loop) -> tuple[Float[Array, ""], Tree]:
+    """Value and gradient, from the state if a line search that comes last has left those of the point it chose.
+
+    Of one that does not come last they are not: what follows it in the chain changes the step.
+    """
+    last = loop.state
+    while isinstance(last, tuple) and last and not hasattr(last, "_fields"):
+        last = last[-1]
+    value, grad = getattr(last, "value", None), getattr(last, "grad", None)
+    if value is None or jax.tree.structure(grad) != jax.tree.structure(loop.x):
+        return value_and_grad("minimize", program)
+    dtype = program.out.dtype
+    return jax.lax.cond(
+        jnp.isfinite(value), lambda: (jnp.asarray(value, dtype), grad), lambda: value_and_grad("minimize", program)
+    )
+
+
+def _begin(loop: Loop, point: Point, limits: Limits) -> Loop:
+    """As ``_judge`` at the first point, which is the best so far, with little to trace and to compile."""
+    tolerance = limits.gtol + limits.rtol * point.grad_norm
+    finite = jnp.isfinite(point.value) & jnp.isfinite(point.grad_norm)
+    status = jnp.where(limits.max_steps > 0, Status.RUNNING, Status.MAX_STEPS)
+    status = jnp.where(point.grad_norm <= tolerance, Status.CONVERGED, status)
+    status = jnp.where(finite, status, Status.NONFINITE_START).astype(jnp.int32)
+    value, grad_norm, noise = (
+        jnp.broadcast_to(a, (len(_WINDOWS),)) for a in (point.value, point.grad_norm, point.noise)
+    )
+    mark = Mark(value, grad_norm, noise, loop.mark.num_steps)
+    return loop._replace(best=point, tolerance=tolerance, mark=mark, status=status)
+
+
+def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
+    """Update the best point and the status: is it converged, out of steps, stuck, or broken?
+
+    Stuck is asked only of methods that descend at every step; others may wander and recover. They are when a row of
+    steps lowers neither the value, by more than its rounding, nor the gradient; or when the steps of a longer row lower
+    the value by less than a rounding each, and have not halved the gradient: among so many, a lower value now and then
+    is what rounding brings up by itself. In the longest row the roundings are those of the largest value seen: so well
+    is the curvature known along the way that the method has come, and what is left is a valley its model cannot see.
+    """
+    first = loop.best.value == jnp.inf
+    tolerance = loop.tolerance + jnp.where(first, limits.rtol * point.grad_norm, 0)
+    finite = jnp.isfinite(point.value) & jnp.isfinite(point.grad_norm)
+    converged = finite & (point.grad_norm <= tolerance)
+
+    noise = jnp.where(first, 0, loop.best.noise)
+    lower = point.value < loop.best.value - noise
+    flatter = (point.value <= loop.best.value + noise) & (point.grad_norm < loop.best.grad_norm)
+    better = finite & (lower | flatter)
+    best = choose(better | converged | first, point, loop.best)
+    idle_steps = jnp.where(better, 0, loop.idle_steps + 1)
+    mark = _mark(loop, point)
+
+    status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
+    if has_status:
+        windows = jnp.maximum(np.array(_WINDOWS, np.int32), jax.lax.div(loop.num_steps, np.array(_SHARES, np.int32)))
+        stuck = (idle_steps >= _PATIENCE) | jnp.any(loop.num_steps - mark.num_steps >= windows)
+        status = jnp.where(stuck, Status.STALLED, status)
+    status = jnp.where(finite, status, jnp.where(first, Status.NONFINITE_START, Status.NONFINITE))
+    status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
+    return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, mark=mark, status=status)
+
+
+def _mark(loop: Loop, point: Point) -> Mark:
+    """Here and now, if the way from the last mark is more than rounding could have made."""
+    mark = loop.mark
+    noise = jnp.maximum(point.noise, mark.noise * np.array([0, 1], mark.noise.dtype))
+    lower = point.value < mark.value - _ROUNDINGS * noise
+    flatter = point.grad_norm < mark.grad_norm / 2
+    steps = jnp.broadcast_to(loop.num_steps, mark.num_steps.shape)
+    here = Mark(jnp.minimum(point.value, mark.value), jnp.minimum(point.grad_norm, mark.grad_norm), noise, steps)
+    return choose(lower | flatter, here, mark)

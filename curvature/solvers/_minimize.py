@@ -1,0 +1,218 @@
+"""One compiled loop that drives any optax transformation to a point where the gradient vanishes, or says why not."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from curvature import _checks
+from curvature._compile_cache import compiled
+from curvature._sharding import vary_like
+from curvature._trees import num_entries
+from curvature._types import MinimizeResult, Objective, Tree
+from curvature.optimizers._bounds import Box, box_of, rest_on_bounds
+from curvature.solvers._bounded import Resolved, resolve_bounded, start_within
+from curvature.solvers._implicit import implicit_minimizer, lift, trace_from
+from curvature.solvers._loop import Limits, MinimizeStep, Point, is_running, start_loop, stepper
+from curvature.solvers._methods import DENSE_ENTRIES, Method, resolve
+from curvature.solvers._progress import close, start_watch
+from curvature.transforms._compositions import trace_objective
+
+
+def minimize(
+    fun: Objective,
+    x0: Tree,
+    args: Any = (),
+    *,
+    method: Method = "auto",
+    gtol: ArrayLike | None = None,
+    rtol: ArrayLike = 0.0,
+    max_steps: ArrayLike = 1000,
+    hessian: Callable[..., Tree] | None = None,
+    bounds: tuple[Tree, Tree] | None = None,
+    callback: Callable[[MinimizeStep], None] | None = None,
+    history: bool = False,
+    progress: bool = False,
+) -> MinimizeResult:
+    """Minimize ``fun(x, *args)`` from ``x0`` in one compiled loop.
+
+    Converged means ``max|grad| <= gtol + rtol * max|grad at x0|`` at the returned point, and nothing else is called
+    success. The program is compiled once for each ``fun``, ``hessian``, ``callback``, method and shape, functions being
+    told apart as objects, as ``jit`` does; data, tolerances and ``max_steps`` are operands. It runs under ``jit`` and
+    under ``vmap``, where each lane stops by itself with a status of its own. Inside ``shard_map`` each device minimizes
+    what ``fun`` gives there; what ``psum`` has summed over devices they minimize together.
+
+    The solution, not the iteration, is differentiated, in forward and reverse mode and to any order, by ``args`` and by
+    what ``fun`` closes over: ``x`` by ``H dx = -(d grad f / d args) d args`` with the Hessian ``H`` at ``x``, as the
+    implicit function theorem has it, and ``value`` at fixed ``x``, by the envelope theorem. ``grad`` stays zero at a
+    minimizer, so its derivative is zero, and so are those by ``x0`` and the tolerances. All of this holds for a point
+    that passed the test; at any other the formulas are evaluated all the same.
+
+    Args:
+        fun: the objective, ``fun(x, *args) -> scalar``; pure, as for ``jit``.
+        x0: where to start, any tree of floating arrays.
+        args: data for ``fun``: a tuple, or one argument that is not a tuple.
+        method: ``"trust-exact"``, ``"trust-region"`` (by conjugate gradients), ``"newton"``, ``"newton-cg"``,
+            ``"cubic-newton"``, ``"bfgs"``, ``"l-bfgs"``, ``"sr1"``, any optax transformation of gradients, or
+            ``"auto"``: exact up to 100 entries, by conjugate gradients beyond.
+        gtol: the absolute tolerance; ``None`` is the square root of the rounding unit of ``x0``: 1.5e-8 in double
+            precision, 3.5e-4 in single.
+        rtol: the tolerance relative to the first gradient; with ``gtol=0`` it makes the test independent of scale.
+        max_steps: the most steps.
+        hessian: ``hessian(x, *args)`` forms the Hessian, as ``curvature.hessian(fun)`` would, for the methods that form
+            one; then ``fun`` needs no second derivative. Make it once: a new one compiles anew.
+        bounds: ``(lower, upper)``, each a tree like ``x0`` or a prefix of one, where a number stands for all entries
+            below it; ``None`` and infinities are no bound. ``x0`` is projected into the box, which no iterate and no
+            trial point leaves, and converged means that the projected gradient passes,
+            ``max|P(x - grad) - x| <= gtol + rtol * (the same at x0)``. For ``"trust-exact"``, ``"trust-region"`` and
+            ``"auto"``, which become ``projected_newton``, and ``"l-bfgs"``, which becomes ``lbfgsb``. Bounds are
+            operands too.
+        callback: called on the host with a ``MinimizeStep`` at every iterate, the first and the last included. Not for
+            ``vmap``, where it would be called for lanes that have stopped.
+        history: whether to keep value and gradient norm of every point in ``result.history``. It holds two numbers for
+            each of ``max_steps + 1`` points, whatever the steps taken, so ``max_steps`` is static then.
+        progress: whether to write a line on standard error that says how far the gradient has come. The loop asks the
+            host, at first after a few steps and then about twice a second, and when to be asked again. Not for
+            ``vmap``.
+
+    Returns:
+        A ``MinimizeResult``: the point that passed the test or, on failure, the best one seen, with its value and
+        gradient; ``status`` says which, ``success`` and ``message`` say it in other words.
+
+    Raises:
+        TypeError: when ``fun`` is not callable or not scalar, ``bounds`` is no pair, a leaf of ``x0`` is not of a real
+            floating dtype, or no composition of modes can differentiate ``fun``.
+        ValueError: when ``x0`` is known to hold NaN or infinity, when the method is unknown or has no use for
+            ``hessian`` or ``bounds``, bounds do not match ``x0`` or cross, or a number is out of range.
+
+    Cost: for each step one linearization of the gradient and what the method adds; the objective is evaluated once
+        more for each point the method tries. The optax transformations take a gradient a step, or none where a line
+        search has stored it. Of derivatives: one factorization of the Hessian, or beyond 1,000 entries one iterative
+        solve for each direction; nothing before they are asked for.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> def rosenbrock(x, scale):
+        ...     return scale * jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+        >>> result = curvature.minimize(rosenbrock, jnp.zeros(3), (1e-3,), gtol=0, rtol=1e-5)
+        >>> bool(result.success), jnp.round(result.x, 2)
+        (True, Array([1., 1., 1.], dtype=float32))
+        >>> result = curvature.minimize(rosenbrock, jnp.zeros(3), (1.0,), bounds=(None, 0.5))
+        >>> bool(result.success), jnp.round(result.x, 2)
+        (True, Array([0.5 , 0.26, 0.07], dtype=float32))
+
+    References: Conn, Gould and Toint, Trust-Region Methods (2000), section 12.1.4, doi:10.1137/1.9780898719857, and
+        Byrd, Lu, Nocedal and Zhu (1995), equation (6.1), doi:10.1137/0916069, for the projected gradient.
+    """
+    _checks.check_callable("minimize", "fun", fun)
+    x0 = _checks.check_start("minimize", "x0", x0)
+    args = _checks.check_data("minimize", args)
+    for name, function in {"hessian": hessian, "callback": callback}.items():
+        if function is not None:
+            _checks.check_callable("minimize", name, function)
+    limits = limits_of("minimize", x0, gtol, rtol, max_steps)
+    most_steps: Any = max_steps
+    if history:
+        _checks.check_static_count("minimize", "max_steps", most_steps, least=0)
+    if bounds is None:
+        resolved, box = resolve("minimize", method, x0, hessian), None
+    else:
+        resolved = resolve_bounded(method, num_entries(x0) <= DENSE_ENTRIES, hessian is not None)
+        box = box_of("minimize", *_checks.check_pair_of_bounds("minimize", bounds), "x0", x0)
+    return compiled(_run, fun, (x0, args))(
+        x0, args, limits, box, method=resolved, hessian=hessian, callback=callback,
+        history_length=int(most_steps) + 1 if history else 0, progress=bool(progress),
+    )  # fmt: skip
+
+
+def limits_of(function: str, x0: Tree, gtol: ArrayLike | None, rtol: ArrayLike, max_steps: ArrayLike) -> Limits:
+    """The limits, checked; ``gtol=None`` is the square root of the rounding unit."""
+    dtype, rounding_unit = _of_vector(*(leaf.dtype for leaf in jax.tree.leaves(x0)))
+    if gtol is None:
+        gtol = rounding_unit**0.5
+    plain = all(type(number) in (int, float) for number in (gtol, rtol, max_steps))
+    build: Any = _limits_once if plain else _limits  # arrays cannot be looked up
+    return build(function, dtype, gtol, rtol, max_steps)
+
+
+def _limits(function: str, dtype: Any, gtol: ArrayLike, rtol: ArrayLike, max_steps: ArrayLike) -> Limits:
+    for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
+        _checks.check_nonnegative(function, name, tolerance)
+    _checks.check_count(function, "max_steps", max_steps)
+    return Limits(_operand(gtol, dtype), _operand(rtol, dtype), _operand(max_steps, jnp.int32))
+
+
+_limits_once = functools.lru_cache(typed=True)(_limits)  # numbers are mostly those of the call before
+
+
+def _operand(number: ArrayLike, dtype: Any) -> Any:
+    """The number in that dtype; by NumPy if it is not in JAX's hands, for a kernel takes longer than a small solve."""
+    return jnp.asarray(number, dtype) if isinstance(number, jax.Array) else np.asarray(number, dtype)
+
+
+@functools.cache
+def _of_vector(*dtypes: Any) -> tuple[Any, float]:
+    """The dtype of ``ravel(x)`` by those of the leaves, and the rounding unit of the coarsest of them."""
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+    return jnp.dtype(dtype), max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+
+
+def _run(
+    fun: Objective,
+    x0: Tree,
+    args: tuple[Any, ...],
+    limits: Limits,
+    box: Box | None,
+    *,
+    method: Resolved,
+    hessian: Callable[..., Tree] | None,
+    callback: Callable[[MinimizeStep], None] | None,
+    history_length: int,
+    progress: bool,
+) -> MinimizeResult:
+    """The whole solve; data and limits are operands, so that new ones find the program they need.
+
+    Derivatives are taken of the solution, so nothing that goes through the loop has any.
+    """
+    program, x0 = trace_from(lambda x: trace_objective("minimize", "fun", fun, x, args), x0)
+    objective, operands = lift(program)
+    x0, args, limits, data, walls = jax.lax.stop_gradient((x0, args, limits, operands, box))
+    value_fn = functools.partial(_at, objective, data)
+    transformation, x0 = start_within(walls, method, x0)
+    advance = stepper(value_fn, args, limits, transformation, hessian, callback, walls)
+    watch = start_watch(limits.gtol, history_length, progress)
+    start = start_loop(value_fn, x0, limits, transformation, watch, callback, walls)
+    start = vary_like(start, x0)  # what is counted in a step varies as the step does, and so from the start
+    loop = jax.lax.while_loop(is_running, advance, start)
+    best, watch = loop.best, loop.watch
+    close(watch, loop.num_steps, best.value, best.grad_norm, loop.tolerance)
+    if box is None:
+        x, value = implicit_minimizer(objective, operands, best.x, best.value)
+    else:
+        x, value = _minimizer_within(box, objective, operands, best)
+    return MinimizeResult(x, value, best.grad, loop.num_steps, loop.status, watch.history)
+
+
+def _minimizer_within(
+    box: Box, objective: Callable[..., Any], operands: Sequence[Any], best: Point
+) -> tuple[Tree, Float[Array, ""]]:
+    """``implicit_minimizer`` whose entries on a bound move with it, and the free ones with them."""
+    free, shift = rest_on_bounds(box, best.x, best.grad)
+    leaves, structure = jax.tree.flatten(shift)
+
+    def shifted(x: Tree, *operands: Any) -> Any:
+        moved = jax.tree.map(jnp.add, x, structure.unflatten(operands[: len(leaves)]))
+        return objective(moved, *operands[len(leaves) :])
+
+    x, value = implicit_minimizer(shifted, [*leaves, *operands], best.x, best.value, free)
+    return jax.tree.map(jnp.add, x, shift), value
+
+
+def _at(objective: Callable[..., Any], operands: Sequence[Any], x: Tree) -> Any:
+    return objective(x, *operands)

@@ -1,0 +1,1 @@
+"""Stochastic second-order optimizers as optax transformations: KFAC, natural gradient, Sophia, AdaHessian."""

@@ -1,0 +1,118 @@
+"""What stochastic methods share: a key for each step, estimates of a curvature's diagonal, and running means."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray, UInt32
+
+from curvature import _checks
+from curvature._types import Tree
+from curvature.operators import _likelihoods
+from curvature.optimizers._method import bind_extras
+from curvature.transforms._hessian import hvp
+
+Key = PRNGKeyArray | UInt32[Array, "..."]
+State = TypeVar("State")
+KeyData = UInt32[Array, " words"]
+"""A key as plain integers, which any checkpoint can hold."""
+
+
+def key_data(function: str, key: Key) -> KeyData:
+    """The words of a key of either style."""
+    _checks.check_key(function, key)
+    return jax.random.key_data(key)
+
+
+def key_of_step(key: Key, data: KeyData, count: Int[Array, ""]) -> PRNGKeyArray:
+    """The key of a step, from the words in the state; ``key`` tells only how to read them."""
+    return jax.random.fold_in(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)), count)
+
+
+def product_of_extras(
+    function: str,
+    params: Tree,
+    hvp_fn: Callable[[Tree], Tree] | None,
+    value_fn: Callable[..., Any] | None,
+    extra_args: dict[str, Any],
+) -> Callable[[Tree], Tree]:
+    """The curvature products that an update was handed, or those of the Hessian of its ``value_fn``."""
+    if hvp_fn is not None:
+        return hvp_fn
+    fun = bind_extras(_checks.require_extra(function, "value_fn", value_fn), extra_args)
+    return lambda v: hvp(fun, params, v)
+
+
+def hutchinson(params: Tree, key: PRNGKeyArray, hvp_fn: Callable[[Tree], Tree]) -> Tree:
+    """``z * (H z)`` for random signs ``z``, of mean ``diag H``; its variance is what else there is in a row, squared.
+
+    Hutchinson (1989), doi:10.1080/03610918908812806, as Bekas, Kokiopoulou and Saad (2007) use it for the diagonal.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    signs = [jax.random.rademacher(one, leaf.shape, leaf.dtype) for one, leaf in zip(keys, leaves, strict=True)]
+    z = structure.unflatten(signs)
+    return jax.tree.map(jnp.multiply, z, hvp_fn(z))
+
+
+def gauss_newton_bartlett(
+    function: str,
+    model: Callable[..., Any],
+    loss: Callable[..., Any],
+    likelihood: _likelihoods.Likelihood,
+    params: Tree,
+    args: tuple[Any, ...],
+    key: PRNGKeyArray,
+) -> Tree:
+    """The square of one gradient at drawn labels, whose mean is the diagonal of the Gauss-Newton matrix.
+
+    For a loss ``sum_r w_r nll_r`` it is ``(sum_r sqrt(w_r) J_r' s_r)**2`` with the score ``s_r`` of a drawn label: the
+    scores are independent of mean zero, so only ``w_r (J_r' s_r)**2`` is left of the square in the mean. For a mean
+    over B rows it is ``B`` times the squared gradient: Liu et al. (arXiv:2305.14342), algorithm 2.
+    """
+    outputs, pull = jax.vjp(lambda params: model(params, *args), params)
+    _checks.check_logits(function, likelihood, outputs)
+    family = _likelihoods.FAMILIES[likelihood]
+    weights = _likelihoods.label_weights(function, loss, outputs, args, family)
+    scores = _likelihoods.draw_scores(family, key, outputs, jnp.zeros((), jnp.int32), num_samples=1)
+    columns = jax.tree.map(lambda weight, score: jnp.sqrt(weight) * score[0], weights, scores)
+    return jax.tree.map(jnp.square, widened(pull(columns)[0]))
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype to accumulate in: single precision for half, where decay rates near 1 round to 1."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def widened(tree: Tree) -> Tree:
+    """A tree in the dtypes to accumulate in."""
+    return jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), tree)
+
+
+def wide_zeros(params: Tree) -> Tree:
+    """Running means like the parameters that have not begun."""
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, wide(leaf.dtype)), params)
+
+
+def keep_if_finite(checked: Tree, step: Tree, after: State, before: State) -> tuple[Tree, State]:
+    """A step and the state after it; no step and the state before it where anything checked is NaN or infinite."""
+    leaves = jax.tree.leaves(checked)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+    step = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.zeros_like(leaf)), step)
+    return step, jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+
+
+def running_mean(mean: Tree, new: Tree, decay: Any) -> Tree:
+    """``decay mean + (1 - decay) new``, each leaf in its own dtype."""
+
+    def of_leaf(old: Array, leaf: Array) -> Array:
+        kept = jnp.asarray(decay, old.dtype)
+        return kept * old + (1 - kept) * leaf.astype(old.dtype)
+
+    return jax.tree.map(of_leaf, mean, new)
+
+
+def unbiased(mean: Tree, decay: Any, terms: Int[Array, ""]) -> Tree:
+    """A running mean that began at zero, corrected for that after so many terms."""
+    return jax.tree.map(lambda leaf: leaf / (1 - jnp.asarray(decay, leaf.dtype) ** terms.astype(leaf.dtype)), mean)

@@ -1,0 +1,200 @@
+"""`vmap` in bounded memory, and sums over chunks of a batch."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, Var
+from jaxtyping import Array, Float
+
+from curvature import _checks
+from curvature._sharding import entry, is_sharded, zeros
+from curvature._types import ChunkSize, Tree
+from curvature.programs._traced import CONVOLUTION, has_primitive
+
+_CHUNK_BYTES = 36 * 2**20
+"""What the operations of a chunk may write together on a CPU, most of which fuse: ours, by benchmarks/suites/modes."""
+
+
+_FEW_CHUNKS = 5
+"""So few are done all at once: what a loop costs in lost overlap is more than the cache gives. Ours, as above."""
+
+
+_CONVOLUTION_BYTES = 2**30
+"""What they may write if there are convolutions. XLA brings convolutions into the form its fast code takes, but not
+within the body of a loop; there they take twice as long, in chunks of any size. Ours, by benchmarks/suites/modes."""
+
+
+_LEAST_CHUNK = 8  # below this the matrix products of a chunk are too thin to be fast
+
+
+_MEMORY_SHARE = 8  # on an accelerator a chunk may take one part in eight of the memory
+
+
+def num_chunks(lanes: int, chunk_size: ChunkSize, call: Callable[[Any], Any], one_lane: Callable[[], Any]) -> int:
+    """Into how many equal chunks to cut ``lanes`` lanes, where one lane is ``call(one_lane())``."""
+    if chunk_size is None or lanes <= 1:
+        return 1
+    if chunk_size != "auto":
+        return math.ceil(lanes / chunk_size)
+    if lanes <= _LEAST_CHUNK:
+        return 1
+    chunks = _auto_chunks(lanes, jax.make_jaxpr(call)(one_lane()).jaxpr)
+    even = range(chunks, chunks + chunks // 4 + 1)  # without a rest to cut off, nothing of the result is copied
+    return next((count for count in even if lanes % count == 0), chunks)
+
+
+def _auto_chunks(lanes: int, jaxpr: Jaxpr) -> int:
+    bytes_of_lane = _bytes_written(jaxpr)
+    if jax.default_backend() == "cpu":
+        if has_primitive(CONVOLUTION, jaxpr) and lanes * bytes_of_lane <= _CONVOLUTION_BYTES:
+            return 1
+        chunks = math.ceil(lanes / max(_LEAST_CHUNK, _CHUNK_BYTES // bytes_of_lane))
+        return 1 if lanes * bytes_of_lane <= _FEW_CHUNKS * _CHUNK_BYTES else chunks
+    memory = jax.local_devices()[0].memory_stats() or {}
+    free = memory.get("bytes_limit", 8 * 2**30) - memory.get("bytes_in_use", 0)
+    return math.ceil(lanes / max(_LEAST_CHUNK, free // _MEMORY_SHARE // bytes_of_lane))
+
+
+def _bytes_written(jaxpr: Jaxpr) -> int:
+    """What the equations write for one lane; what no lane's input reaches is shared and costs nothing."""
+    of_lane = set(jaxpr.invars)
+    written = 1
+    for eqn in jaxpr.eqns:
+        if any(v in of_lane for v in eqn.invars if isinstance(v, Var)):
+            of_lane.update(eqn.outvars)
+            outs: list[Any] = [v.aval for v in eqn.outvars]
+            written += sum(aval.size * aval.dtype.itemsize for aval in outs if hasattr(aval, "size"))
+            written += sum(_bytes_written(body) for body in jex.core.jaxprs_in_params(eqn.params))
+    return written
+
+
+def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, chunk_size: ChunkSize = "auto") -> Callable:
+    """``jax.vmap`` in bounded memory: lanes run in equal chunks, one chunk after the other.
+
+    ``vmap(f)(xs)[i] = f(xs[i])``. The compiled program holds ``f`` once, whatever the number of lanes: where they do
+    not divide into equal chunks, the last chunk starts early and overlaps the one before.
+
+    Args:
+        f: the function of one lane.
+        in_axes: as in ``jax.vmap``: an integer, None, or a tree of them that is a prefix of the arguments.
+        out_axes: as in ``jax.vmap``.
+        chunk_size: lanes at once. ``None`` is ``jax.vmap`` itself; ``"auto"`` takes as many as keep what all
+            operations write within 36 MiB (CPU; in one where five such chunks would do, or convolutions within 1 GiB)
+            or an eighth of the free memory (GPU, TPU); up to a fifth fewer where those divide the lanes evenly. Lanes
+            that are sharded over an explicit mesh axis run all at once, each device its share.
+
+    Returns:
+        The function of all lanes. Keyword arguments are mapped over their leading axis.
+
+    Raises:
+        ValueError: for a ``chunk_size`` that is not a positive integer, None or "auto", arguments whose mapped axes
+            differ in size or are missing, or an ``in_axes`` that is no prefix of the arguments.
+
+    Cost: one evaluation of ``f`` for each lane; memory for the results and for the intermediates of one chunk.
+        ``"auto"`` traces ``f`` once more, and compiles nothing more.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> curvature.vmap(jnp.dot, in_axes=(0, None), chunk_size=2)(jnp.eye(3), jnp.array([1.0, 2.0, 3.0]))
+        Array([1., 2., 3.], dtype=float32)
+    """
+    _checks.check_callable("vmap", "f", f)
+    _checks.check_chunk_size("vmap", chunk_size)
+    in_axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes
+
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        lanes = _checks.check_lanes("vmap", in_axes, args, kwargs)
+
+        def call(operands: Any) -> Any:
+            return f(*operands[0], **operands[1])
+
+        return map_chunks("vmap", call, (args, kwargs), (in_axes, 0), out_axes, lanes, chunk_size)
+
+    return mapped
+
+
+def map_chunks(
+    function: str,
+    call: Callable[[Any], Any],
+    operands: Any,
+    axes: Any,
+    out_axes: Any,
+    lanes: int,
+    chunk_size: ChunkSize,
+) -> Any:
+    """Map ``call`` over the axes of ``operands``, a chunk at a time; ``axes`` is a prefix of ``operands``."""
+    in_axes = _checks.check_prefix(function, "in_axes", axes, operands)
+
+    def take(start: Any, size: int) -> Any:
+        return _on_mapped(lambda leaf, axis: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis), operands, in_axes)
+
+    def one() -> Any:
+        return _on_mapped(entry, operands, in_axes)
+
+    mapped = zip(jax.tree.leaves(operands), jax.tree.leaves(in_axes), strict=True)
+    at_once = any(axis is not _checks.UNMAPPED and is_sharded(leaf, axis) for leaf, axis in mapped)
+    chunks = 1 if at_once else num_chunks(lanes, chunk_size, call, one)
+    if chunks == 1:
+        return jax.vmap(call, (axes,), out_axes)(operands)
+    size = -(-lanes // chunks)
+    firsts = jax.tree.map(lambda axis: None if axis is None else 0, out_axes, is_leaf=_checks.is_none)
+    stacked = jax.lax.map(lambda start: jax.vmap(call, (axes,), firsts)(take(start, size)), jnp.arange(chunks) * size)
+    return _on_mapped(
+        lambda leaf, axis: jnp.moveaxis(_join(leaf, lanes), 0, axis),
+        stacked,
+        _checks.check_prefix(function, "out_axes", out_axes, stacked),
+        otherwise=lambda leaf: leaf[0],
+    )
+
+
+def _join(stacked: Array, lanes: int) -> Array:
+    """``(chunks, size, ...)`` to ``(lanes, ...)``; the last chunk repeats the end of the one before it."""
+    chunks, size, *shape = stacked.shape
+    repeated = chunks * size - lanes
+    if not repeated:
+        return stacked.reshape(lanes, *shape)
+    return jnp.concatenate([stacked[:-1].reshape((chunks - 1) * size, *shape), stacked[-1, repeated:]])
+
+
+def _on_mapped(
+    fun: Callable[[Any, int], Any], tree: Any, axes: Any, otherwise: Callable[[Any], Any] = lambda leaf: leaf
+) -> Any:
+    """``fun(leaf, axis)`` on the leaves that have an axis, ``otherwise(leaf)`` on those that are not mapped."""
+    return jax.tree.map(lambda leaf, axis: otherwise(leaf) if axis is _checks.UNMAPPED else fun(leaf, axis), tree, axes)
+
+
+def num_batch_chunks(examples: int, chunk_size: ChunkSize, bytes_each: int, least: int) -> int:
+    """Into how many chunks to cut a batch of which each example makes so many bytes; "auto" takes no less at once."""
+    if chunk_size is None:
+        return 1
+    if chunk_size == "auto":
+        chunk_size = max(least, _CHUNK_BYTES // max(bytes_each, 1))
+    return -(-examples // chunk_size)
+
+
+def sum_over_chunks(fun: Callable[[Any, Float[Array, " size"]], Tree], batch: Any, chunks: int, dtype: Any) -> Tree:
+    """The sum of ``fun(part, weights)`` over equal parts of the batch, in one compiled loop.
+
+    Where the examples do not divide evenly, the last part starts early; its weights are zero for the examples that the
+    part before it has counted, and one otherwise.
+    """
+    lanes = jax.tree.leaves(batch)[0].shape[0]
+    size = -(-lanes // chunks)
+    if size == lanes:
+        return fun(batch, jnp.ones(lanes, dtype))
+
+    def part(start: Any) -> Tree:
+        first = jnp.minimum(start, lanes - size)
+        examples = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), batch)
+        return fun(examples, (first + jnp.arange(size) >= start).astype(dtype))
+
+    def add(total: Tree, start: Any) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, total, part(start)), None
+
+    starts = jnp.arange(-(-lanes // size)) * size
+    nothing = jax.tree.map(lambda like: zeros(like.shape, like), jax.eval_shape(part, starts[0]))
+    return jax.lax.scan(add, nothing, starts)[0]

@@ -1,0 +1,380 @@
+"""Points of a loss: variables through which tapped parameters act, and the second derivatives read off there.
+
+Let parameters enter as ``z_l[j] = sum_i a_l[i] u_l[i, j]`` at point l, let ``d_l`` be the cotangent of ``z_l``, and let
+D be the derivative along ``z_l[j]`` with all parameters fixed. The gradient at point m is ``a_m[I] d_m[J]``, so for
+points m that are evaluated no sooner than l, summed over examples b,
+
+    H[m: I, J; l: i, j] = sum_b a_l[i] (d_m[J] D a_m[I; j] + a_m[I] D d_m[J; j]),
+
+and the blocks of m before l follow by symmetry. That takes one direction for each entry of ``z_l``, not for each entry
+of ``u_l``; what is left is a product of matrices, ``sum_b (a_l[i] a_m[I]) D d_m[J; j]``, whose left factor is formed
+first, so that nothing of size b I J j ever is. For m = l both factors are symmetric, and a quarter of it will do.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Jaxpr, Var
+from jaxtyping import Array, Float
+
+from curvature._sharding import vary_like, zeros
+from curvature.programs._affine import Lookup
+from curvature.programs._jaxprs import Environment, Equation, Variable, dependents
+from curvature.programs._tap_gradients import all_axes
+from curvature.programs._taps import Site, Taps
+from curvature.transforms._chunks import vmap
+
+_PASSES_ON = {"add", "add_any", "sub", "reshape", "squeeze", "broadcast_in_dim", "copy"}
+
+
+class Use(NamedTuple):
+    """One root at a point.
+
+    Attributes:
+        site: the equation where it enters.
+        root: the root.
+        scaled: whether each entry of the root goes with one entry of the point, as a scale does; else it is a matrix.
+        order: for each column of the canonical form, or each group and column where scaled, the entry of the point.
+    """
+
+    site: Site
+    root: Variable
+    scaled: bool
+    order: np.ndarray
+
+
+class Point(NamedTuple):
+    """A variable through which parameters act, how they do, and the variables that it moves."""
+
+    variable: Variable
+    uses: list[Use]
+    moved: set[Variable]
+
+
+@dataclass(frozen=True)
+class Points:
+    """The points of the tapped roots, in the order of evaluation; the other roots are left to products.
+
+    Attributes:
+        taps: the loss.
+        points: the points.
+        tapped: the roots that act through them alone.
+        rest: the other roots.
+
+    A root in which the loss is linear, such as a penalty that is added to it, is tapped but has no point.
+    """
+
+    taps: Taps
+    points: list[Point]
+    tapped: list[Variable]
+    rest: list[Variable]
+
+    @property
+    def num_directions(self) -> int:
+        """How many directions the Hessian takes: the entries of the points and of the roots left to products."""
+        variables = [*(point.variable for point in self.points), *self.rest]
+        return sum(v.aval.size for v in variables)
+
+
+def find_points(taps: Taps) -> Points:
+    """Tap every root that takes no more directions at its points than it has entries."""
+    jaxpr = taps.level.jaxpr
+    uses: dict[Variable, list[Use]] = {}
+    where: dict[Variable, set[Variable]] = {root: set() for root in taps.roots}
+    refused = {origin.root for site in taps.sites if not _is_tappable(site) for origin in site.origins}
+    for site in taps.sites:
+        if _is_tappable(site):
+            point, root = _point_of(jaxpr, site), site.origins[0].root
+            uses.setdefault(point, []).append(_use(site, root))
+            where[root].add(point)
+
+    def cost(root: Variable, paid: set[Variable]) -> int:
+        return sum(point.aval.size for point in where[root] - paid)
+
+    open_roots = [root for root in taps.roots if root not in refused]
+    cheap = [root for root in open_roots if cost(root, set()) <= root.aval.size]
+    paid = {point for root in cheap for point in where[root]}
+    tapped = [root for root in open_roots if cost(root, paid) <= root.aval.size]
+    points = []
+    on_parameters = dependents(jaxpr, taps.leaves)
+    for v in (v for eqn in jaxpr.eqns for v in eqn.outvars if v in uses):
+        kept = [use for use in uses[v] if use.root in tapped]
+        if v in jaxpr.outvars:  # its cotangent is constant, so only a use whose input moves has a second derivative
+            kept = [use for use in kept if _moves_input(use.site, on_parameters)]
+        if kept:
+            points.append(Point(v, kept, dependents(jaxpr, [v])))
+    return Points(taps, points, tapped, [root for root in taps.roots if root not in tapped])
+
+
+def _moves_input(site: Site, moved: set[Variable]) -> bool:
+    """Whether what a parameter is multiplied by at a site is among the variables that move."""
+    others = [v for n, v in enumerate(site.eqn.invars) if n not in site.operands]
+    return not site.form.constant and any(isinstance(v, Var) and v in moved for v in others)
+
+
+def bytes_per_example(points: Points) -> int:
+    """About what the intermediates of ``tapped_blocks`` take for each example, at the point that takes most."""
+    sizes = [point.variable.aval.size for point in points.points]
+    inputs = [sum(use.site.sizes[2] for use in point.uses) for point in points.points]
+    widths = [sum(sizes[k:]) * sizes[k] + sum(inputs[k + 1 :]) * sizes[k] for k in range(len(sizes))]
+    outers = [inputs[k] * max(inputs[k + 1 :], default=0) for k in range(len(sizes))]
+    itemsize = max((point.variable.aval.dtype.itemsize for point in points.points), default=1)
+    return itemsize * max((w + o for w, o in zip(widths, outers, strict=True)), default=1)
+
+
+def _is_tappable(site: Site) -> bool:
+    """One position, and either one group or one row: what every layer is for an example that is one vector."""
+    if site.form is None or site.lengths:
+        return False
+    groups, positions, rows, _ = site.sizes
+    return positions == 1 and (groups == 1 or rows == 1)
+
+
+def _use(site: Site, root: Variable) -> Use:
+    groups, _, _, _ = site.sizes
+    shape = site.outputs[0].aval.shape
+    with jax.ensure_compile_time_eval():
+        order = np.asarray(site.form.outputs(np.arange(site.outputs[0].aval.size).reshape(shape)))
+    return Use(site, root, groups > 1, order.reshape(-1))
+
+
+def _point_of(jaxpr: Jaxpr, site: Site) -> Variable:
+    """The output of a site, or what it becomes by additions: shifting one is shifting the other."""
+    v = site.outputs[0]
+    while True:
+        users: list[Equation] = [eqn for eqn in jaxpr.eqns for other in eqn.invars if other is v]
+        if len(users) != 1 or v in jaxpr.outvars:
+            return v
+        (eqn,) = users
+        (out, *_) = eqn.outvars
+        subtracted = eqn.primitive.name == "sub" and eqn.invars[1] is v
+        if eqn.primitive.name not in _PASSES_ON or subtracted or out.aval.size != v.aval.size:
+            return v
+        v = out
+
+
+# ---- second derivatives ------------------------------------------------------------------------------------------
+
+_FORMED_BYTES = 4 * 2**20  # what is formed at once before a product of matrices: ours, what a cache holds
+_LEAST_SYMMETRIC = 3  # outputs; with fewer, forming the products of inputs takes longer than symmetry saves: ours
+
+Blocks = dict[tuple[Variable, Variable], Array]
+Wanted = Callable[[Variable, Variable], bool]
+
+
+class _State(NamedTuple):
+    """What is known at the points for every example; the same, along a direction each, with a last axis more.
+
+    Attributes:
+        cotangents: by the number of the point: (batch, entries of the point).
+        inputs: by the numbers of the point and of its use: (batch, rows of a matrix) or (batch, entries of a scale).
+    """
+
+    cotangents: dict[int, Array]
+    inputs: dict[tuple[int, int], Array]
+
+
+def tapped_blocks(
+    points: Points, values: Environment, examples: Sequence[Array], weights: Array, wanted: Wanted
+) -> Blocks:
+    """The blocks ``H[row root, column root]`` of the weighted sum of the losses, for the tapped roots.
+
+    Args:
+        points: from ``find_points``.
+        values: what depends on the parameters alone.
+        examples: the leaves of the batch, with a leading axis of examples.
+        weights: the weight of each example's loss.
+        wanted: whether a block is.
+    """
+    shapes = [(len(weights), point.variable.aval.size) for point in points.points]
+    at = [zeros(shape, point.variable.aval) for shape, point in zip(shapes, points.points, strict=True)]
+    at = vary_like(at, examples)
+    here = _state(points, values, examples, weights, at)
+    blocks: Blocks = {}
+    for k, column in enumerate(points.points):
+        later = [m for m, row in enumerate(points.points[k:], k) if _any_wanted(row, column, wanted)]
+        if not later:
+            continue
+
+        def moved(shift: Array, k: int = k, later: list[int] = later) -> _State:
+            state = _state(points, values, examples, weights, [*at[:k], shift, *at[k + 1 :]])
+            inputs = {
+                (m, n): a
+                for (m, n), a in state.inputs.items()
+                if m in later and _moves_input(points.points[m].uses[n].site, points.points[k].moved)
+            }
+            return _State({m: state.cotangents[m] for m in later}, inputs)
+
+        _, push = jax.linearize(moved, at[k])
+        for uses, scale in _directions(column, k, here):
+            along = _push_basis(push, at[k], scale)
+            left = (
+                jnp.concatenate([here.inputs[k, n] for n in uses], 1) if scale is None else jnp.ones_like(at[k][:, :1])
+            )
+            for m in later:
+                found = _rows(points.points[m], m, here, along, left, same=m == k and scale is None)
+                _add(blocks, found, points.points[m].uses, [column.uses[n] for n in uses], m != k, wanted)
+    return blocks
+
+
+def _any_wanted(row: Point, column: Point, wanted: Wanted) -> bool:
+    """Whether a block of two points is, or the one on the other side of the diagonal."""
+    pairs = [(one.root, other.root) for one in row.uses for other in column.uses]
+    return any(wanted(one, other) or wanted(other, one) for one, other in pairs)
+
+
+def _state(
+    points: Points, values: Environment, examples: Sequence[Array], weights: Array, shifts: Sequence[Array]
+) -> _State:
+    """The cotangents and inputs at the points, with the points shifted."""
+    jaxpr = points.taps.level.jaxpr
+    number = {point.variable: k for k, point in enumerate(points.points)}
+
+    def of_example(example: Sequence[Array], weight: Array, shifts: list[Array]) -> _State:
+        def loss(shifts: list[Array]) -> tuple[Array, dict[tuple[int, int], Array]]:
+            env = points.taps.with_example(values, example)
+            for eqn in filter(env.lacks, jaxpr.eqns):
+                env.evaluate(jaxpr, eqn)
+                for v in eqn.outvars:
+                    if v in number:
+                        env[v] = env[v] + shifts[number[v]].reshape(env[v].shape)
+            inputs = {(k, n): _input(use, env) for k, p in enumerate(points.points) for n, use in enumerate(p.uses)}
+            return weight * points.taps.loss_in(env), inputs
+
+        d, inputs = jax.grad(loss, has_aux=True)(shifts)
+        return _State(dict(enumerate(d)), inputs)
+
+    return jax.vmap(of_example)(examples, weights, list(shifts))
+
+
+def _input(use: Use, env: Environment) -> Float[Array, " entries"]:
+    """The input of one use: the rows of a matrix; of a scale what each entry of the point is multiplied by."""
+    a = use.site.inputs(env)
+    if use.scaled:  # of shape (groups, 1, 1): the columns of a group have their one row in common
+        groups, _, _, columns = use.site.sizes
+        return jnp.broadcast_to(a.reshape(groups, 1), (groups, columns)).reshape(-1)
+    return (a.one_hot(use.site.outputs[0].aval.dtype) if isinstance(a, Lookup) else a).reshape(-1)
+
+
+def _directions(point: Point, k: int, here: _State) -> Iterator[tuple[list[int], Array | None]]:
+    """Uses that share directions, and what each example's directions are scaled by (None for one)."""
+    plain = [n for n, use in enumerate(point.uses) if not use.scaled]
+    if plain:
+        yield plain, None
+    for n, use in enumerate(point.uses):
+        if use.scaled:
+            yield [n], here.inputs[k, n][:, np.argsort(use.order)]
+
+
+def _push_basis(push: Callable[[Array], _State], at: Array, scale: Array | None) -> _State:
+    """The derivatives along every entry of a point, for all examples at once, as a last axis."""
+
+    def along(direction: Array) -> _State:
+        direction = jnp.broadcast_to(direction, at.shape)
+        return push(vary_like(direction, at) if scale is None else direction * scale)
+
+    return jax.vmap(along, out_axes=-1)(jnp.eye(at.shape[1], dtype=at.dtype))
+
+
+def _rows(point: Point, m: int, here: _State, along: _State, left: Array, same: bool) -> list[Array]:
+    """For each use at a point its part of the columns: of shape (rows, columns) of the use + (i, j)."""
+    d, moved_d = here.cotangents[m], along.cotangents[m]
+    plain = [n for n, use in enumerate(point.uses) if not use.scaled]
+    result: dict[int, Array] = {}
+    if plain:
+        inputs = [here.inputs[m, n] for n in plain]
+        together = (
+            _contract_symmetric(left, moved_d)
+            if same and moved_d.shape[1] >= _LEAST_SYMMETRIC
+            else _contract(jnp.concatenate(inputs, 1), left, moved_d)
+        )
+        cuts = np.cumsum([a.shape[1] for a in inputs])[:-1]
+        result.update(zip(plain, jnp.split(together, cuts), strict=True))
+    for n, use in enumerate(point.uses):
+        moved_a = along.inputs.get((m, n))
+        if not use.scaled and moved_a is not None:
+            result[n] = result[n] + jnp.swapaxes(_contract(d, left, moved_a), 0, 1)
+        elif use.scaled:
+            product = here.inputs[m, n][:, :, None] * moved_d[:, use.order]
+            if moved_a is not None:
+                product = product + d[:, use.order, None] * moved_a
+            result[n] = _contract(jnp.ones_like(left[:, :1]), left, product)
+    return [result[n] for n in range(len(point.uses))]
+
+
+def _contract(c: Array, left: Array, moved: Array) -> Float[Array, "p q i j"]:
+    """``sum_b c[b, p] left[b, i] moved[b, q, j]`` as one product of matrices, of which the smaller is formed first."""
+    (batch, p), i, (q, j) = c.shape, left.shape[1], moved.shape[1:]
+    if p <= q * j:
+        outer = (c[:, :, None] * left[:, None, :]).reshape(batch, -1)
+        return jnp.swapaxes((outer.T @ moved.reshape(batch, -1)).reshape(p, i, q, j), 1, 2)
+    rows, lefts = c.T, left.T
+    size = max(1, _FORMED_BYTES // (lefts.size * lefts.dtype.itemsize))
+    products = vmap(lambda lane: (lefts * lane[None]) @ rows.T, chunk_size=size)(moved.reshape(batch, -1).T)
+    return jnp.transpose(products.reshape(q, j, i, p), (3, 0, 2, 1))
+
+
+def _contract_symmetric(c: Array, moved: Array) -> Float[Array, "p q i j"]:
+    """``sum_b c[b, p] c[b, i] moved[b, q, j]`` for a ``moved`` symmetric in q and j: a quarter of the product.
+
+    Of both pairs only ``p <= i`` and ``q <= j`` are multiplied. The products of inputs are formed a few rows at a time,
+    so that they never leave the cache: written out they would take as long as the product of matrices.
+    """
+    batch, p = c.shape
+    pairs, number = _unordered_pairs(p)
+    outputs, number_of_outputs = _unordered_pairs(moved.shape[1])
+    rows, lanes = c.T, moved[:, *outputs]
+    size = max(p, _FORMED_BYTES // (batch * c.dtype.itemsize))
+    products = vmap(lambda k, i: (rows[k] * rows[i]) @ lanes, chunk_size=size)(*pairs)
+    return jnp.swapaxes(products[number][:, :, number_of_outputs], 1, 2)
+
+
+def _unordered_pairs(size: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """The pairs ``i <= j``, and the symmetric matrix of their numbers."""
+    pairs = np.triu_indices(size)
+    number = np.zeros((size, size), np.int32)
+    number[pairs] = number.T[pairs] = np.arange(len(pairs[0]))
+    return pairs, number
+
+
+def _add(
+    blocks: Blocks, found: list[Array], rows: Sequence[Use], columns: Sequence[Use], off_diagonal: bool, wanted: Wanted
+) -> None:
+    """Cut what was found into blocks of roots; of two points also the blocks on the other side of the diagonal."""
+    for row, part in zip(rows, found, strict=True):
+        start = 0
+        for column in columns:
+            stop = start + (1 if column.scaled else column.site.sizes[2])
+            block = _by_roots(part[:, :, start:stop], row, column)
+            start = stop
+            _add_block(blocks, block, row.root, column.root, wanted)
+            if off_diagonal:
+                ndim = row.root.aval.ndim
+                turned = jnp.moveaxis(block, range(ndim), range(-ndim, 0))
+                _add_block(blocks, turned, column.root, row.root, wanted)
+
+
+def _add_block(blocks: Blocks, block: Array, row: Variable, column: Variable, wanted: Wanted) -> None:
+    if wanted(row, column):
+        blocks[row, column] = blocks[row, column] + block if (row, column) in blocks else block
+
+
+def _by_roots(part: Float[Array, "p q i j"], row: Use, column: Use) -> Array:
+    """A block with the axes of the two roots."""
+    if not row.scaled:  # the columns of a scale are in order already
+        part = _reorder(part, row.order, 1)
+    part = _reorder(part, column.order, 3)
+    shapes, orders = [], []
+    for use in (row, column):
+        order = all_axes(use.site.axes, use.root.aval.ndim)
+        shapes += [use.root.aval.shape[axis] for axis in order]
+        orders += [len(orders) + k for k in np.argsort(order)]
+    return jnp.transpose(part.reshape(shapes), orders)
+
+
+def _reorder(array: Array, order: np.ndarray, axis: int) -> Array:
+    return array if np.array_equal(order, np.arange(len(order))) else jnp.take(array, order, axis)

@@ -1,0 +1,36 @@
+"""The types of what is returned: states of optimizers, reports, results. For annotations, pickles and checkpoints."""
+
+from curvature._types import History as History
+from curvature._types import SolveInfo as SolveInfo
+from curvature.diagnostics._reports import DerivativeCheck as DerivativeCheck
+from curvature.diagnostics._reports import DerivativeReport as DerivativeReport
+from curvature.diagnostics._reports import ModeCost as ModeCost
+from curvature.diagnostics._reports import ModeReport as ModeReport
+from curvature.linalg._eigsh import Eigenpairs as Eigenpairs
+from curvature.linalg._lanczos import Tridiagonal as Tridiagonal
+from curvature.linalg._preconditioners import DiagonalPreconditioner as DiagonalPreconditioner
+from curvature.linalg._preconditioners import NystromPreconditioner as NystromPreconditioner
+from curvature.linalg._spectral_density import SpectralDensity as SpectralDensity
+from curvature.linalg._trace import Estimate as Estimate
+from curvature.operators._base import DampingOperator as DampingOperator
+from curvature.optimizers._bfgs import BFGSState as BFGSState
+from curvature.optimizers._cubic_newton import CubicNewtonState as CubicNewtonState
+from curvature.optimizers._gauss_newton import GaussNewtonState as GaussNewtonState
+from curvature.optimizers._lbfgs import LBFGSState as LBFGSState
+from curvature.optimizers._lbfgsb import LBFGSBState as LBFGSBState
+from curvature.optimizers._levenberg_marquardt import LevenbergMarquardtState as LevenbergMarquardtState
+from curvature.optimizers._newton import NewtonState as NewtonState
+from curvature.optimizers._newton_cg import NewtonCGState as NewtonCGState
+from curvature.optimizers._sr1 import SR1State as SR1State
+from curvature.optimizers._trust_region import TrustRegionState as TrustRegionState
+from curvature.solvers._loop import MinimizeStep as MinimizeStep
+from curvature.training._adahessian import AdaHessianState as AdaHessianState
+from curvature.training._kfac import KFACState as KFACState
+from curvature.training._natural_gradient import NaturalGradientState as NaturalGradientState
+from curvature.training._sophia import SophiaState as SophiaState
+from curvature.transforms._blocks import MatrixView as MatrixView
+from curvature.transforms._grad_moments import GradMoments as GradMoments
+from curvature.transforms._laplacian import Laplacian as Laplacian
+from curvature.transforms._laplacian import LaplacianReport as LaplacianReport
+from curvature.transforms._per_example_function import LeafReport as LeafReport
+from curvature.transforms._per_example_function import PerExampleFunction as PerExampleFunction
