@@ -7,11 +7,11 @@ STAMP := .venv/installed-$(VERSION)
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz lint format check bench peers clean
+.PHONY: help demo test test-slow test-newest fuzz lint format check bench peers clean
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3.13]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## train a classifier of handwritten digits with Newton steps
 	@$(RUN) examples.digits
@@ -21,6 +21,18 @@ test: $(STAMP) ## run the tests and the examples in the docstrings
 
 test-slow: $(STAMP) ## run the tests that take long: many devices, several processes
 	$(RUN) pytest -n 2 -m slow
+
+# The newest Python that is installed, on the path or by pyenv; none is no error.
+NEWEST ?= $(firstword $(foreach n,15 14 13,$(if $(shell python3.$n -c 1 2>/dev/null && echo x),python3.$n)) \
+  $(lastword $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[3-9]*/bin/python))))
+
+SMOKE := curvature tests/test_architecture.py tests/test_readme.py tests/transforms/test_hessian.py \
+  tests/transforms/test_soundness.py tests/linalg/test_cg.py tests/optimizers/test_methods.py
+
+test-newest: ## run the docstrings and a few tests on the newest Python and JAX, in .venv-newest; NEWEST=python3.14
+	@if test -z '$(NEWEST)'; then echo 'No Python newer than 3.12 is installed: nothing to run.'; else \
+	  test -e .venv-newest || $(NEWEST) -m venv .venv-newest; \
+	  .venv-newest/bin/python -m pip install -qq -U -e '.[examples,test]' && .venv-newest/bin/python -m pytest -n 2 $(SMOKE); fi
 
 fuzz: $(STAMP) ## try random programs against plain JAX, SEEDS=0:5000; one that fails is printed, made small
 	@$(RUN) tests.fuzz $(or $(SEEDS),0:300)
@@ -45,7 +57,7 @@ peers: $(STAMP) ## install the large libraries that bench compares with (0.5 GB;
 	@$(MAKE) --no-print-directory .venv/peers
 
 clean: ## remove .venv, caches and build products
-	rm -rf .venv .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-newest .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each by itself: a library that cannot be installed is absent from the report, and keeps no other out of it. Builds
