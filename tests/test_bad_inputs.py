@@ -962,6 +962,7 @@ def update(solver, **changes):
     return solver.update(grad, state, params, **given)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_is_refused_with_a_clear_error(name):
     call, error, message = CASES[name]

@@ -38,6 +38,7 @@ def marked(names):
     return [pytest.param(name, marks=() if name in FOUND else pytest.mark.slow) for name in names]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", marked(PER_EXAMPLE))
 def test_a_loss_of_one_example_has_the_derivatives_of_jax(name):
     nasty = PER_EXAMPLE[name]

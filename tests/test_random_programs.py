@@ -20,6 +20,7 @@ def check(seed):
     assert not found, report(program, found)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("seed", range(10_000, 10_012))
 def test_a_random_program_has_the_derivatives_of_jax(seed):
     check(seed)

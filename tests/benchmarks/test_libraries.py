@@ -64,6 +64,7 @@ def test_second_derivatives_agree(library, derivative):
         np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-10, err_msg=way)
 
 
+@pytest.mark.slow
 def test_losses_are_means_over_examples():
     """What ``is_mean`` says, by which ``mean_hessian`` takes batches of one."""
     from benchmarks.peers.operations import for_jax

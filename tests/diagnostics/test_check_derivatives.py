@@ -34,6 +34,7 @@ ASSEMBLED = {"logistic"}  # the scenarios that are means over examples
 # ---- no false alarm --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_right_derivatives_pass(scenario, dtype):
     x, args = scenario.make(dtype)
@@ -77,6 +78,7 @@ RIGHT = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_derivatives_pass_however_scaled(name):
     report = check(*RIGHT[name])
@@ -185,6 +187,7 @@ def batch_mean(params, x):
     return jnp.mean(jnp.sum(jnp.tanh(x @ params["w"]) ** 2, 1)) + 0 * params["b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 12], ids=["by coordinates", "by leaves"])
 def test_a_wrong_assembled_hessian_is_caught(monkeypatch, size):
     """The matrix that ``hessian`` assembles is held against products and differences that know nothing of it."""

@@ -207,6 +207,7 @@ def test_choosing_costs_one_trace_and_no_compilation():
         jax.monitoring.clear_event_listeners()
 
 
+@pytest.mark.slow
 def test_a_whole_hessian_is_pulled_where_that_is_cheaper_on_a_cpu():
     """Only with products of matrices: not with convolutions, nor where rows and columns would differ in dtype."""
 

@@ -41,6 +41,7 @@ SOLVERS = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_function_is_traced_once_for_all_points_data_and_numbers(name):
     f, calls = counted(quartic)

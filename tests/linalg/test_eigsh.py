@@ -24,6 +24,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(_eigsh, "_LEAST_BASIS", 12)
 
 
+@pytest.mark.thin
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e12])
 def test_multiple_eigenvalues_are_found_at_any_scale(dtype, scale):
@@ -121,6 +122,7 @@ def wishart():
     return factor @ factor.T / 700
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("which", "rtol"), [("SA", 1e-9), ("LA", 1e-9), ("LM", 1e-12)])
 def test_clustered_eigenvalues_are_found_to_the_tolerance(wishart, which, rtol):
     pairs = curvature.eigsh(
@@ -140,6 +142,7 @@ def test_max_steps_bounds_the_restarts_and_no_fewer_are_made(wishart):
     assert float(jnp.max(more.residuals)) < 0.1 * float(jnp.max(few.residuals))
 
 
+@pytest.mark.slow
 def test_single_precision_stops_at_its_rounding_level(wishart):
     op = MatrixOperator(jnp.asarray(wishart, jnp.float32), is_symmetric=True)
     pairs = curvature.eigsh(op, 4, which="SA", rtol=1e-12, max_steps=100_000)  # ends

@@ -29,6 +29,7 @@ def rtol(dtype):
     return 1e-5 if dtype == jnp.float32 else 1e-11
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e12])
 def test_every_method_solves_a_positive_definite_system_at_any_scale(dtype, method, scale):
@@ -75,6 +76,7 @@ def test_large_systems_take_iterations_and_turn_to_minres(monkeypatch):
     assert info.min_curvature[0] > 0 > info.min_curvature[1]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("method", METHODS)
 def test_singular_zero_one_by_one_and_nan(method):
     singular = rotated([0.0, 1.0, 2.0])
@@ -106,6 +108,7 @@ def test_an_asymmetric_operator_is_no_success(method):
     assert not curvature.check_symmetry(op, key=jax.random.key(0))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("method", [*METHODS, "woodbury"])
 @pytest.mark.parametrize("transform", ["grad", "jvp"])
 def test_derivatives_by_the_right_hand_side_and_by_the_operator(method, transform):

@@ -84,6 +84,7 @@ CASES = [("hessian", name) for name in SOLVERS]
 CASES += [(kind, name) for kind in ("gauss_newton", "fisher") for name in ("cg", "trace", "diagonal")]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_batches_give_what_data_in_memory_gives(kind, name):
     solver, passes = SOLVERS[name]

@@ -48,6 +48,7 @@ def dense(operators):
     return {key: op.as_matrix() for key, op in operators.items()}
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", CASES)
 def test_matrices_are_sums_over_examples(name):
     """As matrices for mean losses, as products for sums."""
@@ -427,6 +428,7 @@ def test_a_model_without_reverse_derivative():
         curvature.GaussNewtonOperator(looped, jnp.sum, x) @ x
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", CASES)
 def test_jacobian_and_kernel(name):
     case = case_of(name)

@@ -74,6 +74,7 @@ def test_a_model_that_mixes_examples_is_refused(name):
         assert error.match(message)
 
 
+@pytest.mark.slow
 def test_random_numbers_are_those_of_an_example():
     def dropped(w, x, y, key):
         return x @ w * jax.random.bernoulli(key, 0.5, (len(x), 2)).astype(x.dtype)

@@ -213,6 +213,7 @@ CASES = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("name", CASES)
 def test_factors_are_those_of_explicit_loops(name, sharing):
@@ -269,6 +270,7 @@ def deep_linear(params, x, y):
     return x + params["b"][None]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(("approximation", "reduction"), [("kfac", "mean"), ("ekfac", "sum")])
 def test_a_deep_linear_network_under_squared_loss_has_its_exact_blocks(approximation, reduction, dtype):
     params = cast({"layers": (normal(3, 5), normal(5, 4), normal(4, 2)), "b": normal(2)}, dtype)
@@ -295,6 +297,7 @@ def test_a_deep_linear_network_under_squared_loss_has_its_exact_blocks(approxima
     assert_close(flat(product), want @ flat(v), dtype, roundings=100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("approximation", ["kfac", "ekfac"])
 def test_a_single_example_has_its_exact_blocks(approximation):
     _, model, loss, params, args, _ = CASES["equinox_mlp"]
@@ -317,6 +320,7 @@ def gradients_by_leaf(loss, params, batch):
     return [np.asarray(leaf).reshape(B, -1) for leaf in jax.tree.leaves(trees)]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(
     "name", ["smooth", "tied", "recurrent", "stacked", "convolutional", "odd", "rows", "branching"]
 )
@@ -410,6 +414,7 @@ def test_what_follows_no_rule_says_so():
         assert_close(np.stack(got), exact[:20], roundings=1e3)
 
 
+@pytest.mark.slow
 def test_a_model_without_reverse_mode_has_exact_blocks():
     def model(w, x):
         return jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] * (x @ w)), (0, x @ w))[1]
@@ -428,6 +433,7 @@ def attention_operator(params, tokens, labels, **options):
     return KroneckerOperator(own_attention, mean_cross_entropy, params, tokens, labels, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("approximation", ["kfac", "ekfac"])
 def test_all_that_the_operator_offers_is_that_of_its_matrix(approximation):
     params, damping = cast(ATTENTION), 0.1
@@ -469,6 +475,7 @@ def linear_operator(w, x, y, loss=squared, **options):
 LINEAR = normal(3, 2), normal(5, 3), normal(5, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
 def test_the_inverse_of_damped_factors_balances_their_scales(scale):
     w, x, y = cast(LINEAR)
@@ -490,6 +497,7 @@ def test_a_leaf_without_curvature_has_a_finite_inverse():
         assert_close(op.inverse(0.5, exact=exact).as_matrix(), 2 * np.eye(6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("approximation", ["kfac", "ekfac"])
 def test_chunks_add_up_to_the_whole_batch(approximation):
     params, data = cast(ATTENTION), cast((TOKENS[:3], TOKEN_LABELS[:3]))
@@ -501,6 +509,7 @@ def test_chunks_add_up_to_the_whole_batch(approximation):
     assert_close(parts.as_matrix(), whole.as_matrix(), roundings=1e4)
 
 
+@pytest.mark.slow
 def test_a_new_point_or_batch_never_retraces_and_operators_pass_through_transforms():
     traced = []
 
@@ -542,6 +551,7 @@ def sigmoid_cross_entropy(outputs, x, y):
 LIKELIHOODS = {"categorical": weighted_cross_entropy, "bernoulli": sigmoid_cross_entropy, "normal": squared}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_closed_forms_and_sampled_labels_have_the_curvature_of_the_loss(likelihood):
     w, x, y = cast(LINEAR)

@@ -62,6 +62,7 @@ def box_minimum(matrix, b, lower, upper):
     return best
 
 
+@pytest.mark.thin
 @methods
 @pytest.mark.parametrize("upper", [[0.5] * 4, [2.0, np.inf, 0.3, 5.0], [-1.0, 3.0, 0.0, -0.5]])
 def test_bounded_rosenbrock_agrees_with_scipy(method, upper):
@@ -86,6 +87,7 @@ def test_bounded_rosenbrock_agrees_with_scipy(method, upper):
     np.testing.assert_allclose(result.value, best, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.slow
 @methods
 def test_quadratics_in_boxes_agree_with_enumeration(method):
     rng = np.random.default_rng(3)
@@ -108,6 +110,7 @@ def test_quadratics_in_boxes_agree_with_enumeration(method):
     np.testing.assert_allclose(result.value, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @methods
 def test_nonnegative_least_squares_agrees_with_scipy(method):
     for seed in range(5):
@@ -145,6 +148,7 @@ def test_logistic_regression_with_nonnegative_weights(method, dtype):
     assert jnp.all(result.x["w"] >= 0)
 
 
+@pytest.mark.slow
 @methods
 def test_no_point_outside_is_ever_evaluated(method):
     """Bounds that no rounding hits by chance; evaluations are observed by callbacks."""
@@ -198,6 +202,7 @@ def test_an_objective_that_is_nan_on_the_bound(method):
     assert status_of(start) == Status.NONFINITE_START
 
 
+@pytest.mark.slow
 @methods
 def test_new_bounds_and_none_do_not_retrace(method):
     traces = []
@@ -239,6 +244,7 @@ def test_single_precision_ends_with_a_true_status():
         assert result.num_steps < 200
 
 
+@pytest.mark.slow
 def test_a_given_hessian_is_used_and_only_where_it_can_be():
     count = []
 
@@ -253,6 +259,7 @@ def test_a_given_hessian_is_used_and_only_where_it_can_be():
         curvature.minimize(rosenbrock, x0, hessian=hessian, method="l-bfgs", bounds=(None, 0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver",
     [
@@ -282,6 +289,7 @@ def test_step_by_step_as_optax_has_it(solver):
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 def test_a_step_to_a_bound_never_rounds_beyond_it(dtype):
     rng = np.random.default_rng(5)

@@ -26,6 +26,7 @@ def symmetric(rng, n, scale=1.0):
     return scale * (matrix + matrix.T)
 
 
+@pytest.mark.thin
 @methods
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.fun in (wood, rosenbrock)], ids=lambda p: p.name)
 def test_classical_problems_in_both_precisions(method, problem, dtype):
@@ -62,6 +63,7 @@ def test_many_starts_each_report_their_own_status(method):
     assert jnp.max(jnp.abs(result.x[rest] - 1)) < 1e-6
 
 
+@pytest.mark.thin
 @methods
 def test_where_the_objective_has_no_value_the_step_shrinks(method):
     result = curvature.minimize(lambda x: x[0] - jnp.log(x[0]) + (x[1] - 2) ** 2, jnp.array([9.0, 0.0]), method=method)
@@ -69,6 +71,7 @@ def test_where_the_objective_has_no_value_the_step_shrinks(method):
     assert_close(result.x, jnp.array([1.0, 2.0]), roundings=1e9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["newton", "newton-cg"])
 def test_a_newton_step_to_where_there_is_no_gradient_shrinks(method):
     """From 1.5 the full step leads to -3.4, where the value is lower and the gradient NaN, as behind ``jnp.where``."""
@@ -252,6 +255,7 @@ def test_a_krylov_subproblem_of_few_variables_is_the_exact_one():
     assert state.num_inner_steps == 0
 
 
+@pytest.mark.slow
 def test_the_krylov_space_stops_where_the_model_is_good_enough():
     diagonal = jnp.linspace(1.0, 2.0, 150)
     g = jnp.ones(150)

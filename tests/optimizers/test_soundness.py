@@ -23,6 +23,7 @@ def peak_misfit(p, shift):
     return jnp.sum((p[0] * jnp.exp(-((x - p[1] - shift) ** 2) / 2) - data) ** 2) / 1e4
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(("method", "bounds"), [(m, None) for m in METHODS] + [(m, WIDE) for m in BOUNDED])
 def test_a_first_step_does_not_leap_to_a_plateau(method, bounds, dtype):
     # the height of 4500 says nothing of how far the place may move; the data are without noise: the minimum is 0
@@ -45,6 +46,7 @@ def test_no_square_of_a_slope_leaves_the_range(method, factor):
     np.testing.assert_allclose(result.x, [1, 0.01], rtol=0.02)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("method", [*FIRST_ORDER, "trust-exact", "newton-cg"])
 @pytest.mark.parametrize(("factor", "unit"), [(2.0**30, 1.0), (2.0**-80, 1.0), (1.0, 2.0**20), (1.0, 2.0**-20)])
 @pytest.mark.parametrize("start", [[-1.2, 1.0], [0.0, 0.0]])
@@ -74,6 +76,7 @@ def test_minus_infinity_ends_at_the_lowest_finite_point_seen(method, dtype):
     np.testing.assert_array_equal(result.value, -jnp.sum(jnp.exp(result.x)))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("start", [1.0, 0.3])
 def test_a_kink_is_called_no_nan(method, start, dtype):
@@ -82,6 +85,7 @@ def test_a_kink_is_called_no_nan(method, start, dtype):
     assert result.value < 1e-6
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("start", [-100.0, -30.0, -3.0])
 def test_a_bounded_start_far_from_the_minimizer(start, dtype):
     fun = lambda x: jnp.sum(jnp.exp(x) - 2 * x)
@@ -96,6 +100,7 @@ def logistic_misfit(p, data):
     return jnp.sum((p[0] / (1 + jnp.exp(-(p[1] + p[2] * k))) - data) ** 2)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_to_derivatives_that_are_not_finite_is_cut(method):
     k = np.arange(27)
@@ -108,6 +113,7 @@ def test_a_step_to_derivatives_that_are_not_finite_is_cut(method):
     assert float(result.value) < 1.5 * least
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("method", ["trust-exact", "trust-region", "newton", "newton-cg", "cubic-newton"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_derivatives_that_end_beyond_a_wall_are_no_end(method, order, dtype):

@@ -26,6 +26,7 @@ solvers = pytest.mark.parametrize("solver", [*SOLVERS.values(), optax.lbfgs()], 
 ours = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 
 
+@pytest.mark.thin
 @solvers
 def test_the_loop_of_optax_documentation(solver):
     params = jnp.array([-1.2, 1.0])
@@ -44,6 +45,7 @@ def test_the_loop_of_optax_documentation(solver):
     np.testing.assert_allclose(params, 1.0, rtol=1e-5)
 
 
+@pytest.mark.thin
 @ours
 def test_data_reaches_value_fn_by_name_and_strangers_do_not(solver):
     def loss(params, batch):
@@ -66,6 +68,7 @@ def test_data_reaches_value_fn_by_name_and_strangers_do_not(solver):
     assert_trees_close(params, {"w": jnp.arange(3.0), "b": jnp.asarray(0.0)}, roundings=1e6)
 
 
+@pytest.mark.thin
 @ours
 def test_states_are_plain_and_keep_their_shapes(solver):
     params = {"w": jnp.ones(3), "b": jnp.asarray(1.0)}
@@ -115,6 +118,7 @@ def test_one_newton_step_solves_a_quadratic(name):
     assert_close(params + step, jnp.linalg.solve(matrix, jnp.ones(2)))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("subproblem", ["cg", "exact"])
 @pytest.mark.parametrize("bad", [0.0, jnp.nan])
 def test_one_bad_gradient_does_not_poison_the_state(subproblem, bad):

@@ -202,6 +202,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.thin
 @by_name
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_each_pair_of_the_table(name, wrapper):
@@ -226,6 +227,7 @@ def test_each_pair_of_the_table(name, wrapper):
 FILLED = ["newton", "lbfgs", "gauss_newton", "natural_gradient", "adahessian"]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", FILLED)
 def test_masked_leaves_that_functions_fill_in(name):
     """Steps are those of the same problem in the leaves that are left."""
@@ -267,6 +269,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.thin
 @by_name
 def test_hyperparameters_can_be_injected(name):
     """They are arrays of the state then, which a schedule may change: the step is the one of these numbers."""
@@ -333,6 +336,7 @@ def test_states_can_be_donated(name):
 # ---- dtypes, gradients that are not finite, and points that were left ------------------------------------------------
 
 
+@pytest.mark.thin
 @by_name
 @pytest.mark.parametrize(
     ("dtype", "of_value"),

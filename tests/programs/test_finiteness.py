@@ -53,6 +53,7 @@ CASES = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", CASES)
 def test_auto_is_finite_wherever_jax_is(name):
     f, x = CASES[name]

@@ -159,6 +159,7 @@ def program_of(f, p, args):
     return _traced.trace(lambda p: (f(p, *args), None), p)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("f", APART, ids=name)
 def test_sums_over_examples_are_found_and_right(f, dtype):
     p, args = parameters(dtype), data(dtype)

@@ -27,6 +27,7 @@ def flat(tree):
     return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(tree)])
 
 
+@pytest.mark.thin
 @names
 def test_norms_clipped_means_and_moments_are_those_of_the_gradients(name):
     loss, params, batch = in_precision(name, jnp.float64)
@@ -50,6 +51,7 @@ def test_norms_clipped_means_and_moments_are_those_of_the_gradients(name):
     assert_close(flat(moments.variance), rows.var(0), roundings=1e4)
 
 
+@pytest.mark.thin
 @names
 def test_mean_hessian_is_the_hessian_of_the_mean(name):
     loss, params, batch = in_precision(name, jnp.float64)
@@ -59,6 +61,7 @@ def test_mean_hessian_is_the_hessian_of_the_mean(name):
     assert_close(dense_blocks(got, params), dense_blocks(want, params), roundings=1e3)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", ["mlp", "smooth", "recurrent", "flax"])
 def test_single_precision_stays_single_and_close(name):
     loss, params, batch = in_precision(name, jnp.float32)
@@ -71,6 +74,7 @@ def test_single_precision_stays_single_and_close(name):
     assert_close(dense_blocks(got, params), dense_blocks(want, params), jnp.float32, roundings=1e3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_mean_hessian_of_softmax_regression_in_closed_form(dtype, monkeypatch):
     """``mean_b a a' (x) (diag(s) - s s')``, the products of inputs formed at once and seven at a time."""
@@ -169,6 +173,7 @@ def test_the_report_of_mean_hessian(name, path, told):
     assert curvature.mean_hessian(loss).report(params, *batch).routes[path] == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["smooth", "penalized", "convolutional"])
 def test_blocks_of_the_mean_hessian(name):
     loss, params, batch = in_precision(name, jnp.float64)
@@ -183,6 +188,7 @@ def test_blocks_of_the_mean_hessian(name):
     assert_trees_close(diagonal, structure.unflatten(rows), roundings=1e3)
 
 
+@pytest.mark.slow
 def test_mean_hessian_through_vmap_and_grad():
     loss, params, batch = in_precision("smooth", jnp.float64)
     several = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)

@@ -32,6 +32,7 @@ def by_closure(penalty):
     return curvature.minimize(lambda w: ridge(w, penalty, INPUTS, TARGETS), jnp.zeros(3), method="newton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solve", [by_argument, by_closure])
 def test_derivatives_of_a_ridge_solution_by_its_penalty(solve):
     """Both modes for the gradient, all four compositions for the Hessian."""
@@ -52,6 +53,7 @@ def test_derivatives_of_a_ridge_solution_by_its_penalty(solve):
         np.testing.assert_allclose(derivative, jax.jacfwd(exact)(PENALTY), rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_derivatives_of_a_ridge_solution_by_least_squares():
     """Forward, reverse and the Hessian."""
 
@@ -72,6 +74,7 @@ def test_derivatives_of_a_ridge_solution_by_least_squares():
     np.testing.assert_allclose(second, jax.jacfwd(exact)(PENALTY), rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_residuals_and_covariance_of_a_fit_have_the_derivatives_of_their_closed_form():
     """By the place of a measurement, which moves the Jacobian; both modes and the second derivative."""
     times, data = np.linspace(0.0, 2.0, 7), TARGETS[:7]
@@ -100,6 +103,7 @@ def test_residuals_and_covariance_of_a_fit_have_the_derivatives_of_their_closed_
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_what_is_undetermined_leaves_the_derivatives_of_the_rest():
     """``x[0]`` and ``x[1]`` show in their sum only, whose column correlates with that of ``x[2]``."""
 
@@ -122,6 +126,7 @@ def test_what_is_undetermined_leaves_the_derivatives_of_the_rest():
         np.testing.assert_allclose(ours, theirs, rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
 def test_residuals_without_forward_mode_leave_the_derivatives_of_the_solution(mode):
     """By a ``custom_vjp``: ``x = t^2``."""
@@ -132,6 +137,7 @@ def test_residuals_without_forward_mode_leave_the_derivatives_of_the_solution(mo
     assert mode(lambda t: solve(t).residuals[0])(3.0) == 0
 
 
+@pytest.mark.slow
 def test_a_robust_fit_has_a_derivative_by_its_scale():
     """A location by soft_l1: ``sum r / sqrt(1 + (r / s)^2) = 0``."""
     solve = lambda scale: curvature.least_squares(
@@ -149,6 +155,7 @@ def test_the_value_has_derivatives_by_the_envelope_theorem():
     np.testing.assert_allclose(both(value)(PENALTY), both(exact)(PENALTY), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_jacobians_by_all_data_at_once():
     solve = lambda *data: curvature.minimize(ridge, jnp.zeros(3), data, method="newton").x
     data = (jnp.asarray(PENALTY), INPUTS, TARGETS)
@@ -157,6 +164,7 @@ def test_jacobians_by_all_data_at_once():
         assert_close(got, want, roundings=1e4)
 
 
+@pytest.mark.slow
 def test_lanes_trees_and_integer_data():
     """``x`` a tree, the data a tree with integers that pick rows, and a lane for each penalty."""
     rows = jnp.arange(9)[::-1]
@@ -184,6 +192,7 @@ def test_neither_the_start_nor_the_limits_have_derivatives_and_the_gradient_stay
         assert_close(zero, jnp.zeros(zero.shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second_derivative", [True, False])
 def test_large_systems_are_solved_by_products(monkeypatch, second_derivative):
     monkeypatch.setattr(_implicit, "_SMALL", 0)
@@ -192,6 +201,7 @@ def test_large_systems_are_solved_by_products(monkeypatch, second_derivative):
     np.testing.assert_allclose(jax.jit(order(solve))(PENALTY), order(closed_form)(PENALTY), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_objectives_that_some_modes_cannot_differentiate():
     """A custom_vjp allows reverse over reverse alone, a while loop forward over forward alone."""
     for fun in (

@@ -12,6 +12,7 @@ from curvature import Status
 methods = pytest.mark.parametrize("method", METHODS)
 
 
+@pytest.mark.slow
 @methods
 @pytest.mark.parametrize(
     "name", [name if name == "Rosenbrock" else pytest.param(name, marks=pytest.mark.slow) for name in PROBLEMS]

@@ -33,6 +33,7 @@ def rosenbrock(x):
     return jnp.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.name in CHOSEN], ids=lambda p: p.name)
 def test_published_minima(problem):
     fit = curvature.least_squares(problem.residuals, jnp.asarray(problem.start))
@@ -87,6 +88,7 @@ def test_covariance_is_that_of_the_exact_jacobian_where_the_sum_is_least():
     np.testing.assert_allclose(covariance, theirs[1], rtol=1e-8)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
     "line",
@@ -269,6 +271,7 @@ def test_the_same_function_and_shapes_are_traced_once():
     assert len(traces) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [curvature.levenberg_marquardt(), curvature.gauss_newton()], ids=["lm", "gn"])
 def test_step_by_step_as_optax_does(solver):
     def residuals(params, data):
@@ -302,6 +305,7 @@ def parabola(x, of_x, of_r):
     return of_r * ((of_x * x) ** 2 + 5)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_jacobian_may_vanish_at_the_solution(method, dtype):
@@ -319,6 +323,7 @@ def test_the_jacobian_may_vanish_under_robust_losses(loss):
     np.testing.assert_allclose(fit.value, {"soft_l1": np.sqrt(26) - 1, "cauchy": np.log(26) / 2}[loss], rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [2, 4])
 def test_one_column_may_vanish_at_the_solution(power):
     """The best offset is negative, and no power gives it: then it is zero, and the other two parameters are fitted."""

@@ -23,6 +23,7 @@ METHODS = ["newton", "trust-exact", "trust-region"]
 methods = pytest.mark.parametrize("method", METHODS)
 
 
+@pytest.mark.thin
 @methods
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 def test_classical_problems(problem, method, dtype):
@@ -120,6 +121,7 @@ def test_calling_again_does_not_retrace():
     assert len(traces) == count
 
 
+@pytest.mark.thin
 @methods
 @pytest.mark.parametrize("scenario", SCENARIOS[1:3], ids=lambda scenario: scenario.name)
 def test_trees_and_data(scenario, method):
@@ -147,6 +149,7 @@ def test_any_optax_transformation_is_driven(method, max_steps):
     np.testing.assert_allclose(result.x["a"], 1.0, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_objectives_that_some_modes_cannot_differentiate():
     for fun in (lambda x: jnp.sum(x**2 - reverse_only(x)), lambda x: jnp.sum(forward_only(x) ** 2 + (x - 1) ** 2)):
         for method in METHODS:
@@ -215,6 +218,7 @@ def test_saddles_are_left(method):
     assert_close(result.value, -0.25, roundings=1e4)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("x0", [2.0, jnp.asarray(2.0), jnp.array([2.0]), np.array([[2.0]]), {"s": 2.0}])
 def test_scalars_and_size_one(x0):
     fun = lambda x: jnp.sum((jax.tree.leaves(x)[0] - 3) ** 2)
@@ -304,6 +308,7 @@ def test_what_a_line_search_stored_counts_only_where_it_comes_last(last):
     assert result.success == (jnp.max(jnp.abs(result.grad)) <= 1e-6)
 
 
+@pytest.mark.slow
 @methods
 def test_the_objective_may_differ_from_its_point_in_precision(method):
     data = jnp.arange(1.0, 4.0)
@@ -353,6 +358,7 @@ def test_calling_again_traces_and_compiles_nothing():
     np.testing.assert_array_equal(again.x, first.x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [jax.jit, jax.vmap, lambda solve: jax.jit(jax.vmap(solve))])
 def test_options_of_compilation_are_left_to_the_outermost_program(transform):
     def solve(start):  # alone it sets options, which JAX refuses of a program inside another
@@ -384,6 +390,7 @@ def test_limits_of_any_type_find_the_same_program(method):
     assert len(traces) == count
 
 
+@pytest.mark.slow
 def test_an_objective_is_not_kept_alive_nor_answered_from_an_older_state():
     class Model:
         shift = 1.0
@@ -406,6 +413,7 @@ def test_an_objective_is_not_kept_alive_nor_answered_from_an_older_state():
     assert reference() is None
 
 
+@pytest.mark.slow
 def test_closing_over_tracers_leaks_nothing():
     targets = jnp.arange(6.0).reshape(3, 2)
     with jax.checking_leaks():

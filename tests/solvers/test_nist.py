@@ -11,6 +11,7 @@ DATASETS = load()
 HARD = ["BoxBOD", "Eckerle4", "Lanczos2", "MGH10", "MGH17", "Thurber"]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", HARD)
 def test_certified_regressions(name):
     data = DATASETS[name]

@@ -124,6 +124,7 @@ def train(name, params, state, numbers):
 # ---- what all have in common -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin
 @solvers
 def test_training_on_batches_and_from_a_checkpoint(name):
     """The loss falls on examples not seen, with other batches for the curvature; a restored state goes on the same."""
@@ -530,6 +531,7 @@ def steps_of(name, dtype):
     return solver, step
 
 
+@pytest.mark.thin
 @solvers
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_batch_that_is_not_finite_is_skipped(name, bad):
@@ -548,6 +550,7 @@ def test_a_batch_that_is_not_finite_is_skipped(name, bad):
     assert values[-1] < values[0]
 
 
+@pytest.mark.thin
 @solvers
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_trains(name, dtype):

@@ -58,6 +58,7 @@ def test_a_sub_tree_is_taken_and_put_back(path):
     assert changed == len(jax.tree.leaves(at(x, path)))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("paths", [("layers/0", "layers"), ("head", "layers/0/w"), ("", "layers/1/w")], ids=str)
 def test_a_block_is_that_of_jax(mode, paths, dtype):
@@ -165,6 +166,7 @@ def test_the_view_promotes_leaves_of_different_precision_and_takes_a_bare_array(
     assert scalar.index == {"": slice(0, 1)}
 
 
+@pytest.mark.slow
 def test_the_view_of_every_scenario_is_the_closed_form():
     for scenario in SCENARIOS:
         x, args = scenario.make(jnp.float64)

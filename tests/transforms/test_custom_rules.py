@@ -91,6 +91,7 @@ COMPOSITIONS = ["auto", "fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_ove
 HAS_ONLY_JVPS = {name: ASYMMETRIC[name] for name in ("two arguments", "across entries", "by another value")}
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("mode", COMPOSITIONS)
 @pytest.mark.parametrize("f", HAS_ONLY_JVPS.values(), ids=HAS_ONLY_JVPS)
 def test_of_a_rule_that_is_no_derivative_every_mode_gives_the_jacobian_of_jaxs_gradient(f, mode):
@@ -152,6 +153,7 @@ NOT_TRANSPOSABLE = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", NOT_TRANSPOSABLE)
 def test_where_a_rule_cannot_be_transposed_auto_takes_a_forward_mode(name):
     f, want = sine_with(NOT_TRANSPOSABLE[name]), jax.hessian(lambda x: jnp.sum(jnp.sin(A @ x) ** 2))(X)

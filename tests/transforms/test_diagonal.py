@@ -13,6 +13,7 @@ from tests.scenarios import SCENARIOS, forward_only, make_mlp, mlp_loss, reverse
 MODES = ["auto", "fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd"]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_diagonal_is_the_closed_form(scenario, mode, dtype):

@@ -18,6 +18,7 @@ def direction_like(x, seed=3):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), x)
 
 
+@pytest.mark.thin
 @scenarios
 @pytest.mark.parametrize("mode", MODES)
 def test_hvp_is_the_closed_form(scenario, mode, dtype):
@@ -28,6 +29,7 @@ def test_hvp_is_the_closed_form(scenario, mode, dtype):
     assert_close(flat(product), scenario.hessian(flat(x), *args) @ flat(v), dtype, roundings=200)
 
 
+@pytest.mark.thin
 @scenarios
 @pytest.mark.parametrize("mode", MODES)
 def test_linearize_grad_is_the_closed_form(scenario, mode, dtype):
@@ -45,6 +47,7 @@ def test_linearize_grad_is_the_closed_form(scenario, mode, dtype):
     assert_close(flat(product), scenario.hessian(flat(x), *args) @ flat(v), dtype, roundings=200)
 
 
+@pytest.mark.thin
 @scenarios
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("chunk_size", [None, 3, "auto"])
@@ -67,6 +70,7 @@ def two_arguments(a, data, b):
     return out, {"kept": data + 1}
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("argnums", [0, 2, (0, 2), (2, 0), -1])
 def test_hessian_of_many_outputs_arguments_and_aux(mode, argnums):

@@ -118,6 +118,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_trace_of_the_hessian(name):
     value, got = jax.jit(curvature.laplacian(FUNCTIONS[name], with_value=True))(X)
@@ -211,6 +212,7 @@ def residual(laplacian, params, points):
     return jnp.mean(jax.vmap(laplacian, (0, None))(points, params) ** 2)
 
 
+@pytest.mark.slow
 def test_gradient_by_parameters_over_many_points(dtype):
     params, points, _ = make_mlp((3, 5, 1), 4, dtype)
     got = jax.jit(jax.grad(functools.partial(residual, curvature.laplacian(network))))(params, points)

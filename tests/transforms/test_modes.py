@@ -50,6 +50,7 @@ def test_custom_vjp_takes_reverse_over_reverse(wrap):
         curvature.hvp(fun, X, v, mode="fwd_over_rev")
 
 
+@pytest.mark.thin
 @wrapped
 def test_a_loop_of_unknown_length_takes_forward_over_forward(wrap):
     fun, plain = wrap(forward_only), wrap(lambda x: x**3)
@@ -92,6 +93,7 @@ def test_a_custom_jvp_is_judged_by_its_rule():
         curvature.hvp(looping, X, X, mode="fwd_over_rev")
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(
     "fun",
     [

@@ -91,6 +91,7 @@ FAULTS = {
 EAGER = ("hessian", "mean_hessian", "per_example_grad_norm", "laplacian")
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(("name", "traced"), [*((name, False) for name in EAGER), *((name, True) for name in CHECKED)])
 def test_a_planted_fault_raises(monkeypatch, name, traced):
     args = arguments("float32")
@@ -150,6 +151,7 @@ def test_a_nan_where_the_product_is_finite_is_found(monkeypatch):
 OTHER_DTYPES = [(name, dtype) for name in ("hessian", "clipped_grad") for dtype in ("float64", "bfloat16")]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in CHECKED), *OTHER_DTYPES])
 def test_right_results_pass_unchanged(name, dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -165,6 +167,7 @@ def test_the_compiled_program_is_the_same(name):
     assert str(jax.make_jaxpr(CHECKED[name](True))(*args)) == str(jax.make_jaxpr(CHECKED[name](False))(*args))
 
 
+@pytest.mark.slow
 def test_closed_over_tracers_are_checked(monkeypatch):
     """Parameters, data and other constants may all come from an outer ``jit``, ``vmap`` or ``grad``."""
     params, x, y = arguments("float32")
@@ -203,6 +206,7 @@ SPECIAL = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special_functions_pass(name):
     fun, x = SPECIAL[name]

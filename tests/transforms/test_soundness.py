@@ -108,6 +108,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", VIEWS)
 def test_views_of_a_weight(name):
     shape, view = VIEWS[name]
@@ -161,6 +162,7 @@ SCALED = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", SCALED)
 def test_parameters_that_multiply_the_loss(name):
     loss = lambda p, x: SCALED[name](p, jnp.sum(jnp.tanh(x @ p["w"]) ** 2))
@@ -196,6 +198,7 @@ COMPLEX = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", COMPLEX)
 def test_complex_arithmetic_on_real_parameters(name):
     loss, leaves = COMPLEX[name]
@@ -224,6 +227,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups_of_rows_and_columns(name):
     formula, data, weight = GROUPS[name]

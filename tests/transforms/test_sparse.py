@@ -49,6 +49,7 @@ def test_the_hessian_is_the_closed_form(mode, dtype):
     assert_close(got.todense(), ROSENBROCK.hessian(np.asarray(x, np.float64)), dtype, roundings=200)
 
 
+@pytest.mark.slow
 def test_trees_and_data_take_new_values_without_a_new_trace(dtype):
     traces = []
 
