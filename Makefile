@@ -34,8 +34,8 @@ test-newest: ## run the docstrings and a few tests on the newest Python and JAX,
 	  test -e .venv-newest || $(NEWEST) -m venv .venv-newest; \
 	  .venv-newest/bin/python -m pip install -qq -U -e '.[examples,test]' && .venv-newest/bin/python -m pytest -n 2 $(SMOKE); fi
 
-fuzz: $(STAMP) ## try random programs against plain JAX, SEEDS=0:5000; one that fails is printed, made small
-	@$(RUN) tests.fuzz $(or $(SEEDS),0:300)
+fuzz: $(STAMP) ## try random programs against plain JAX, SEEDS=0:5000, or KIND=graphs; one that fails is printed, made small
+	@$(RUN) tests.fuzz $(or $(SEEDS),0:300) $(KIND)
 
 lint: $(STAMP) ## check style, format, types and spelling
 	$(RUN) ruff check

@@ -1,4 +1,4 @@
-"""Tries random programs, and prints those that fail, made small: ``python -m tests.fuzz 0:5000``."""
+"""Tries random programs, and prints those that fail, made small: ``python -m tests.fuzz 0:5000 [graphs]``."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from tests.against_jax import Case, NotDifferentiableError, examples_taken_apart, failures_of
+from tests.random_graphs import draw_graph
 from tests.random_programs import Program, draw, namespace_of, shrink
 
 # Each program runs once; see conftest.py. XLA reads the flags at the first compilation.
@@ -65,17 +66,36 @@ def report(program: Program, found: dict[str, str]) -> str:
     return "\n".join([*lines, small.text()])
 
 
-def main(seeds: range) -> int:
+def failures_of_graph(seed: int) -> str:
+    """A random graph that differs from JAX, in words; empty if it does not."""
+    graph = draw_graph(seed)
+    with examples_taken_apart(seed % 2 == 0):
+        try:
+            found = failures_of(graph.case, 1e-7, seed)
+        except NotDifferentiableError:
+            return ""
+    return "\n".join(
+        [f"# seed {seed}: {graph.text}", *(f"#   {name}: {words}" for name, words in found.items())] * bool(found)
+    )
+
+
+def failures_of_program(seed: int) -> str:
+    """A random program that differs from JAX, made small, as text; empty if it does not."""
+    program = draw(seed)
+    found = failures(program)
+    return report(program, found) if found else ""
+
+
+def main(seeds: range, graphs: bool) -> int:
     """Tries the programs of some seeds; the number of those that fail."""
     os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
     jax.config.update("jax_enable_x64", True)
     count, begin = 0, time.perf_counter()
     for tried, seed in enumerate(seeds, 1):
-        program = draw(seed)
-        found = failures(program)
+        found = failures_of_graph(seed) if graphs else failures_of_program(seed)
         if found:
             count += 1
-            print(report(program, found), end="\n\n" + "-" * 80 + "\n", flush=True)
+            print(found, end="\n\n" + "-" * 80 + "\n", flush=True)
         if tried % 50 == 0:
             jax.clear_caches()
             print(f"# {tried} programs, {count} fail, {time.perf_counter() - begin:.0f} s", flush=True)
@@ -85,4 +105,4 @@ def main(seeds: range) -> int:
 
 if __name__ == "__main__":
     first, _, last = (sys.argv[1] if len(sys.argv) > 1 else "0:300").partition(":")
-    sys.exit(1 if main(range(int(first), int(last)) if last else range(int(first), int(first) + 1)) else 0)
+    sys.exit(1 if main(range(int(first), int(last or int(first) + 1)), "graphs" in sys.argv) else 0)

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 import curvature
-from tests.fuzz import failures, report
+from tests.fuzz import failures, failures_of_graph, report
 from tests.random_programs import Piece, Program, draw, shrink
 
 
@@ -24,6 +24,21 @@ def check(seed):
 @pytest.mark.parametrize("seed", range(10_000, 10_012))
 def test_a_random_program_has_the_derivatives_of_jax(seed):
     check(seed)
+
+
+@pytest.mark.parametrize("seed", range(10_000, 10_003))
+def test_a_random_graph_has_the_derivatives_of_jax(seed):
+    found = failures_of_graph(seed)
+    assert not found, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60))
+def test_many_random_graphs_have_the_derivatives_of_jax(seed):
+    found = failures_of_graph(seed)
+    assert not found, found
+    if seed % 50 == 49:
+        jax.clear_caches()
 
 
 @pytest.mark.slow
