@@ -2,15 +2,12 @@
 
 from typing import NamedTuple
 
-import jax.extend as jex
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from curvature.programs._batch_axis import axis_rule
-from curvature.programs._jaxprs import Equation, Variable, open_jaxpr
+from curvature.programs._jaxprs import Equation, Variable, called_jaxpr, live_equations
 from curvature.programs._legality import Blocker, blocker_at
-
-_AFFINE = {"add", "sub", "add_any", "neg", "convert_element_type", "copy"}
-_AFFINE |= {"reduce_sum", "reshape", "squeeze", "broadcast_in_dim", "transpose"}
+from curvature.programs._primitives import CONTROL_FLOW, LINEAR
 
 
 def find_mixing(closed: ClosedJaxpr, axes: list[int | None], size: int, *, may_sum: bool) -> Blocker | None:
@@ -36,11 +33,12 @@ class _Places(NamedTuple):
 
 def _follow(jaxpr: Jaxpr, places: _Places, size: int, may_sum: bool) -> Blocker | None:
     """Follow the examples through the equations that the outputs depend on; ``places`` grows."""
-    for eqn in _needed(jaxpr):
+    for eqn in live_equations(jaxpr, keep_effects=False):
         operands = [v for v in eqn.invars if isinstance(v, Var)]
         if not any(v in places.axes or v in places.sums for v in operands):
             continue
-        body = _body_of(eqn)
+        # Of a function with a custom rule, the body of its value is followed.
+        body = None if eqn.primitive.name in CONTROL_FLOW else called_jaxpr(eqn, open_custom_rules=True)
         if body is not None:
             found = _follow_call(eqn, body, places, size, may_sum)
             if found is not None:
@@ -78,16 +76,6 @@ def _place(places: _Places, v: Variable, axis: int | None, is_sum: bool) -> None
         places.sums.add(v)
 
 
-def _body_of(eqn: Equation) -> Jaxpr | None:
-    """The jaxpr that an equation calls with its own inputs; of a function with its own derivative that of its value."""
-    if eqn.primitive.name in ("scan", "while", "cond"):
-        return None
-    for body in map(open_jaxpr, jex.core.jaxprs_in_params(eqn.params)):
-        if (len(body.invars), len(body.outvars)) == (len(eqn.invars), len(eqn.outvars)):
-            return body
-    return None
-
-
 def _is_affine(eqn: Equation, places: _Places) -> bool:
     """Whether an equation is affine in sums over the examples, with coefficients that do not depend on these."""
     if any(isinstance(v, Var) and v in places.axes for v in eqn.invars):
@@ -95,15 +83,4 @@ def _is_affine(eqn: Equation, places: _Places) -> bool:
     of_sums = [isinstance(v, Var) and v in places.sums for v in eqn.invars]
     if eqn.primitive.name == "mul":
         return not all(of_sums)
-    return eqn.primitive.name in _AFFINE or (eqn.primitive.name == "div" and not of_sums[1])
-
-
-def _needed(jaxpr: Jaxpr) -> list[Equation]:
-    """The equations that the outputs depend on, in order."""
-    wanted = {v for v in jaxpr.outvars if isinstance(v, Var)}
-    needed: list[Equation] = []
-    for eqn in reversed(jaxpr.eqns):
-        if any(v in wanted for v in eqn.outvars):
-            needed.append(eqn)
-            wanted.update(v for v in eqn.invars if isinstance(v, Var))
-    return needed[::-1]
+    return eqn.primitive.name in LINEAR or (eqn.primitive.name == "div" and not of_sums[1])

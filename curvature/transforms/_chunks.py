@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from curvature import _checks
 from curvature._sharding import entry, is_sharded, zeros
 from curvature._types import ChunkSize, Tree
-from curvature.programs._traced import CONVOLUTION, has_primitive
+from curvature.programs._primitives import CONVOLUTION
+from curvature.programs._traced import has_primitive
 
 _CHUNK_BYTES = 36 * 2**20
 """What the operations of a chunk may write together on a CPU, most of which fuse: ours, by benchmarks/suites/modes."""

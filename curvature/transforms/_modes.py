@@ -9,7 +9,8 @@ from curvature import _checks
 from curvature._trees import num_entries
 from curvature._types import HessianMode, JacobianMode
 from curvature.programs._finiteness import keeps_finite
-from curvature.programs._traced import CONVOLUTION, Program, has_primitive
+from curvature.programs._primitives import CONVOLUTION
+from curvature.programs._traced import Program, has_primitive
 
 _ORDER = get_args(HessianMode)[1:]  # cheapest first
 

@@ -24,11 +24,10 @@ from jaxtyping import Array, Float
 from curvature._sharding import vary_like, zeros
 from curvature.programs._affine import Lookup
 from curvature.programs._jaxprs import Environment, Equation, Variable, dependents
+from curvature.programs._primitives import POINT_PRESERVING
 from curvature.programs._tap_gradients import all_axes
 from curvature.programs._taps import Site, Taps
 from curvature.transforms._chunks import vmap
-
-_PASSES_ON = {"add", "add_any", "sub", "reshape", "squeeze", "broadcast_in_dim", "copy"}
 
 
 class Use(NamedTuple):
@@ -152,7 +151,7 @@ def _point_of(jaxpr: Jaxpr, site: Site) -> Variable:
         (eqn,) = users
         (out, *_) = eqn.outvars
         subtracted = eqn.primitive.name == "sub" and eqn.invars[1] is v
-        if eqn.primitive.name not in _PASSES_ON or subtracted or out.aval.size != v.aval.size:
+        if eqn.primitive.name not in POINT_PRESERVING or subtracted or out.aval.size != v.aval.size:
             return v
         v = out
 
