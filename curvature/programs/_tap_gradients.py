@@ -30,6 +30,11 @@ class Factors(NamedTuple):
     rows: Axes
     columns: Axes
 
+    def astype(self, dtype: Any) -> "Factors":
+        """The factors in another dtype; the numbers of a lookup stay."""
+        a = self.a if isinstance(self.a, Lookup) else self.a.astype(dtype)
+        return self._replace(a=a, d=self.d.astype(dtype))
+
 
 def factors(site: Site, a: Any, d: Array) -> Factors:
     """The factors of a site that has a form, from its input and cotangent.

@@ -1,10 +1,11 @@
-"""``check=True`` of second derivatives: one product ``H v`` against forward over reverse mode.
+"""Self-check of Hessians: one product ``H v`` against forward over reverse mode.
 
 The returned Hessian times a random direction ``v`` is compared with ``d/dt grad f(x + t v)`` at ``t = 0``, computed by
-``jax.jvp(jax.grad(f), (x,), (v,))``: leaf by leaf, so that a small leaf counts as much as a large one. Where they
-differ the product is repeated along the leaves of ``v`` one at a time, which gives the block at fault.
+``jax.jvp(jax.grad(f), (x,), (v,))``. Leaves are compared one by one, so that a small leaf counts as much as a large
+leaf. If they differ, the product is repeated along one leaf of ``v`` at a time, which identifies the wrong block.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
@@ -48,10 +49,10 @@ class Subject(NamedTuple):
     Attributes:
         function: the public function.
         program: the function that is differentiated, traced.
-        values: what the derivative depends on, and the derivative as the call returns it.
-        plain: from what the derivative depends on to the function of ``x`` that JAX is to differentiate, and ``x``.
-        evaluate: from what the derivative depends on to the derivative.
-        routes: from the path of each leaf to the rule that was taken for it.
+        values: the operands of the derivative, and the derivative that the call returns.
+        plain: from the operands to the function of ``x`` for JAX to differentiate, and ``x``.
+        evaluate: from the operands to the derivative.
+        routes: from the path of each leaf to the rule that was applied to it.
     """
 
     function: str
@@ -74,22 +75,18 @@ def subject_of(
     result: Any,
     routes: Callable[[_traced.Program], dict[str, str]] = lambda _: {},
 ) -> Subject:
-    """A derivative of a traced function at its point."""
+    """The subject for a derivative of a traced function at its point."""
     assert program.jaxpr is not None
 
     def plain(operands: Any) -> tuple[Callable[[Tree], Any], Tree]:
         fun = rebuild(program, *operands).fun
         return lambda x: fun(x)[0], operands[0]
 
+    def evaluate_at(operands: Any) -> Any:
+        return evaluate(rebuild(program, *operands))
+
     values = (program.x, program.jaxpr.consts), result
-    return Subject(
-        function,
-        program,
-        values,
-        plain,
-        lambda operands: evaluate(rebuild(program, *operands)),
-        lambda: routes(program),
-    )
+    return Subject(function, program, values, plain, evaluate_at, lambda: routes(program))
 
 
 def subject_of_mean(
@@ -101,7 +98,7 @@ def subject_of_mean(
     result: Any,
     report: Callable[..., Any],
 ) -> Subject:
-    """The Hessian of the mean of a loss over a batch, from ``evaluate(loss, params, batch)``."""
+    """The subject for the Hessian of the mean of a loss over a batch, from ``evaluate(loss, params, batch)``."""
     with jax.ensure_compile_time_eval():
         of_example = trace_example(loss, params, batch)
 
@@ -112,28 +109,28 @@ def subject_of_mean(
         params, batch, consts = operands
         return mean_of(rebuild_loss(of_example, consts), batch), params
 
-    def again(operands: Any) -> Any:
+    def evaluate_at(operands: Any) -> Any:
         params, batch, consts = operands
         return evaluate(rebuild_loss(of_example, consts), params, batch)
 
     program = _traced.trace(lambda params: (mean_of(loss, batch)(params), None), params)
     values = (params, batch, consts_of(of_example)), result
-    return Subject(function, program, values, plain, again, lambda: report(params, *batch).routes)
+    return Subject(function, program, values, plain, evaluate_at, lambda: report(params, *batch).routes)
 
 
 def check_hessian(subject: Subject, blocks: HessianBlocks) -> None:
-    """Raise where the Hessian, or those blocks of it, times a random direction is not ``H v``."""
-    x, pairs = subject.program.x, _pairs(subject.program.x, blocks)
+    """Raise if the Hessian, or the ``blocks`` of it, times a random direction differs from ``H v``."""
+    x, pairs = subject.program.x, _leaf_pairs(subject.program.x, blocks)
     columns = sorted({column for _, column in pairs})
     groups = [[column] for column in columns] if blocks == "diagonal" else [columns]
     eps = eps_of(subject.program)
     with jax.ensure_compile_time_eval():
-        excesses, values = compare(_products(subject, pairs, groups, eps), subject.values, eps)
+        excesses, values = compare(_compare_products(subject, pairs, groups, eps), subject.values, eps)
         _, excess = worst(excesses)
         if excess.ratio <= 1:
             return
         single = [[column] for column in columns]
-        by_block, _ = compare(_products(subject, pairs, single, eps), values, eps)
+        by_block, _ = compare(_compare_products(subject, pairs, single, eps), values, eps)
     found, _ = worst(by_block)
     row, column = _rows_of_groups(pairs, single)[found]
     paths, (first, second) = leaf_paths(x), (min(row, column), max(row, column))
@@ -143,7 +140,7 @@ def check_hessian(subject: Subject, blocks: HessianBlocks) -> None:
 
 
 def describe_leaves(subject: Subject, leaves: Sequence[int] | dict[int, None]) -> list[str]:
-    """A sentence on each of some leaves."""
+    """A sentence on each of the ``leaves``."""
     x, closed = subject.program.x, subject.program.jaxpr
     assert closed is not None
     paths, routes = leaf_paths(x), subject.routes()
@@ -151,7 +148,7 @@ def describe_leaves(subject: Subject, leaves: Sequence[int] | dict[int, None]) -
     return [describe_leaf(paths[k], routes.get(paths[k]), entries_of(closed, k, count)) for k in leaves]
 
 
-def _pairs(x: Tree, blocks: HessianBlocks) -> Pairs:
+def _leaf_pairs(x: Tree, blocks: HessianBlocks) -> Pairs:
     """The leaves of each block that is returned, in the order of the result."""
     numbers = range(len(jax.tree.leaves(x)))
     if blocks == "diagonal":
@@ -161,22 +158,22 @@ def _pairs(x: Tree, blocks: HessianBlocks) -> Pairs:
 
 
 def _rows_of_groups(pairs: Pairs, groups: Sequence[Sequence[int]]) -> Pairs:
-    """The comparisons: for each group of columns the rows that meet it, each with the first column of the group."""
+    """The comparisons: for each group of columns, each row of a block in it, with the first column of the group."""
     return [
         (row, group[0]) for group in groups for row in dict.fromkeys(row for row, column in pairs if column in group)
     ]
 
 
-def _products(
+def _compare_products(
     subject: Subject, pairs: Pairs, groups: Sequence[Sequence[int]], eps: float
 ) -> Callable[[Any], list[Sides]]:
-    """From values to both sides of ``H v``: for each group of columns, each row."""
+    """The map from values to both sides of ``H v``, for each group of columns and each row."""
 
     def measure(values: Values) -> list[Sides]:
         fun, x = subject.plain(values[0])
         v = jax.tree.leaves(direction_like(x, 2))
         weights = weights_of(subject.program)
-        parts, sizes = _parts(subject.found(values), pairs, weights, v)
+        parts, sizes = _multiply_blocks(subject.found(values), pairs, weights, v)
         scalar = combined(fun, weights)
         sides = []
         for group in groups:
@@ -197,7 +194,7 @@ def _products(
 
 
 def weights_of(program: _traced.Program) -> list[Array]:
-    """The weights by which the outputs are added up: one for a scalar function, random ones for others."""
+    """The weights of the outputs in their sum: 1 for a scalar function, random for other functions."""
     if program.is_scalar:
         return [jnp.ones((), program.out.dtype)]
     return jax.tree.leaves(direction_like(program.out, 3))
@@ -216,11 +213,13 @@ def combined(fun: Callable[[Tree], Any], weights: Sequence[Array]) -> Callable[[
     return scalar
 
 
-def _parts(
+def _multiply_blocks(
     result: Any, pairs: Pairs, weights: Sequence[Array], v: Sequence[Array]
 ) -> tuple[dict[tuple[int, int], Array], dict[tuple[int, int], Array]]:
-    """For each block its product with ``v``, summed over the outputs; and that of the absolute values."""
+    """For each block its product with ``v``, summed over the outputs; and the product of the absolute values."""
     leaves = jax.tree.leaves(result)
+    # o: output, r: row, c: column
+    contract = functools.partial(jnp.einsum, "o,orc,c->r", precision="highest")
     parts: dict[Any, Any] = dict.fromkeys(pairs, 0)
     sizes: dict[Any, Any] = dict.fromkeys(pairs, 0)
     for weight, start in zip(weights, range(0, len(leaves), len(pairs)), strict=True):
@@ -229,14 +228,9 @@ def _parts(
             block = widen(block).reshape(weight.size, v[pair[0]].size, column.size)
             factors = widen(weight).reshape(-1), block, column
             with jax.numpy_dtype_promotion("standard"):  # leaves may differ in dtype even where users are strict
-                parts[pair] = parts[pair] + _contract(*factors)
-                sizes[pair] = sizes[pair] + _contract(*map(jnp.abs, factors))
+                parts[pair] = parts[pair] + contract(*factors)
+                sizes[pair] = sizes[pair] + contract(*map(jnp.abs, factors))
     return parts, sizes
-
-
-def _contract(weights: Array, block: Array, v: Array) -> Array:
-    # o: output, r: row, c: column
-    return jnp.einsum("o,orc,c->r", weights, block, v, precision="highest")
 
 
 def product(program: _traced.Program, fun: Callable[[Tree], Array], x: Tree, v: Tree) -> Tree:

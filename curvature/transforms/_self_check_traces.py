@@ -1,4 +1,4 @@
-"""``check=True`` of the diagonal and the trace of a Hessian: a few numbers ``v' H v`` against plain compositions."""
+"""Self-check of the diagonal and the trace of a Hessian: a few numbers ``v' H v`` against plain compositions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,12 +30,12 @@ from curvature.transforms._self_check_second import (
     weights_of,
 )
 
-_ENTRIES = 3  # of the diagonal
-_DIRECTIONS = 2  # of the trace: two, because one has no axis of directions to get wrong
+_ENTRIES = 3  # how many entries of the diagonal are compared
+_DIRECTIONS = 2  # of the trace; with one direction, an error in the axis of directions would not show
 
 
 def check_diagonal(subject: Subject) -> None:
-    """Raise where a few entries of the diagonal of a Hessian are not ``e_i' H e_i``."""
+    """Raise if a few entries of the diagonal of a Hessian differ from ``e_i' H e_i``."""
     leaves = jax.tree.leaves(subject.program.x)
     chosen = [(k, leaf.size // 2) for k, leaf in enumerate(leaves) if leaf.size][:_ENTRIES]
     eps = eps_of(subject.program)
@@ -67,11 +67,13 @@ def check_diagonal(subject: Subject) -> None:
 
 
 def check_laplacian(program: _traced.Program, along: Callable[[_traced.Program, Tree], Any]) -> None:
-    """Raise where the sum of second derivatives along two random directions is not ``sum_k v_k' H v_k``.
+    """Raise if the sum of second derivatives along two random directions differs from ``sum_k v_k' H v_k``.
+
+    The Laplacian is not compared: the plain composition would take a product for each entry of ``x``.
 
     Args:
-        program: the function, traced; its Laplacian itself would take a product for each entry of ``x``.
-        along: from a program and directions to the sum of the second derivatives along these.
+        program: the function, traced.
+        along: from a program and directions to the sum of the second derivatives along the directions.
     """
     eps = eps_of(program)
     every = list(range(len(jax.tree.leaves(program.x))))
@@ -95,7 +97,7 @@ def check_laplacian(program: _traced.Program, along: Callable[[_traced.Program, 
 def _laplacian_sides(
     subject: Subject, along: Callable[[_traced.Program, Tree], Any], eps: float, chosen: Sequence[int], values: Values
 ) -> Sides:
-    """Both sides for directions in some leaves."""
+    """Both sides for directions in the ``chosen`` leaves."""
     fun, x = subject.plain(values[0])
     weights = weights_of(subject.program)
     scalar = combined(fun, weights)
@@ -117,6 +119,6 @@ def _laplacian_sides(
 
 
 def _directions(leaf: Array, seed: int, is_chosen: bool) -> Array:
-    """Random directions in one leaf along a leading axis, or zeros."""
+    """Random directions in one leaf along a leading axis; zeros for a leaf that is not chosen."""
     like = jax.ShapeDtypeStruct((_DIRECTIONS, *leaf.shape), leaf.dtype)
     return direction_like(like, seed) if is_chosen else jnp.zeros(like.shape, like.dtype)

@@ -1,4 +1,4 @@
-"""Where the parameters of a mean over examples meet its data, and the rule that ``hessian`` takes at each equation."""
+"""Report of the sites of a loss, where parameters meet data, with the rule that ``hessian`` applies at each of them."""
 
 from dataclasses import dataclass
 
@@ -22,11 +22,11 @@ _RULES = {
 
 @dataclass(frozen=True)
 class SiteRule:
-    """An equation that parameters enter together with data, and how the Hessian is found there.
+    """An equation that parameters enter together with data, and the rule for its part of the Hessian.
 
     Attributes:
         primitive: the primitive of the equation.
-        where: the user's line that brought it in.
+        where: the user's line that the equation comes from.
         leaves: the paths of the leaves of ``x`` that enter.
         rule: "matrix product", "convolution", "bias", "scale" or "lookup" where the block is read off from inputs and
             cotangents; "products along k directions" where columns of the Hessian are computed one by one.
@@ -38,7 +38,7 @@ class SiteRule:
     rule: str
 
     def __str__(self) -> str:
-        """As ``explain`` prints it."""
+        """The line that ``explain`` prints."""
         return f"{', '.join(leaf or 'x' for leaf in self.leaves)}: {self.rule}, {self.primitive} at {self.where}"
 
 
