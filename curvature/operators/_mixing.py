@@ -1,4 +1,4 @@
-"""Which equation of a program combines examples that others keep apart: for error messages, not for proofs."""
+"""Finds the equation of a program that mixes the examples of a batch: for error messages, not for proofs."""
 
 from typing import NamedTuple
 
@@ -11,13 +11,13 @@ from curvature.programs._primitives import CONTROL_FLOW, LINEAR
 
 
 def find_mixing(closed: ClosedJaxpr, axes: list[int | None], size: int, *, may_sum: bool) -> Blocker | None:
-    """The first equation known to mix, or not known not to mix, examples that lie along these axes of the inputs.
+    """The first equation that mixes examples, or for which ``_batch_axis`` has no rule.
 
     Args:
         closed: the program.
-        axes: the axis of the examples of each input, None for an input that all examples share.
+        axes: for each input the axis that indexes examples; None for an input that all examples share.
         size: the number of examples.
-        may_sum: whether a sum over the examples is allowed, of which the outputs are affine.
+        may_sum: whether a sum over the examples is allowed, if the outputs are affine in it.
     """
     jaxpr = closed.jaxpr
     places = _Places({v: axis for v, axis in zip(jaxpr.invars, axes, strict=True) if axis is not None}, set())
@@ -25,14 +25,14 @@ def find_mixing(closed: ClosedJaxpr, axes: list[int | None], size: int, *, may_s
 
 
 class _Places(NamedTuple):
-    """Where the examples are in the variables of a jaxpr: along which axis, or summed over."""
+    """The variables of a jaxpr that depend on the examples: by batch axis, and those affine in sums over examples."""
 
     axes: dict[Variable, int]
     sums: set[Variable]
 
 
 def _follow(jaxpr: Jaxpr, places: _Places, size: int, may_sum: bool) -> Blocker | None:
-    """Follow the examples through the equations that the outputs depend on; ``places`` grows."""
+    """Follow the examples through the equations that the outputs depend on; adds to ``places``."""
     for eqn in live_equations(jaxpr, keep_effects=False):
         operands = [v for v in eqn.invars if isinstance(v, Var)]
         if not any(v in places.axes or v in places.sums for v in operands):
@@ -57,7 +57,7 @@ def _follow(jaxpr: Jaxpr, places: _Places, size: int, may_sum: bool) -> Blocker 
 
 
 def _follow_call(eqn: Equation, body: Jaxpr, places: _Places, size: int, may_sum: bool) -> Blocker | None:
-    """Follow the examples into what an equation calls and out of it; what mixes there without a line has the call's."""
+    """Follow the examples through the body of a call; a blocker without a line is reported at the line of the call."""
     inner = _Places({}, set())
     for v, outer in zip(body.invars, eqn.invars, strict=True):
         if isinstance(outer, Var):
@@ -77,7 +77,7 @@ def _place(places: _Places, v: Variable, axis: int | None, is_sum: bool) -> None
 
 
 def _is_affine(eqn: Equation, places: _Places) -> bool:
-    """Whether an equation is affine in sums over the examples, with coefficients that do not depend on these."""
+    """Whether an equation is affine in sums over the examples, with coefficients that do not depend on the examples."""
     if any(isinstance(v, Var) and v in places.axes for v in eqn.invars):
         return False
     of_sums = [isinstance(v, Var) and v in places.sums for v in eqn.invars]

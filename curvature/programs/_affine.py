@@ -271,7 +271,7 @@ def _broadcast(eqn: Equation, operand: int, axes: Sequence[Any]) -> tuple[Axes, 
 
 
 def _merge_axes(array: Array, groups: int, positions: int) -> Array:
-    """Merge the axes of the groups into one, those of the positions into one, and the other axes into one."""
+    """Merge the first ``groups`` axes into one, the next ``positions`` axes into one, and the other axes into one."""
     shape = array.shape
     cut = groups + positions
     return array.reshape(math.prod(shape[:groups]), math.prod(shape[groups:cut]), math.prod(shape[cut:]))

@@ -170,7 +170,8 @@ def _evaluate_inline(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -
 class Loop(NamedTuple):
     """The body of a scan or a while, and how the operands of the equation are passed to it.
 
-    The operands are: those of the condition of a while, constants of the body, carries, and slices of a scan.
+    The operands of the equation are, in order: constants of the condition of a while, constants of the body, carries,
+    and slices of a scan.
 
     Attributes:
         body: the body, as a function of constants, carries and slices.
@@ -185,7 +186,7 @@ class Loop(NamedTuple):
     num_carry: int
 
     def split(self, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """One item for each operand of the equation, as those of the constants, of the carries and of the slices."""
+        """Split a list with one item for each operand of the equation into constants, carries and slices."""
         first_carry = self.num_tested + self.num_consts
         first_slice = first_carry + self.num_carry
         return (

@@ -219,7 +219,7 @@ def _custom_jvp_blocker(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocke
 def _find_nonlinear(jaxpr: Jaxpr, is_tangent: Sequence[bool]) -> Blocker | None:
     """The first equation that JAX cannot transpose with respect to the tangents; bodies of calls are searched.
 
-    Whatever depends on the tangents counts, comparisons too: JAX transposes every equation that does.
+    Every equation that depends on the tangents counts, comparisons too: JAX transposes all of them.
     """
     tangents = set(compress(jaxpr.invars, is_tangent))
     for eqn in jaxpr.eqns:

@@ -202,6 +202,7 @@ def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any,
     a ``custom_vjp``: cotangents are scaled and summed before they are pulled back through equations that parameters
     enter, and the rule of a ``custom_vjp`` need not be linear in them.
     """
+    # 1. Trace the loss, as a function of parameters and example, and of the parameters alone.
     whole = _traced.trace(lambda point: (loss(point[0], *point[1]), None), (params, example))
     _checks.check_scalar_output(function, "loss", whole.out)
     if whole.jaxpr is None:
@@ -209,6 +210,7 @@ def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any,
     program = _traced.trace(lambda params: whole.fun((params, example)), params)
     if program.blocker("rev") is not None:
         return None
+    # 2. Which variables depend on the data, and which on the parameters.
     closed = inline(whole.jaxpr)
     leaves = jax.tree.leaves(params)
     inputs = closed.jaxpr.invars[: len(leaves)]
@@ -218,11 +220,13 @@ def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any,
     on_parameters = dependents(closed.jaxpr, inputs)
     if any(is_floating(v) and not is_real(v) for v in on_parameters):
         return None
+    # 3. The sites, and the roots that enter them.
     origins = {v: Origin(v, tuple(range(v.aval.ndim))) for v in inputs}
     views = {v: View(k, v.aval.shape) for k, v in enumerate(inputs)}
     level = _find_sites(closed, on_data, origins, views)
     assert level is not None, "only the body of a scan can have no level"
     roots = tuple(dict.fromkeys(origin.root for site in level.all_sites() for origin in site.origins))
+    # 4. The equations through which cotangents are pulled back: of parameters alone, and sites without a form.
     alone = [e for e in closed.jaxpr.eqns if not on_parameters.isdisjoint(e.outvars) and on_data.isdisjoint(e.outvars)]
     alone += [site.eqn for site in level.all_sites() if site.form is None]
     if not roots or any(_traced.equation_has("custom_vjp_call", eqn) for eqn in alone):
@@ -257,9 +261,9 @@ def _find_sites(
         closed: the jaxpr, inlined.
         on_data: its variables that depend on the data.
         origins: the origins of its inputs; grows to all variables that depend on the parameters alone.
-        views: the views of its inputs; grows alike.
-        lengths: the lengths of the scans around the jaxpr. Inside a scan each site must have a form and a root outside
-            of the scan; None is returned if one has not.
+        views: the views of its inputs; grows to the views of these variables.
+        lengths: the lengths of the scans around the jaxpr. Inside a scan each site must have a form, and a root outside
+            of the scan; otherwise None is returned.
     """
     sites, scans = {}, {}
     for k, eqn in enumerate(closed.jaxpr.eqns):

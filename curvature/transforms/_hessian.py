@@ -17,8 +17,7 @@ from curvature.transforms import _modes
 from curvature.transforms._compositions import hessian_of, linearize_program, product_of, trace_objective
 from curvature.transforms._jacobian import bind_argnums, gradient_of, map_basis, sum_over_devices
 from curvature.transforms._mean_hessian import hessian_of_examples, routes_of_examples
-from curvature.transforms._self_check_second import check_hessian, subject_of
-from curvature.transforms._self_check_traces import check_diagonal
+from curvature.transforms._self_check_second import check_diagonal, check_hessian, subject_of
 
 
 def hvp(f: Objective, x: Tree, v: Tree, *args: Any, mode: HessianMode = "auto") -> Tree:

@@ -14,7 +14,7 @@ from curvature.programs import _traced
 from curvature.programs._jets import BY_REVERSE, Jet, Step, push_jets
 from curvature.programs._pushforward import choose_forward, derivative_along, directional_derivative, inconsistent_rule
 from curvature.transforms._jacobian import jacobian_of
-from curvature.transforms._self_check_traces import check_laplacian
+from curvature.transforms._self_check_second import check_laplacian
 
 _EAGER = Step("a branch on a value", "jvp of jvp of the whole function, for each direction", "f")
 
