@@ -73,7 +73,7 @@ def canonical_form(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | N
 
     Precondition of every rule: one output, and real numbers throughout, except for the integers that index a lookup.
     """
-    rule = RULES.get(eqn.primitive.name)
+    _, rule = RULES.get(eqn.primitive.name, ("", None))
     if rule is None or len(eqn.outvars) != 1 or not all(map(is_real, (eqn.outvars[0], eqn.invars[operand]))):
         return None
     if any(is_floating(v) and not is_real(v) for v in eqn.invars):
@@ -277,13 +277,14 @@ def _merge_axes(array: Array, groups: int, positions: int) -> Array:
     return array.reshape(math.prod(shape[:groups]), math.prod(shape[groups:cut]), math.prod(shape[cut:]))
 
 
-RULES: dict[str, Callable[[Equation, int, Sequence[int | None]], Form | None]] = {
-    "dot_general": _dot_general,
-    "conv_general_dilated": _convolution,
-    "gather": _gather,
-    "dynamic_slice": _dynamic_slice,
-    "add": _addition,
-    "add_any": _addition,
-    "sub": lambda eqn, operand, axes: _addition(eqn, operand, axes, sign=1 if operand == 0 else -1),
-    "mul": _multiplication,
+RULES: dict[str, tuple[str, Callable[[Equation, int, Sequence[int | None]], Form | None]]] = {
+    "dot_general": ("matrix product", _dot_general),
+    "conv_general_dilated": ("convolution", _convolution),
+    "gather": ("lookup", _gather),
+    "dynamic_slice": ("lookup", _dynamic_slice),
+    "add": ("bias", _addition),
+    "add_any": ("bias", _addition),
+    "sub": ("bias", lambda eqn, operand, axes: _addition(eqn, operand, axes, sign=1 if operand == 0 else -1)),
+    "mul": ("scale", _multiplication),
 }
+"""For each primitive the kind of operation, in words, and the rule of its canonical form."""

@@ -139,17 +139,15 @@ def _concatenate_positions(uses: Sequence[Factors]) -> Factors:
     first, *others = uses
     if not others:
         return first
-    turned = [first, *(use if use.rows == first.rows else _transpose(use) for use in others)]
+    # With inputs and cotangents exchanged, a use of the transposed matrix becomes a use of the matrix.
+    turned = [
+        use if use.rows == first.rows else Factors(use.d, dense(use), use.group, use.columns, use.rows) for use in uses
+    ]
     if all(isinstance(use.a, Lookup) for use in turned):
         a = Lookup(jnp.concatenate([use.a.rows for use in turned], 1), first.a.size)
     else:
         a = jnp.concatenate([dense(use) for use in turned], 1)
     return first._replace(a=a, d=jnp.concatenate([use.d for use in turned], 1))
-
-
-def _transpose(use: Factors) -> Factors:
-    """The use with inputs and cotangents exchanged: the gradient of the transposed matrix."""
-    return Factors(use.d, dense(use), use.group, use.columns, use.rows)
 
 
 def dense(use: Factors) -> Array:

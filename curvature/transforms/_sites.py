@@ -6,18 +6,8 @@ import jax.extend as jex
 
 from curvature._trees import leaf_paths
 from curvature._types import Tree
+from curvature.programs._affine import RULES
 from curvature.transforms._tap_hessian import Points
-
-_RULES = {
-    "dot_general": "matrix product",
-    "conv_general_dilated": "convolution",
-    "gather": "lookup",
-    "dynamic_slice": "lookup",
-    "mul": "scale",
-    "add": "bias",
-    "add_any": "bias",
-    "sub": "bias",
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,8 @@ def rules_of_sites(points: Points, x: Tree) -> tuple[SiteRule, ...]:
         leaves = sorted({leaf for root in roots for leaf in taps.leaves_of[root]})
         entries = sum(root.aval.size for root in dict.fromkeys(roots) if root in points.rest)
         name: str = site.eqn.primitive.name
-        rule = f"products along {entries:,} directions" if entries else _RULES.get(name) or name
+        kind = RULES[name][0] if name in RULES else name
+        rule = f"products along {entries:,} directions" if entries else kind
         where = jex.source_info_util.summarize(site.eqn.source_info)
         rules.append(SiteRule(name, where, tuple(paths[leaf] for leaf in leaves), rule))
     return tuple(rules)
