@@ -138,7 +138,7 @@ def _convolution(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | Non
         space = zip(params["padding"], params["lhs_dilation"], strict=True)
         padding = [(0, 0, 0), *((low, high, step - 1) for (low, high), step in space), (0, 0, 0)]
         image = jax.lax.pad(jnp.transpose(image, (lhs[0], *lhs[2:], lhs[1])), jnp.zeros((), image.dtype), padding)
-        patches = _patches(image, window, sizes, params["window_strides"], params["rhs_dilation"])
+        patches = _extract_patches(image, window, sizes, params["window_strides"], params["rhs_dilation"])
         patches = patches.reshape(-1, *window, image.shape[-1])
         return _merge_axes(jnp.transpose(patches, [0, *(1 + k for k in row_order)]), 0, 1)
 
@@ -160,7 +160,7 @@ def _convolution(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | Non
     )
 
 
-def _patches(
+def _extract_patches(
     image: Array, window: Sequence[int], sizes: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
 ) -> Array:
     """``(batch, *space, channel)`` to ``(batch, *sizes, window and channel)``: the inputs of each output position."""

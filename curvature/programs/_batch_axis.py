@@ -85,7 +85,7 @@ def _gather(eqn: Equation, axes: Axes) -> Rule | None:
     fixed = {*numbers.start_index_map, *numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     if operand is not None and operand not in fixed:
         gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-        place = _without(gone, operand)
+        place = _renumber_axis(gone, operand)
         whole = indices is None and eqn.params["slice_sizes"][operand] == eqn.invars[0].aval.shape[operand]
         return (axes, [numbers.offset_dims[place]]) if whole else None
     positions = [k for k in range(eqn.outvars[0].aval.ndim) if k not in numbers.offset_dims]
@@ -100,7 +100,7 @@ def _gather(eqn: Equation, axes: Axes) -> Rule | None:
     return [of_operand, indices], [positions[indices]]
 
 
-def _without(gone: Iterable[Any], axis: int) -> int:
+def _renumber_axis(gone: Iterable[Any], axis: int) -> int:
     """The number of an axis after the axes in ``gone`` are removed."""
     return axis - len([k for k in gone if k < axis])
 
@@ -114,7 +114,7 @@ def _reduce(eqn: Equation, axis: int, size: int) -> Rule | None:
     axes = eqn.params["axes"]
     if axis in axes:
         return ([axis], [None]) if eqn.primitive.name == "reduce_sum" else None
-    return [axis], [_without(axes, axis)]
+    return [axis], [_renumber_axis(axes, axis)]
 
 
 def _reshape(eqn: Equation, axis: int, size: int) -> Rule | None:
@@ -153,7 +153,7 @@ _RULES: dict[str, Callable[[Equation, int, int], Rule | None]] = {
     # No precondition: the axis of the examples moves to one place.
     "transpose": lambda eqn, axis, size: ([axis], [eqn.params["permutation"].index(axis)]),
     # No precondition: only axes of size one go, and there is more than one example.
-    "squeeze": lambda eqn, axis, size: ([axis], [_without(eqn.params["dimensions"], axis)]),
+    "squeeze": lambda eqn, axis, size: ([axis], [_renumber_axis(eqn.params["dimensions"], axis)]),
     "reshape": _reshape,
     # Precondition: all examples are kept.
     "slice": lambda eqn, axis, size: ([axis], [axis]) if eqn.outvars[0].aval.shape[axis] == size else None,

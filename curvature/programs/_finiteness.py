@@ -165,21 +165,21 @@ def _add_facts(eqn: Any, ranges: Sequence[Range], facts: _Facts) -> None:
         facts.attains[out] = facts.attains[eqn.invars[0]]
 
 
-def _products(a: Range, b: Range) -> Range:
+def _product_range(a: Range, b: Range) -> Range:
     ends = [0.0 if 0.0 in pair else pair[0] * pair[1] for pair in itertools.product(a, b)]
     return min(ends), max(ends)
 
 
-def _square(a: Range) -> Range:
-    low, high = _products(a, a)
+def _square_range(a: Range) -> Range:
+    low, high = _product_range(a, a)
     return (0.0 if a[0] <= 0 <= a[1] else min(a[0] * a[0], a[1] * a[1])), max(low, high)
 
 
-def _joined(*ranges: Range) -> Range:
+def _join_ranges(*ranges: Range) -> Range:
     return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
-def _exp(x: float) -> float:
+def _exp_or_inf(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf  # where math.exp overflows
 
 
@@ -191,7 +191,7 @@ RANGES: dict[str, Callable[..., Range]] = {
     "abs": lambda a: (max(a[0], -a[1], 0.0), max(-a[0], a[1])),
     "max": lambda a, b: (max(a[0], b[0]), max(a[1], b[1])),
     "min": lambda a, b: (min(a[0], b[0]), min(a[1], b[1])),
-    "exp": lambda a: (_exp(a[0]), _exp(a[1])),
+    "exp": lambda a: (_exp_or_inf(a[0]), _exp_or_inf(a[1])),
     "log1p": lambda a: (math.log1p(a[0]), math.log1p(a[1])),
     "logistic": lambda a: (0.0, 1.0),
     "tanh": lambda a: (-1.0, 1.0),
@@ -199,8 +199,8 @@ RANGES: dict[str, Callable[..., Range]] = {
     "cos": lambda a: (-1.0, 1.0),
     "erf": lambda a: (-1.0, 1.0),
     "sqrt": lambda a: (math.sqrt(a[0]), math.sqrt(a[1])),
-    "square": _square,
-    "concatenate": _joined,
+    "square": _square_range,
+    "concatenate": _join_ranges,
 }
 
 
@@ -208,14 +208,14 @@ def _special_range(eqn: Any, ranges: Sequence[Range], facts: _Facts) -> Range:
     """The range of an output that depends on parameters of the equation, or on whether two operands are the same."""
     name = eqn.primitive.name
     if name == "mul":
-        return _square(ranges[0]) if eqn.invars[0] is eqn.invars[1] else _products(*ranges)
+        return _square_range(ranges[0]) if eqn.invars[0] is eqn.invars[1] else _product_range(*ranges)
     if name == "div":
         low, high = ranges[1]
-        return _products(ranges[0], (1 / high, 1 / low))
+        return _product_range(ranges[0], (1 / high, 1 / low))
     if name == "integer_pow" and eqn.params["y"] % 2 == 0:
-        return _square(ranges[0]) if eqn.params["y"] == 2 else (0.0, math.inf)
+        return _square_range(ranges[0]) if eqn.params["y"] == 2 else (0.0, math.inf)
     if name == "select_n":
-        return ranges[2] if facts.tested.get(eqn.invars[0]) is eqn.invars[2] else _joined(*ranges[1:])
+        return ranges[2] if facts.tested.get(eqn.invars[0]) is eqn.invars[2] else _join_ranges(*ranges[1:])
     if name == "reduce_sum":
         return _range_of_sum(eqn, ranges[0], facts)
     return _UNKNOWN

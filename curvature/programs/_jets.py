@@ -153,7 +153,7 @@ def _expand(jet: Jet | Chain) -> Jet:
     value, root, slope, bend = jet
     terms = [] if root.lap is None else [slope * root.lap]
     terms += [] if bend is None else [bend * jnp.sum(root.jac**2, axis=0)]
-    return Jet(value, slope[None] * root.jac, _total(terms))
+    return Jet(value, slope[None] * root.jac, _sum_terms(terms))
 
 
 def _push_chain(alone: _Equation) -> Jet | Chain:
@@ -161,11 +161,11 @@ def _push_chain(alone: _Equation) -> Jet | Chain:
     jets = [alone.jets[i] for i in alone.active]
     chains = [jet if isinstance(jet, Chain) else Chain(jet.value, jet, jnp.ones_like(jet.value), None) for jet in jets]
     first, second = _partials(alone)
-    slope = _total([f_i * chains[i].slope for i, f_i in first.items()])
+    slope = _sum_terms([f_i * chains[i].slope for i, f_i in first.items()])
     bend = [f_i * chains[i].bend for i, f_i in first.items() if chains[i].bend is not None]
     bend += [f_ij * chains[i].slope * chains[j].slope for (i, j), f_ij in second.items()]
     value = alone.outputs[0]
-    return Jet(value) if slope is None else Chain(value, chains[0].root, slope, _total(bend))
+    return Jet(value) if slope is None else Chain(value, chains[0].root, slope, _sum_terms(bend))
 
 
 def _push_elementwise(alone: _Equation) -> Jet:
@@ -174,8 +174,8 @@ def _push_elementwise(alone: _Equation) -> Jet:
     first, second = _partials(alone)
     lap = [f_i * jets[i].lap for i, f_i in first.items() if jets[i].lap is not None]
     lap += [f_ij * jnp.sum(jets[i].jac * jets[j].jac, axis=0) for (i, j), f_ij in second.items()]
-    jac = _total([f_i[None] * jets[i].jac for i, f_i in first.items()])
-    return Jet(alone.outputs[0], jac, _total(lap))
+    jac = _sum_terms([f_i[None] * jets[i].jac for i, f_i in first.items()])
+    return Jet(alone.outputs[0], jac, _sum_terms(lap))
 
 
 def _partials(alone: _Equation) -> tuple[dict[int, Any], dict[tuple[int, int], Any]]:
@@ -226,7 +226,7 @@ def _push_generic(alone: _Equation, log: list[Step]) -> list[Jet]:
     outs = []
     for v, value in zip(alone.eqn.outvars, alone.outputs, strict=True):
         is_reached, jac, terms = next(pairs) if is_floating(v) else (False, None, [])
-        outs.append(Jet(value, jac, _total(terms)) if is_reached else Jet(value))
+        outs.append(Jet(value, jac, _sum_terms(terms)) if is_reached else Jet(value))
     return outs
 
 
@@ -259,7 +259,7 @@ def _dot_second_derivative(alone: _Equation) -> Any:
     return 2 * jax.lax.dot_general(left, right, (contracted, (shifted(left_batch), shifted(right_batch))), **params)
 
 
-def _total(terms: Sequence[Any]) -> Any:
+def _sum_terms(terms: Sequence[Any]) -> Any:
     """The sum of arrays; None, which stands for zero, if there are none."""
     return functools.reduce(jnp.add, terms) if terms else None
 

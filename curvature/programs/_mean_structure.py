@@ -51,7 +51,7 @@ def find_examples(program: Program) -> Examples | None:
     for size in _leading_sizes(closed.jaxpr):
         reading = _read_program(closed.jaxpr, size)
         if closed.jaxpr.outvars[0] in reading.sums:
-            return _examples_of(closed, reading)
+            return _build_examples(closed, reading)
     return None
 
 
@@ -137,7 +137,7 @@ class _Reading:
         known = self.data.issuperset(eqn.outvars)
         if step.axes[0] is None:
             if not known and not self._repeats(step):
-                self.mixed |= self._grows(eqn)
+                self.mixed |= self._takes_more_memory(eqn)
                 self.sums.update(eqn.outvars)
                 self.steps.update(dict.fromkeys(eqn.outvars, step))
             return
@@ -151,7 +151,7 @@ class _Reading:
         cut = [v for v, axis in zip(step.eqn.invars, step.needs, strict=True) if axis is not None]
         return not any(v in self.data or v in self.axes for v in cut)
 
-    def _grows(self, eqn: Equation) -> bool:
+    def _takes_more_memory(self, eqn: Equation) -> bool:
         """Whether one term for each example takes more memory than the operands of the sum."""
         return self.size * eqn.outvars[0].aval.size > sum(v.aval.size for v in eqn.invars)
 
@@ -163,7 +163,7 @@ class _Reading:
             rule = axis_rule(eqn, given, self.size)
         if rule is None or not all(map(self._can_be_cut, eqn.invars, rule[0])):
             return None
-        uses = _uses(eqn, rule[0])
+        uses = _cut_axes(eqn, rule[0])
         alike = all(not isinstance(v, Var) or uses[v] == axis for v, axis in zip(eqn.invars, rule[0], strict=True))
         return _Step(eqn, *rule) if alike else None  # a variable used twice is cut alike
 
@@ -230,11 +230,11 @@ def _read_derivative(jaxpr: Jaxpr, eqn: Equation, needs: Axes, size: int) -> _Re
     fun, variables = equation_function(jaxpr, eqn)
     avals = [v.aval for v in variables]
     made = jax.make_jaxpr(lambda values, along: jax.jvp(fun, values, along)[1])(avals, avals)
-    axes = _uses(eqn, needs).values()
+    axes = _cut_axes(eqn, needs).values()
     return _read_body(inline(made), [*axes, *axes], size, of_derivative=True)
 
 
-def _uses(eqn: Equation, needs: Axes) -> dict[Variable, int | None]:
+def _cut_axes(eqn: Equation, needs: Axes) -> dict[Variable, int | None]:
     """The axis along which each distinct variable of an equation is cut, in the order of ``equation_function``."""
     return {v: axis for v, axis in zip(eqn.invars, needs, strict=True) if isinstance(v, Var)}
 
@@ -254,7 +254,7 @@ def _plan(reading: _Reading) -> tuple[list[Task], list[tuple[Variable, int]]]:
         step = reading.steps.get(eqn.outvars[0])
         if step is not None and not wanted.isdisjoint(zip(eqn.outvars, step.axes, strict=True)):
             tasks.append((eqn, step))
-            uses = _uses(eqn, step.needs).items()
+            uses = _cut_axes(eqn, step.needs).items()
             cut.update({(v, axis): None for v, axis in uses if axis is not None and v in reading.data})
             wanted.update((v, None if v in reading.data else axis) for v, axis in uses)
             if step.axes[0] is None:
@@ -265,7 +265,7 @@ def _plan(reading: _Reading) -> tuple[list[Task], list[tuple[Variable, int]]]:
     return tasks[::-1], list(cut)
 
 
-def _examples_of(closed: ClosedJaxpr, reading: _Reading) -> Examples:
+def _build_examples(closed: ClosedJaxpr, reading: _Reading) -> Examples:
     """The loss of one example, and the data cut into examples; what depends on data alone is evaluated here, once."""
     jaxpr = closed.jaxpr
     tasks, cut = _plan(reading)
@@ -301,7 +301,7 @@ def _evaluate(
             if whole.lacks(eqn):
                 whole.evaluate(reading.jaxpr, eqn)
             continue
-        uses = _uses(eqn, step.needs).items()
+        uses = _cut_axes(eqn, step.needs).items()
         env = Environment({v: whole[v] if axis is None else one[v, axis] for v, axis in uses})
         if eqn.primitive.name == "custom_jvp_call":
             outs = _custom_on_one(reading, step)(*env.values())
@@ -329,7 +329,7 @@ def _custom_on_one(reading: _Reading, step: _Step) -> Callable[..., list[Any]]:
     """A function with a custom derivative, on a batch of one, as a function of the equation's distinct variables."""
     eqn, size = step.eqn, reading.size
     fun, variables = equation_function(reading.jaxpr, eqn)
-    axes = list(_uses(eqn, step.needs).values())
+    axes = list(_cut_axes(eqn, step.needs).values())
     body = _read_body(_body_of(eqn), step.needs, size, reading.of_derivative)
     assert body is not None  # it has been read before
 
@@ -343,13 +343,13 @@ def _custom_on_one(reading: _Reading, step: _Step) -> Callable[..., list[Any]]:
         derivative = _read_derivative(reading.jaxpr, eqn, step.needs, size)
         if derivative is not None:
             return on_one(*values), _run_body(derivative, [*axes, *axes], [*values, *directions])
-        along = jax.jvp(fun, _widened(values, axes, size), _widened(directions, axes, size))[1]
+        along = jax.jvp(fun, _repeat_examples(values, axes, size), _repeat_examples(directions, axes, size))[1]
         first = [jnp.take(out, jnp.array([0]), axis) for out, axis in zip(along, step.axes, strict=True)]
         return on_one(*values), first
 
     return on_one
 
 
-def _widened(values: Sequence[Any], axes: Axes, size: int) -> list[Any]:
+def _repeat_examples(values: Sequence[Any], axes: Axes, size: int) -> list[Any]:
     """A batch of equal examples."""
     return [v if axis is None else jnp.repeat(v, size, axis) for v, axis in zip(values, axes, strict=True)]

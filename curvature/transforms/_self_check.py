@@ -200,7 +200,7 @@ def direction_like(x: Tree, seed: int) -> Tree:
     return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)).astype(leaf.dtype), x)
 
 
-def moved(x: Tree, eps: float) -> Tree:
+def perturb_point(x: Tree, eps: float) -> Tree:
     """The point with every entry moved by four roundings."""
     rng = np.random.default_rng(1)
 

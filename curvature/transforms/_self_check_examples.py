@@ -22,7 +22,7 @@ from curvature.transforms._self_check import (
     eps_of,
     failure,
     few_of,
-    moved,
+    perturb_point,
     rebuild_loss,
     trace_example,
     widen,
@@ -88,7 +88,7 @@ def check_few_examples(
             alone, part = _restrict_to_leaf(rebuild_loss(of_example, consts), params, leaf)
             found = [*map(widen, run(alone, part, batch, extra))]
             here, there = (
-                formula(_gradients(of_example, alone, at, batch), extra, eps) for at in (part, moved(part, eps))
+                formula(_gradients(of_example, alone, at, batch), extra, eps) for at in (part, perturb_point(part, eps))
             )
             return [
                 Sides(output, one.value, other.value, one.size, one.moves)

@@ -28,7 +28,7 @@ from curvature.transforms._self_check import (
     entries_of,
     eps_of,
     failure,
-    moved,
+    perturb_point,
     rebuild,
     rebuild_loss,
     trace_example,
@@ -181,7 +181,7 @@ def _compare_products(
             along = [leaf if k in group else jnp.zeros_like(leaf) for k, leaf in enumerate(v)]
             direction = jax.tree.structure(x).unflatten(along)
             expected, elsewhere = (
-                _hessian_product(subject.program, scalar, at, direction) for at in (x, moved(x, eps))
+                _hessian_product(subject.program, scalar, at, direction) for at in (x, perturb_point(x, eps))
             )
             for row, _ in _rows_of_groups(pairs, [group]):
                 own = [pair for pair in pairs if pair[0] == row and pair[1] in group]
@@ -271,7 +271,7 @@ def check_diagonal(subject: Subject) -> None:
             unit[k] = unit[k].reshape(-1).at[entry].set(1).reshape(unit[k].shape)
             direction = jax.tree.structure(x).unflatten(unit)
             expected, elsewhere = (
-                _hessian_product(subject.program, fun, at, direction)[k][entry] for at in (x, moved(x, eps))
+                _hessian_product(subject.program, fun, at, direction)[k][entry] for at in (x, perturb_point(x, eps))
             )
             sides.append(Sides(widen(diagonal[k]).reshape(-1)[entry], expected, elsewhere, expected))
         return sides
@@ -336,7 +336,7 @@ def _laplacian_sides(
     outs = jax.tree.leaves(along(subject.evaluate(values[0]), directions))
     found = sum(jnp.sum(widen(weight * out)) for weight, out in zip(weights, outs, strict=True))
     here = forms(x)
-    return Sides(jnp.asarray(found), jnp.sum(here), jnp.sum(forms(moved(x, eps))), jnp.sum(jnp.abs(here)))
+    return Sides(jnp.asarray(found), jnp.sum(here), jnp.sum(forms(perturb_point(x, eps))), jnp.sum(jnp.abs(here)))
 
 
 def _directions(leaf: Array, seed: int, is_chosen: bool) -> Array:
