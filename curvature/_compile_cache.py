@@ -1,4 +1,4 @@
-"""Caches of compiled programs, keyed weakly by the functions that they were compiled for."""
+"""Caches of compiled solves and compiled calls, keyed weakly by the functions that they were compiled for."""
 
 import functools
 import inspect
@@ -15,21 +15,21 @@ from jax.extend.core import get_opaque_trace_state
 from curvature._trees import num_entries
 from curvature._types import Objective, Tree
 
-# A cache and nothing else: it is never read but for the very function that put its programs there.
+# The programs of `compiled`: by the objective, which is held weakly, then by program and options.
 _PROGRAMS: weakref.WeakKeyDictionary[Objective, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
-# Up to JAX 0.11.0, XLA's newer emitters of fusions take more than half of a compilation for the CPU, and small programs
-# are no faster for it; over 100,000 entries of data they may be by a quarter. Later versions compile as quickly as this
-# makes these, and have no such option.
+# Up to JAX 0.11.0, XLA's fusion emitters take more than half of a compilation for the CPU. They do not make small
+# programs faster; programs on more than 100,000 entries of data may run faster by a quarter. Later versions compile as
+# quickly without this option, and no longer have it.
 _QUICK_TO_COMPILE = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11, 1) else None
-_SMALL = 2000  # entries of the operands together: our own choice, between the two
+_SMALL = 2000  # Heuristic: programs with at most so many entries in all operands are compiled quickly.
 
 with jax.core.eval_context():
     _UNTRACED = get_opaque_trace_state()
 
-# The programs of `compiled_for`; weak references to functions stand in the keys in place of the functions.
+# The programs of `compiled_for`; their keys hold weak references to functions.
 _PROGRAMS_FOR: dict[Any, Callable[..., Any]] = {}
-_MAX_PROGRAMS = 1000  # Heuristic: far more than one session needs; bounds what numbers in the keys can add up to.
+_MAX_PROGRAMS = 1000  # Heuristic: more than one session needs; keys that hold numbers could grow without bound.
 
 
 def is_traced() -> bool:
@@ -38,11 +38,11 @@ def is_traced() -> bool:
 
 
 def compiled(program: Callable[..., Any], fun: Objective, operands: Tree) -> Callable[..., Any]:
-    """``program(fun, ...)`` compiled, found again as long as the objective lives, and not kept any longer.
+    """``program(fun, ...)`` compiled; the cache holds it as long as the objective lives.
 
-    Keyword arguments are static. What cannot be looked up, a bound method (made anew at each mention) or a callable
-    that holds arrays, is compiled at every call. Few ``operands``, the start and the data, are compiled quickly; under
-    another transformation the outermost one says how.
+    Keyword arguments are static. An objective that cannot be a key is compiled at every call: a bound method, which is
+    a new object at each access, or a callable that holds arrays. Programs with small ``operands``, the start and the
+    data, are compiled quickly; inside another transformation, the outermost one sets the compiler options.
     """
     small = num_entries(operands) <= _SMALL
     quickly = small and not is_traced()
@@ -50,28 +50,27 @@ def compiled(program: Callable[..., Any], fun: Objective, operands: Tree) -> Cal
         programs = _PROGRAMS.setdefault(fun, {})
         key = program, quickly
         if key not in programs:
-            alive = functools.partial(_run_alive, program, weakref.ref(fun))
-            programs[key] = _jit(alive, program, quickly)
+            reference = weakref.ref(fun)
+            programs[key] = _jit_objective(lambda *args, **how: program(reference(), *args, **how), program, quickly)
         return programs[key]
     except TypeError:  # not hashable, or not weakly referable
-        return _jit(functools.partial(program, fun), program, quickly)
+        return _jit_objective(functools.partial(program, fun), program, quickly)
 
 
-def _jit(call: Callable[..., Any], program: Callable[..., Any], quickly: bool) -> Callable[..., Any]:
+def _jit_objective(call: Callable[..., Any], program: Callable[..., Any], quickly: bool) -> Callable[..., Any]:
     static = [name for name, p in inspect.signature(program).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    options = _QUICK_TO_COMPILE if quickly and jax.default_backend() == "cpu" else None
-    return jax.jit(call, static_argnames=static, compiler_options=options)
+    return jax.jit(call, static_argnames=static, compiler_options=_compiler_options(quickly))
 
 
-def _run_alive(program: Callable[..., Any], reference: Callable[[], Any], *operands: Any, **how: Any) -> Any:
-    return program(reference(), *operands, **how)
+def _compiler_options(quickly: bool) -> dict[str, Any] | None:
+    return _QUICK_TO_COMPILE if quickly and jax.default_backend() == "cpu" else None
 
 
 class Given:
     """The static part of a call: structures, functions and options, from which a program rebuilds its operands.
 
-    All are equal, because the key of a program has compared what they hold; they are emptied after the call, so that
-    the cache of ``jax.jit`` keeps no function of the user alive.
+    All instances are equal, because the key of a program has compared their contents. An instance is emptied after the
+    call, so that the cache of ``jax.jit`` keeps no function of the user alive.
     """
 
     def __init__(self, structure: Any, static: tuple[Any, ...], how: dict[str, Any]) -> None:
@@ -88,9 +87,9 @@ def call_compiled(program: Callable[..., Any], operands: tuple[Any, ...], how: d
     """``program(*operands, **how)``, compiled once for operators of one structure with the same functions.
 
     Arrays and floats of the operands are passed as operands; functions, other numbers and options are static.
-    Functions are compared by identity, and by the numbers and arrays in their closures and globals, and referred to
-    weakly: a program is dropped when one of its functions dies. Where a function of the user needs the value of an
-    operand to be traced, ``program`` is called without ``jit``.
+    Functions are compared by identity, and by the numbers and arrays in their closures and globals. They are held
+    weakly: a program is dropped when one of its functions dies. If a function of the user needs the value of an operand
+    while it is traced, ``program`` is called without ``jit``.
     """
     jitted, given, data = compiled_for(program, operands, how)
     try:
@@ -106,8 +105,8 @@ def compiled_for(
 ) -> tuple[Any, Given, list[Any]]:
     """The function under ``jax.jit`` that ``call_compiled`` calls, and its arguments.
 
-    It is compiled at every call where the operands have no key: a bound method, which is another object at each
-    mention, or what cannot be hashed.
+    It is compiled at every call if the operands have no key: a bound method, which is a new object at each access, or
+    a value that cannot be hashed.
     """
     leaves, structure = jax.tree.flatten(operands)
     data = [leaf for leaf in leaves if _is_data(leaf)]
@@ -119,7 +118,7 @@ def compiled_for(
         options = tuple(sorted(how.items()))
         key = program, quickly, _without_functions((structure, static, options), functions)
         if key not in _PROGRAMS_FOR:
-            _keep(key, _jit_given(program, quickly), functions)
+            _add_program(key, _jit_given(program, quickly), functions)
         return _PROGRAMS_FOR[key], given, data
     except TypeError:  # not hashable, or not weakly referable
         return _jit_given(program, quickly), given, data
@@ -130,38 +129,39 @@ def _is_data(leaf: Any) -> bool:
 
 
 def _without_functions(value: Any, functions: list[Any]) -> Any:
-    """A static value with weak references in place of the functions in it, which are added to ``functions``."""
+    """A static value with its functions replaced by weak references; the functions are appended to ``functions``."""
     if isinstance(value, jax.tree_util.PyTreeDef):
         node = _without_functions(value.node_data(), functions)
         return node, tuple(_without_functions(child, functions) for child in value.children())
     if type(value) in (tuple, list):
         return type(value), tuple(_without_functions(item, functions) for item in value)
     if inspect.ismethod(value):
-        raise TypeError("a bound method is another object at each mention")
+        raise TypeError("a bound method is a new object at each access")
     if callable(value) and not isinstance(value, type):
         functions.append(value)
-        return weakref.ref(value), tuple(_captured(value, set()))
+        return weakref.ref(value), tuple(_captured_values(value, set()))
     return type(value), value
 
 
-class _Same:
-    """A weak reference to an array that is equal to references to the same array only."""
+class _ArrayIdentity:
+    """A weak reference to an array; equal only to references to the same array."""
 
     def __init__(self, array: Any) -> None:
         self.reference, self.identity = weakref.ref(array), id(array)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.reference() is not None and self.reference() is other.reference()
+        return (
+            isinstance(other, _ArrayIdentity) and self.reference() is not None and self.reference() is other.reference()
+        )
 
     def __hash__(self) -> int:
         return self.identity
 
 
-def _captured(function: Any, seen: set[int]) -> Iterator[Any]:
-    """The numbers and arrays that a function, and those that it calls by name, take from closures and globals.
+def _captured_values(function: Any, seen: set[int]) -> Iterator[Any]:
+    """The numbers and arrays that a function, and the functions that it names, read from closures and globals.
 
-    Without them a function that is called again after one of its variables was assigned another value would meet the
-    program of the old value.
+    They are part of the key: after an assignment to such a variable, the program of the old value must not be reused.
     """
     if not isinstance(function, types.FunctionType) or id(function) in seen:
         return
@@ -170,22 +170,22 @@ def _captured(function: Any, seen: set[int]) -> Iterator[Any]:
     cells = [cell.cell_contents for cell in function.__closure__ or () if _is_set(cell)]
     for value in [*cells, *(function.__globals__[name] for name in names)]:
         if isinstance(value, jax.Array | np.ndarray):
-            yield _Same(value)
+            yield _ArrayIdentity(value)
         elif isinstance(value, bool | int | float | complex | np.generic):
             yield type(value), value
         else:
-            yield from _captured(value, seen)
+            yield from _captured_values(value, seen)
 
 
 def _is_set(cell: Any) -> bool:
     try:
         return cell.cell_contents is not cell
-    except ValueError:  # of a variable that has no value yet
+    except ValueError:  # the variable has no value yet
         return False
 
 
-def _keep(key: Any, jitted: Callable[..., Any], functions: list[Any]) -> None:
-    """Keep a program until one of its functions dies, or the oldest where there are too many."""
+def _add_program(key: Any, jitted: Callable[..., Any], functions: list[Any]) -> None:
+    """Add a program to the cache until one of its functions dies; drop the oldest program if there are too many."""
     if len(_PROGRAMS_FOR) >= _MAX_PROGRAMS:
         _PROGRAMS_FOR.pop(next(iter(_PROGRAMS_FOR)), None)
     _PROGRAMS_FOR[key] = jitted
@@ -198,9 +198,8 @@ def _jit_given(program: Callable[..., Any], quickly: bool) -> Callable[..., Any]
         assert given.content is not None
         structure, static, how = given.content
         values = iter(data)
-        # None is no leaf of a tree: here it marks where the data was.
+        # None is no leaf of a tree, so it marks the positions of the data.
         leaves = [next(values) if leaf is None else leaf for leaf in static]
         return program(*structure.unflatten(leaves), **how)
 
-    options = _QUICK_TO_COMPILE if quickly and jax.default_backend() == "cpu" else None
-    return jax.jit(rebuilt, static_argnums=0, compiler_options=options)
+    return jax.jit(rebuilt, static_argnums=0, compiler_options=_compiler_options(quickly))

@@ -10,8 +10,9 @@ from curvature._types import Scalar, Vector
 def norm(vector: Vector) -> Scalar:
     """The Euclidean norm, safe from overflow and underflow of the squares.
 
-    The entries are divided by the largest within limits whose squares are safe too, and that leave room for another
-    divisor: XLA computes ``(vector / scale) / unit`` as ``vector / (scale * unit)``, which must not be ``0 / 0``.
+    The entries are divided by the largest of them, clamped to numbers whose squares neither overflow nor underflow. The
+    limits leave a factor for another divisor: XLA computes ``(vector / scale) / unit`` as ``vector / (scale * unit)``,
+    which must not be ``0 / 0``.
     """
     limits = jnp.finfo(vector.dtype)
     smallest = limits.tiny**0.5 * limits.eps**0.5
@@ -20,21 +21,22 @@ def norm(vector: Vector) -> Scalar:
 
 
 def exponent_of(vector: Vector) -> Int[Array, ""]:
-    """The power of two that bounds the entries; scaling by it is exact."""
+    """The exponent of a power of two that bounds the entries; scaling by a power of two is exact."""
     return jnp.frexp(jnp.max(jnp.abs(vector)))[1]
 
 
 def divide_or_zero(a: Vector, b: Vector) -> Vector:
-    """``a / b``, and 0 where ``b`` is 0, which the callers reach only where ``a`` is 0 too."""
+    """``a / b``, and 0 where ``b`` is not positive. Precondition: ``b >= 0``, and ``a`` is 0 where ``b`` is."""
     return jnp.where(b > 0, a / b, 0)
 
 
 def rounding_level(eigenvalues: Vector) -> Scalar:
-    """Below this an eigenvalue of a symmetric matrix cannot be told from zero."""
+    """The rounding error of the eigenvalues of a symmetric matrix: a smaller eigenvalue may be zero."""
     return eigenvalues.size * jnp.finfo(eigenvalues.dtype).eps * jnp.max(jnp.abs(eigenvalues))
 
 
 def matmul(a: Array, b: Array) -> Array:
+    """The product of matrices, at the highest precision of the device."""
     return jnp.matmul(a, b, precision="highest")
 
 

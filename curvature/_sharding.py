@@ -1,4 +1,4 @@
-"""Sums over a batch in bounded memory: one chunk of examples after the other, added up as they come."""
+"""Sharding of arrays: the mesh axes over which a value varies or is sharded, and conversions between them."""
 
 from typing import Any
 
@@ -9,18 +9,16 @@ from jaxtyping import Array
 
 from curvature._types import Tree
 
-_CHUNK_BYTES = 32 * 2**20  # what is made for the examples of one chunk may take: ours
-
 
 def zeros(shape: tuple[int, ...], like: Any) -> Array:
-    """Zeros of the dtype of ``like``, which vary over the devices of a mesh over which ``like`` does."""
+    """Zeros of the dtype of ``like``, which vary over the devices of a mesh as ``like`` does."""
     varying = tuple(varying_axes(like))
-    zero = jnp.zeros(shape or 1, like.dtype).reshape(shape)  # a bare scalar has no mesh inside jit: no reshard of it
+    zero = jnp.zeros(shape or 1, like.dtype).reshape(shape)  # inside jit a scalar has no mesh to be resharded
     return jax.lax.pcast(zero, varying, to="varying") if varying else zero
 
 
 def vary_like(tree: Tree, batch: Any) -> Tree:
-    """``tree`` made to vary over the devices of a mesh over which the batch does, so that no derivative by it sums."""
+    """Make ``tree`` vary over the devices of a mesh as the batch does, so that its derivatives are not summed."""
     axes = frozenset().union(*(varying_axes(_type_of(leaf)) for leaf in jax.tree.leaves(batch)))
 
     def varying(leaf: Array) -> Array:
@@ -31,25 +29,25 @@ def vary_like(tree: Tree, batch: Any) -> Tree:
 
 
 def _type_of(value: Any) -> Any:
-    """The type of an array; a type, as of a traced output, is its own."""
+    """The type of an array; a value that is a type already, as of a traced output, is returned."""
     return value if isinstance(value, ShapedArray) else jax.typeof(value)
 
 
 def varying_axes(aval: Any) -> frozenset[str]:
-    """The axes of the mesh over which a value differs from device to device, inside ``jax.shard_map``."""
+    """The axes of the mesh over which a value varies from device to device, inside ``jax.shard_map``."""
     kind = getattr(aval, "manual_axis_type", None)
     return frozenset() if kind is None else kind.varying
 
 
 def spec_of(value: Any) -> tuple[Any, ...]:
-    """For each axis of an array the axes of an explicit mesh over which it is sharded, which are part of its type."""
+    """For each axis of an array, the axes of an explicit mesh over which its type says that it is sharded."""
     return tuple(getattr(getattr(_type_of(value), "sharding", None), "spec", ()))
 
 
 def is_sharded(leaf: Any, axis: int) -> bool:
-    """Whether an axis is sharded over an explicit mesh, so that JAX does not slice it.
+    """Whether an axis is sharded over an explicit mesh, so that JAX refuses to slice it.
 
-    All entries along such an axis are taken at once: each device holds its share of them.
+    All entries along a sharded axis are processed at once: each device holds its share of them.
     """
     return any(axes is not None for axes in spec_of(leaf)[axis : axis + 1])
 
@@ -61,7 +59,7 @@ def place_like(array: Array, like: Any) -> Array:
 
 
 def gathered(leaf: Any, axis: int = 0) -> Any:
-    """A leaf whose entries along an axis are on every device, if an explicit mesh had them spread."""
+    """The leaf with all entries along an axis on every device; an explicit mesh may have sharded them."""
     if not is_sharded(leaf, axis):
         return leaf
     spec = list(spec_of(leaf))
@@ -70,5 +68,5 @@ def gathered(leaf: Any, axis: int = 0) -> Any:
 
 
 def entry(leaf: Any, axis: int = 0) -> Array:
-    """The first entry along an axis, of which only the type matters; also along an axis that is sharded."""
+    """The first entry along an axis, whose type is that of all entries; also along a sharded axis."""
     return jax.lax.index_in_dim(gathered(leaf, axis), 0, axis, keepdims=False)

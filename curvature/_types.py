@@ -1,4 +1,4 @@
-"""Aliases, modes, statuses and result types that every layer shares."""
+"""Type aliases, modes, statuses and result types that all rooms share."""
 
 import enum
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Objective = Callable[..., Any]
-"""A function ``fun(x, *args)``: differentiated by ``x``, any tree of floating arrays; ``args`` is data."""
+"""A function ``fun(x, *args)``, differentiated with respect to ``x``, any tree of floating arrays; ``args`` is data."""
 
 Tree = PyTree[Any]
 """A tree of arrays: the point ``x``, a direction, a gradient."""
@@ -23,26 +23,26 @@ Scalar = Float[Array, ""]
 VectorMap = Callable[[Vector], Vector]
 
 HessianMode = Literal["auto", "fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd"]
-"""How two derivatives are composed: ``"a_over_b"`` differentiates, by mode ``a``, the gradient made by mode ``b``."""
+"""A composition of two derivatives: ``"a_over_b"`` differentiates, by mode ``a``, the gradient by mode ``b``."""
 
 SparseHessianMode = Literal["auto", "fwd_over_rev", "rev_over_rev", "rev_over_fwd"]
-"""The compositions that products of the colors of a sparse Hessian can take, cheapest first."""
+"""The compositions for the products of a sparse Hessian, one for each color, cheapest first."""
 
 JacobianMode = Literal["auto", "fwd", "rev"]
 """Forward mode costs one JVP for each input, reverse mode one VJP for each output."""
 
 ChunkSize = int | Literal["auto"] | None
-"""How many lanes run at once: a number, all of them (``None``), or as many as the cache holds (``"auto"``)."""
+"""How many lanes run at once: a number, all lanes (``None``), or as many as the cache holds (``"auto"``)."""
 
 HessianBlocks = tuple[str, str] | Literal["diagonal"] | None
-"""Which part of a Hessian: the block of two sub-trees named by path, the block of each leaf with itself, or all."""
+"""The part of a Hessian: the block of two sub-trees named by path, the block of each leaf with itself, or all."""
 
 
 class Status(enum.IntEnum):
-    """Why a solver stopped; each value carries a sentence, its ``message``.
+    """Why a solver stopped; ``message`` is a sentence on each value.
 
-    ``CONVERGED`` is the only success, and is reported only when the stated test holds at the returned point. Inside
-    ``jit`` and ``vmap`` a status is an integer array; ``Status(int(status))`` gives it its name back.
+    ``CONVERGED`` is the only success, and is reported only if the stated test holds at the returned point. Inside
+    ``jit`` and ``vmap`` a status is an integer array; ``Status(int(status))`` is the member.
 
     Example:
         >>> Status.CONVERGED.message
@@ -60,7 +60,7 @@ class Status(enum.IntEnum):
 
     @property
     def message(self) -> str:
-        """One sentence for people."""
+        """One sentence on why the solver stopped."""
         return _MESSAGES[self]
 
 
@@ -78,7 +78,7 @@ _MESSAGES = {
 
 
 class History(NamedTuple):
-    """The points that ``minimize`` went through, the start first; what lies behind the last one is NaN.
+    """The iterates of ``minimize``, the start first; entries after the last iterate are NaN.
 
     Attributes:
         value: the objective.
@@ -92,15 +92,15 @@ class History(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MinimizeResult:
-    """What ``minimize`` found. Under ``vmap`` every field has a leading axis of lanes.
+    """The result of ``minimize``. Under ``vmap`` every field has a leading axis of lanes.
 
     Attributes:
-        x: the best point: the one that passed the convergence test or, on failure, the lowest one seen.
+        x: the best point: the point that passed the convergence test or, on failure, the point of lowest value.
         value: the objective at ``x``.
-        grad: its gradient at ``x``, shaped like ``x``.
+        grad: the gradient at ``x``, shaped like ``x``.
         num_steps: how many steps the method took.
         status: a ``Status`` as an integer array.
-        history: a ``History`` of ``max_steps + 1`` points, if asked for.
+        history: a ``History`` of ``max_steps + 1`` points, if requested.
     """
 
     x: Tree
@@ -112,27 +112,27 @@ class MinimizeResult:
 
     @property
     def success(self) -> Bool[Array, "*lanes"]:
-        """Whether ``max|grad| <= gtol + rtol * max|grad at x0|`` holds at ``x``; with bounds, of projected ones."""
+        """Whether ``max|grad| <= gtol + rtol * max|grad at x0|`` at ``x``; with bounds, of projected gradients."""
         return self.status == Status.CONVERGED
 
     @property
     def message(self) -> str | list[Any]:
-        """The sentence of the status; nested lists of sentences for many lanes. Not available while tracing."""
+        """The message of the status; nested lists of messages for many lanes. Not available while tracing."""
         sentences = {int(s): s.message for s in Status}
         return jax.tree.map(sentences.get, np.asarray(self.status).tolist())
 
 
 class SolveInfo(NamedTuple):
-    """How the solution of a linear system ended.
+    """Status, residual and curvature of a solved linear system.
 
     Attributes:
         status: a ``Status`` as an integer array.
-        num_steps: the steps of an iteration, each one product with the operator; for a factorization how often it was
-            applied.
-        residual_norm: ``norm(b - A x)``, computed afresh from the returned ``x``.
-        min_curvature: the smallest ``p' A p / p' p`` seen over directions ``p``: those of the search, or an
-            eigenvector; infinity before any.
-        direction: the direction at which it was seen; of negative curvature if the status says so.
+        num_steps: the number of iterations, each one product with the operator; for a factorization, how many times it
+            was applied.
+        residual_norm: ``norm(b - A x)``, recomputed from the returned ``x``.
+        min_curvature: the smallest ``p' A p / p' p`` over the directions ``p``: search directions, or an eigenvector;
+            infinity before the first direction.
+        direction: the direction ``p`` of ``min_curvature``; of negative curvature if the status says so.
     """
 
     status: Int[Array, ""]

@@ -15,7 +15,7 @@ from curvature import _checks, _trees
 from curvature._types import HessianMode, JacobianMode, Objective, Tree
 from curvature.diagnostics._reports import ModeCost, ModeReport
 from curvature.programs import _traced
-from curvature.programs._legality import outputs_of
+from curvature.programs._legality import active_outputs
 from curvature.programs._mean_structure import Examples
 from curvature.transforms import _modes
 from curvature.transforms._hessian import hessian, hvp
@@ -243,7 +243,7 @@ def _inert_leaves(program: _traced.Program) -> tuple[str, ...]:
     outputs = len(jax.tree.leaves(program.out))
     inert = []
     for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(program.x)[0]):
-        if not any(outputs_of(jaxpr, [i == j for j in range(len(jaxpr.invars))])[:outputs]):
+        if not any(active_outputs(jaxpr, [i == j for j in range(len(jaxpr.invars))])[:outputs]):
             inert.append("x" + jax.tree_util.keystr(path))
     return tuple(inert)
 

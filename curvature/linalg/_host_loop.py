@@ -14,7 +14,7 @@ from curvature._compile_cache import call_compiled, compiled_for, is_traced
 from curvature.operators._base import LinearOperator
 from curvature.operators._data import DataOperator
 from curvature.operators._streamed import evaluate_streamed, replace_streamed, streamed_p
-from curvature.programs._jaxprs import Environment, called_jaxpr, open_jaxpr, open_scan
+from curvature.programs._jaxprs import Environment, called_jaxpr, open_jaxpr, open_loop
 
 # The pieces of the jaxprs that ran on the host, which jit keeps for each program: without them each call compiles.
 _PIECES: weakref.WeakKeyDictionary[Jaxpr, list["_Piece"]] = weakref.WeakKeyDictionary()
@@ -56,7 +56,7 @@ class _Piece(NamedTuple):
         eqn: the equation, or None.
         ins: the variables and literals that it takes.
         outs: the variables that it sets.
-        body: what computes them: a compiled function, the parts of a scan, a jaxpr that is called, or None.
+        body: what computes them: a compiled function, the ``Loop`` of a scan, a jaxpr that is called, or None.
     """
 
     eqn: Any
@@ -98,17 +98,16 @@ def _while(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) 
 
 
 def _scan(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) -> list[Any]:
-    scan = piece.body
-    first = scan.num_consts + scan.num_carry
-    consts, carry, slices = values[: scan.num_consts], values[scan.num_consts : first], values[first:]
-    steps = range(scan.length)[:: -1 if scan.reverse else 1]
-    stacked: list[list[Any]] = [[] for _ in range(len(piece.outs) - scan.num_carry)]
-    for i in steps:
-        outs = _evaluate_closed(scan.body, [*consts, *carry, *(x[i] for x in slices)], operators)
-        carry = outs[: scan.num_carry]
-        for rows, out in zip(stacked, outs[scan.num_carry :], strict=True):
+    loop, params = piece.body, piece.eqn.params
+    consts, carry, slices = loop.split(values)
+    order = -1 if params["reverse"] else 1
+    stacked: list[list[Any]] = [[] for _ in range(len(piece.outs) - loop.num_carry)]
+    for i in range(params["length"])[::order]:
+        outs = _evaluate_closed(loop.body, [*consts, *carry, *(x[i] for x in slices)], operators)
+        carry = outs[: loop.num_carry]
+        for rows, out in zip(stacked, outs[loop.num_carry :], strict=True):
             rows.append(out)
-    return [*carry, *(jnp.stack(rows[:: -1 if scan.reverse else 1]) for rows in stacked)]
+    return [*carry, *(jnp.stack(rows[::order]) for rows in stacked)]
 
 
 def _cond(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) -> list[Any]:
@@ -135,7 +134,7 @@ def _cut(jaxpr: Jaxpr) -> list[_Piece]:
         pieces += _compiled_segment(jaxpr, segment, i)
         segment = []
         name = eqn.primitive.name
-        body = open_scan(eqn) if name == "scan" else None
+        body = open_loop(eqn) if name == "scan" else None
         if body is None and name not in _LOOPS and eqn.primitive is not streamed_p:
             body = called_jaxpr(eqn)
             assert body is not None, f"a product inside {name}"

@@ -1,26 +1,23 @@
-"""Which equation of a program combines examples that others keep apart: for error messages, not for proofs."""
+"""Finds the equation of a program that mixes the examples of a batch: for error messages, not for proofs."""
 
 from typing import NamedTuple
 
-import jax.extend as jex
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from curvature.programs._batch_axis import axis_rule
-from curvature.programs._jaxprs import Equation, Variable, open_jaxpr
+from curvature.programs._jaxprs import Equation, Variable, called_jaxpr, live_equations
 from curvature.programs._legality import Blocker, blocker_at
-
-_AFFINE = {"add", "sub", "add_any", "neg", "convert_element_type", "copy"}
-_AFFINE |= {"reduce_sum", "reshape", "squeeze", "broadcast_in_dim", "transpose"}
+from curvature.programs._primitives import CONTROL_FLOW, LINEAR
 
 
 def find_mixing(closed: ClosedJaxpr, axes: list[int | None], size: int, *, may_sum: bool) -> Blocker | None:
-    """The first equation known to mix, or not known not to mix, examples that lie along these axes of the inputs.
+    """The first equation that mixes examples, or for which ``_batch_axis`` has no rule.
 
     Args:
         closed: the program.
-        axes: the axis of the examples of each input, None for an input that all examples share.
+        axes: for each input the axis that indexes examples; None for an input that all examples share.
         size: the number of examples.
-        may_sum: whether a sum over the examples is allowed, of which the outputs are affine.
+        may_sum: whether a sum over the examples is allowed, if the outputs are affine in it.
     """
     jaxpr = closed.jaxpr
     places = _Places({v: axis for v, axis in zip(jaxpr.invars, axes, strict=True) if axis is not None}, set())
@@ -28,19 +25,20 @@ def find_mixing(closed: ClosedJaxpr, axes: list[int | None], size: int, *, may_s
 
 
 class _Places(NamedTuple):
-    """Where the examples are in the variables of a jaxpr: along which axis, or summed over."""
+    """The variables of a jaxpr that depend on the examples: by batch axis, and those affine in sums over examples."""
 
     axes: dict[Variable, int]
     sums: set[Variable]
 
 
 def _follow(jaxpr: Jaxpr, places: _Places, size: int, may_sum: bool) -> Blocker | None:
-    """Follow the examples through the equations that the outputs depend on; ``places`` grows."""
-    for eqn in _needed(jaxpr):
+    """Follow the examples through the equations that the outputs depend on; adds to ``places``."""
+    for eqn in live_equations(jaxpr, keep_effects=False):
         operands = [v for v in eqn.invars if isinstance(v, Var)]
         if not any(v in places.axes or v in places.sums for v in operands):
             continue
-        body = _body_of(eqn)
+        # Of a function with a custom rule, the body of its value is followed.
+        body = None if eqn.primitive.name in CONTROL_FLOW else called_jaxpr(eqn, open_custom_rules=True)
         if body is not None:
             found = _follow_call(eqn, body, places, size, may_sum)
             if found is not None:
@@ -59,7 +57,7 @@ def _follow(jaxpr: Jaxpr, places: _Places, size: int, may_sum: bool) -> Blocker 
 
 
 def _follow_call(eqn: Equation, body: Jaxpr, places: _Places, size: int, may_sum: bool) -> Blocker | None:
-    """Follow the examples into what an equation calls and out of it; what mixes there without a line has the call's."""
+    """Follow the examples through the body of a call; a blocker without a line is reported at the line of the call."""
     inner = _Places({}, set())
     for v, outer in zip(body.invars, eqn.invars, strict=True):
         if isinstance(outer, Var):
@@ -78,32 +76,11 @@ def _place(places: _Places, v: Variable, axis: int | None, is_sum: bool) -> None
         places.sums.add(v)
 
 
-def _body_of(eqn: Equation) -> Jaxpr | None:
-    """The jaxpr that an equation calls with its own inputs; of a function with its own derivative that of its value."""
-    if eqn.primitive.name in ("scan", "while", "cond"):
-        return None
-    for body in map(open_jaxpr, jex.core.jaxprs_in_params(eqn.params)):
-        if (len(body.invars), len(body.outvars)) == (len(eqn.invars), len(eqn.outvars)):
-            return body
-    return None
-
-
 def _is_affine(eqn: Equation, places: _Places) -> bool:
-    """Whether an equation is affine in sums over the examples, with coefficients that do not depend on these."""
+    """Whether an equation is affine in sums over the examples, with coefficients that do not depend on the examples."""
     if any(isinstance(v, Var) and v in places.axes for v in eqn.invars):
         return False
     of_sums = [isinstance(v, Var) and v in places.sums for v in eqn.invars]
     if eqn.primitive.name == "mul":
         return not all(of_sums)
-    return eqn.primitive.name in _AFFINE or (eqn.primitive.name == "div" and not of_sums[1])
-
-
-def _needed(jaxpr: Jaxpr) -> list[Equation]:
-    """The equations that the outputs depend on, in order."""
-    wanted = {v for v in jaxpr.outvars if isinstance(v, Var)}
-    needed: list[Equation] = []
-    for eqn in reversed(jaxpr.eqns):
-        if any(v in wanted for v in eqn.outvars):
-            needed.append(eqn)
-            wanted.update(v for v in eqn.invars if isinstance(v, Var))
-    return needed[::-1]
+    return eqn.primitive.name in LINEAR or (eqn.primitive.name == "div" and not of_sums[1])

@@ -1,11 +1,11 @@
-"""How a parameter enters an affine operation: the canonical form of a matrix product, a convolution, a lookup, a bias.
+"""Canonical form of operations that are affine in a parameter: matrix product, convolution, lookup, bias, scale.
 
 Every rule reads its equation ``z = op(a, u)``, of a parameter ``u`` and data ``a``, as
 
-    z[g, s, o] = sum_i a[g, s, i] u[g, i, o]
+    z[g, s, o] = sum_i a[g, s, i] u[g, i, o]    # g: group, s: position, i: row, o: column
 
-with the axes of ``u`` dealt out to groups g, rows i and columns o, and positions s that share the parameter: tokens,
-pixels, steps of a loop. So with ``d`` the cotangent of ``z`` the gradient is ``sum_s a[g, s, i] d[g, s, o]``.
+Each axis of ``u`` belongs to the groups, the rows or the columns. The positions s share the parameter: tokens, pixels,
+steps of a loop. With ``d`` the cotangent of ``z``, the gradient is ``sum_s a[g, s, i] d[g, s, o]``.
 """
 
 import itertools
@@ -26,10 +26,10 @@ Axes = tuple[int, ...]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lookup:
-    """Rows picked from a table: the input ``a`` of an embedding, one-hot in i, kept as the numbers of the rows.
+    """The input ``a`` of a lookup in a table: one-hot in i, stored as the numbers of the rows.
 
     Attributes:
-        rows: which row each position picks; -1 for none.
+        rows: the row that each position selects; -1 for none.
         size: the number of rows.
     """
 
@@ -37,7 +37,7 @@ class Lookup:
     size: int = field(metadata={"static": True})
 
     def one_hot(self, dtype: Any) -> Float[Array, "*positions size"]:
-        """The same as a dense input."""
+        """The input ``a`` as a dense array."""
         return jax.nn.one_hot(self.rows, self.size, dtype=dtype)
 
 
@@ -46,12 +46,12 @@ class Form(NamedTuple):
 
     Attributes:
         group: the axes of the parameter that are batched over, in the order of g.
-        rows: those contracted with the data, in the order of i.
-        columns: those that remain in the output, in the order of o.
+        rows: the axes of the parameter that are contracted with the data, in the order of i.
+        columns: the axes of the parameter that remain in the output, in the order of o.
         inputs: from the equation's other operands to ``a``, of shape (g, s, i), or a ``Lookup`` of shape (g, s).
         outputs: from a cotangent of the equation's output to ``d``, of shape (g, s, o).
-        apply: from ``a`` and the parameter to the equation's output, where that is better than the equation itself.
-        constant: whether ``a`` is a constant, as for a bias, so that the output is the parameter and something more.
+        apply: from ``a`` and the parameter to the equation's output, where that is faster than the equation.
+        constant: whether ``a`` is a constant, as for a bias.
     """
 
     group: Axes
@@ -64,16 +64,16 @@ class Form(NamedTuple):
 
 
 def canonical_form(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
-    """The form of an equation in its parameter, or None if it is not one of those known here.
+    """The form of an equation in its parameter, or None if no rule applies.
 
     Args:
         eqn: the equation.
-        operand: which of its inputs is the parameter; another one is data.
+        operand: the number of the input that is the parameter; the other inputs are data.
         axes: for each axis of that input, the axis of the parameter that it is; None if it only repeats.
 
-    Precondition of every rule: one output, and real numbers throughout, apart from the integers that index a lookup.
+    Precondition of every rule: one output, and real numbers throughout, except for the integers that index a lookup.
     """
-    rule = _RULES.get(eqn.primitive.name)
+    _, rule = RULES.get(eqn.primitive.name, ("", None))
     if rule is None or len(eqn.outvars) != 1 or not all(map(is_real, (eqn.outvars[0], eqn.invars[operand]))):
         return None
     if any(is_floating(v) and not is_real(v) for v in eqn.invars):
@@ -110,18 +110,18 @@ def _dot_general(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | Non
         tuple(g for g, _, _ in group),
         tuple(r for r, _ in rows),
         tuple(sorted(columns)),
-        lambda a: _three(jnp.transpose(a, input_order), *sizes),
-        lambda d: _three(jnp.transpose(d, output_order), *sizes),
+        lambda a: _merge_axes(jnp.transpose(a, input_order), *sizes),
+        lambda d: _merge_axes(jnp.transpose(d, output_order), *sizes),
     )
 
 
 def _convolution(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
-    """A product with the patches of the image, which is also how it is computed where it is tapped.
+    """A convolution as a matrix product with the patches of the image.
 
     Precondition: the parameter is the kernel, each axis of it is an axis of the parameter, and there are no groups.
 
-    The patches are needed anyway, and a product runs well inside a loop over chunks, where XLA's convolutions for CPUs
-    do not.
+    A tapped convolution is also evaluated as this product. Its gradient needs the patches anyway. In a loop over chunks
+    XLA's convolutions for CPUs are slow, and products are not.
     """
     params = eqn.params
     if operand != 1 or None in axes or params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
@@ -130,7 +130,7 @@ def _convolution(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | Non
     (result,) = eqn.outvars
     window = [eqn.invars[1].aval.shape[k] for k in rhs[2:]]
     sizes = [result.aval.shape[k] for k in out[2:]]
-    rows = [axes[k] for k in (*rhs[2:], rhs[1])]  # window, then input channel: as the patches come
+    rows = [axes[k] for k in (*rhs[2:], rhs[1])]  # window, then input channel: the order of the patches
     row_order = sorted(range(len(rows)), key=lambda k: rows[k])
     to_output = (out[0], *out[2:], out[1])
 
@@ -138,9 +138,9 @@ def _convolution(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | Non
         space = zip(params["padding"], params["lhs_dilation"], strict=True)
         padding = [(0, 0, 0), *((low, high, step - 1) for (low, high), step in space), (0, 0, 0)]
         image = jax.lax.pad(jnp.transpose(image, (lhs[0], *lhs[2:], lhs[1])), jnp.zeros((), image.dtype), padding)
-        patches = _patches(image, window, sizes, params["window_strides"], params["rhs_dilation"])
+        patches = _extract_patches(image, window, sizes, params["window_strides"], params["rhs_dilation"])
         patches = patches.reshape(-1, *window, image.shape[-1])
-        return _three(jnp.transpose(patches, [0, *(1 + k for k in row_order)]), 0, 1)
+        return _merge_axes(jnp.transpose(patches, [0, *(1 + k for k in row_order)]), 0, 1)
 
     def apply(a: Array, kernel: Array) -> Array:
         order = [(*rhs[2:], rhs[1])[k] for k in row_order]
@@ -155,15 +155,15 @@ def _convolution(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | Non
         tuple(sorted(rows)),
         (axes[rhs[0]],),
         inputs,
-        lambda d: _three(jnp.transpose(d, to_output), 0, d.ndim - 1),
+        lambda d: _merge_axes(jnp.transpose(d, to_output), 0, d.ndim - 1),
         apply,
     )
 
 
-def _patches(
+def _extract_patches(
     image: Array, window: Sequence[int], sizes: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
 ) -> Array:
-    """``(batch, *space, channel)`` to ``(batch, *sizes, window and channel)``: what each output position sees."""
+    """``(batch, *space, channel)`` to ``(batch, *sizes, window and channel)``: the inputs of each output position."""
 
     def shifted(offsets: Sequence[int]) -> Array:
         starts = [0, *(offset * step for offset, step in zip(offsets, dilation, strict=True)), 0]
@@ -195,10 +195,8 @@ def _gather(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
     flat = jax.lax.GatherDimensionNumbers((), (0,), (0,))
 
     def inputs(indices: Array) -> Lookup:
-        dtype = jnp.int32
-        rows = jax.lax.gather(
-            jnp.arange(table[row], dtype=dtype), indices, flat, (1,), mode=eqn.params["mode"], fill_value=-1
-        )
+        numbers_of_rows = jnp.arange(table[row], dtype=jnp.int32)
+        rows = jax.lax.gather(numbers_of_rows, indices, flat, (1,), mode=eqn.params["mode"], fill_value=-1)
         return Lookup(rows.reshape(1, -1), table[row])
 
     return _lookup(axes, row, inputs, [*positions, *numbers.offset_dims], len(positions))
@@ -223,7 +221,7 @@ def _dynamic_slice(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | N
 
 
 def _lookup(axes: Sequence[Any], row: int, inputs: Callable[..., Lookup], order: list[int], positions: int) -> Form:
-    """The form of a lookup whose output, transposed by ``order``, is positions and then the table's other axes."""
+    """The form of a lookup whose output, transposed by ``order``, has the positions first, then the columns."""
     columns = [axis for k, axis in enumerate(axes) if k != row]
     column_order = sorted(range(len(columns)), key=lambda k: columns[k])
     order = order[:positions] + [order[positions + k] for k in column_order]
@@ -232,12 +230,12 @@ def _lookup(axes: Sequence[Any], row: int, inputs: Callable[..., Lookup], order:
         (axes[row],),
         tuple(sorted(columns)),
         inputs,
-        lambda d: _three(jnp.transpose(d, order), 0, positions),
+        lambda d: _merge_axes(jnp.transpose(d, order), 0, positions),
     )
 
 
 def _addition(eqn: Equation, operand: int, axes: Sequence[Any], sign: int = 1) -> Form:
-    """A bias: the constant input one. Precondition: an elementwise sum, with any axes."""
+    """A bias: the input ``a`` is the constant ``sign``. Precondition: an entrywise sum, with any axes."""
     columns, order, positions = _broadcast(eqn, operand, axes)
     dtype, size = eqn.outvars[0].aval.dtype, math.prod(eqn.outvars[0].aval.shape[k] for k in order[:positions])
     return Form(
@@ -245,51 +243,48 @@ def _addition(eqn: Equation, operand: int, axes: Sequence[Any], sign: int = 1) -
         (),
         columns,
         lambda *_: jnp.full((1, size, 1), sign, dtype),
-        lambda d: _three(jnp.transpose(d, order), 0, positions),
+        lambda d: _merge_axes(jnp.transpose(d, order), 0, positions),
         constant=True,
     )
 
 
-def _subtraction(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form:
-    return _addition(eqn, operand, axes, sign=1 if operand == 0 else -1)
-
-
 def _multiplication(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form:
-    """A scale: each entry of the parameter is one group. Precondition: an elementwise product, with any axes."""
+    """A scale: each entry of the parameter is one group. Precondition: an entrywise product, with any axes."""
     group, order, positions = _broadcast(eqn, operand, axes)
     shape = eqn.outvars[0].aval.shape
     order = order[positions:] + order[:positions]
 
     def grouped(array: Array) -> Array:
-        return _three(jnp.transpose(jnp.broadcast_to(array, shape), order), len(order) - positions, positions)
+        return _merge_axes(jnp.transpose(jnp.broadcast_to(array, shape), order), len(order) - positions, positions)
 
     return Form(group, (), (), grouped, grouped)
 
 
 def _broadcast(eqn: Equation, operand: int, axes: Sequence[Any]) -> tuple[Axes, list[int], int]:
-    """For an elementwise equation: the parameter's axes in order, the order of its output's axes, how many repeat."""
+    """For an entrywise equation: the parameter's axes in order, the order of the output's axes, how many repeat."""
     sizes, shape = eqn.invars[operand].aval.shape, eqn.outvars[0].aval.shape
-    axes = axes if len(sizes) == len(shape) else [None] * len(shape)  # a scalar goes with everything
+    axes = axes if len(sizes) == len(shape) else [None] * len(shape)  # a scalar repeats along every axis
     axes = [axis if sizes[k : k + 1] == shape[k : k + 1] else None for k, axis in enumerate(axes)]
     positions = [k for k, axis in enumerate(axes) if axis is None]
     rest = sorted((axis, k) for k, axis in enumerate(axes) if axis is not None)
     return tuple(axis for axis, _ in rest), [*positions, *(k for _, k in rest)], len(positions)
 
 
-def _three(array: Array, groups: int, positions: int) -> Array:
-    """The axes of groups, of positions and the others, each as one."""
+def _merge_axes(array: Array, groups: int, positions: int) -> Array:
+    """Merge the first ``groups`` axes into one, the next ``positions`` axes into one, and the other axes into one."""
     shape = array.shape
     cut = groups + positions
     return array.reshape(math.prod(shape[:groups]), math.prod(shape[groups:cut]), math.prod(shape[cut:]))
 
 
-_RULES: dict[str, Callable[[Equation, int, Sequence[int | None]], Form | None]] = {
-    "dot_general": _dot_general,
-    "conv_general_dilated": _convolution,
-    "gather": _gather,
-    "dynamic_slice": _dynamic_slice,
-    "add": _addition,
-    "add_any": _addition,
-    "sub": _subtraction,
-    "mul": _multiplication,
+RULES: dict[str, tuple[str, Callable[[Equation, int, Sequence[int | None]], Form | None]]] = {
+    "dot_general": ("matrix product", _dot_general),
+    "conv_general_dilated": ("convolution", _convolution),
+    "gather": ("lookup", _gather),
+    "dynamic_slice": ("lookup", _dynamic_slice),
+    "add": ("bias", _addition),
+    "add_any": ("bias", _addition),
+    "sub": ("bias", lambda eqn, operand, axes: _addition(eqn, operand, axes, sign=1 if operand == 0 else -1)),
+    "mul": ("scale", _multiplication),
 }
+"""For each primitive the kind of operation, in words, and the rule of its canonical form."""

@@ -1,9 +1,10 @@
-"""Which axis of an equation's output holds the examples, when one axis of each operand does.
+"""Batch-axis propagation: one rule per primitive for the axis that indexes examples.
 
-A rule takes an equation and, for each operand, the axis of its examples or None, and says which axis each operand must
-be cut along and which axis of each output comes of it; None in the place of an output says that the examples have been
-summed over. It returns None itself where the examples do not stay apart, or where it does not know. The equations
-known are those of networks whose weights take one vector for each example: others have nothing to gain.
+A rule takes an equation and, for each operand, the axis of its examples or None. It returns two lists: the axis along
+which each operand must be cut into examples, and the axis of the examples in each output. None for an output says that
+the examples have been summed over. The rule returns None where the equation mixes the examples, or where it cannot
+show that it does not. The rules cover the equations of networks whose weights take one vector for each example: other
+programs have nothing to gain.
 """
 
 import math
@@ -15,14 +16,14 @@ from jax.extend.core import Jaxpr
 from jaxtyping import Array
 
 from curvature.programs._jaxprs import Environment, Equation, equation_function
-from curvature.programs._pushforward import BY_ENTRY
+from curvature.programs._primitives import ENTRYWISE
 
 Axes = Sequence[int | None]
 Rule = tuple[Axes, Axes]
 
 
 def axis_rule(eqn: Equation, axes: Axes, size: int) -> Rule | None:
-    """The axes that an equation needs and yields, for examples of which there are ``size``."""
+    """The axes that an equation needs and yields, for a batch of ``size`` examples."""
     name = eqn.primitive.name
     if name == "broadcast_in_dim":
         return _broadcast(eqn, axes, size)
@@ -36,15 +37,14 @@ def axis_rule(eqn: Equation, axes: Axes, size: int) -> Rule | None:
     if len(known) > 1:
         return None
     (axis,) = known
-    if name in BY_ENTRY:
-        # An operand that is a scalar, or that repeats along the axis, is taken whole.
+    if name in ENTRYWISE:  # an operand that is a scalar, or that repeats along the axis, is not cut
         return [axis if v.aval.shape[axis : axis + 1] == (size,) else None for v in eqn.invars], [axis]
-    rule = _ALONG_ONE_AXIS.get(name)
+    rule = _RULES.get(name)
     return None if rule is None else rule(eqn, axis, size)
 
 
 def _broadcast(eqn: Equation, axes: Axes, size: int) -> Rule | None:
-    """Of an operand without examples: a new axis of their size may be theirs, for each of which it is the same."""
+    """Without examples in the operand, a new axis of their size may index them: the output repeats for each example."""
     dims, shape = tuple(map(int, eqn.params["broadcast_dimensions"])), eqn.params["shape"]
     if axes[0] is not None:
         return axes, [dims[axes[0]]]
@@ -55,7 +55,7 @@ def _broadcast(eqn: Equation, axes: Axes, size: int) -> Rule | None:
 
 
 def _dot_general(eqn: Equation, axes: Axes) -> Rule | None:
-    """Precondition: the examples of one operand meet those of the other as a batch or a contraction, or not at all."""
+    """Precondition: if both operands have examples, the product batches or contracts one axis with the other."""
     contracted, batched = eqn.params["dimension_numbers"]
     first = 0 if axes[0] is not None else 1
     axis, other = axes[first], axes[1 - first]
@@ -68,7 +68,7 @@ def _dot_general(eqn: Equation, axes: Axes) -> Rule | None:
                 return None
             needs = [axis, partner] if first == 0 else [partner, axis]
             return needs, [None if summed else place]
-    if other is not None:  # each example with each other one
+    if other is not None:  # an outer product: every example meets every other one
         return None
     free = [
         [k for k in range(v.aval.ndim) if k not in (*c, *b)]
@@ -79,13 +79,13 @@ def _dot_general(eqn: Equation, axes: Axes) -> Rule | None:
 
 
 def _gather(eqn: Equation, axes: Axes) -> Rule | None:
-    """A lookup: of all examples in one table, of each in its own row, or of columns that are the same for all."""
+    """A lookup of all examples in one table, of each example in its own row, or of the same columns for all."""
     numbers = eqn.params["dimension_numbers"]
     operand, indices = axes
     fixed = {*numbers.start_index_map, *numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     if operand is not None and operand not in fixed:
         gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-        place = _without(gone, operand)
+        place = _renumber_axis(gone, operand)
         whole = indices is None and eqn.params["slice_sizes"][operand] == eqn.invars[0].aval.shape[operand]
         return (axes, [numbers.offset_dims[place]]) if whole else None
     positions = [k for k in range(eqn.outvars[0].aval.ndim) if k not in numbers.offset_dims]
@@ -100,40 +100,27 @@ def _gather(eqn: Equation, axes: Axes) -> Rule | None:
     return [of_operand, indices], [positions[indices]]
 
 
-def _without(gone: Iterable[Any], axis: int) -> int:
-    """What an axis becomes when others are gone."""
+def _renumber_axis(gone: Iterable[Any], axis: int) -> int:
+    """The number of an axis after the axes in ``gone`` are removed."""
     return axis - len([k for k in gone if k < axis])
 
 
-# ---- equations of operands that have one axis in common ------------------------------------------------------------
-
-
-def _reduce_sum(eqn: Equation, axis: int, size: int) -> Rule:
-    """No precondition: a sum over the axis of the examples is a sum over examples."""
-    axes = eqn.params["axes"]
-    return [axis], [None if axis in axes else _without(axes, axis)]
+# ---- equations whose operands have one batch axis in common ----------------------------------------------------------
+# Each rule takes the equation, the axis, and the number of examples.
 
 
 def _reduce(eqn: Equation, axis: int, size: int) -> Rule | None:
-    """Precondition: the axis of the examples is not reduced."""
+    """Precondition: the axis of the examples is not reduced, unless by a sum, which is a sum over examples."""
     axes = eqn.params["axes"]
-    return None if axis in axes else ([axis], [_without(axes, axis)])
-
-
-def _transpose(eqn: Equation, axis: int, size: int) -> Rule:
-    """No precondition: the axis of the examples moves to one place."""
-    return [axis], [eqn.params["permutation"].index(axis)]
-
-
-def _squeeze(eqn: Equation, axis: int, size: int) -> Rule:
-    """No precondition: only axes of size one go, and there is more than one example."""
-    return [axis], [_without(eqn.params["dimensions"], axis)]
+    if axis in axes:
+        return ([axis], [None]) if eqn.primitive.name == "reduce_sum" else None
+    return [axis], [_renumber_axis(axes, axis)]
 
 
 def _reshape(eqn: Equation, axis: int, size: int) -> Rule | None:
-    """Precondition: an axis of that size has as many entries before it as the axis of the examples had.
+    """Precondition: an axis of the output has the size of the axis of the examples and as many entries before it.
 
-    So both count the same blocks of entries. A reshape that also permutes axes is not known; ``inline`` leaves none.
+    So both axes count the same blocks of entries. A reshape that also permutes axes is unknown; ``inline`` leaves none.
     """
     if eqn.params["dimensions"] is not None:
         return None
@@ -144,20 +131,11 @@ def _reshape(eqn: Equation, axis: int, size: int) -> Rule | None:
     return None
 
 
-def _slice(eqn: Equation, axis: int, size: int) -> Rule | None:
-    """Precondition: all examples are kept."""
-    whole = eqn.outvars[0].aval.shape[axis] == size
-    return ([axis], [axis]) if whole else None
-
-
-def _pad(eqn: Equation, axis: int, size: int) -> Rule | None:
-    """Precondition: nothing is added between or around the examples."""
-    whole = eqn.params["padding_config"][axis] == (0, 0, 0)
-    return ([axis, None], [axis]) if whole else None
-
-
 def _along(parameter: str) -> Callable[[Equation, int, int], Rule | None]:
-    """The rule of an equation that works along other axes, of which the parameter is one or a tuple."""
+    """The rule of an equation that mixes entries along the axes in a parameter, which is one axis or a tuple of them.
+
+    Precondition: the axis of the examples is not among them.
+    """
 
     def rule(eqn: Equation, axis: int, size: int) -> Rule | None:
         worked = eqn.params[parameter]
@@ -167,16 +145,20 @@ def _along(parameter: str) -> Callable[[Equation, int, int], Rule | None]:
     return rule
 
 
-_ALONG_ONE_AXIS: dict[str, Callable[[Equation, int, int], Rule | None]] = {
-    "reduce_sum": _reduce_sum,
+_RULES: dict[str, Callable[[Equation, int, int], Rule | None]] = {
     **dict.fromkeys(
-        ("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin"), _reduce
+        ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin"),
+        _reduce,
     ),
-    "transpose": _transpose,
-    "squeeze": _squeeze,
+    # No precondition: the axis of the examples moves to one place.
+    "transpose": lambda eqn, axis, size: ([axis], [eqn.params["permutation"].index(axis)]),
+    # No precondition: only axes of size one go, and there is more than one example.
+    "squeeze": lambda eqn, axis, size: ([axis], [_renumber_axis(eqn.params["dimensions"], axis)]),
     "reshape": _reshape,
-    "slice": _slice,
-    "pad": _pad,
+    # Precondition: all examples are kept.
+    "slice": lambda eqn, axis, size: ([axis], [axis]) if eqn.outvars[0].aval.shape[axis] == size else None,
+    # Precondition: nothing is added between or around the examples.
+    "pad": lambda eqn, axis, size: ([axis, None], [axis]) if eqn.params["padding_config"][axis] == (0, 0, 0) else None,
     "rev": _along("dimensions"),
     "concatenate": _along("dimension"),
     "sort": _along("dimension"),
@@ -189,7 +171,10 @@ _ALONG_ONE_AXIS: dict[str, Callable[[Equation, int, int], Rule | None]] = {
 
 
 def on_batch_of_one(jaxpr: Jaxpr, eqn: Equation, axes: Axes, env: Environment) -> list[Any]:
-    """What an equation of ``jaxpr`` computes of a batch of one; its own parameters may hold the number of examples."""
+    """The outputs of an equation of ``jaxpr`` for a batch of one.
+
+    Parameters of the equation that hold the number of examples, such as the shape of a reshape, are replaced.
+    """
     name, (axis, *_), operands = eqn.primitive.name, axes, env.read(eqn.invars)
     if name == "gather" and axis is not None and axis in eqn.params["dimension_numbers"].offset_dims:
         return [_gather_one(eqn, axis, *operands)]
@@ -208,7 +193,7 @@ def on_batch_of_one(jaxpr: Jaxpr, eqn: Equation, axes: Axes, env: Environment) -
 
 
 def _gather_one(eqn: Equation, axis: int, operand: Array, indices: Array) -> Array:
-    """Columns of one row instead of all: the slice is of one along the axis of the examples."""
+    """A gather of columns for one example: the slice has size one along the axis of the examples."""
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     windows = [k for k in range(operand.ndim) if k not in gone]

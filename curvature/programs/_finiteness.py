@@ -1,10 +1,9 @@
-"""Whether a program keeps finite operands and derivatives finite, by ranges of values (interval arithmetic).
+"""Interval arithmetic that shows that a program keeps values and derivatives finite.
 
 Reverse mode multiplies a cotangent that a select, or the choice of an output, has set to zero by each partial
 derivative upstream, and ``0 * inf`` is NaN; forward mode drops the tangent instead. The two modes are equally finite
-where no equation can make a partial derivative infinite or NaN, and that is what is shown here, equation by equation:
-a primitive is known to be smooth, or the range of its operand keeps it off its singular points. What is not known to be
-finite counts as not finite.
+where no equation can make a partial derivative infinite or NaN. That is shown here equation by equation: a primitive is
+smooth everywhere, or the range of its operand excludes its singular points. An unknown primitive counts as not finite.
 """
 
 import itertools
@@ -18,40 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from curvature.programs._jaxprs import called_jaxpr, is_floating, lone_equation, open_jaxpr
+from curvature.programs._jaxprs import called_jaxpr, is_floating, isolate_equation, open_jaxpr
 from curvature.programs._legality import find_blocker
+from curvature.programs._primitives import CONTROL_FLOW, PASS_INFINITY, SELECTIONS, SMOOTH, SMOOTH_AWAY_FROM_ZERO
 from curvature.programs._pushforward import pushforward
-
-_MOVES = frozenset({
-    "broadcast_in_dim", "copy", "convert_element_type", "dynamic_slice", "expand_dims", "reduce_max", "reduce_min",
-    "reshape", "rev", "slice", "squeeze", "stop_gradient", "transpose", "pvary", "pcast", "reduce_precision",
-})  # fmt: skip
-"""Primitives whose outputs are entries of their first operand, and so within its range."""
-
-_SMOOTH = _MOVES | {
-    "abs", "add", "add_any", "asinh", "atan", "clamp", "concatenate", "cos", "cumsum", "dot_general",
-    "dynamic_update_slice", "erf", "erfc", "gather", "iota", "logistic", "max", "min", "mul", "neg", "pad", "psum",
-    "psum_invariant", "reduce_sum", "round", "floor", "ceil", "scatter", "scatter-add", "select_n", "sign", "sin",
-    "split", "square", "sub", "tanh",
-}  # fmt: skip
-"""Primitives whose values and derivatives are finite at all finite operands, short of overflow of sums and products."""
-
-_AWAY_FROM_ZERO = {"div": 1, "log": 0, "sqrt": 0, "rsqrt": 0, "pow": 0}
-"""Primitives that are smooth where the operand of that number stays above zero (or, for a division, below)."""
-
-_PASS_INFINITY = {"max", "min", "reduce_max", "reduce_min"}  # a literal infinity among their operands does no harm
 
 Range = tuple[float, float]
 _UNKNOWN: Range = (-math.inf, math.inf)
 
 
 class _Peak(NamedTuple):
-    """A variable that holds the maxima of another one.
+    """A variable that holds the maxima of another variable over some axes.
 
     Attributes:
-        of: the variable.
-        axes: its axes over which the maximum is taken.
-        places: for each axis of the maxima the axis of ``of`` that it runs along, or None where nothing varies.
+        of: the variable whose maxima are taken.
+        axes: the axes of ``of`` over which the maximum is taken.
+        places: for each axis of the maxima, the axis of ``of`` that it runs along; None where it only repeats.
     """
 
     of: Any
@@ -61,13 +42,13 @@ class _Peak(NamedTuple):
 
 @dataclass
 class _Facts:
-    """What is known of the variables of one jaxpr.
+    """The facts known about the variables of one jaxpr.
 
     Attributes:
-        ranges: between which bounds all entries of a variable lie; a missing one is unknown.
-        peaks: variables that hold maxima.
-        attains: variables of which some entry along these axes equals the upper bound of the range.
-        tested: the variables of which a boolean one says whether they are finite.
+        ranges: lower and upper bounds of all entries of a variable; a variable that is missing is unbounded.
+        peaks: for a variable that holds maxima, whose maxima they are.
+        attains: for a variable, axes along which some entry equals the upper bound of its range.
+        tested: for a boolean variable that holds ``is_finite`` of another variable, that variable.
     """
 
     ranges: dict[Any, Range] = field(default_factory=dict)
@@ -100,20 +81,20 @@ def _finite_outputs(jaxpr: Jaxpr, ranges: Sequence[Range], assumed: frozenset[st
 
 
 def _is_finite_equation(jaxpr: Jaxpr, eqn: Any, facts: _Facts, assumed: frozenset[str]) -> bool:
-    """Judge one equation, and note what is known of its outputs."""
+    """Whether one equation keeps values and derivatives finite; adds the facts about its outputs."""
     name, ranges = eqn.primitive.name, [facts.range_of(v) for v in eqn.invars]
     if name == "is_finite":
         facts.tested[eqn.outvars[0]] = eqn.invars[0]
     if not any(map(is_floating, eqn.outvars)):
         return True
     if name == "custom_jvp_call":
-        closed = lone_equation(jaxpr, eqn)
+        closed = isolate_equation(jaxpr, eqn)
         body = _finite_outputs(open_jaxpr(eqn.params["call_jaxpr"]), ranges, assumed)
         if body is None or not _has_finite_rule(closed, [facts.range_of(v) for v in closed.jaxpr.invars], assumed):
             return False
         facts.ranges.update(zip(eqn.outvars, body, strict=True))
         return True
-    if name in ("scan", "while", "cond"):  # the ranges of carries would have to be iterated: nothing is assumed
+    if name in CONTROL_FLOW:  # the ranges of carries would have to be iterated, so they are taken as unknown
         bodies = list(jex.core.jaxprs_in_params(eqn.params))
         return all(_finite_outputs(body, [_UNKNOWN] * len(body.invars), assumed) is not None for body in bodies)
     body = called_jaxpr(eqn)
@@ -123,12 +104,12 @@ def _is_finite_equation(jaxpr: Jaxpr, eqn: Any, facts: _Facts, assumed: frozense
         return outs is not None
     if not _is_smooth(eqn, ranges):
         return False
-    _note(eqn, ranges, facts)
+    _add_facts(eqn, ranges, facts)
     return True
 
 
 def _has_finite_rule(closed: ClosedJaxpr, ranges: Sequence[Range], assumed: frozenset[str]) -> bool:
-    """Judge the rule of a ``custom_jvp``; where the rule calls the function itself, nothing new is learned."""
+    """Judge the rule of a ``custom_jvp``; where it calls the function itself, that call is assumed to be finite."""
     text = str(closed)
     moving = [is_floating(v) for v in closed.jaxpr.invars]
     if text in assumed or not any(moving):
@@ -144,44 +125,39 @@ def _is_smooth(eqn: Any, ranges: Sequence[Range]) -> bool:
     name, dtypes = eqn.primitive.name, [v.aval.dtype for v in (*eqn.invars, *eqn.outvars)]
     if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
         return False
-    if name not in _PASS_INFINITY and any(low == high and math.isinf(low) for low, high in ranges):
+    if name not in PASS_INFINITY and any(low == high and math.isinf(low) for low, high in ranges):
         return False
-    low, high = ranges[_AWAY_FROM_ZERO.get(name, 0)] if ranges else _UNKNOWN
+    low, high = ranges[SMOOTH_AWAY_FROM_ZERO.get(name, 0)] if ranges else _UNKNOWN
     if name in ("exp", "exp2", "expm1"):
-        return high <= _exp_limit(dtypes[-1])
+        return high <= 0.9 * math.log(float(jnp.finfo(dtypes[-1]).max))  # safely below overflow
     if name == "log1p":
         return low > -1 + _far_from_zero(dtypes[-1])
-    if name in _AWAY_FROM_ZERO or (name == "integer_pow" and eqn.params["y"] < 0):
+    if name in SMOOTH_AWAY_FROM_ZERO or (name == "integer_pow" and eqn.params["y"] < 0):
         far = _far_from_zero(dtypes[-1])
         return low >= far or (high <= -far and name in ("div", "integer_pow"))
-    return name in _SMOOTH or name == "integer_pow"
+    return name in SMOOTH or name == "integer_pow"
 
 
 def _far_from_zero(dtype: Any) -> float:
-    """What may be divided by three times, as a second derivative of a quotient does, without overflow."""
+    """The least number by which one may divide three times without overflow, as second derivatives of a quotient do."""
     return float(jnp.finfo(dtype).tiny) ** (1 / 3)
 
 
-def _exp_limit(dtype: Any) -> float:
-    """Up to where the exponential function stays within the range of a dtype."""
-    return 0.9 * math.log(float(jnp.finfo(dtype).max))
+# ---- facts about the outputs of an equation --------------------------------------------------------------------------
 
 
-# ---- what an equation's outputs are known to be ---------------------------------------------------------------------
-
-
-def _note(eqn: Any, ranges: Sequence[Range], facts: _Facts) -> None:
-    """Note the ranges of an equation's outputs, and of which variables they hold maxima."""
+def _add_facts(eqn: Any, ranges: Sequence[Range], facts: _Facts) -> None:
+    """Add the ranges of an equation's outputs, and whose maxima they hold."""
     name, out = eqn.primitive.name, eqn.outvars[0]
-    if name in _RANGES:
-        low, high = _RANGES[name](*ranges)
-    elif name in _MOVES:
+    if name in RANGES:
+        low, high = RANGES[name](*ranges)
+    elif name in SELECTIONS:
         low, high = ranges[0]
     else:
         low, high = _special_range(eqn, ranges, facts)
     if not math.isnan(low) and not math.isnan(high):
         facts.ranges.update(dict.fromkeys(eqn.outvars, (low, high)))
-    _note_peak(eqn, facts)
+    _add_peak(eqn, facts)
     if name == "sub" and _is_shifted_by_its_peak(eqn, facts):
         facts.ranges[out] = (-math.inf, 0.0)
         facts.attains[out] = facts.peaks[eqn.invars[1]].axes
@@ -189,25 +165,25 @@ def _note(eqn: Any, ranges: Sequence[Range], facts: _Facts) -> None:
         facts.attains[out] = facts.attains[eqn.invars[0]]
 
 
-def _products(a: Range, b: Range) -> Range:
+def _product_range(a: Range, b: Range) -> Range:
     ends = [0.0 if 0.0 in pair else pair[0] * pair[1] for pair in itertools.product(a, b)]
     return min(ends), max(ends)
 
 
-def _square(a: Range) -> Range:
-    low, high = _products(a, a)
+def _square_range(a: Range) -> Range:
+    low, high = _product_range(a, a)
     return (0.0 if a[0] <= 0 <= a[1] else min(a[0] * a[0], a[1] * a[1])), max(low, high)
 
 
-def _joined(*ranges: Range) -> Range:
+def _join_ranges(*ranges: Range) -> Range:
     return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
-def _exp(x: float) -> float:
+def _exp_or_inf(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf  # where math.exp overflows
 
 
-_RANGES: dict[str, Callable[..., Range]] = {
+RANGES: dict[str, Callable[..., Range]] = {
     "add": lambda a, b: (a[0] + b[0], a[1] + b[1]),
     "add_any": lambda a, b: (a[0] + b[0], a[1] + b[1]),
     "sub": lambda a, b: (a[0] - b[1], a[1] - b[0]),
@@ -215,7 +191,7 @@ _RANGES: dict[str, Callable[..., Range]] = {
     "abs": lambda a: (max(a[0], -a[1], 0.0), max(-a[0], a[1])),
     "max": lambda a, b: (max(a[0], b[0]), max(a[1], b[1])),
     "min": lambda a, b: (min(a[0], b[0]), min(a[1], b[1])),
-    "exp": lambda a: (_exp(a[0]), _exp(a[1])),
+    "exp": lambda a: (_exp_or_inf(a[0]), _exp_or_inf(a[1])),
     "log1p": lambda a: (math.log1p(a[0]), math.log1p(a[1])),
     "logistic": lambda a: (0.0, 1.0),
     "tanh": lambda a: (-1.0, 1.0),
@@ -223,30 +199,30 @@ _RANGES: dict[str, Callable[..., Range]] = {
     "cos": lambda a: (-1.0, 1.0),
     "erf": lambda a: (-1.0, 1.0),
     "sqrt": lambda a: (math.sqrt(a[0]), math.sqrt(a[1])),
-    "square": _square,
-    "concatenate": _joined,
+    "square": _square_range,
+    "concatenate": _join_ranges,
 }
 
 
 def _special_range(eqn: Any, ranges: Sequence[Range], facts: _Facts) -> Range:
-    """The range of an output where the parameters of the equation matter, or which operands are the same."""
+    """The range of an output that depends on parameters of the equation, or on whether two operands are the same."""
     name = eqn.primitive.name
     if name == "mul":
-        return _square(ranges[0]) if eqn.invars[0] is eqn.invars[1] else _products(*ranges)
+        return _square_range(ranges[0]) if eqn.invars[0] is eqn.invars[1] else _product_range(*ranges)
     if name == "div":
         low, high = ranges[1]
-        return _products(ranges[0], (1 / high, 1 / low))
+        return _product_range(ranges[0], (1 / high, 1 / low))
     if name == "integer_pow" and eqn.params["y"] % 2 == 0:
-        return _square(ranges[0]) if eqn.params["y"] == 2 else (0.0, math.inf)
+        return _square_range(ranges[0]) if eqn.params["y"] == 2 else (0.0, math.inf)
     if name == "select_n":
-        return ranges[2] if facts.tested.get(eqn.invars[0]) is eqn.invars[2] else _joined(*ranges[1:])
+        return ranges[2] if facts.tested.get(eqn.invars[0]) is eqn.invars[2] else _join_ranges(*ranges[1:])
     if name == "reduce_sum":
         return _range_of_sum(eqn, ranges[0], facts)
     return _UNKNOWN
 
 
 def _range_of_sum(eqn: Any, bounds: Range, facts: _Facts) -> Range:
-    """Of nonnegative terms the sum is at least the largest of them, wherever that is known."""
+    """The range of a sum; a sum of nonnegative terms is at least the largest of them, where that is known."""
     count = eqn.invars[0].aval.size / max(eqn.outvars[0].aval.size, 1)
     low, high = (0.0 if bound == 0 else bound * count for bound in bounds)
     attained = facts.attains.get(eqn.invars[0])
@@ -255,8 +231,8 @@ def _range_of_sum(eqn: Any, bounds: Range, facts: _Facts) -> Range:
     return low, high
 
 
-def _note_peak(eqn: Any, facts: _Facts) -> None:
-    """Follow maxima from where they are taken to where they are subtracted."""
+def _add_peak(eqn: Any, facts: _Facts) -> None:
+    """Follow maxima through equations that keep their values."""
     if not eqn.invars:
         return
     name, operand, out = eqn.primitive.name, eqn.invars[0], eqn.outvars[0]
@@ -265,7 +241,7 @@ def _note_peak(eqn: Any, facts: _Facts) -> None:
         facts.peaks[out] = _Peak(operand, axes, tuple(i for i in range(operand.aval.ndim) if i not in axes))
         return
     if name == "select_n" and facts.tested.get(operand) is eqn.invars[-1]:
-        operand = eqn.invars[-1]  # finite operands pass the test
+        operand = eqn.invars[-1]  # this operand is finite, so the select returns it
     elif name == "max" and isinstance(operand, Literal) and operand.val == -math.inf:
         operand = eqn.invars[1]
     elif name not in ("stop_gradient", "broadcast_in_dim", "copy"):

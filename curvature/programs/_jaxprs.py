@@ -1,4 +1,4 @@
-"""Jaxprs as programs to be read: inlined calls, one equation as a function, the parts of a scan."""
+"""Utilities for reading jaxprs: inlined calls, single equations as functions, dependence, the operands of a loop."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -7,6 +7,8 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+
+from curvature.programs._primitives import CALLS, CUSTOM_RULES
 
 Variable = Any
 """A ``jax.extend.core.Var``: JAX declares its aval without shape and dtype."""
@@ -20,9 +22,13 @@ def open_jaxpr(jaxpr: Any) -> Jaxpr:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def called_jaxpr(eqn: Equation) -> Jaxpr | None:
-    """The body of a call-like equation, whose inputs are the body's inputs one for one: jit, remat, and the like."""
-    if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):  # differentiated by their rules, not their bodies
+def called_jaxpr(eqn: Equation, *, open_custom_rules: bool = False) -> Jaxpr | None:
+    """The body of an equation whose inputs are the inputs of its body one for one: jit, remat, and the like.
+
+    A function with a custom rule is differentiated by the rule. Its body is returned only with ``open_custom_rules``,
+    for readers of the value alone.
+    """
+    if eqn.primitive.name in CUSTOM_RULES and not open_custom_rules:
         return None
     for body in jex.core.jaxprs_in_params(eqn.params):
         if len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars):
@@ -38,13 +44,13 @@ def is_floating(v: Any) -> bool:
 def is_real(v: Any) -> bool:
     """Whether a variable can carry a derivative and holds real numbers.
 
-    Complex numbers have another transpose and another product rule; what assembles derivatives declines them.
+    Complex numbers have another transpose and another product rule: code that assembles derivatives declines them.
     """
     return jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.floating)
 
 
 def dependents(jaxpr: Jaxpr, given: Iterable[Variable]) -> set[Variable]:
-    """The variables that depend on some given ones, and those themselves."""
+    """The variables that depend on the given ones, and the given ones themselves."""
     found = {v for v in given if isinstance(v, Var)}
     for eqn in jaxpr.eqns:
         if any(v in found for v in eqn.invars if isinstance(v, Var)):
@@ -52,14 +58,21 @@ def dependents(jaxpr: Jaxpr, given: Iterable[Variable]) -> set[Variable]:
     return found
 
 
-def equation_function(jaxpr: Jaxpr, eqn: Equation) -> tuple[Callable[..., list[Any]], list[Variable]]:
-    """One equation of ``jaxpr`` as a function of its distinct variables, custom rules and all, and those variables."""
-    closed = lone_equation(jaxpr, eqn)
-    return jex.core.jaxpr_as_fun(closed), closed.jaxpr.invars
+def live_equations(jaxpr: Jaxpr, *, keep_effects: bool) -> list[Equation]:
+    """The equations that the outputs depend on, in order; with ``keep_effects`` also those with side effects."""
+    live, kept = {v for v in jaxpr.outvars if isinstance(v, Var)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if (keep_effects and eqn.effects) or not live.isdisjoint(eqn.outvars):
+            kept.append(eqn)
+            live.update(v for v in eqn.invars if isinstance(v, Var))
+    return kept[::-1]
 
 
-def lone_equation(jaxpr: Jaxpr, eqn: Equation) -> ClosedJaxpr:
-    """The jaxpr that holds one equation of ``jaxpr`` and takes its distinct variables."""
+# ---- one equation --------------------------------------------------------------------------------------------------
+
+
+def isolate_equation(jaxpr: Jaxpr, eqn: Equation) -> ClosedJaxpr:
+    """The jaxpr that holds one equation of ``jaxpr``, as a function of the equation's distinct variables."""
     variables = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, Var)))
     alone = jaxpr.replace(
         constvars=[],
@@ -70,6 +83,32 @@ def lone_equation(jaxpr: Jaxpr, eqn: Equation) -> ClosedJaxpr:
         debug_info=jaxpr.debug_info.with_unknown_names(),
     )
     return ClosedJaxpr(alone, [])
+
+
+def isolate_active(jaxpr: Jaxpr, eqn: Equation, mask: Sequence[bool]) -> tuple[ClosedJaxpr, list[bool]]:
+    """One equation as a jaxpr, and which of its distinct variables are active; ``mask`` says it of the operands."""
+    alone = isolate_equation(jaxpr, eqn)
+    active = {v for v, is_active in zip(eqn.invars, mask, strict=True) if is_active}
+    return alone, [v in active for v in alone.jaxpr.invars]
+
+
+def equation_function(jaxpr: Jaxpr, eqn: Equation) -> tuple[Callable[..., list[Any]], list[Variable]]:
+    """One equation of ``jaxpr`` as a function of its distinct variables, with its custom rules, and these variables."""
+    alone = isolate_equation(jaxpr, eqn)
+    return jex.core.jaxpr_as_fun(alone), alone.jaxpr.invars
+
+
+def restrict(fun: Callable[..., list[Any]], values: Sequence[Any], moving: Sequence[bool]) -> Callable[..., list[Any]]:
+    """``fun`` as a function of the arguments that are ``moving``; the other arguments are fixed at their ``values``."""
+
+    def of_moving(*moved: Any) -> list[Any]:
+        given = iter(moved)
+        return fun(*[next(given) if moves else value for moves, value in zip(moving, values, strict=True)])
+
+    return of_moving
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
 class Environment(dict[Variable, Any]):
@@ -84,29 +123,25 @@ class Environment(dict[Variable, Any]):
         self.update(zip(variables, values, strict=True))
 
     def evaluate(self, jaxpr: Jaxpr, eqn: Equation) -> None:
-        """Set what one equation of ``jaxpr`` computes, where it is not known already.
+        """Set the outputs of one equation of ``jaxpr`` that have no value yet.
 
-        Some outputs may be known and others not: those known may be what a derivative is taken with respect to.
+        Outputs that have a value keep it: it may be what a derivative is taken with respect to.
         """
         fun, variables = equation_function(jaxpr, eqn)
         for v, value in zip(eqn.outvars, fun(*self.read(variables)), strict=True):
             self.setdefault(v, value)
 
     def lacks(self, eqn: Equation) -> bool:
-        """Whether something that an equation computes is not known yet."""
+        """Whether some output of an equation has no value yet."""
         return not all(v in self for v in eqn.outvars)
 
 
-_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"})
-"""Equations that evaluate their body once on their operands and do nothing else."""
-
-
 def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """The same program without calls: the equations of jit and remat stand where they were called from.
+    """The same program without calls: the equations of jit and remat replace the call.
 
     Every other equation with a body stays one equation: loops, branches, custom derivatives, reductions by a function,
-    bodies that run on the shards of a mesh. A reshape that permutes axes first becomes two equations, so that each
-    reader of a jaxpr meets plain reshapes only.
+    bodies that run on the shards of a mesh. A reshape that permutes axes first becomes a transpose and a reshape, so
+    that each reader of a jaxpr meets plain reshapes only.
     """
     avals = [v.aval for v in closed.jaxpr.invars]
     return jax.make_jaxpr(lambda *args: _evaluate_inline(closed.jaxpr, closed.consts, args))(*avals)
@@ -117,7 +152,7 @@ def _evaluate_inline(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -
     env.write(jaxpr.constvars, consts)
     env.write(jaxpr.invars, args)
     for eqn in jaxpr.eqns:
-        body = called_jaxpr(eqn) if eqn.primitive.name in _CALLS else None
+        body = called_jaxpr(eqn) if eqn.primitive.name in CALLS else None
         if eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None:
             (operand,) = env.read(eqn.invars)
             permuted = jax.lax.transpose(operand, eqn.params["dimensions"])
@@ -129,33 +164,55 @@ def _evaluate_inline(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -
     return env.read(jaxpr.outvars)
 
 
-class Scan(NamedTuple):
-    """A scan equation taken apart.
+# ---- loops ---------------------------------------------------------------------------------------------------------
+
+
+class Loop(NamedTuple):
+    """The body of a scan or a while, and how the operands of the equation are passed to it.
+
+    The operands of the equation are, in order: constants of the condition of a while, constants of the body, carries,
+    and slices of a scan.
 
     Attributes:
-        body: its body, inlined, as a function of constants, carries and slices.
-        num_consts: how many of the inputs are constants.
-        num_carry: how many of the inputs after them, and of the outputs, are carries.
-        length: the number of steps.
-        reverse: whether it runs from the last slice to the first.
+        body: the body, as a function of constants, carries and slices.
+        num_tested: how many operands only the condition of a while reads.
+        num_consts: how many operands after them are constants.
+        num_carry: how many operands after the constants, and how many outputs, are carries.
     """
 
     body: ClosedJaxpr
+    num_tested: int
     num_consts: int
     num_carry: int
-    length: int
-    reverse: bool
+
+    def split(self, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """Split a list with one item for each operand of the equation into constants, carries and slices."""
+        first_carry = self.num_tested + self.num_consts
+        first_slice = first_carry + self.num_carry
+        return (
+            list(operands[self.num_tested : first_carry]),
+            list(operands[first_carry:first_slice]),
+            list(operands[first_slice:]),
+        )
 
 
-def open_scan(eqn: Equation) -> Scan:
-    """The parts of a scan; read from ranks, for what is scanned or stacked has one axis more outside than inside."""
-    body = eqn.params["jaxpr"]
-    closed = body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, [])
-    num_carry = count_of_equal_rank(eqn.outvars, closed.jaxpr.outvars)
-    num_consts = count_of_equal_rank(eqn.invars, closed.jaxpr.invars) - num_carry
-    return Scan(inline(closed), num_consts, num_carry, eqn.params["length"], eqn.params["reverse"])
+def open_loop(eqn: Equation) -> Loop:
+    """The parts of a scan or a while.
+
+    Those of a scan are read from ranks: what is scanned or stacked has one axis more outside the body than inside.
+    """
+    params = eqn.params
+    if eqn.primitive.name == "while":
+        return Loop(_closed(params["body_jaxpr"]), params["cond_nconsts"], params["body_nconsts"], len(eqn.outvars))
+    body = _closed(params["jaxpr"])
+    num_carry = _count_equal_ranks(eqn.outvars, body.jaxpr.outvars)
+    return Loop(body, 0, _count_equal_ranks(eqn.invars, body.jaxpr.invars) - num_carry, num_carry)
 
 
-def count_of_equal_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+def _closed(jaxpr: Any) -> ClosedJaxpr:
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, [])
+
+
+def _count_equal_ranks(outer: Sequence[Any], inner: Sequence[Any]) -> int:
     """How many variables of an equation have the rank of their counterparts in its body."""
     return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))

@@ -1,4 +1,4 @@
-"""Which derivatives a jaxpr allows: what stands between its inputs and its outputs that has none in a mode.
+"""Legality of derivatives: the first equation of a jaxpr that has no derivative in a mode.
 
 Two kinds of primitive decide:
 
@@ -12,40 +12,45 @@ variables. Forward mode differentiates every active equation; reverse mode only 
 """
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend as jex
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from curvature.programs._jaxprs import called_jaxpr, count_of_equal_rank, equation_function, is_floating, open_jaxpr
+from curvature.programs._jaxprs import (
+    Loop,
+    called_jaxpr,
+    is_floating,
+    isolate_active,
+    open_jaxpr,
+    open_loop,
+    restrict,
+)
+from curvature.programs._primitives import BILINEAR, LINEAR, OPAQUE
 
-_LINEAR = {
-    "add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "neg", "reduce_sum",
-    "reshape", "squeeze", "sub", "transpose",
-}  # fmt: skip
-_LINEAR_IN_ONE = {"mul", "dot_general"}  # in either factor, not in both
-
-_OPAQUE = {"pure_callback", "io_callback", "ffi_call"}  # no derivative of any kind
+Wanted = Callable[[Jaxpr, JaxprEqn, list[bool]], bool]
+"""From a jaxpr, one active equation of it, and which operands are active, to whether the equation is wanted."""
 
 
 class Blocker(NamedTuple):
-    """What stands in the way of a mode: a primitive, and the user's line that brought it in."""
+    """An equation that forbids a mode: its primitive, and the user's line that it comes from."""
 
     primitive: str
     where: str
 
     def __str__(self) -> str:
-        """As it reads in an error message."""
+        """The form that error messages quote."""
         return f"{self.primitive} at {self.where}"
 
 
 class _Search(NamedTuple):
-    """What is looked for in a jaxpr and its nested bodies.
+    """A search of a jaxpr and its nested bodies.
 
     Attributes:
-        judge: from a jaxpr, one active equation of it and its active operands to what the equation is reported as;
-            None if it is not wanted. Calls, loops and branches are opened instead.
+        judge: from a jaxpr, one active equation of it and its active operands to the blocker to report, or None.
+            Where it returns None, the bodies of calls, loops and branches are searched.
         only_live: whether an equation counts only if the output depends on it.
     """
 
@@ -55,200 +60,178 @@ class _Search(NamedTuple):
 
 def find_blocker(jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[bool], mode: str) -> Blocker | None:
     """The first equation of ``jaxpr`` that has no derivative in ``mode``, "fwd" or "rev"."""
-    search = _Search(_without_forward, False) if mode == "fwd" else _Search(_without_reverse, True)
-    return _walk_back(jaxpr, active_in, live_out, search)[0]
+    search = _Search(_forward_blocker, False) if mode == "fwd" else _Search(_reverse_blocker, True)
+    return _search_jaxpr(jaxpr, active_in, live_out, search)[0]
 
 
-def find_equation(
-    jaxpr: Jaxpr,
-    active_in: Sequence[bool],
-    live_out: Sequence[bool],
-    wanted: Callable[[Jaxpr, JaxprEqn, list[bool]], bool],
-) -> Blocker | None:
-    """The first equation that carries a derivative from the inputs to the outputs and is ``wanted``.
-
-    ``wanted`` sees the jaxpr that holds the equation, the equation, and which of its operands are active.
-    """
+def find_equation(jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[bool], wanted: Wanted) -> Blocker | None:
+    """The first equation that carries a derivative from the inputs to the outputs and is ``wanted``."""
 
     def judge(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
         return blocker_at(eqn) if wanted(jaxpr, eqn, mask) else None
 
-    return _walk_back(jaxpr, active_in, live_out, _Search(judge, True))[0]
+    return _search_jaxpr(jaxpr, active_in, live_out, _Search(judge, True))[0]
 
 
 def blocker_at(eqn: JaxprEqn) -> Blocker:
-    """An equation as it is reported."""
+    """The blocker that reports an equation."""
     return Blocker(eqn.primitive.name, jex.source_info_util.summarize(eqn.source_info))
 
 
-def _walk_back(
-    jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[bool], search: _Search
-) -> tuple[Blocker | None, list[bool]]:
-    """The first equation that is looked for, and which inputs are live."""
-    active = _active_variables(jaxpr, active_in)
-    live = {v for v, is_live in zip(jaxpr.outvars, live_out, strict=True) if is_live and isinstance(v, Var)}
-    found = None
-    for eqn in reversed(jaxpr.eqns):
-        mask = _mask(eqn.invars, active)
-        live_outs = [not search.only_live or (v in live and v in active) for v in eqn.outvars]
-        if any(mask) and any(live_outs):
-            blocker, live_ins = _judge(jaxpr, eqn, mask, live_outs, search)
-            live.update(v for v, is_live in zip(eqn.invars, live_ins, strict=True) if is_live and isinstance(v, Var))
-            found = blocker or found
-    return found, _mask(jaxpr.invars, live & active)
+def is_collective(eqn: JaxprEqn) -> bool:
+    """Whether an equation reads values of other devices of a mesh, inside ``jax.shard_map``."""
+    named = eqn.params.get("axes", ()), eqn.params.get("axis_name", ())
+    names = [axis for axes in named for axis in (axes if isinstance(axes, tuple | list) else (axes,))]
+    return eqn.primitive.name not in ("pvary", "pcast") and any(isinstance(axis, str) for axis in names)
+
+
+# ---- active variables: forward through the equations -----------------------------------------------------------------
+
+
+def active_outputs(jaxpr: Jaxpr, active_in: Sequence[bool]) -> list[bool]:
+    """Which outputs of a jaxpr carry a derivative; True is always a safe answer."""
+    return _mask(jaxpr.outvars, _active_variables(jaxpr, active_in))
 
 
 def _active_variables(jaxpr: Jaxpr, active_in: Sequence[bool]) -> set[Var]:
-    active = {v for v, is_active in zip(jaxpr.invars, active_in, strict=True) if is_active}
+    active = set(compress(jaxpr.invars, active_in))
     for eqn in jaxpr.eqns:
         mask = _mask(eqn.invars, active)
         if any(mask):
-            flags = active_outputs(eqn, mask)
-            active.update(v for v, flag in zip(eqn.outvars, flags, strict=True) if flag and is_floating(v))
+            active.update(v for v in compress(eqn.outvars, active_equation_outputs(eqn, mask)) if is_floating(v))
     return active
 
 
-def active_outputs(eqn: JaxprEqn, mask: list[bool]) -> list[bool]:
-    """Which outputs carry a derivative; True is always a safe answer."""
-    name, params = eqn.primitive.name, eqn.params
+def active_equation_outputs(eqn: JaxprEqn, mask: list[bool]) -> list[bool]:
+    """Which outputs of an equation carry a derivative; True is always a safe answer."""
+    name = eqn.primitive.name
     if name == "stop_gradient":
         return [False] * len(eqn.outvars)
     if name == "cond":
-        branches = [outputs_of(open_jaxpr(branch), mask[1:]) for branch in params["branches"]]
+        branches = [active_outputs(open_jaxpr(branch), mask[1:]) for branch in eqn.params["branches"]]
         return [any(flags) for flags in zip(*branches, strict=True)]
     if name in ("scan", "while"):
-        return loop_outputs(*open_loop(eqn, mask))
+        return active_loop_outputs(open_loop(eqn), mask)
     body = called_jaxpr(eqn)
-    return [True] * len(eqn.outvars) if body is None else outputs_of(body, mask)
+    return [True] * len(eqn.outvars) if body is None else active_outputs(body, mask)
 
 
-class _Loop(NamedTuple):
-    """The body of a loop, and which of its inputs are active when it starts: constants, carries, slices."""
-
-    body: Jaxpr
-    consts: list[bool]
-    carry: list[bool]
-    slices: list[bool]
-
-
-def open_loop(eqn: JaxprEqn, mask: list[bool]) -> _Loop:
-    params = eqn.params
-    if eqn.primitive.name == "while":
-        mask, consts = mask[params["cond_nconsts"] :], params["body_nconsts"]
-        return _Loop(open_jaxpr(params["body_jaxpr"]), mask[:consts], mask[consts:], [])
-    body = open_jaxpr(params["jaxpr"])  # what is scanned over or stacked has one axis more outside than inside
-    carry = count_of_equal_rank(eqn.outvars, body.outvars)
-    consts = count_of_equal_rank(eqn.invars, body.invars) - carry
-    return _Loop(body, mask[:consts], mask[consts : consts + carry], mask[consts + carry :])
-
-
-def loop_outputs(body: Jaxpr, consts: list[bool], carry: list[bool], slices: list[bool]) -> list[bool]:
-    """Iterate the body until the set of active carries no longer grows."""
+def active_loop_outputs(loop: Loop, mask: Sequence[bool]) -> list[bool]:
+    """Iterate the body until the set of active carries no longer grows; ``mask`` flags the operands of the equation."""
+    consts, carry, slices = loop.split(mask)
     while True:
-        outs = outputs_of(body, consts + carry + slices)
+        outs = active_outputs(loop.body.jaxpr, consts + carry + slices)
         grown = [a or b for a, b in zip(carry, outs, strict=False)]
         if grown == carry:
             return carry + outs[len(carry) :]
         carry = grown
 
 
-def outputs_of(jaxpr: Jaxpr, active_in: Sequence[bool]) -> list[bool]:
-    return _mask(jaxpr.outvars, _active_variables(jaxpr, active_in))
+# ---- live variables: backward through the equations ------------------------------------------------------------------
 
 
-def _without_forward(_: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
-    """What has no derivative in forward mode."""
-    return blocker_at(eqn) if eqn.primitive.name in _OPAQUE | {"custom_vjp_call"} else None
+def _search_jaxpr(
+    jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[bool], search: _Search
+) -> tuple[Blocker | None, list[bool]]:
+    """The first equation that the search reports, and which inputs are live."""
+    active = _active_variables(jaxpr, active_in)
+    live = {v for v in compress(jaxpr.outvars, live_out) if isinstance(v, Var)}
+    found = None
+    for eqn in reversed(jaxpr.eqns):
+        mask = _mask(eqn.invars, active)
+        live_outs = [not search.only_live or (v in live and v in active) for v in eqn.outvars]
+        if any(mask) and any(live_outs):
+            blocker, live_ins = _search_equation(jaxpr, eqn, mask, live_outs, search)
+            live.update(v for v in compress(eqn.invars, live_ins) if isinstance(v, Var))
+            found = blocker or found
+    return found, _mask(jaxpr.invars, live & active)
 
 
-def _without_reverse(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
-    """What has no derivative in reverse mode."""
-    name, params = eqn.primitive.name, eqn.params
-    if name in _OPAQUE or name == "while":
-        return blocker_at(eqn)
-    if name == "custom_linear_solve":
-        return blocker_at(eqn) if params["jaxprs"].transpose_solve is None else None
-    return _custom_jvp_blocker(jaxpr, eqn, mask) if name == "custom_jvp_call" else None
-
-
-def _judge(
+def _search_equation(
     jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool], live_outs: list[bool], search: _Search
 ) -> tuple[Blocker | None, list[bool]]:
-    """What is found in this one equation or its bodies, and which of its inputs are live."""
+    """What the search reports in one equation or its bodies, and which of the equation's inputs are live."""
     name, params = eqn.primitive.name, eqn.params
     found = search.judge(jaxpr, eqn, mask)
     if found is not None:
         return found, mask
     if name == "custom_linear_solve":
         matvec = open_jaxpr(params["jaxprs"].matvec)
-        return _walk_back(matvec, [True] * len(matvec.invars), [True] * len(matvec.outvars), search)[0], mask
+        return _search_jaxpr(matvec, [True] * len(matvec.invars), [True] * len(matvec.outvars), search)[0], mask
     if name in ("scan", "while"):
-        return _judge_loop(open_loop(eqn, mask), live_outs, search)
+        loop = open_loop(eqn)
+        blocker, live_ins = _search_loop(loop, mask, live_outs, search)
+        return blocker, [False] * loop.num_tested + live_ins
     if name == "cond":
-        judged = [_walk_back(open_jaxpr(branch), mask[1:], live_outs, search) for branch in params["branches"]]
-        blockers, lives = zip(*judged, strict=True)
+        results = [_search_jaxpr(open_jaxpr(branch), mask[1:], live_outs, search) for branch in params["branches"]]
+        blockers, lives = zip(*results, strict=True)
         live_ins = [any(flags) for flags in zip(*lives, strict=True)]
         return next((blocker for blocker in blockers if blocker is not None), None), [False, *live_ins]
     body = called_jaxpr(eqn)
-    return (None, mask) if body is None else _walk_back(body, mask, live_outs, search)
+    return (None, mask) if body is None else _search_jaxpr(body, mask, live_outs, search)
 
 
-def _judge_loop(loop: _Loop, live_outs: list[bool], search: _Search) -> tuple[Blocker | None, list[bool]]:
+def _search_loop(
+    loop: Loop, mask: list[bool], live_outs: list[bool], search: _Search
+) -> tuple[Blocker | None, list[bool]]:
     """Iterate backward until the set of live carries no longer grows."""
-    size = len(loop.carry)
-    active_in = loop.consts + loop_outputs(*loop)[:size] + loop.slices
+    size = loop.num_carry
+    consts, _, slices = loop.split(mask)
+    active_in = consts + active_loop_outputs(loop, mask)[:size] + slices
     carry, stacked = live_outs[:size], live_outs[size:]
     while True:
-        blocker, live_ins = _walk_back(loop.body, active_in, carry + stacked, search)
-        grown = [a or b for a, b in zip(carry, live_ins[len(loop.consts) :], strict=False)]
+        blocker, live_ins = _search_jaxpr(loop.body.jaxpr, active_in, carry + stacked, search)
+        grown = [a or b for a, b in zip(carry, live_ins[len(consts) :], strict=False)]
         if grown == carry:
             return blocker, live_ins
         carry = grown
 
 
-def is_collective(eqn: JaxprEqn) -> bool:
-    """Whether an equation takes what other devices of a mesh hold, inside ``jax.shard_map``."""
-    named = eqn.params.get("axes", ()), eqn.params.get("axis_name", ())
-    names = [axis for axes in named for axis in (axes if isinstance(axes, tuple | list) else (axes,))]
-    return eqn.primitive.name not in ("pvary", "pcast") and any(isinstance(axis, str) for axis in names)
+# ---- what one equation allows ----------------------------------------------------------------------------------------
+
+
+def _forward_blocker(_: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
+    return blocker_at(eqn) if eqn.primitive.name in OPAQUE | {"custom_vjp_call"} else None
+
+
+def _reverse_blocker(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
+    name = eqn.primitive.name
+    if name == "custom_jvp_call":
+        return _custom_jvp_blocker(jaxpr, eqn, mask)
+    has_no_transpose = name == "custom_linear_solve" and eqn.params["jaxprs"].transpose_solve is None
+    return blocker_at(eqn) if name in OPAQUE or name == "while" or has_no_transpose else None
 
 
 def _custom_jvp_blocker(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
-    """Reverse mode transposes the rule's tangent, so trace the rule and ask what lies between its tangents."""
-    fun, distinct = equation_function(jaxpr, eqn)
-    active = {v for v, is_active in zip(eqn.invars, mask, strict=True) if is_active}
-    moving = [v in active for v in distinct]
+    """Reverse mode transposes the rule's tangent: trace the rule and search between its tangents."""
+    alone, moving = isolate_active(jaxpr, eqn, mask)
+    fun, values = jex.core.jaxpr_as_fun(alone), alone.in_avals
 
     def tangents_out(values: list[Any], tangents: list[Any]) -> list[Any]:
-        def along(*moved: Any) -> list[Any]:
-            rest = iter(moved)
-            return fun(*[next(rest) if m else value for m, value in zip(moving, values, strict=True)])
+        return jax.jvp(restrict(fun, values, moving), tuple(compress(values, moving)), tuple(tangents))[1]
 
-        primals = tuple(value for m, value in zip(moving, values, strict=True) if m)
-        return jax.jvp(along, primals, tuple(tangents))[1]
-
-    values = [v.aval for v in distinct]
-    tangents = [v.aval for v, m in zip(distinct, moving, strict=True) if m]
+    tangents = list(compress(values, moving))
     rule = jax.make_jaxpr(tangents_out)(values, tangents).jaxpr
-    of_tangents = [False] * len(values) + [True] * len(tangents)
-    return find_blocker(rule, of_tangents, [True] * len(rule.outvars), "rev") or _not_linear(rule, of_tangents)
+    is_tangent = [False] * len(values) + [True] * len(tangents)
+    return find_blocker(rule, is_tangent, [True] * len(rule.outvars), "rev") or _find_nonlinear(rule, is_tangent)
 
 
-def _not_linear(jaxpr: Jaxpr, of_tangents: Sequence[bool]) -> Blocker | None:
-    """The first equation that JAX cannot transpose, with those inputs as tangents; bodies of calls are opened.
+def _find_nonlinear(jaxpr: Jaxpr, is_tangent: Sequence[bool]) -> Blocker | None:
+    """The first equation that JAX cannot transpose with respect to the tangents; bodies of calls are searched.
 
-    Whatever depends on the tangents counts, comparisons too: JAX transposes every equation that does.
+    Every equation that depends on the tangents counts, comparisons too: JAX transposes all of them.
     """
-    tangents = {v for v, is_tangent in zip(jaxpr.invars, of_tangents, strict=True) if is_tangent}
+    tangents = set(compress(jaxpr.invars, is_tangent))
     for eqn in jaxpr.eqns:
         mask = _mask(eqn.invars, tangents)
         if not any(mask):
             continue
         tangents.update(eqn.outvars)
         body = called_jaxpr(eqn)
-        found = None if body is None else _not_linear(body, mask)
-        if found is None and body is None and not _has_transpose(jaxpr, eqn, mask):
-            found = blocker_at(eqn)
+        if body is not None:
+            found = _find_nonlinear(body, mask)
+        else:
+            found = None if _has_transpose(jaxpr, eqn, mask) else blocker_at(eqn)
         if found is not None:
             return found
     return None
@@ -256,23 +239,21 @@ def _not_linear(jaxpr: Jaxpr, of_tangents: Sequence[bool]) -> Blocker | None:
 
 def _has_transpose(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
     """Whether JAX can transpose one equation with respect to the operands in the mask."""
-    name, outs = eqn.primitive.name, eqn.outvars
-    if name in _LINEAR or (name in _LINEAR_IN_ONE and sum(mask) == 1) or (name == "select_n" and not mask[0]):
+    name = eqn.primitive.name
+    if name in LINEAR or name == "concatenate" or (name in BILINEAR and sum(mask) == 1):
         return True
-    if not all(is_floating(v) for v in outs):
+    if name == "select_n" and not mask[0]:
+        return True
+    if not all(map(is_floating, eqn.outvars)):
         return False
-    fun, distinct = equation_function(jaxpr, eqn)
-    active = {v for v, is_active in zip(eqn.invars, mask, strict=True) if is_active}
+    alone, moving = isolate_active(jaxpr, eqn, mask)
+    fun, avals = jex.core.jaxpr_as_fun(alone), alone.in_avals
 
-    def transpose(rest: list[Any], cotangents: list[Any]) -> Any:
-        def linear(*tangents: Any) -> list[Any]:
-            moving, fixed = iter(tangents), iter(rest)
-            return fun(*[next(moving) if v in active else next(fixed) for v in distinct])
-
-        return jax.linear_transpose(linear, *[v.aval for v in distinct if v in active])(cotangents)
+    def transpose(values: list[Any], cotangents: list[Any]) -> Any:
+        return jax.linear_transpose(restrict(fun, values, moving), *compress(avals, moving))(cotangents)
 
     try:
-        jax.eval_shape(transpose, [v.aval for v in distinct if v not in active], [v.aval for v in outs])
+        jax.eval_shape(transpose, avals, alone.out_avals)
     except (NotImplementedError, AssertionError, TypeError, ValueError):  # what JAX raises where there is no rule
         return False
     return True

@@ -1,8 +1,8 @@
-"""The examples of a batch, found in the jaxpr of a function that sums or averages over them.
+"""Detects that a scalar function is a sum or mean over a batch axis of its data.
 
-An axis of the data is followed from equation to equation as long as nothing mixes its entries, up to sums over it, of
-which the function must be affine: ``f(x) = A(x, sum_b s(x, example_b))``. It is then the mean over the B examples of
-``A(x, B s(x, example_b))``, which is what the program computes on a batch of one when each sum is multiplied by B.
+An axis of the data is followed from equation to equation as long as nothing mixes its entries, up to sums over it. The
+function must be affine in these sums: ``f(x) = A(x, sum_b s(x, example_b))``. It is then the mean over the B examples
+of ``A(x, B s(x, example_b))``, which the program computes on a batch of one when each sum is multiplied by B.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,9 +25,8 @@ from curvature.programs._jaxprs import (
     inline,
     is_floating,
 )
+from curvature.programs._primitives import ADDITIONS, LINEAR_UNARY
 from curvature.programs._traced import Program
-
-_LINEAR = {"neg", "convert_element_type", "copy", "reduce_sum", "reshape", "squeeze", "broadcast_in_dim", "transpose"}
 
 
 class Examples(NamedTuple):
@@ -35,7 +34,7 @@ class Examples(NamedTuple):
 
     Attributes:
         loss: ``loss(x, *example) -> scalar``, whose mean over the examples is the function.
-        batch: the data that differs between examples, with a leading axis of examples.
+        batch: the data that differs between examples, with a leading batch axis.
     """
 
     loss: Callable[..., Array]
@@ -43,27 +42,27 @@ class Examples(NamedTuple):
 
 
 def find_examples(program: Program) -> Examples | None:
-    """The examples that a scalar function without aux sums over, or None where that cannot be shown."""
+    """A scalar function without aux as a mean over examples, or None where that cannot be shown."""
     if program.jaxpr is None or not program.is_scalar or len(program.jaxpr.jaxpr.outvars) != 1:
         return None
     closed = inline(program.jaxpr)
-    if any(map(_is_placed, closed.jaxpr.constvars)):
+    if any(map(_is_sharded, closed.jaxpr.constvars)):  # a batch of one would lie on the devices in another way
         return None
     for size in _leading_sizes(closed.jaxpr):
         reading = _read_program(closed.jaxpr, size)
         if closed.jaxpr.outvars[0] in reading.sums:
-            return _examples_of(closed, reading)
+            return _build_examples(closed, reading)
     return None
 
 
-def _is_placed(v: Variable) -> bool:
-    """Whether the type of a variable says how it lies on the devices of a mesh; a batch of one would lie otherwise."""
+def _is_sharded(v: Variable) -> bool:
+    """Whether the type of a variable says how it lies on the devices of a mesh."""
     kind, sharding = getattr(v.aval, "manual_axis_type", None), getattr(v.aval, "sharding", None)
     return bool(kind is not None and kind.varying) or any(axis is not None for axis in getattr(sharding, "spec", ()))
 
 
 def _leading_sizes(jaxpr: Jaxpr) -> list[int]:
-    """What may be the number of examples: the leading sizes of the data, those of the most entries first."""
+    """The candidates for the number of examples: the leading sizes of the data, those with the most entries first."""
     entries: dict[int, int] = {}
     constants: list[Variable] = list(jaxpr.constvars)
     for v in constants:
@@ -72,15 +71,15 @@ def _leading_sizes(jaxpr: Jaxpr) -> list[int]:
     return sorted(entries, key=lambda size: -entries[size])
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------
+# ---- following the batch axis ----------------------------------------------------------------------------------------
 
 
 class _Step(NamedTuple):
-    """One equation, as it is evaluated for a batch of one.
+    """One equation, to be evaluated for a batch of one.
 
     Attributes:
         eqn: the equation.
-        needs: for each operand the axis of its examples; None for an operand that is taken whole.
+        needs: for each operand the axis along which it is cut into examples; None for an operand that is not cut.
         axes: for each output the axis of its examples; None where it has been summed over.
     """
 
@@ -91,17 +90,17 @@ class _Step(NamedTuple):
 
 @dataclass
 class _Reading:
-    """What is known of the variables of a jaxpr.
+    """The batch axis of each variable of a jaxpr.
 
     Attributes:
         jaxpr: the jaxpr, inlined.
         size: the number of examples.
-        data: the variables that may be cut into examples along any axis of that size: those known beforehand.
-        axes: the axis of the examples, of variables that have one and exist for one example only.
-        optional: the same of variables that exist whole too: data, and what only repeats along that axis.
-        sums: variables that are affine in sums over the examples.
-        steps: by output, the equations of a batch of one.
-        mixed: whether anything mixes the examples in another way.
+        data: the variables that are known before the function is evaluated. They may be cut along any axis of ``size``.
+        axes: the batch axis of the variables that are evaluated for one example only.
+        optional: the batch axis of variables that can also be used whole: data, and what only repeats along that axis.
+        sums: the variables that are affine in sums over the examples.
+        steps: by output, the equations that are evaluated for a batch of one.
+        mixed: whether an equation mixes the examples other than by sums in which the function is affine.
         of_derivative: whether the jaxpr is of a derivative.
     """
 
@@ -131,14 +130,14 @@ class _Reading:
             self.sums.update(eqn.outvars)
             return
         is_strict = any(v in self.axes for v in operands)
-        step = self._step(eqn, self.axes if is_strict else self.optional)
+        step = self._make_step(eqn, self.axes if is_strict else self.optional)
         if step is None:
             self.mixed |= is_strict
             return
         known = self.data.issuperset(eqn.outvars)
         if step.axes[0] is None:
             if not known and not self._repeats(step):
-                self.mixed |= self._grows(eqn)
+                self.mixed |= self._takes_more_memory(eqn)
                 self.sums.update(eqn.outvars)
                 self.steps.update(dict.fromkeys(eqn.outvars, step))
             return
@@ -148,16 +147,15 @@ class _Reading:
             self.steps.update(dict.fromkeys(eqn.outvars, step))
 
     def _repeats(self, step: _Step) -> bool:
-        """Whether an equation of optional operands takes no data, so that its output is the same for each example."""
+        """Whether an equation of optional operands cuts no data, so that its output is the same for each example."""
         cut = [v for v, axis in zip(step.eqn.invars, step.needs, strict=True) if axis is not None]
         return not any(v in self.data or v in self.axes for v in cut)
 
-    def _grows(self, eqn: Equation) -> bool:
-        """Whether a sum is larger than what one example brings to it: taken apart it would be held for each."""
-        brought = sum(v.aval.size for v in eqn.invars)
-        return self.size * eqn.outvars[0].aval.size > brought
+    def _takes_more_memory(self, eqn: Equation) -> bool:
+        """Whether one term for each example takes more memory than the operands of the sum."""
+        return self.size * eqn.outvars[0].aval.size > sum(v.aval.size for v in eqn.invars)
 
-    def _step(self, eqn: Equation, axes: dict[Variable, int]) -> _Step | None:
+    def _make_step(self, eqn: Equation, axes: dict[Variable, int]) -> _Step | None:
         given = [axes.get(v) if isinstance(v, Var) else None for v in eqn.invars]
         if eqn.primitive.name == "custom_jvp_call":
             rule = self._axes_of_custom(eqn, given)
@@ -165,14 +163,14 @@ class _Reading:
             rule = axis_rule(eqn, given, self.size)
         if rule is None or not all(map(self._can_be_cut, eqn.invars, rule[0])):
             return None
-        uses = _uses(eqn, rule[0])
+        uses = _cut_axes(eqn, rule[0])
         alike = all(not isinstance(v, Var) or uses[v] == axis for v, axis in zip(eqn.invars, rule[0], strict=True))
         return _Step(eqn, *rule) if alike else None  # a variable used twice is cut alike
 
     def _axes_of_custom(self, eqn: Equation, given: Axes) -> Rule | None:
-        """The rule of a function with a derivative of its own: both must keep the examples apart.
+        """The rule of a function with a custom derivative: the function and its derivative must not mix the examples.
 
-        Within a derivative only the function is asked: its rule may well call the function itself.
+        Within a derivative only the function is read: the rule of the derivative may call the function itself.
         """
         (axis, *others) = {axis for axis in given if axis is not None} or {None}
         if axis is None or others or not all(map(is_floating, (*eqn.invars, *eqn.outvars))):
@@ -193,32 +191,30 @@ class _Reading:
         return in_data or axis in (self.axes.get(v), self.optional.get(v))
 
     def _is_affine(self, eqn: Equation) -> bool:
-        """Whether an equation of sums is affine in them, with coefficients that do not depend on the point."""
+        """Whether an equation of sums is affine in them, with coefficients that do not depend on ``x``."""
         name, fixed = eqn.primitive.name, [not isinstance(v, Var) or v in self.data for v in eqn.invars]
-        whole = not any(v in self.axes for v in eqn.invars if isinstance(v, Var))
-        if name in _LINEAR:
+        if name in LINEAR_UNARY:
             return all(map(is_floating, (*eqn.invars, *eqn.outvars)))  # rounding to integers is not linear
-        if name in ("add", "sub", "add_any"):
-            return whole
+        if name in ADDITIONS:
+            return not any(v in self.axes for v in eqn.invars if isinstance(v, Var))
         return (name == "mul" and any(fixed)) or (name == "div" and fixed[1])
 
 
 def _read_program(jaxpr: Jaxpr, size: int) -> _Reading:
-    """Read a function of ``x``, the inputs of the jaxpr; its constants are the data."""
+    """Read a function of ``x``, the inputs of the jaxpr; the constants of the jaxpr are the data."""
     on_x = dependents(jaxpr, jaxpr.invars)
     constants: list[Variable] = list(jaxpr.constvars)
-    data = {*constants, *(v for eqn in jaxpr.eqns for v in eqn.outvars if v not in on_x and not _is_filled(eqn))}
+
+    def is_filled(eqn: Equation) -> bool:  # with one number, so that it need not be cut out of memory
+        return eqn.primitive.name == "broadcast_in_dim" and not isinstance(eqn.invars[0], Var)
+
+    data = {*constants, *(v for eqn in jaxpr.eqns for v in eqn.outvars if v not in on_x and not is_filled(eqn))}
     seeds = {v: 0 for v in constants if v.aval.shape[:1] == (size,)}
     return _Reading(jaxpr, size, data, optional=seeds).read()
 
 
-def _is_filled(eqn: Equation) -> bool:
-    """Whether an equation makes an array of one number, which need not be cut out of memory."""
-    return eqn.primitive.name == "broadcast_in_dim" and not isinstance(eqn.invars[0], Var)
-
-
 def _read_body(closed: ClosedJaxpr, axes: Axes, size: int, of_derivative: bool) -> _Reading | None:
-    """Read a program of a batch, all of whose outputs must keep the axis of the examples."""
+    """Read a function of a batch, all of whose outputs must have a batch axis; None where one has not."""
     jaxpr = closed.jaxpr
     given = {v: axis for v, axis in zip(jaxpr.invars, axes, strict=True) if axis is not None}
     reading = _Reading(jaxpr, size, set(), axes=given, of_derivative=of_derivative).read()
@@ -230,27 +226,27 @@ def _body_of(eqn: Equation) -> ClosedJaxpr:
 
 
 def _read_derivative(jaxpr: Jaxpr, eqn: Equation, needs: Axes, size: int) -> _Reading | None:
-    """The derivative of an equation by its distinct variables, along directions, read as a body."""
+    """Read the derivative of an equation with respect to its distinct variables, along directions."""
     fun, variables = equation_function(jaxpr, eqn)
     avals = [v.aval for v in variables]
     made = jax.make_jaxpr(lambda values, along: jax.jvp(fun, values, along)[1])(avals, avals)
-    axes = _uses(eqn, needs).values()
+    axes = _cut_axes(eqn, needs).values()
     return _read_body(inline(made), [*axes, *axes], size, of_derivative=True)
 
 
-def _uses(eqn: Equation, needs: Axes) -> dict[Variable, int | None]:
-    """The axis that each distinct variable of an equation is cut along, in the order of ``equation_function``."""
+def _cut_axes(eqn: Equation, needs: Axes) -> dict[Variable, int | None]:
+    """The axis along which each distinct variable of an equation is cut, in the order of ``equation_function``."""
     return {v: axis for v, axis in zip(eqn.invars, needs, strict=True) if isinstance(v, Var)}
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 Task = tuple[Equation, _Step | None]
-"""An equation to evaluate, whole or as a step."""
+"""An equation to evaluate: as it stands in the jaxpr, or, with a step, for a batch of one."""
 
 
 def _plan(reading: _Reading) -> tuple[list[Task], list[tuple[Variable, int]]]:
-    """What to evaluate for a batch of one, in order, and which data to cut along which axis."""
+    """The equations to evaluate for a batch of one, in order, and which data to cut along which axis."""
     wanted = {(v, reading.axes.get(v)) for v in reading.jaxpr.outvars}
     tasks: list[Task] = []
     cut: dict[tuple[Variable, int], None] = {}
@@ -258,7 +254,7 @@ def _plan(reading: _Reading) -> tuple[list[Task], list[tuple[Variable, int]]]:
         step = reading.steps.get(eqn.outvars[0])
         if step is not None and not wanted.isdisjoint(zip(eqn.outvars, step.axes, strict=True)):
             tasks.append((eqn, step))
-            uses = _uses(eqn, step.needs).items()
+            uses = _cut_axes(eqn, step.needs).items()
             cut.update({(v, axis): None for v, axis in uses if axis is not None and v in reading.data})
             wanted.update((v, None if v in reading.data else axis) for v, axis in uses)
             if step.axes[0] is None:
@@ -269,8 +265,8 @@ def _plan(reading: _Reading) -> tuple[list[Task], list[tuple[Variable, int]]]:
     return tasks[::-1], list(cut)
 
 
-def _examples_of(closed: ClosedJaxpr, reading: _Reading) -> Examples:
-    """The loss of one example, and the data cut into examples; what depends on data alone is computed here."""
+def _build_examples(closed: ClosedJaxpr, reading: _Reading) -> Examples:
+    """The loss of one example, and the data cut into examples; what depends on data alone is evaluated here, once."""
     jaxpr = closed.jaxpr
     tasks, cut = _plan(reading)
     data = Environment()
@@ -292,13 +288,20 @@ def _examples_of(closed: ClosedJaxpr, reading: _Reading) -> Examples:
 def _evaluate(
     reading: _Reading, tasks: Sequence[Task], whole: Environment, one: dict[tuple[Variable, int], Array]
 ) -> None:
-    """Evaluate for a batch of one: what is ``whole``, and ``one`` entry along an axis of each variable that has one."""
+    """Evaluate the tasks for a batch of one.
+
+    Args:
+        reading: the batch axes of the jaxpr.
+        tasks: from ``_plan``.
+        whole: the values of variables that are not cut; grows.
+        one: by variable and axis, the values for a batch of one along that axis; grows.
+    """
     for eqn, step in tasks:
         if step is None:
             if whole.lacks(eqn):
                 whole.evaluate(reading.jaxpr, eqn)
             continue
-        uses = _uses(eqn, step.needs).items()
+        uses = _cut_axes(eqn, step.needs).items()
         env = Environment({v: whole[v] if axis is None else one[v, axis] for v, axis in uses})
         if eqn.primitive.name == "custom_jvp_call":
             outs = _custom_on_one(reading, step)(*env.values())
@@ -323,10 +326,10 @@ def _run_body(reading: _Reading, axes: Axes, values: Sequence[Any]) -> list[Any]
 
 
 def _custom_on_one(reading: _Reading, step: _Step) -> Callable[..., list[Any]]:
-    """A function with a derivative of its own, on a batch of one, as a function of the equation's variables."""
+    """A function with a custom derivative, on a batch of one, as a function of the equation's distinct variables."""
     eqn, size = step.eqn, reading.size
     fun, variables = equation_function(reading.jaxpr, eqn)
-    axes = list(_uses(eqn, step.needs).values())
+    axes = list(_cut_axes(eqn, step.needs).values())
     body = _read_body(_body_of(eqn), step.needs, size, reading.of_derivative)
     assert body is not None  # it has been read before
 
@@ -340,13 +343,13 @@ def _custom_on_one(reading: _Reading, step: _Step) -> Callable[..., list[Any]]:
         derivative = _read_derivative(reading.jaxpr, eqn, step.needs, size)
         if derivative is not None:
             return on_one(*values), _run_body(derivative, [*axes, *axes], [*values, *directions])
-        along = jax.jvp(fun, _widened(values, axes, size), _widened(directions, axes, size))[1]
+        along = jax.jvp(fun, _repeat_examples(values, axes, size), _repeat_examples(directions, axes, size))[1]
         first = [jnp.take(out, jnp.array([0]), axis) for out, axis in zip(along, step.axes, strict=True)]
         return on_one(*values), first
 
     return on_one
 
 
-def _widened(values: Sequence[Any], axes: Axes, size: int) -> list[Any]:
+def _repeat_examples(values: Sequence[Any], axes: Axes, size: int) -> list[Any]:
     """A batch of equal examples."""
     return [v if axis is None else jnp.repeat(v, size, axis) for v, axis in zip(values, axes, strict=True)]

@@ -1,6 +1,11 @@
-"""The derivative of a jaxpr along a direction, as a jaxpr again, and whether it is taken entry by entry."""
+"""Directional derivatives of jaxprs, as jaxprs: forward, or by reverse mode applied twice where there is no forward.
+
+Also two properties of equations that decide how derivatives may be combined: whether an equation acts entry by entry,
+and whether a custom rule is consistent with the function that it belongs to.
+"""
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
@@ -10,27 +15,27 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 from curvature import _checks
 from curvature._types import Tree
-from curvature.programs._jaxprs import called_jaxpr, dependents, inline, is_floating, lone_equation, open_jaxpr
-from curvature.programs._legality import Blocker, find_blocker, find_equation
-
-LINEAR_BY_ENTRY = frozenset({"add", "sub", "neg", "add_any", "copy", "convert_element_type", "select_n"})
-"""Equations whose derivative is another one of the kind, which costs less than a product with slopes of one."""
-
-BY_ENTRY = LINEAR_BY_ENTRY | {
-    "abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp", "cos", "cosh",
-    "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow",
-    "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "not", "or", "pow",
-    "rem", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
-}  # fmt: skip
-"""Equations that compute each entry of their output from the same entry of their operands."""
+from curvature.programs._jaxprs import (
+    called_jaxpr,
+    dependents,
+    inline,
+    is_floating,
+    isolate_active,
+    isolate_equation,
+    live_equations,
+    open_jaxpr,
+    restrict,
+)
+from curvature.programs._legality import Blocker, Wanted, find_blocker, find_equation
+from curvature.programs._primitives import ENTRYWISE, JITS
 
 
 class Pushforward(NamedTuple):
     """The first derivative of a jaxpr's floating outputs along a direction.
 
     Attributes:
-        jaxpr: the program ``(*arguments, *directions of those that move) -> derivatives``.
-        mode: how it was made: "fwd", or "rev" where there is no forward derivative.
+        jaxpr: the program ``(*arguments, *directions of the moving arguments) -> derivatives``.
+        mode: "fwd", or "rev" where there is no forward derivative.
     """
 
     jaxpr: ClosedJaxpr
@@ -42,13 +47,13 @@ class Pushforward(NamedTuple):
 
 
 def directional_derivative(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: Tree) -> tuple[Any, Any]:
-    """``d/dt fun(x + t v)`` at 0, with ``(out, aux)`` beside it."""
+    """``d/dt fun(x + t v)`` at 0, and ``(out, aux)``."""
     out, derivative, aux = jax.jvp(fun, (x,), (v,), has_aux=True)
     return derivative, (out, aux)
 
 
 def pushforward(function: str, closed: ClosedJaxpr, moving: Sequence[bool]) -> Pushforward:
-    """Differentiate by the arguments that are ``moving``: forward, or else by reverse mode applied twice."""
+    """Differentiate with respect to the ``moving`` arguments: forward, or else by reverse mode applied twice."""
     live = [True] * len(closed.jaxpr.outvars)
     mode = choose_forward(function, lambda mode: find_blocker(closed.jaxpr, moving, live, mode))
     fun = jex.core.jaxpr_as_fun(closed)
@@ -58,30 +63,19 @@ def pushforward(function: str, closed: ClosedJaxpr, moving: Sequence[bool]) -> P
         values, directions = list(args[: len(moving)]), args[len(moving) :]
 
         def smooth(moved: Sequence[Any]) -> tuple[list[Any], None]:
-            rest = iter(moved)
-            outs = fun(*[next(rest) if moves else value for moves, value in zip(moving, values, strict=True)])
-            return [out for out, is_smooth in zip(outs, floating, strict=True) if is_smooth], None
+            return list(compress(restrict(fun, values, moving)(*moved), floating)), None
 
-        point = tuple(value for moves, value in zip(moving, values, strict=True) if moves)
-        return derivative_along(mode, smooth, point, directions)[0]
+        return derivative_along(mode, smooth, tuple(compress(values, moving)), directions)[0]
 
-    avals = [v.aval for v in closed.jaxpr.invars]
-    made = jax.make_jaxpr(derivatives)(*avals, *[aval for aval, moves in zip(avals, moving, strict=True) if moves])
-    return Pushforward(_without_dead_code(made), mode)
-
-
-def _without_dead_code(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """Drop what only the values need, which a JVP computes beside the derivatives."""
-    live, kept = {v for v in closed.jaxpr.outvars if isinstance(v, Var)}, []
-    for eqn in reversed(closed.jaxpr.eqns):
-        if eqn.effects or not live.isdisjoint(eqn.outvars):
-            kept.append(eqn)
-            live.update(v for v in eqn.invars if isinstance(v, Var))
-    return closed.replace(jaxpr=closed.jaxpr.replace(eqns=kept[::-1]))
+    avals = closed.in_avals
+    made = jax.make_jaxpr(derivatives)(*avals, *compress(avals, moving))
+    # A JVP also computes the values, which the derivatives need not depend on.
+    live_jaxpr = made.jaxpr.replace(eqns=live_equations(made.jaxpr, keep_effects=True))
+    return Pushforward(made.replace(jaxpr=live_jaxpr), mode)
 
 
 def choose_forward(function: str, blocker: Callable[[str], Blocker | None]) -> str:
-    """The mode of a derivative along a direction: forward wherever nothing forbids it."""
+    """The mode of a derivative along a direction: forward wherever it is legal."""
     blockers = {}
     for mode in ("fwd", "rev"):
         found = blocker(mode)
@@ -92,7 +86,7 @@ def choose_forward(function: str, blocker: Callable[[str], Blocker | None]) -> s
 
 
 def derivative_along(mode: str, fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: Tree) -> tuple[Any, Any]:
-    """``d/dt fun(x + t v)`` at 0 in either mode, with ``(out, aux)`` beside it."""
+    """``d/dt fun(x + t v)`` at 0 in either mode, and ``(out, aux)``."""
     if mode == "fwd":
         return directional_derivative(fun, x, v)
     out, pull, aux = jax.vjp(fun, x, has_aux=True)
@@ -100,9 +94,12 @@ def derivative_along(mode: str, fun: Callable[[Tree], tuple[Any, Any]], x: Tree,
 
 
 def transposed(pull: Callable[[Tree], tuple[Tree]], out: Tree) -> Callable[[Tree], Tree]:
-    """``v -> J v`` from the pull-back ``w -> (J'w,)``, which is linear, so that its own pull-back is that map."""
+    """``v -> J v`` from the pull-back ``w -> (J'w,)``: the pull-back is linear, and its own pull-back is ``J``."""
     push = jax.vjp(pull, jax.tree.map(jnp.zeros_like, out))[1]
     return lambda v: push((v,))[0]
+
+
+# ---- custom rules ----------------------------------------------------------------------------------------------------
 
 
 def asymmetric_rule(jaxpr: Jaxpr) -> Blocker | None:
@@ -117,14 +114,13 @@ def asymmetric_rule(jaxpr: Jaxpr) -> Blocker | None:
     """
 
     def need_not_be_symmetric(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
-        if eqn.primitive.name == "custom_vjp_call":
-            return True
         if eqn.primitive.name != "custom_jvp_call":
-            return False
-        alone, places = _alone(jaxpr, eqn, mask)
-        return len(places) != 1 or not is_elementwise(alone, places) or not _rule_calls_itself(alone, places)
+            return eqn.primitive.name == "custom_vjp_call"
+        alone, moving = isolate_active(jaxpr, eqn, mask)
+        active = list(compress(range(len(moving)), moving))
+        return len(active) != 1 or not is_elementwise(alone, active) or not _rule_calls_itself(alone, moving)
 
-    return _first_equation(jaxpr, need_not_be_symmetric)
+    return _find_rule(jaxpr, need_not_be_symmetric)
 
 
 def inconsistent_rule(jaxpr: Jaxpr) -> Blocker | None:
@@ -135,41 +131,33 @@ def inconsistent_rule(jaxpr: Jaxpr) -> Blocker | None:
     """
 
     def is_inconsistent(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
-        if eqn.primitive.name == "custom_vjp_call":
-            return True
-        return eqn.primitive.name == "custom_jvp_call" and not _rule_calls_itself(*_alone(jaxpr, eqn, mask))
+        if eqn.primitive.name != "custom_jvp_call":
+            return eqn.primitive.name == "custom_vjp_call"
+        return not _rule_calls_itself(*isolate_active(jaxpr, eqn, mask))
 
-    return _first_equation(jaxpr, is_inconsistent)
+    return _find_rule(jaxpr, is_inconsistent)
 
 
-def _first_equation(jaxpr: Jaxpr, wanted: Callable[[Jaxpr, JaxprEqn, list[bool]], bool]) -> Blocker | None:
+def _find_rule(jaxpr: Jaxpr, wanted: Wanted) -> Blocker | None:
     return find_equation(jaxpr, [True] * len(jaxpr.invars), [True] * len(jaxpr.outvars), wanted)
 
 
-def _alone(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> tuple[ClosedJaxpr, list[int]]:
-    """One equation as a jaxpr, and the numbers of its active inputs."""
-    alone = lone_equation(jaxpr, eqn)
-    active = {v for v, is_active in zip(eqn.invars, mask, strict=True) if is_active}
-    return alone, [i for i, v in enumerate(alone.jaxpr.invars) if v in active]
-
-
-def _rule_calls_itself(alone: ClosedJaxpr, places: Sequence[int]) -> bool:
-    """Whether the rule of a ``custom_jvp`` has the value from the function itself, on the same operands."""
-    fun, avals = jex.core.jaxpr_as_fun(alone), [v.aval for v in alone.jaxpr.invars]
+def _rule_calls_itself(alone: ClosedJaxpr, moving: Sequence[bool]) -> bool:
+    """Whether the rule of a ``custom_jvp`` computes the value by the function itself, on the same operands."""
+    fun, avals = jex.core.jaxpr_as_fun(alone), alone.in_avals
 
     def value(values: list[Any], tangents: list[Any]) -> list[Any]:
-        def along(*moved: Any) -> list[Any]:
-            given = dict(zip(places, moved, strict=True))
-            return fun(*[given.get(i, v) for i, v in enumerate(values)])
+        return jax.jvp(restrict(fun, values, moving), tuple(compress(values, moving)), tuple(tangents))[0]
 
-        return jax.jvp(along, tuple(values[i] for i in places), tuple(tangents))[0]
-
-    jaxpr = inline(jax.make_jaxpr(value)(avals, [avals[i] for i in places])).jaxpr
+    jaxpr = inline(jax.make_jaxpr(value)(avals, list(compress(avals, moving)))).jaxpr
     own = next((eqn for eqn in jaxpr.eqns if list(eqn.outvars) == list(jaxpr.outvars)), None)
     if own is None or own.primitive.name != "custom_jvp_call":
         return False
     operands = [v for v in own.invars if isinstance(v, Var)]
-    return operands == list(jaxpr.invars[: len(operands)]) and str(lone_equation(jaxpr, own)) == str(alone)
+    return operands == list(jaxpr.invars[: len(operands)]) and str(isolate_equation(jaxpr, own)) == str(alone)
+
+
+# ---- entry by entry --------------------------------------------------------------------------------------------------
 
 
 def is_elementwise(closed: ClosedJaxpr, active: Sequence[int]) -> bool:
@@ -180,39 +168,44 @@ def is_elementwise(closed: ClosedJaxpr, active: Sequence[int]) -> bool:
         return False
     arguments: list[Any] = [jaxpr.invars[i].aval for i in active]
     alike = all(aval.shape == out.shape and aval.dtype == out.dtype for aval in arguments)
-    return alike and _only_by_entry(jaxpr, out.shape, frozenset())
+    return alike and _is_entrywise(jaxpr, out.shape, frozenset())
 
 
-def _only_by_entry(jaxpr: Jaxpr, shape: tuple[int, ...], assumed: frozenset[str]) -> bool:
+def _is_entrywise(jaxpr: Jaxpr, shape: tuple[int, ...], assumed: frozenset[str]) -> bool:
     on_inputs = dependents(jaxpr, jaxpr.invars)  # what depends on no input is a constant of each entry
-    return all(_by_entry(jaxpr, eqn, shape, assumed) for eqn in jaxpr.eqns if not on_inputs.isdisjoint(eqn.outvars))
+    of_inputs = (eqn for eqn in jaxpr.eqns if not on_inputs.isdisjoint(eqn.outvars))
+    return all(_is_entrywise_equation(jaxpr, eqn, shape, assumed) for eqn in of_inputs)
 
 
-def _by_entry(jaxpr: Jaxpr, eqn: JaxprEqn, shape: tuple[int, ...], assumed: frozenset[str]) -> bool:
-    """Whether every array has the shape of the output, or is a scalar, on which the derivative does not depend."""
+def _is_entrywise_equation(jaxpr: Jaxpr, eqn: JaxprEqn, shape: tuple[int, ...], assumed: frozenset[str]) -> bool:
+    """Precondition: every array has the shape of the output, or is a scalar, on which the derivative does not depend.
+
+    So a broadcast is entrywise only of a scalar.
+    """
     name = eqn.primitive.name
-    shapes = {_shape(v) for v in eqn.invars}
+    shapes = {_shape_of(v) for v in eqn.invars}
     if name == "broadcast_in_dim":
         return shapes == {()}
-    if not shapes | {_shape(v) for v in eqn.outvars} <= {shape, ()}:
+    if not shapes | {_shape_of(v) for v in eqn.outvars} <= {shape, ()}:
         return False
     if name == "custom_jvp_call":
         body = open_jaxpr(eqn.params["call_jaxpr"])
-        return _only_by_entry(body, shape, assumed) and _rule_is_by_entry(lone_equation(jaxpr, eqn), shape, assumed)
-    body = called_jaxpr(eqn) if name in ("jit", "pjit") else None
-    return name in BY_ENTRY if body is None else _only_by_entry(body, shape, assumed)
+        alone = isolate_equation(jaxpr, eqn)
+        return _is_entrywise(body, shape, assumed) and _has_entrywise_rule(alone, shape, assumed)
+    body = called_jaxpr(eqn) if name in JITS else None
+    return name in ENTRYWISE if body is None else _is_entrywise(body, shape, assumed)
 
 
-def _rule_is_by_entry(closed: ClosedJaxpr, shape: tuple[int, ...], assumed: frozenset[str]) -> bool:
-    """Judge the rule of a ``custom_jvp``; where it calls the function itself, that is assumed to be as it should."""
+def _has_entrywise_rule(closed: ClosedJaxpr, shape: tuple[int, ...], assumed: frozenset[str]) -> bool:
+    """Judge the rule of a ``custom_jvp``; where it calls the function itself, that call is assumed to be entrywise."""
     text = str(closed)
-    moving = [is_floating(v) and _shape(v) == shape for v in closed.jaxpr.invars]
+    moving = [is_floating(v) and _shape_of(v) == shape for v in closed.jaxpr.invars]
     if text in assumed or not any(moving):
         return True
     if find_blocker(closed.jaxpr, moving, [True] * len(closed.jaxpr.outvars), "fwd") is not None:
         return False
-    return _only_by_entry(pushforward("laplacian", closed, moving).jaxpr.jaxpr, shape, assumed | {text})
+    return _is_entrywise(pushforward("laplacian", closed, moving).jaxpr.jaxpr, shape, assumed | {text})
 
 
-def _shape(v: Any) -> tuple[int, ...]:
+def _shape_of(v: Any) -> tuple[int, ...]:
     return v.aval.shape

@@ -1,4 +1,4 @@
-"""The gradients of parameters from what is known where they meet the data: in factors, or formed."""
+"""Gradients of parameters from taps: as factors in canonical form, or formed."""
 
 import functools
 import math
@@ -12,16 +12,16 @@ from jaxtyping import Array, Float
 
 from curvature.programs._affine import Axes, Lookup
 from curvature.programs._jaxprs import Environment, Variable, equation_function
-from curvature.programs._taps import Origin, Site, Taps
+from curvature.programs._taps import Site, Taps
 
 
 class Factors(NamedTuple):
-    """One use of a root in canonical form: its gradient is ``sum_s a[g, s, i] d[g, s, o]``.
+    """The gradient of a root at one site, in factors: ``sum_s a[g, s, i] d[g, s, o]``.
 
     Attributes:
         a: the input, of shape (g, s, i), or a ``Lookup`` of shape (g, s).
         d: the cotangent of the output, of shape (g, s, o).
-        group, rows, columns: the axes of the root that g, i and o stand for.
+        group, rows, columns: the axes of the root that g, i and o index.
     """
 
     a: Any
@@ -30,9 +30,17 @@ class Factors(NamedTuple):
     rows: Axes
     columns: Axes
 
+    def astype(self, dtype: Any) -> "Factors":
+        """The factors in another dtype; the numbers of a lookup stay."""
+        a = self.a if isinstance(self.a, Lookup) else self.a.astype(dtype)
+        return self._replace(a=a, d=self.d.astype(dtype))
+
 
 def factors(site: Site, a: Any, d: Array) -> Factors:
-    """A site with a form, in canonical form: the scans around it are groups or positions of their own."""
+    """The factors of a site that has a form, from its input and cotangent.
+
+    A scan around the site that slices the root adds a group axis. Any other scan adds a position axis.
+    """
     outputs, depth = site.form.outputs, len(site.lengths)
     for _ in range(depth):
         outputs = jax.vmap(outputs)
@@ -50,10 +58,10 @@ def factors(site: Site, a: Any, d: Array) -> Factors:
 
 
 def canonical_gradient(use: Factors) -> Float[Array, "groups rows columns"]:
-    """The gradient in canonical form, formed."""
+    """The gradient in canonical form."""
     if not isinstance(use.a, Lookup):
-        return jnp.einsum("gsi,gso->gio", use.a, use.d)
-    rows = jnp.where(use.a.rows < 0, use.a.size, use.a.rows)  # out of range, so dropped
+        return jnp.einsum("gsi,gso->gio", use.a, use.d)  # g: group, s: position, i: row, o: column
+    rows = jnp.where(use.a.rows < 0, use.a.size, use.a.rows)  # out of range, so that it is dropped
 
     def scatter(rows: Array, d: Array) -> Array:
         return jnp.zeros((use.a.size, d.shape[1]), d.dtype).at[rows].add(d, mode="drop")
@@ -62,19 +70,19 @@ def canonical_gradient(use: Factors) -> Float[Array, "groups rows columns"]:
 
 
 def to_canonical(array: Array, use: Factors) -> Float[Array, "groups rows columns"]:
-    """An array with the axes of the root, in the canonical form of a use."""
+    """Rearrange an array with the axes of the root into the canonical form of a use."""
     order = all_axes((*use.group, *use.rows, *use.columns), array.ndim)
     sizes = [math.prod(array.shape[axis] for axis in axes) for axes in (use.group, use.rows, use.columns)]
     return jnp.transpose(array, order).reshape(sizes)
 
 
 def all_axes(order: Axes, ndim: int) -> Axes:
-    """An order of axes with those at its end that have gone, as only axes of size one do."""
+    """Complete an order of axes: axes of size one that a reshape has removed come last."""
     return (*order, *(k for k in range(ndim) if k not in order))
 
 
 def from_canonical(product: Array, order: Axes, root: Variable) -> Array:
-    """An array whose axes are those of the root in another ``order``, grouped at will, as the root has them."""
+    """Rearrange an array into the shape of the root; its axes are those of the root in ``order``, possibly merged."""
     shape = root.aval.shape
     order = all_axes(order, len(shape))
     back = sorted(range(len(order)), key=lambda k: order[k])
@@ -82,7 +90,7 @@ def from_canonical(product: Array, order: Axes, root: Variable) -> Array:
 
 
 def gradients_of_site(taps: Taps, site: Site, values: Environment, captured: Any, d: Sequence[Array]) -> list[Array]:
-    """The gradients of the roots of any site, formed: by its form or, if it has none, by reverse mode through it."""
+    """The gradients of the roots of any site: by its form or, if it has none, by reverse mode through its equation."""
     if site.form is not None:
         return [from_canonical(canonical_gradient(factors(site, captured, d[0])), site.axes, site.origins[0].root)]
     fun, variables = equation_function(taps.level.jaxpr, site.eqn)
@@ -100,19 +108,29 @@ def gradients_of_site(taps: Taps, site: Site, values: Environment, captured: Any
         return [outs[v] for v in site.outputs]
 
     _, pull = jax.vjp(outputs, values.read(operands), env.read(others))
-    return [_to_root(gradient, origin) for gradient, origin in zip(pull(list(d))[0], site.origins, strict=True)]
+    gradients = []
+    for gradient, origin in zip(pull(list(d))[0], site.origins, strict=True):
+        summed = jnp.sum(gradient, [k for k, axis in enumerate(origin.axes) if axis is None])  # axes that repeat
+        kept = tuple(axis for axis in origin.axes if axis is not None)
+        gradients.append(from_canonical(summed, kept, origin.root))
+    return gradients
 
 
 def sum_over_batch(taps: Taps, values: Environment, captured: Sequence[Any], d: Sequence[Any]) -> dict[Variable, Array]:
-    """The gradients of the roots, summed over examples: what is known at the sites has a leading axis of them.
+    """The gradients of the roots, summed over examples; the inputs and cotangents have a leading batch axis.
 
-    The examples are so many positions more, of which a product of matrices takes the sum.
+    In canonical form the batch axis is merged into the positions, over which a product of matrices sums.
     """
     total: dict[Variable, Any] = dict.fromkeys(taps.roots, 0)
+
+    def merge_batch(array: Array) -> Array:  # (batch, groups, positions, ...) to (groups, batch and positions, ...)
+        groups = jnp.swapaxes(array, 0, 1)
+        return groups.reshape(groups.shape[0], -1, *groups.shape[3:])
+
     for site, inputs, cotangents in zip(taps.sites, captured, d, strict=True):
         if site.form is not None:
             use = jax.vmap(lambda a, d, site=site: factors(site, a, d)[:2])(inputs, cotangents[0])
-            a, d_all = jax.tree.map(_batch_as_positions, use)
+            a, d_all = jax.tree.map(merge_batch, use)
             together = Factors(a, d_all, site.group, site.form.rows, site.form.columns)
             gradients = [from_canonical(canonical_gradient(together), site.axes, site.origins[0].root)]
         else:
@@ -121,15 +139,3 @@ def sum_over_batch(taps: Taps, values: Environment, captured: Sequence[Any], d: 
         for origin, gradient in zip(site.origins, gradients, strict=True):
             total[origin.root] = total[origin.root] + gradient
     return total
-
-
-def _batch_as_positions(array: Array) -> Array:
-    """``(batch, groups, positions, ...)`` to ``(groups, batch and positions, ...)``."""
-    groups = jnp.swapaxes(array, 0, 1)
-    return groups.reshape(groups.shape[0], -1, *groups.shape[3:])
-
-
-def _to_root(gradient: Array, origin: Origin) -> Array:
-    """The gradient by a variable, as one by the root whose axes it moved or repeated."""
-    repeated = [k for k, axis in enumerate(origin.axes) if axis is None]
-    return from_canonical(jnp.sum(gradient, repeated), tuple(a for a in origin.axes if a is not None), origin.root)

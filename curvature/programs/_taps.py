@@ -1,9 +1,9 @@
-"""Where the parameters of a loss meet its data: the taps from which per-example derivatives are assembled.
+"""Taps: the equations of a loss where parameters meet data, from which per-example derivatives are assembled.
 
-The loss of one example is traced once. What its jaxpr computes from the parameters alone is the same for all examples
-and is computed once. Each other equation that a parameter enters is a site: shifting its output by ``eps`` and
-differentiating by ``eps`` at zero gives the cotangent ``d`` there, and from ``d`` and the equation's other inputs
-follows the gradient of the parameter (see ``_affine.py``), which need not be formed.
+The loss of one example is traced once. Values that depend on the parameters alone are the same for all examples and are
+computed once. Each other equation that a parameter enters is a site. Shifting its output by ``eps`` and differentiating
+with respect to ``eps`` at zero gives the cotangent ``d`` of the output. The gradient of the parameter follows from
+``d`` and the equation's other inputs (see ``_affine.py``), and need not be formed.
 """
 
 import math
@@ -24,25 +24,26 @@ from curvature.programs._affine import Axes, canonical_form
 from curvature.programs._jaxprs import (
     Environment,
     Equation,
-    Scan,
+    Loop,
     Variable,
     dependents,
     inline,
     is_floating,
     is_real,
-    open_scan,
+    open_loop,
 )
-from curvature.programs._views import View
+from curvature.programs._views import View, moved_axes
 
 
 class Origin(NamedTuple):
-    """Where a variable computed from the parameters alone comes from.
+    """The origin of a variable that is computed from the parameters alone.
 
     Attributes:
-        root: a leaf, or what the parameters were last computed to be other than by moving axes; None for what a scan
-            computes from them inside.
+        root: the leaf, or other function of the parameters, of which the variable moves or repeats axes; None for a
+            function of the parameters that is computed inside a scan.
         axes: for each axis of the variable, the axis of the root that it is; None where it only repeats.
-        loops: for each scan around it, the axis of the root that the scan slices; None for a constant of that scan.
+        loops: for each scan around the variable, the axis of the root that the scan slices; None where the root is a
+            constant of that scan.
     """
 
     root: Variable
@@ -55,10 +56,10 @@ class Site(NamedTuple):
 
     Attributes:
         eqn: the equation.
-        operands: which of its inputs are parameters.
-        origins: where each of them comes from.
-        form: the ``Form``, if it is affine in its one parameter in a way known here, else None.
-        lengths: the lengths of the scans around it.
+        operands: the numbers of its inputs that are parameters.
+        origins: the origin of each of these inputs.
+        form: the canonical ``Form``, if there is one parameter and ``_affine`` has a rule for it, else None.
+        lengths: the lengths of the scans around the equation.
     """
 
     eqn: Equation
@@ -73,13 +74,13 @@ class Site(NamedTuple):
         return [v for v in self.eqn.outvars if is_floating(v)]
 
     def inputs(self, env: Environment) -> Any:
-        """What enters beside parameters: the canonical input ``a``, or a list of all other inputs if it has no form."""
+        """The canonical input ``a``; for a site without a form, the list of all inputs that are not parameters."""
         others = env.read([v for n, v in enumerate(self.eqn.invars) if n not in self.operands])
         return others if self.form is None else self.form.inputs(*others)
 
     @property
     def group(self) -> Axes:
-        """The axes of the root that the canonical form is batched over: those that scans slice come first."""
+        """The axes of the root that the canonical form is batched over, those that scans slice first."""
         return (*(axis for axis in self.origins[0].loops if axis is not None), *self.form.group)
 
     @property
@@ -99,15 +100,22 @@ class Site(NamedTuple):
 
 
 class _Level(NamedTuple):
-    """One jaxpr taken apart: its sites by the number of their equation, and the scans that have some inside."""
+    """The sites of one jaxpr, and of the scans in it.
+
+    Attributes:
+        jaxpr: the jaxpr, inlined.
+        consts: its constants.
+        sites: the sites by the number of their equation.
+        scans: the scans with sites inside, by the number of their equation, each with the level of its body.
+    """
 
     jaxpr: Jaxpr
     consts: list[Any]
     sites: dict[int, Site]
-    scans: dict[int, tuple[Scan, "_Level"]]
+    scans: dict[int, tuple[Loop, "_Level"]]
 
     def all_sites(self) -> Iterator[Site]:
-        """Those of this level and of the scans in it, in the order of evaluation."""
+        """The sites of this level and of the scans in it, in the order of evaluation."""
         for k in range(len(self.jaxpr.eqns)):
             if k in self.scans:
                 yield from self.scans[k][1].all_sites()
@@ -120,11 +128,11 @@ class Taps:
     """The loss of one example with all its sites.
 
     Attributes:
-        level: the jaxpr, whose inputs are the leaves of the parameters and then those of the example.
+        level: the jaxpr, whose inputs are the leaves of the parameters and then the leaves of the example.
         on_data: the variables that depend on the data.
         leaves: the variables of the parameters.
         roots: the roots that sites use.
-        views: for a root that holds the entries of one leaf, each exactly once, how they are rearranged.
+        views: for each root that holds the entries of one leaf, each exactly once, the rearrangement.
         leaves_of: for each root, the numbers of the leaves that it depends on.
         program: the loss of this example as a function of the parameters.
     """
@@ -143,7 +151,7 @@ class Taps:
         return list(self.level.all_sites())
 
     def parameter_values(self, leaves: Sequence[Array]) -> Environment:
-        """Everything that is computed from parameters and constants alone."""
+        """The values of all variables that depend on parameters and constants alone."""
         env = self.given(leaves)
         for eqn in self.level.jaxpr.eqns:
             if not any(v in self.on_data for v in eqn.outvars):
@@ -151,49 +159,50 @@ class Taps:
         return env
 
     def given(self, leaves: Sequence[Array]) -> Environment:
-        """Parameters and constants, and nothing computed yet."""
+        """The values of parameters and constants alone."""
         env = Environment()
         env.write(self.level.jaxpr.constvars, self.level.consts)
         env.write(self.leaves, leaves)
         return env
 
     def with_example(self, values: Environment, example: Sequence[Any]) -> Environment:
-        """The same values, and an example."""
+        """A copy of the values, with an example added."""
         env = Environment(values)
         env.write(self.level.jaxpr.invars[len(self.leaves) :], example)
         return env
 
     def loss_in(self, env: Environment) -> Array:
-        """The loss, once it is evaluated."""
+        """The value of the loss, after all equations are evaluated."""
         return env.read(self.level.jaxpr.outvars)[0]
 
     def root_values(self, leaves: Sequence[Array]) -> list[Array]:
-        """The roots as functions of the leaves."""
+        """The values of the roots."""
         return self.parameter_values(leaves).read(self.roots)
 
     def shifts(self) -> list[list[Array]]:
-        """For each output of each site a zero of its shape, by which it is shifted."""
+        """A zero shift for each output of each site."""
         return [[zeros((*site.lengths, *v.aval.shape), v.aval) for v in site.outputs] for site in self.sites]
 
     def shifted(self, values: Environment, example: Sequence[Any], shifts: Any) -> tuple[Array, list[Any]]:
-        """The loss of one example whose sites are shifted, and the inputs of each site."""
+        """The loss of one example with the outputs of its sites shifted, and the inputs of each site."""
         env = self.with_example(values, example)
-        captured = _run(self.level, env, iter(shifts))
+        captured = _evaluate_shifted(self.level, env, iter(shifts))
         return self.loss_in(env), captured
 
     def cotangents(self, values: Environment, example: Sequence[Any]) -> tuple[list[Any], list[list[Array]]]:
-        """For each site its inputs, and the cotangents of its outputs."""
+        """For each site, its inputs and the cotangents of its outputs."""
         d, captured = jax.grad(lambda eps: self.shifted(values, example, eps), has_aux=True)(self.shifts())
         return captured, d
 
 
 def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
-    """The taps of a loss; None where it has none to offer: no reverse mode, no jaxpr, parameters that do not meet data.
+    """The taps of a loss; None if the loss has no reverse mode or no jaxpr, or if no parameter meets data.
 
-    A loss in which parameters become complex numbers has none either: shifts and cotangents are real here. Nor has one
-    in which parameters enter a ``custom_vjp``: cotangents are scaled and added up before they are sent back through
-    what parameters enter, which need not be linear there.
+    None also if parameters become complex numbers, because shifts and cotangents are real here, or if parameters enter
+    a ``custom_vjp``: cotangents are scaled and summed before they are pulled back through equations that parameters
+    enter, and the rule of a ``custom_vjp`` need not be linear in them.
     """
+    # 1. Trace the loss, as a function of parameters and example, and of the parameters alone.
     whole = _traced.trace(lambda point: (loss(point[0], *point[1]), None), (params, example))
     _checks.check_scalar_output(function, "loss", whole.out)
     if whole.jaxpr is None:
@@ -201,38 +210,37 @@ def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any,
     program = _traced.trace(lambda params: whole.fun((params, example)), params)
     if program.blocker("rev") is not None:
         return None
+    # 2. Which variables depend on the data, and which on the parameters.
     closed = inline(whole.jaxpr)
     leaves = jax.tree.leaves(params)
     inputs = closed.jaxpr.invars[: len(leaves)]
     on_data = dependents(closed.jaxpr, closed.jaxpr.invars[len(leaves) :])
     if not all(isinstance(v, Var) and v in on_data for v in closed.jaxpr.outvars):
         return None
-    if any(is_floating(v) and not is_real(v) for v in dependents(closed.jaxpr, inputs)):
+    on_parameters = dependents(closed.jaxpr, inputs)
+    if any(is_floating(v) and not is_real(v) for v in on_parameters):
         return None
+    # 3. The sites, and the roots that enter them.
     origins = {v: Origin(v, tuple(range(v.aval.ndim))) for v in inputs}
     views = {v: View(k, v.aval.shape) for k, v in enumerate(inputs)}
-    level = _analyze(closed, on_data, origins, views)
-    assert level is not None, "only a scan can fail to be taken apart"
+    level = _find_sites(closed, on_data, origins, views)
+    assert level is not None, "only the body of a scan can have no level"
     roots = tuple(dict.fromkeys(origin.root for site in level.all_sites() for origin in site.origins))
-    if not roots or _enter_custom_vjp(level, on_data, dependents(closed.jaxpr, inputs)):
+    # 4. The equations through which cotangents are pulled back: of parameters alone, and sites without a form.
+    alone = [e for e in closed.jaxpr.eqns if not on_parameters.isdisjoint(e.outvars) and on_data.isdisjoint(e.outvars)]
+    alone += [site.eqn for site in level.all_sites() if site.form is None]
+    if not roots or any(_traced.equation_has("custom_vjp_call", eqn) for eqn in alone):
         return None
     views = {root: views[root] for root in roots if root in views}
     leaves_of = _leaves_of(closed.jaxpr, inputs, roots)
     return Taps(level, frozenset(on_data), tuple(inputs), roots, views, leaves_of, program)
 
 
-def _enter_custom_vjp(level: _Level, on_data: set[Variable], on_parameters: set[Variable]) -> bool:
-    """Whether parameters alone, or at a site without a form, go through a ``custom_vjp``."""
-    alone = [e for e in level.jaxpr.eqns if not on_parameters.isdisjoint(e.outvars) and on_data.isdisjoint(e.outvars)]
-    alone += [site.eqn for site in level.all_sites() if site.form is None]
-    return any(_traced.equation_has("custom_vjp_call", eqn) for eqn in alone)
-
-
-# ---- analysis ----------------------------------------------------------------------------------------------------
+# ---- finding the sites -----------------------------------------------------------------------------------------------
 
 
 def _leaves_of(jaxpr: Jaxpr, leaves: Sequence[Variable], roots: Iterable[Variable]) -> dict[Variable, frozenset[int]]:
-    """Which leaves each root depends on."""
+    """The numbers of the leaves that each root depends on."""
     known = {v: frozenset([k]) for k, v in enumerate(leaves)}
     for eqn in jaxpr.eqns:
         together = frozenset().union(*(known.get(v, ()) for v in eqn.invars if isinstance(v, Var)))
@@ -240,26 +248,35 @@ def _leaves_of(jaxpr: Jaxpr, leaves: Sequence[Variable], roots: Iterable[Variabl
     return {root: known[root] for root in roots}
 
 
-def _analyze(
+def _find_sites(
     closed: ClosedJaxpr,
     on_data: set[Variable],
     origins: dict[Variable, Origin],
     views: dict[Variable, View],
     lengths: tuple[int, ...] = (),
 ) -> _Level | None:
-    """Find the sites. Within scans, of these ``lengths``, each must have a form and a root outside; else None."""
+    """Find the sites of a jaxpr.
+
+    Args:
+        closed: the jaxpr, inlined.
+        on_data: its variables that depend on the data.
+        origins: the origins of its inputs; grows to all variables that depend on the parameters alone.
+        views: the views of its inputs; grows to the views of these variables.
+        lengths: the lengths of the scans around the jaxpr. Inside a scan each site must have a form, and a root outside
+            of the scan; otherwise None is returned.
+    """
     sites, scans = {}, {}
     for k, eqn in enumerate(closed.jaxpr.eqns):
         operands = [n for n, v in enumerate(eqn.invars) if isinstance(v, Var) and v in origins]
         if not any(v in on_data for v in eqn.outvars):
             if operands:
-                _propagate(eqn, origins, views, inside=bool(lengths))
+                _propagate_origin(eqn, origins, views, inside=bool(lengths))
             continue
         operands = [n for n in operands if is_floating(eqn.invars[n]) and eqn.invars[n].aval.size]
         if not operands or not any(v.aval.size for v in eqn.outvars if is_floating(v)):
-            continue  # no entries, no derivative
+            continue  # without entries there is no derivative
         if eqn.primitive.name == "scan":
-            opened = _analyze_scan(eqn, on_data, origins, lengths)
+            opened = _find_sites_in_scan(eqn, on_data, origins, lengths)
             if opened is not None:
                 scans[k] = opened
                 continue
@@ -271,46 +288,49 @@ def _analyze(
     return _Level(closed.jaxpr, closed.consts, sites, scans)
 
 
-def _analyze_scan(
+def _find_sites_in_scan(
     eqn: Equation,
     on_data: set[Variable],
     origins: dict[Variable, Origin],
     lengths: tuple[int, ...],
-) -> tuple[Scan, _Level] | None:
-    """A scan whose body's sites are all known; None if it must be taken for one equation.
+) -> tuple[Loop, _Level] | None:
+    """The level of the body of a scan; None if the scan must be treated as one equation.
 
-    Precondition: parameters reach the outputs of the body through its sites only. One that is carried or stacked as
-    what it is, or as a function of parameters alone, would act behind the scan without one.
+    Precondition: parameters reach the outputs of the body through its sites only. A parameter, or a function of
+    parameters alone, that is carried or stacked would act behind the scan without a site.
     """
-    scan = open_scan(eqn)
-    first_slice = scan.num_consts + scan.num_carry
+    loop = open_loop(eqn)
+    body = inline(loop.body)
+    first_slice = loop.num_consts + loop.num_carry
     inner_data, inner_origins = set(), {}
-    for n, (outer, inner) in enumerate(zip(eqn.invars, scan.body.jaxpr.invars, strict=True)):
+    for n, (outer, inner) in enumerate(zip(eqn.invars, body.jaxpr.invars, strict=True)):
         known = origins.get(outer) if isinstance(outer, Var) else None
-        if scan.num_consts <= n < first_slice:
+        if loop.num_consts <= n < first_slice:
             if known is not None:  # a carry that starts from a parameter
                 return None
             inner_data.add(inner)
-        elif known is not None and n < scan.num_consts:
+        elif known is not None and n < loop.num_consts:
             inner_origins[inner] = known._replace(loops=(*known.loops, None))
         elif known is not None:
             inner_origins[inner] = Origin(known.root, known.axes[1:], (*known.loops, known.axes[0]))
         elif isinstance(outer, Var) and outer in on_data:
             inner_data.add(inner)
-    inner_data = dependents(scan.body.jaxpr, inner_data)
-    level = _analyze(scan.body, inner_data, inner_origins, {}, (*lengths, scan.length))
-    passed_on = [v for v in scan.body.jaxpr.outvars if isinstance(v, Var) and v in inner_origins and is_floating(v)]
-    return None if level is None or any(v not in inner_data for v in passed_on) else (scan, level)
+    inner_data = dependents(body.jaxpr, inner_data)
+    level = _find_sites(body, inner_data, inner_origins, {}, (*lengths, eqn.params["length"]))
+    passed_on = [v for v in body.jaxpr.outvars if isinstance(v, Var) and v in inner_origins and is_floating(v)]
+    return None if level is None or any(v not in inner_data for v in passed_on) else (loop, level)
 
 
-def _propagate(eqn: Equation, origins: dict[Variable, Origin], views: dict[Variable, View], inside: bool) -> None:
-    """Where the outputs of an equation of parameters alone come from."""
+def _propagate_origin(
+    eqn: Equation, origins: dict[Variable, Origin], views: dict[Variable, View], inside: bool
+) -> None:
+    """Set the origins and views of the outputs of an equation of parameters alone."""
     operand = eqn.invars[0] if isinstance(eqn.invars[0], Var) else None
     view = views[operand].extended(eqn) if operand in views else None
     if view is not None:
         views[eqn.outvars[0]] = view
     source = origins.get(operand)
-    moved = None if source is None else _moved_axes(eqn, source.axes)
+    moved = None if source is None else moved_axes(eqn, source.axes)
     if source is not None and moved is not None:
         origins[eqn.outvars[0]] = source._replace(axes=moved)
         return
@@ -318,45 +338,17 @@ def _propagate(eqn: Equation, origins: dict[Variable, Origin], views: dict[Varia
         origins[v] = Origin(None if inside else v, tuple(range(getattr(v.aval, "ndim", 0))))
 
 
-def _moved_axes(eqn: Equation, axes: tuple[int | None, ...]) -> tuple[int | None, ...] | None:
-    """The axes of what an equation makes from one variable by moving or repeating axes alone, else None.
-
-    Precondition: one real operand and one real output, and each axis of the output is one of the operand or repeats.
-    """
-    name, params, (out, *others) = eqn.primitive.name, eqn.params, eqn.outvars
-    operand = eqn.invars[0]
-    if others or len(eqn.invars) != 1 or not is_real(operand) or not is_real(out):
-        return None
-    if name in ("convert_element_type", "copy", "copy_p"):
-        return axes
-    if name == "transpose":
-        return tuple(axes[k] for k in params["permutation"])
-    if name == "squeeze":
-        return tuple(axis for k, axis in enumerate(axes) if k not in params["dimensions"])
-    if name == "broadcast_in_dim":
-        result: list[int | None] = [None] * out.aval.ndim
-        for axis, k, size in zip(axes, params["broadcast_dimensions"], operand.aval.shape, strict=True):
-            result[k] = axis if size == out.aval.shape[k] else None
-        return tuple(result)
-    if name == "reshape" and params["dimensions"] is None:  # only axes of size one come or go
-        kept = iter([axis for axis, size in zip(axes, operand.aval.shape, strict=True) if size != 1])
-        sizes = [size for size in operand.aval.shape if size != 1]
-        if sizes == [size for size in out.aval.shape if size != 1]:
-            return tuple(None if size == 1 else next(kept) for size in out.aval.shape)
-    return None
-
-
 # ---- evaluation --------------------------------------------------------------------------------------------------
 
 
-def _run(level: _Level, env: Environment, shifts: Iterator[list[Array]]) -> list[Any]:
-    """Evaluate a level with its sites shifted; returns the inputs of each site."""
+def _evaluate_shifted(level: _Level, env: Environment, shifts: Iterator[list[Array]]) -> list[Any]:
+    """Evaluate a level with the outputs of its sites shifted; returns the inputs of each site."""
     captured = []
     for k, eqn in enumerate(level.jaxpr.eqns):
         if not env.lacks(eqn):
             continue
         if k in level.scans:
-            captured += _run_scan(eqn, *level.scans[k], env, shifts)
+            captured += _evaluate_scan(eqn, *level.scans[k], env, shifts)
             continue
         if k not in level.sites:
             env.evaluate(level.jaxpr, eqn)
@@ -373,19 +365,23 @@ def _run(level: _Level, env: Environment, shifts: Iterator[list[Array]]) -> list
     return captured
 
 
-def _run_scan(eqn: Equation, scan: Scan, level: _Level, env: Environment, shifts: Iterator[list[Array]]) -> list[Any]:
-    values = env.read(eqn.invars)
-    consts, rest = values[: scan.num_consts], values[scan.num_consts :]
-    sliced = rest[scan.num_carry :], [next(shifts) for _ in level.all_sites()]
+def _evaluate_scan(
+    eqn: Equation, loop: Loop, level: _Level, env: Environment, shifts: Iterator[list[Array]]
+) -> list[Any]:
+    """Evaluate a scan with the sites of its body shifted; their inputs are stacked over the steps."""
+    consts, carry, slices = loop.split(env.read(eqn.invars))
+    shifts_inside = [next(shifts) for _ in level.all_sites()]
 
-    def step(carry: list[Any], slices: Any) -> Any:
+    def step(carry: list[Any], scanned: Any) -> Any:
+        slices, shifts = scanned
         inner = Environment()
         inner.write(level.jaxpr.constvars, level.consts)
-        inner.write(level.jaxpr.invars, [*consts, *carry, *slices[0]])
-        captured = _run(level, inner, iter(slices[1]))
+        inner.write(level.jaxpr.invars, [*consts, *carry, *slices])
+        captured = _evaluate_shifted(level, inner, iter(shifts))
         outs = inner.read(level.jaxpr.outvars)
-        return outs[: scan.num_carry], (outs[scan.num_carry :], captured)
+        return outs[: loop.num_carry], (outs[loop.num_carry :], captured)
 
-    carry, (stacked, captured) = jax.lax.scan(step, rest[: scan.num_carry], sliced, scan.length, scan.reverse)
+    options = {name: eqn.params[name] for name in ("length", "reverse")}
+    carry, (stacked, captured) = jax.lax.scan(step, carry, (slices, shifts_inside), **options)
     env.write(eqn.outvars, [*carry, *stacked])
     return captured

@@ -1,4 +1,4 @@
-"""A function traced once: its value, which derivatives it allows, and its replay."""
+"""A function traced once: its replay, its derivatives, and the equation that forbids a mode."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +15,6 @@ from curvature._types import Tree
 from curvature.programs._legality import Blocker, find_blocker, find_equation, is_collective
 from curvature.programs._pushforward import directional_derivative
 
-CONVOLUTION = "conv_general_dilated"
 _NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerIntegerConversionError,
@@ -31,7 +30,7 @@ class Program:
         fun: replays the jaxpr; returns ``(out, aux)``, of which ``out`` is differentiated.
         x: the point, only for its shapes.
         out: the shapes of ``out``.
-        jaxpr: the jaxpr, or None if the function branches on values, which allows no trace but an eager one.
+        jaxpr: the jaxpr, or None if the function branches on values and can only be evaluated eagerly.
         on_device: whether ``x`` has been made to vary over the devices of a mesh; see ``trace_on_device``.
     """
 
@@ -47,7 +46,7 @@ class Program:
         return jax.tree_util.treedef_is_leaf(jax.tree.structure(self.out)) and self.out.shape == ()
 
     def blocker(self, mode: str) -> Blocker | None:
-        """What forbids one derivative in ``mode``, "fwd" or "rev"; None if nothing does."""
+        """The equation that forbids one derivative in ``mode``, "fwd" or "rev"; None if it is legal."""
         if self.jaxpr is None:
             return None
         jaxpr = self.jaxpr.jaxpr
@@ -82,19 +81,16 @@ class Program:
         return replace(program, on_device=self.on_device)
 
     def composition_blocker(self, mode: str) -> Blocker | None:
-        """What forbids two derivatives composed as ``mode``, such as "fwd_over_rev"."""
+        """The equation that forbids two derivatives composed as ``mode``, such as "fwd_over_rev"."""
         outer, _, inner = mode.partition("_over_")
-        first = self.blocker(inner)
-        if first is not None:
-            return first
-        return (self.reverse if inner == "rev" else self.forward).blocker(outer)
+        return self.blocker(inner) or (self.reverse if inner == "rev" else self.forward).blocker(outer)
 
 
 def trace(fun: Callable[[Tree], Any], x: Tree) -> Program:
     """Trace ``fun``, which returns ``(out, aux)``, at ``x``."""
     try:
         jaxpr, (out, aux) = jax.make_jaxpr(fun, return_shape=True)(x)
-    except _NEEDS_VALUES:  # a branch on a value: legal as long as nothing outside traces it, as for jax.hessian
+    except _NEEDS_VALUES:  # a branch on a value: legal, as for jax.hessian, unless a transformation outside traces it
         out, _ = fun(x)
         return Program(lambda x: _as_arrays(fun(x)), x, jax.tree.map(jax.typeof, out), None)
     structure = jax.tree.structure((out, aux))
@@ -106,7 +102,7 @@ def trace(fun: Callable[[Tree], Any], x: Tree) -> Program:
 
 
 def _as_arrays(outputs: tuple[Any, Any]) -> tuple[Any, Any]:
-    """``(out, aux)`` with plain numbers as arrays: a jaxpr holds those that a function returns as literals."""
+    """``(out, aux)`` with plain numbers as arrays: numbers that a function returns are literals of its jaxpr."""
 
     def array(leaf: Any) -> Any:
         is_number = (not isinstance(leaf, jax.Array) and hasattr(leaf, "__array__")) or isinstance(leaf, float)
@@ -118,9 +114,9 @@ def _as_arrays(outputs: tuple[Any, Any]) -> tuple[Any, Any]:
 def trace_on_device(fun: Callable[[Tree], Any], x: Tree) -> Program:
     """Trace ``fun`` as the function of one device of a mesh: inside ``jax.shard_map`` nothing is summed over devices.
 
-    Reverse mode sums a derivative by what all devices share, forward mode does not. So ``x`` is made to vary over the
-    devices over which the output does. Reverse mode then gives the derivative of one device unless the function adds
-    up what other devices hold: it would have to send their part of the derivative back, and is illegal.
+    Reverse mode sums a derivative with respect to a value that all devices share; forward mode does not. So ``x`` is
+    made to vary over the devices over which the output does. Reverse mode then gives the derivative of one device,
+    unless the function sums over devices: the other devices' part of the derivative is missing, and reverse is illegal.
     """
     program = trace(fun, x)
     outputs = program.out if program.jaxpr is None else program.jaxpr.out_avals[: len(jax.tree.leaves(program.out))]
@@ -131,7 +127,7 @@ def trace_on_device(fun: Callable[[Tree], Any], x: Tree) -> Program:
 
 
 def equation_has(primitive: str, eqn: JaxprEqn) -> bool:
-    """Whether an equation is one of ``primitive`` or has one in its bodies."""
+    """Whether ``primitive`` is that of an equation or occurs in its bodies."""
     bodies = jex.core.jaxprs_in_params(eqn.params)
     return eqn.primitive.name == primitive or any(has_primitive(primitive, body) for body in bodies)
 

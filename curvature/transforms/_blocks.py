@@ -1,4 +1,4 @@
-"""Sub-trees named by path, and the matrix of a Hessian that is given as a tree of trees."""
+"""Conversion of a Hessian given as a tree of trees to one matrix with named rows and columns."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -12,13 +12,11 @@ from curvature import _checks
 from curvature._trees import Structure, leaf_paths, select
 from curvature._types import Tree
 
-# ---- the matrix of a tree of trees ---------------------------------------------------------------------------------
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MatrixView:
-    """A Hessian as one matrix, with the names of its rows and columns: what ``matrix_view`` returns.
+    """A Hessian as one matrix, with the names of its rows and columns; returned by ``matrix_view``.
 
     ``view[row_path, column_path]`` is the block of two leaves or sub-trees, as a matrix. Under ``vmap`` the matrix has
     leading axes of lanes.
@@ -52,7 +50,7 @@ class MatrixView:
 
 
 def matrix_view(blocks: Tree, x: Tree) -> MatrixView:
-    """The Hessian ``blocks`` as one n x n matrix whose rows and columns are found by the path of a leaf.
+    """The Hessian ``blocks`` as one n x n matrix, whose rows and columns are named by the paths of leaves.
 
     ``matrix[i, j]`` is the entry of ``ravel_pytree(x)[0][i]`` and ``ravel_pytree(x)[0][j]``.
 
@@ -62,12 +60,12 @@ def matrix_view(blocks: Tree, x: Tree) -> MatrixView:
 
     Returns:
         A ``MatrixView``: ``.matrix`` of shape (n, n), ``.index`` from the path of a leaf to its slice of rows, and
-        ``view["layers/0", "layers/1/w"]`` for the block of two leaves or sub-trees. Paths are spelled as
-        ``jax.tree_util.keystr(path, simple=True, separator="/")`` does; the empty one is everything. Blocks of
-        different dtypes are promoted to the one that holds them all.
+        ``view["layers/0", "layers/1/w"]`` for the block of two leaves or sub-trees. Paths are spelled as by
+        ``jax.tree_util.keystr(path, simple=True, separator="/")``; the empty path is the whole tree. Blocks of
+        different dtypes are promoted to their common dtype.
 
     Raises:
-        ValueError: when ``blocks`` is not a tree like ``x`` of trees like ``x``; from the view for an unknown path.
+        ValueError: if ``blocks`` is not a tree like ``x`` of trees like ``x``; from the view for an unknown path.
 
     Cost: one copy of the n x n entries.
 

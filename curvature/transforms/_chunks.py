@@ -1,4 +1,4 @@
-"""`vmap` in bounded memory, and sums over chunks of a batch."""
+"""``vmap`` in bounded memory, the automatic chunk size, and sums over chunks of a batch."""
 
 import math
 from collections.abc import Callable
@@ -13,29 +13,31 @@ from jaxtyping import Array, Float
 from curvature import _checks
 from curvature._sharding import entry, is_sharded, zeros
 from curvature._types import ChunkSize, Tree
-from curvature.programs._traced import CONVOLUTION, has_primitive
+from curvature.programs._primitives import CONVOLUTION
+from curvature.programs._traced import has_primitive
 
 _CHUNK_BYTES = 36 * 2**20
-"""What the operations of a chunk may write together on a CPU, most of which fuse: ours, by benchmarks/suites/modes."""
-
+"""Heuristic: the bytes that the operations of a chunk may write on a CPU, where most of them fuse. Chosen with
+benchmarks/suites/modes."""
 
 _FEW_CHUNKS = 5
-"""So few are done all at once: what a loop costs in lost overlap is more than the cache gives. Ours, as above."""
-
+"""Heuristic: up to so many chunks run all at once, because a loop loses more overlap than the cache gives back. Chosen
+with benchmarks/suites/modes."""
 
 _CONVOLUTION_BYTES = 2**30
-"""What they may write if there are convolutions. XLA brings convolutions into the form its fast code takes, but not
-within the body of a loop; there they take twice as long, in chunks of any size. Ours, by benchmarks/suites/modes."""
+"""Heuristic: the bytes that lanes with convolutions may write all at once. XLA rewrites convolutions for its fast code,
+but not in the body of a loop: there they take twice as long, in chunks of any size. Chosen with
+benchmarks/suites/modes."""
 
+_LEAST_CHUNK = 8
+"""Heuristic: with fewer lanes the matrix products of a chunk are too thin to be fast."""
 
-_LEAST_CHUNK = 8  # below this the matrix products of a chunk are too thin to be fast
-
-
-_MEMORY_SHARE = 8  # on an accelerator a chunk may take one part in eight of the memory
+_MEMORY_SHARE = 8
+"""Heuristic: on an accelerator a chunk may take one eighth of the free memory."""
 
 
 def num_chunks(lanes: int, chunk_size: ChunkSize, call: Callable[[Any], Any], one_lane: Callable[[], Any]) -> int:
-    """Into how many equal chunks to cut ``lanes`` lanes, where one lane is ``call(one_lane())``."""
+    """The number of equal chunks for ``lanes`` lanes, where one lane is ``call(one_lane())``."""
     if chunk_size is None or lanes <= 1:
         return 1
     if chunk_size != "auto":
@@ -43,7 +45,7 @@ def num_chunks(lanes: int, chunk_size: ChunkSize, call: Callable[[Any], Any], on
     if lanes <= _LEAST_CHUNK:
         return 1
     chunks = _auto_chunks(lanes, jax.make_jaxpr(call)(one_lane()).jaxpr)
-    even = range(chunks, chunks + chunks // 4 + 1)  # without a rest to cut off, nothing of the result is copied
+    even = range(chunks, chunks + chunks // 4 + 1)  # a count that divides the lanes spares a copy of the result
     return next((count for count in even if lanes % count == 0), chunks)
 
 
@@ -60,7 +62,7 @@ def _auto_chunks(lanes: int, jaxpr: Jaxpr) -> int:
 
 
 def _bytes_written(jaxpr: Jaxpr) -> int:
-    """What the equations write for one lane; what no lane's input reaches is shared and costs nothing."""
+    """The bytes that the equations write for one lane; values that depend on no lane's input are shared."""
     of_lane = set(jaxpr.invars)
     written = 1
     for eqn in jaxpr.eqns:
@@ -75,27 +77,27 @@ def _bytes_written(jaxpr: Jaxpr) -> int:
 def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, chunk_size: ChunkSize = "auto") -> Callable:
     """``jax.vmap`` in bounded memory: lanes run in equal chunks, one chunk after the other.
 
-    ``vmap(f)(xs)[i] = f(xs[i])``. The compiled program holds ``f`` once, whatever the number of lanes: where they do
-    not divide into equal chunks, the last chunk starts early and overlaps the one before.
+    ``vmap(f)(xs)[i] = f(xs[i])``. The compiled program holds ``f`` once for any number of lanes: where the lanes do not
+    divide into equal chunks, the last chunk starts early and overlaps the chunk before.
 
     Args:
         f: the function of one lane.
         in_axes: as in ``jax.vmap``: an integer, None, or a tree of them that is a prefix of the arguments.
         out_axes: as in ``jax.vmap``.
-        chunk_size: lanes at once. ``None`` is ``jax.vmap`` itself; ``"auto"`` takes as many as keep what all
-            operations write within 36 MiB (CPU; in one where five such chunks would do, or convolutions within 1 GiB)
-            or an eighth of the free memory (GPU, TPU); up to a fifth fewer where those divide the lanes evenly. Lanes
-            that are sharded over an explicit mesh axis run all at once, each device its share.
+        chunk_size: how many lanes run at once. ``None`` is ``jax.vmap``. ``"auto"`` on a CPU takes as many lanes as
+            write at most 36 MiB, and all lanes if they write at most five times that (with convolutions 1 GiB); on a
+            GPU or TPU as many as write an eighth of the free memory; up to a fifth fewer where that divides the lanes
+            evenly. Lanes that are sharded over an explicit mesh axis run all at once, each device its share.
 
     Returns:
         The function of all lanes. Keyword arguments are mapped over their leading axis.
 
     Raises:
-        ValueError: for a ``chunk_size`` that is not a positive integer, None or "auto", arguments whose mapped axes
-            differ in size or are missing, or an ``in_axes`` that is no prefix of the arguments.
+        ValueError: if ``chunk_size`` is not a positive integer, None or "auto", if mapped axes of the arguments differ
+            in size or are missing, or if ``in_axes`` is no prefix of the arguments.
 
     Cost: one evaluation of ``f`` for each lane; memory for the results and for the intermediates of one chunk.
-        ``"auto"`` traces ``f`` once more, and compiles nothing more.
+        ``"auto"`` traces ``f`` one more time and compiles nothing more.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -126,7 +128,7 @@ def map_chunks(
     lanes: int,
     chunk_size: ChunkSize,
 ) -> Any:
-    """Map ``call`` over the axes of ``operands``, a chunk at a time; ``axes`` is a prefix of ``operands``."""
+    """Map ``call`` over the axes of ``operands``, one chunk at a time; ``axes`` is a prefix of ``operands``."""
     in_axes = _checks.check_prefix(function, "in_axes", axes, operands)
 
     def take(start: Any, size: int) -> Any:
@@ -152,7 +154,7 @@ def map_chunks(
 
 
 def _join(stacked: Array, lanes: int) -> Array:
-    """``(chunks, size, ...)`` to ``(lanes, ...)``; the last chunk repeats the end of the one before it."""
+    """``(chunks, size, ...)`` to ``(lanes, ...)``; the last chunk repeats the end of the chunk before it."""
     chunks, size, *shape = stacked.shape
     repeated = chunks * size - lanes
     if not repeated:
@@ -163,12 +165,12 @@ def _join(stacked: Array, lanes: int) -> Array:
 def _on_mapped(
     fun: Callable[[Any, int], Any], tree: Any, axes: Any, otherwise: Callable[[Any], Any] = lambda leaf: leaf
 ) -> Any:
-    """``fun(leaf, axis)`` on the leaves that have an axis, ``otherwise(leaf)`` on those that are not mapped."""
+    """``fun(leaf, axis)`` on the leaves that are mapped, ``otherwise(leaf)`` on the leaves that are not."""
     return jax.tree.map(lambda leaf, axis: otherwise(leaf) if axis is _checks.UNMAPPED else fun(leaf, axis), tree, axes)
 
 
 def num_batch_chunks(examples: int, chunk_size: ChunkSize, bytes_each: int, least: int) -> int:
-    """Into how many chunks to cut a batch of which each example makes so many bytes; "auto" takes no less at once."""
+    """The number of chunks of a batch; an example writes ``bytes_each``, and "auto" takes ``least`` or more at once."""
     if chunk_size is None:
         return 1
     if chunk_size == "auto":
@@ -179,8 +181,8 @@ def num_batch_chunks(examples: int, chunk_size: ChunkSize, bytes_each: int, leas
 def sum_over_chunks(fun: Callable[[Any, Float[Array, " size"]], Tree], batch: Any, chunks: int, dtype: Any) -> Tree:
     """The sum of ``fun(part, weights)`` over equal parts of the batch, in one compiled loop.
 
-    Where the examples do not divide evenly, the last part starts early; its weights are zero for the examples that the
-    part before it has counted, and one otherwise.
+    Where the examples do not divide evenly, the last part starts early. Its weights are zero for the examples that the
+    part before has counted, and one for the others.
     """
     lanes = jax.tree.leaves(batch)[0].shape[0]
     size = -(-lanes // chunks)

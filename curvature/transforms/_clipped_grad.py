@@ -1,7 +1,7 @@
-"""Norms of per-example gradients, and sums of clipped ones, without one gradient for each example."""
+"""Norms of per-example gradients, and the mean of clipped gradients, without forming one gradient for each example."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,19 @@ from curvature.transforms._per_example_function import PerExampleFunction, open_
 from curvature.transforms._per_example_norms import accumulator, routes_of, squared_norm
 from curvature.transforms._self_check_examples import Expected, Gradients, check_few_examples, each_norm, norms_of
 
-_Parts = tuple[Callable[[Any], Any], Callable[[Any], Array], Callable[[Any, Array], list[Array]]]
+
+class _Steps(NamedTuple):
+    """The three steps of clipping.
+
+    Attributes:
+        differentiate: from one example to its derivatives: at the sites of the taps, or a gradient.
+        square: from the derivatives of one example to the squared norm of its gradient.
+        weighted_sum: from the derivatives of many examples and their weights to the weighted sum of the gradients.
+    """
+
+    differentiate: Callable[[Any], Any]
+    square: Callable[[Any], Array]
+    weighted_sum: Callable[[Any, Array], list[Array]]
 
 
 def per_example_grad_norm(
@@ -29,33 +41,33 @@ def per_example_grad_norm(
     """The norm of each example's gradient: ``norm(d loss(params, *example_b) / d params)`` over all leaves together.
 
     Where a weight enters as ``z = a W``, the gradient is ``sum_s a_s d_s'`` over positions s (tokens, pixels, steps of
-    a scan) with ``d`` the cotangent of ``z``. Its norm is that of ``a`` times that of ``d`` for one position, and the
-    root of ``sum_st (a_s' a_t) (d_s' d_t)`` for few; only where that costs more is the gradient of the leaf formed, one
-    chunk of examples at a time. Matrix products in any order of axes, convolutions, biases, scales and lookups are
-    known, through ``jit``, ``scan`` and ``remat``, in flax, equinox and your own code alike; a leaf that enters in
-    another way is differentiated there. The result is exact in every case.
-    ``per_example_grad_norm(loss).report(params, *batch)`` says what becomes of each leaf.
+    a scan) with ``d`` the cotangent of ``z``. For one position its norm is ``norm(a) norm(d)``; for few positions it is
+    the root of ``sum_st (a_s' a_t) (d_s' d_t)``. Where that costs more, the gradient of the leaf is formed, one chunk
+    of examples at a time. There are rules for matrix products in any order of axes, convolutions, biases, scales and
+    lookups, also inside ``jit``, ``scan`` and ``remat``, in flax, equinox and plain JAX. Where a leaf enters in another
+    way, that equation is differentiated by reverse mode. The result is exact in every case.
+    ``per_example_grad_norm(loss).report(params, *batch)`` gives the rule for each leaf.
 
     Args:
         loss: ``loss(params, *example) -> scalar``, for one example.
         chunk_size: how many examples run at once; see ``vmap``.
-        check: whether to compare the function of up to three of the examples with the same formula of their gradients
-            by ``jax.vmap(jax.grad(loss))``, and to raise where they differ by more than rounding. Where the call is
-            traced, as by ``jax.jit``, both are evaluated while it is traced, at random values of the same shapes; the
-            compiled program is the same as without.
+        check: whether to compare the result for up to three of the examples with the result from their gradients by
+            ``jax.vmap(jax.grad(loss))``, and to raise if they differ by more than rounding. Where the call is traced,
+            as by ``jax.jit``, both are evaluated while it is traced, at random values of the same shapes; the compiled
+            program is the same as without ``check``.
 
     Returns:
-        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns
-        the norms, of shape (B,). They are per example: divided by B nowhere.
+        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples. It returns the
+        norms, of shape (B,), of the gradients of single examples: nothing is divided by B.
 
     Raises:
-        TypeError: when the loss is not scalar, or a leaf of ``params`` is not of a real floating dtype.
-        ValueError: when no batch is given, or its leaves differ in their leading axis.
-        RuntimeError: where ``check`` finds a difference; the message names the leaves, the rule that was taken for
-            each, and the equations and lines where these enter the loss.
+        TypeError: if the loss is not scalar, or a leaf of ``params`` is not of a real floating dtype.
+        ValueError: if no batch is given, or its leaves differ in their leading axis.
+        RuntimeError: if ``check`` finds a difference; the message names the leaves, the rule for each, and the
+            equations and lines where they enter the loss.
 
-    Cost: for one vector an example less than one gradient of the mean, as no gradient of a weight is formed; memory for
-        the inputs and cotangents of one chunk. ``check`` takes the gradients of three examples, twice.
+    Cost: where each example is one vector, less than one gradient of the mean, because no gradient of a weight is
+        formed. Memory: the inputs and cotangents of one chunk. ``check`` takes the gradients of three examples, twice.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -75,21 +87,18 @@ def per_example_grad_norm(
     def norms(params: Tree, *batch: Any) -> Float[Array, " batch"]:
         params, batch, example = open_batch(name, params, batch, summed=False)
         if check:
-            check_few_examples(name, loss, params, batch, _run_norms, _norms_of_formed, report)
-        known, square, _ = _parts(name, loss, params, example)
-        return vmap(lambda *example: jnp.sqrt(square(known(example))), chunk_size=chunk_size)(*jax.tree.leaves(batch))
+            check_few_examples(name, loss, params, batch, run, expected, report)
+        steps = _steps(name, loss, params, example)
+        norm = vmap(lambda *example: jnp.sqrt(steps.square(steps.differentiate(example))), chunk_size=chunk_size)
+        return norm(*jax.tree.leaves(batch))
+
+    def run(loss: Objective, params: Tree, batch: tuple[Any, ...], _: Any) -> list[Array]:
+        return [*per_example_grad_norm(loss, chunk_size=2)(params, *batch)]
+
+    def expected(gradients: Gradients, _: Any, eps: float) -> list[Expected]:
+        return each_norm(norms_of(gradients), eps)
 
     return PerExampleFunction(norms, report)
-
-
-def _run_norms(loss: Objective, params: Tree, batch: tuple[Any, ...], _: Any) -> list[Array]:
-    """The norms for a few examples, in chunks of two."""
-    return [*per_example_grad_norm(loss, chunk_size=2)(params, *batch)]
-
-
-def _norms_of_formed(gradients: Gradients, _: Any, eps: float) -> list[Expected]:
-    """The norms of gradients that are formed."""
-    return each_norm(norms_of(gradients), eps)
 
 
 def clipped_grad(
@@ -97,25 +106,25 @@ def clipped_grad(
 ) -> PerExampleFunction:
     """The mean of clipped per-example gradients: ``(1/B) sum_b g_b min(1, max_norm / norm(g_b))``, and the norms.
 
-    What differentially private training needs before it adds noise of scale ``max_norm / B``: changing one example
-    moves the result by at most ``2 max_norm / B``. From the inputs and cotangents that give the norms, as in
-    ``per_example_grad_norm``, comes the sum too, once the cotangents are scaled: no gradient of an example is formed.
+    Differentially private training adds noise of scale ``max_norm / B`` to this mean: changing one example moves it by
+    at most ``2 max_norm / B``. The norms come from inputs and cotangents, as in ``per_example_grad_norm``. The sum
+    comes from the same inputs and the scaled cotangents: no gradient of an example is formed.
 
     Args:
         loss: ``loss(params, *example) -> scalar``, for one example.
-        max_norm: the largest norm that an example's gradient keeps, a positive number.
+        max_norm: the norm to which larger gradients are scaled down, a positive number.
         chunk_size: how many examples run at once; see ``vmap``.
         check: whether to compare the result for a few examples with JAX's; see ``per_example_grad_norm``.
 
     Returns:
-        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns
+        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples. It returns
         ``(grad, norms)``: a tree like ``params``, and the norms before clipping, of shape (B,).
 
     Raises:
-        TypeError, ValueError: as ``per_example_grad_norm``; and for a ``max_norm`` that is not positive.
-        RuntimeError: where ``check`` finds a difference, as ``per_example_grad_norm``.
+        TypeError, ValueError: as ``per_example_grad_norm``; and if ``max_norm`` is not positive.
+        RuntimeError: if ``check`` finds a difference, as ``per_example_grad_norm``.
 
-    Cost: about one gradient of the mean; memory as one gradient of a chunk. ``check`` takes the gradients of three
+    Cost: about one gradient of the mean. Memory: one gradient of a chunk. ``check`` takes the gradients of three
         examples, twice.
 
     Example:
@@ -138,37 +147,36 @@ def clipped_grad(
     def clipped(params: Tree, *batch: Any) -> tuple[Tree, Float[Array, " batch"]]:
         params, batch, example = open_batch(name, params, batch)
         if check:
-            check_few_examples(name, loss, params, batch, _run_clipped, _clipped_of_formed, report, max_norm)
+            check_few_examples(name, loss, params, batch, run, _expected_clipped, report, max_norm)
         leaves, structure = jax.tree.flatten(params)
         examples = jax.tree.leaves(batch)
         dtype, size = accumulator(leaves), len(examples[0])
-        known, square, weighted = _parts(name, loss, params, example)
+        steps = _steps(name, loss, params, example)
 
         def sums(part: tuple[Array, list[Array]], counted: Array) -> tuple[list[Array], Array]:
             places, examples = part
-            parts = jax.vmap(known)(examples)
-            norms = jnp.sqrt(jax.vmap(square)(parts))
-            factors = jnp.where(norms > max_norm, max_norm / norms, 1) / size  # a NaN norm passes its NaN on
+            derivatives = jax.vmap(steps.differentiate)(examples)
+            norms = jnp.sqrt(jax.vmap(steps.square)(derivatives))
+            factors = jnp.where(norms > max_norm, max_norm / norms, 1) / size  # a NaN norm makes the result NaN
             once = jnp.where(counted > 0, norms, 0)
-            return weighted(parts, counted * factors), vary_like(jnp.zeros(size, dtype), norms).at[places].add(once)
+            gradient = steps.weighted_sum(derivatives, counted * factors)
+            return gradient, vary_like(jnp.zeros(size, dtype), norms).at[places].add(once)
 
         places = vary_like(jnp.arange(size), examples)
-        chunks = _chunks.num_chunks(size, chunk_size, known, lambda: [entry(leaf) for leaf in examples])
+        chunks = _chunks.num_chunks(size, chunk_size, steps.differentiate, lambda: [entry(leaf) for leaf in examples])
         gradient, norms = sum_over_chunks(sums, (places, examples), chunks, dtype)
         cast = [total.astype(leaf.dtype) for total, leaf in zip(gradient, leaves, strict=True)]
         return structure.unflatten(cast), norms
 
+    def run(loss: Objective, params: Tree, batch: tuple[Any, ...], max_norm: Any) -> list[Array]:
+        gradient, norms = clipped_grad(loss, max_norm, chunk_size=2)(params, *batch)
+        return [*jax.tree.leaves(gradient), *norms]
+
     return PerExampleFunction(clipped, report)
 
 
-def _run_clipped(loss: Objective, params: Tree, batch: tuple[Any, ...], max_norm: Any) -> list[Array]:
-    """The mean of the clipped gradients of a few examples, in chunks of two, and their norms."""
-    gradient, norms = clipped_grad(loss, max_norm, chunk_size=2)(params, *batch)
-    return [*jax.tree.leaves(gradient), *norms]
-
-
-def _clipped_of_formed(gradients: Gradients, max_norm: Any, eps: float) -> list[Expected]:
-    """The mean of gradients that are formed and then clipped, and their norms."""
+def _expected_clipped(gradients: Gradients, max_norm: Any, eps: float) -> list[Expected]:
+    """The mean of the clipped gradients, and their norms, from gradients of JAX."""
     norms = norms_of(gradients)
     factors = jnp.where(norms > max_norm, max_norm / norms, 1)
     clipped = [jnp.tensordot(factors.astype(leaf.dtype), leaf, 1) / len(norms) for leaf in gradients]
@@ -176,54 +184,52 @@ def _clipped_of_formed(gradients: Gradients, max_norm: Any, eps: float) -> list[
     return [*(Expected(*pair, eps**-0.5) for pair in zip(clipped, sizes, strict=True)), *each_norm(norms, eps)]
 
 
-def _parts(name: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> _Parts:
-    """What is to be known of one example; from that its squared norm; from that of many a weighted sum of gradients."""
+def _steps(name: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> _Steps:
+    """The steps by taps; by gradients for a loss without taps."""
     taps = trace_taps(name, loss, params, example)
     if taps is None:
-        return _formed_parts(name, loss, params, jax.tree.structure(example))
-    return _tapped_parts(taps, jax.tree.leaves(params))
+        return _steps_by_gradients(name, loss, params, jax.tree.structure(example))
+    return _steps_by_taps(taps, jax.tree.leaves(params))
 
 
-def _tapped_parts(taps: Taps, leaves: Sequence[Array]) -> _Parts:
-    """From inputs and cotangents at the sites."""
+def _steps_by_taps(taps: Taps, leaves: Sequence[Array]) -> _Steps:
     values = taps.parameter_values(leaves)
     square = squared_norm(taps, values, leaves)
 
-    def weighted(parts: Any, weights: Array) -> list[Array]:
-        captured, d = parts
+    def weighted_sum(derivatives: Any, weights: Array) -> list[Array]:
+        captured, d = derivatives
         scaled = jax.tree.map(lambda rows: rows * weights.astype(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1)), d)
         roots = sum_over_batch(taps, values, captured, scaled)
         _, pull = jax.vjp(taps.root_values, list(leaves))
         return pull([roots[root] for root in taps.roots])[0]
 
-    return lambda example: taps.cotangents(values, example), lambda parts: square(*parts), weighted
+    return _Steps(lambda example: taps.cotangents(values, example), lambda pair: square(*pair), weighted_sum)
 
 
-def _formed_parts(name: str, loss: Objective, params: Tree, structure: Any) -> _Parts:
-    """From one gradient for each example, for a loss without taps."""
+def _steps_by_gradients(name: str, loss: Objective, params: Tree, structure: Any) -> _Steps:
     dtype = accumulator(jax.tree.leaves(params))
 
-    def known(example: Sequence[Any]) -> list[Array]:
+    def differentiate(example: Sequence[Any]) -> list[Array]:
         gradient = formed_gradient(name, loss, params, structure.unflatten(example))
         return [leaf.astype(dtype) for leaf in jax.tree.leaves(gradient)]
 
     def square(gradient: list[Array]) -> Array:
         return jnp.sum(jnp.stack([jnp.sum(leaf**2) for leaf in gradient]))
 
-    def weighted(gradients: list[Array], weights: Array) -> list[Array]:
+    def weighted_sum(gradients: list[Array], weights: Array) -> list[Array]:
         return [jnp.tensordot(weights, rows, 1) for rows in gradients]
 
-    return known, square, weighted
+    return _Steps(differentiate, square, weighted_sum)
 
 
 def routes_in_words(taps: Taps | None, params: Tree) -> list[str]:
-    """What becomes of each leaf."""
+    """A sentence for each leaf on the rule for its gradient."""
     if taps is None:
         return ["gradient formed: the loss has no taps"] * len(jax.tree.leaves(params))
-    return [route.told for route in routes_of(taps)]
+    return [route.description for route in routes_of(taps)]
 
 
 def formed_gradient(name: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Tree:
-    """The gradient of one example by whichever mode is legal."""
+    """The gradient of one example by a legal mode."""
     program = _traced.trace(lambda params: (loss(params, *example), None), params)
     return gradient_of(program, params, _modes.choose_jacobian(name, program, "auto"))[0]

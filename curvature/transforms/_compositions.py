@@ -1,4 +1,4 @@
-"""Second derivatives of a traced function by a composition of modes."""
+"""Second derivatives of a traced function by a composition of forward and reverse mode."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from curvature.transforms._jacobian import gradient_of, jacobian_of, summed_jaco
 def hessian_of(
     function: str, program: _traced.Program, mode: HessianMode, chunk_size: ChunkSize, blocks: HessianBlocks = None
 ) -> tuple[Tree, Any]:
-    """The Hessian of a traced function at its point, or those blocks of it, and the function's aux."""
+    """The Hessian of a traced function at its point, or the ``blocks`` of it, and the function's aux."""
     x = program.x
     composition = _modes.choose_composition(function, program, mode, whole=not isinstance(blocks, tuple | list))
     if blocks != "diagonal":
@@ -33,12 +33,12 @@ def hessian_of(
 def _block(
     program: _traced.Program, composition: str, rows: Subtree, columns: Subtree, chunk_size: ChunkSize
 ) -> tuple[Tree, Any]:
-    """The block of two sub-trees: for each output a tree like the rows of trees like the columns; and the aux."""
+    """The block of two sub-trees, for each output a tree like the rows of trees like the columns, and the aux."""
     outer, _, inner = composition.partition("_over_")
 
     def gradient_by_rows(part: Tree) -> tuple[Any, Any]:
         x = columns.put(program.x, part)
-        if inner == "rev" and program.is_scalar:  # what the other rows cost falls to dead code
+        if inner == "rev" and program.is_scalar:  # JAX removes the equations of the other rows as dead code
             grad, rest = gradient_of(program, x, inner)
             return rows.take(grad), rest
         return summed_jacobian_of(lambda part: program.fun(rows.put(x, part)), rows.take(x), inner, None)
@@ -63,7 +63,7 @@ def linearize_program(program: _traced.Program, composition: str) -> tuple[Any, 
 def trace_objective(
     function: str, name: str, f: Objective, x: Tree, args: tuple[Any, ...], has_aux: bool = False
 ) -> _traced.Program:
-    """``f`` traced at ``x``, once it is known to return one floating scalar."""
+    """``f`` traced at ``x``; raises unless it returns one floating scalar."""
     program = _traced.trace(lambda x: with_aux(function, f(x, *args), has_aux), x)
     _checks.check_scalar_output(function, name, program.out)
     return program
@@ -72,13 +72,13 @@ def trace_objective(
 def is_symmetric(program: _traced.Program) -> bool:
     """Whether the Hessian is known to equal its transpose, so that a pull-back of the gradient is a product with it.
 
-    Without that, ``H[i, j]`` is the derivative by ``x_j`` of entry i of the gradient, as for ``jax.hessian``.
+    Otherwise ``H[i, j]`` is the derivative of entry i of the gradient with respect to ``x_j``, as for ``jax.hessian``.
     """
     return program.jaxpr is not None and asymmetric_rule(program.jaxpr.jaxpr) is None
 
 
 def product_of(program: _traced.Program, composition: str, v: Tree) -> Tree:
-    """``H v`` by the composition asked for."""
+    """``H v`` by a composition of modes."""
     x = program.x
     outer, _, inner = composition.partition("_over_")
     if composition == "rev_over_rev" and is_symmetric(program):

@@ -1,4 +1,4 @@
-"""Moments over a batch of the entries of per-example gradients."""
+"""Mean, second moment and variance of the entries of per-example gradients."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -44,19 +44,19 @@ def per_example_grad_moments(
 
     Args:
         loss: ``loss(params, *example) -> scalar``, for one example.
-        chunk_size: how many examples at once; "auto" keeps the gradients formed at once within 32 MiB.
+        chunk_size: how many examples at once; "auto" keeps the gradients formed at once within 36 MiB.
         check: whether to compare the result for a few examples with JAX's; see ``per_example_grad_norm``.
 
     Returns:
-        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns
-        ``GradMoments``, three trees like ``params``. The variance is that of the batch as it is, divided by B; it
-        cannot be less than zero, and is exact to rounding of the second moment.
+        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples. It returns
+        ``GradMoments``, three trees like ``params``. The variance is that of the batch, divided by B and not by B - 1;
+        it is never negative, and is exact to rounding of the second moment.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``per_example_grad_norm``.
 
-    Cost: for weights that see one vector an example one gradient of the mean and one more product of matrices,
-        ``sum_b a_b**2 (d_b**2)'``; the gradients of other leaves are formed, one chunk of examples at a time.
+    Cost: for weights that meet one vector of each example, one gradient of the mean and one more product of matrices,
+        ``sum_b a_b**2 (d_b**2)'``. The gradients of other leaves are formed, one chunk of examples at a time.
         ``check`` takes the gradients of three examples, twice.
 
     Example:
@@ -76,7 +76,7 @@ def per_example_grad_moments(
     def moments(params: Tree, *batch: Any) -> GradMoments:
         params, batch, example = open_batch(name, params, batch)
         if check:
-            check_few_examples(name, loss, params, batch, _run_moments, _moments_of_formed, report)
+            check_few_examples(name, loss, params, batch, run, _expected_moments, report)
         leaves, structure = jax.tree.flatten(params)
         examples = jax.tree.leaves(batch)
         taps = trace_taps(name, loss, params, example)
@@ -84,7 +84,7 @@ def per_example_grad_moments(
         def by_gradients(examples: Sequence[Array], weights: Array) -> _Sums:
             part = jax.tree.structure(batch).unflatten(examples)
             gradients = jax.vmap(lambda *example: formed_gradient(name, loss, params, example))(*part)
-            return _sums_of_formed(jax.tree.leaves(gradients), weights)
+            return _sum_gradients(jax.tree.leaves(gradients), weights)
 
         of_part = by_gradients if taps is None else _sums_by_taps(taps, leaves)
         single = {} if taps is None else _single_uses(taps)
@@ -101,16 +101,14 @@ def per_example_grad_moments(
         ]
         return GradMoments(*cast)
 
+    def run(loss: Objective, params: Tree, batch: tuple[Any, ...], _: Any) -> list[Array]:
+        return jax.tree.leaves(per_example_grad_moments(loss, chunk_size=2)(params, *batch))
+
     return PerExampleFunction(moments, report)
 
 
-def _run_moments(loss: Objective, params: Tree, batch: tuple[Any, ...], _: Any) -> list[Array]:
-    """The moments over a few examples, in chunks of two."""
-    return jax.tree.leaves(per_example_grad_moments(loss, chunk_size=2)(params, *batch))
-
-
-def _moments_of_formed(gradients: Gradients, _: Any, __: float) -> list[Expected]:
-    """The moments of gradients that are formed."""
+def _expected_moments(gradients: Gradients, _: Any, __: float) -> list[Expected]:
+    """The moments from gradients of JAX."""
     means = [jnp.mean(leaf, 0) for leaf in gradients]
     squares = [jnp.mean(leaf**2, 0) for leaf in gradients]
     variances = [jnp.var(leaf, 0) for leaf in gradients]
@@ -121,15 +119,15 @@ def _moments_of_formed(gradients: Gradients, _: Any, __: float) -> list[Expected
     ]
 
 
-def _sums_of_formed(gradients: Sequence[Array], weights: Array) -> _Sums:
-    """The weighted sums of gradients, given for each example, and of their squares."""
+def _sum_gradients(gradients: Sequence[Array], weights: Array) -> _Sums:
+    """The weighted sums of per-example gradients and of their squares."""
     gradients = [gradient.astype(weights.dtype) for gradient in gradients]
     first = [jnp.tensordot(weights, gradient, 1) for gradient in gradients]
     return first, [jnp.tensordot(weights, gradient**2, 1) for gradient in gradients]
 
 
 def _single_uses(taps: Taps) -> dict[int, int]:
-    """The leaves that meet the data once, at one position, each with the number of that site."""
+    """From each leaf that meets the data once, at one position, to the number of that site."""
     routes = enumerate(routes_of(taps))
     return {
         leaf: route.uses[0]
@@ -139,7 +137,7 @@ def _single_uses(taps: Taps) -> dict[int, int]:
 
 
 def _sums_by_taps(taps: Taps, leaves: Sequence[Array]) -> Callable[[Sequence[Array], Array], _Sums]:
-    """From some examples to the weighted sums of their gradients and of the squares, formed only where it must be."""
+    """The map from examples to the weighted sums of their gradients and of the squares, which forms few gradients."""
     single = _single_uses(taps)
     others = [leaf for leaf in range(len(leaves)) if leaf not in single]
 
@@ -154,9 +152,9 @@ def _sums_by_taps(taps: Taps, leaves: Sequence[Array]) -> Callable[[Sequence[Arr
             return gradients(list(zip(taps.sites, captured, d, strict=True))), pairs
 
         formed, pairs = jax.vmap(of_example)(*examples)
-        sums = dict(zip(others, zip(*_sums_of_formed(formed, weights), strict=True), strict=True))
+        sums = dict(zip(others, zip(*_sum_gradients(formed, weights), strict=True), strict=True))
         for leaf, n in single.items():
-            found = _sums_of_outer(pairs[leaf], weights, taps.sites[n])
+            found = _sum_outer_products(pairs[leaf], weights, taps.sites[n])
             view = taps.views[taps.sites[n].origins[0].root]
             sums[leaf] = view.transpose(found[0]), view.transpose(found[1])
         first, second = zip(*(sums[leaf] for leaf in range(len(leaves))), strict=True)
@@ -165,10 +163,11 @@ def _sums_by_taps(taps: Taps, leaves: Sequence[Array]) -> Callable[[Sequence[Arr
     return of_part
 
 
-def _sums_of_outer(pair: tuple[Array, Array], weights: Array, site: Site) -> tuple[Array, Array]:
+def _sum_outer_products(pair: tuple[Array, Array], weights: Array, site: Site) -> tuple[Array, Array]:
     """The weighted sums of ``a_b d_b'`` and of its squares, with the axes of the root."""
     a, d = (array.astype(weights.dtype) for array in pair)
     weighted = d * weights[:, None, None]
+    # b: example, g: group, i: row, o: column
     sums = jnp.einsum("bgi,bgo->gio", a, weighted), jnp.einsum("bgi,bgo->gio", a**2, weighted * d)
     first, second = (from_canonical(array, site.axes, site.origins[0].root) for array in sums)
     return first, second

@@ -1,4 +1,4 @@
-"""Hessians and their products with vectors."""
+"""Hessians, their products with vectors, and their diagonal."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from curvature import _checks
 from curvature._trees import Subtree, leaf_subtrees
@@ -17,14 +17,13 @@ from curvature.transforms import _modes
 from curvature.transforms._compositions import hessian_of, linearize_program, product_of, trace_objective
 from curvature.transforms._jacobian import bind_argnums, gradient_of, map_basis, sum_over_devices
 from curvature.transforms._mean_hessian import hessian_of_examples, routes_of_examples
-from curvature.transforms._self_check_second import check_hessian, subject_of
-from curvature.transforms._self_check_traces import check_diagonal
+from curvature.transforms._self_check_second import check_diagonal, check_hessian, subject_of
 
 
 def hvp(f: Objective, x: Tree, v: Tree, *args: Any, mode: HessianMode = "auto") -> Tree:
-    """The Hessian-vector product ``H v``, with ``H[i, j] = d^2 f / dx_i dx_j`` at ``x``, never forming ``H``.
+    """The Hessian-vector product ``H v``, with ``H[i, j] = d^2 f / dx_i dx_j`` at ``x``, without forming ``H``.
 
-    For several products at one point call ``linearize_grad`` instead: it evaluates ``f`` once for all of them.
+    For several products at one point call ``linearize_grad``: it evaluates ``f`` once for all of them.
 
     Args:
         f: the objective, ``f(x, *args) -> scalar``.
@@ -35,18 +34,18 @@ def hvp(f: Objective, x: Tree, v: Tree, *args: Any, mode: HessianMode = "auto") 
             over reverse, reverse over reverse, reverse over forward, forward over forward.
 
     Returns:
-        ``H v``, shaped like ``x``. Whether it is of a mean or a sum over data follows ``f``. In every mode ``H[i, j]``
-        is the derivative with respect to ``x_j`` of entry i of the gradient, also where a custom rule that is no
-        derivative makes ``H`` asymmetric. Inside ``jax.shard_map``, at an ``x`` that the devices share, it is of the
-        sum over the devices, as ``jax.grad`` and ``jax.hessian`` are.
+        ``H v``, shaped like ``x``. Whether ``H`` is of a mean or a sum over data follows ``f``. In every mode
+        ``H[i, j]`` is the derivative of entry i of the gradient with respect to ``x_j``, also where a custom rule that
+        is no derivative makes ``H`` asymmetric. Inside ``jax.shard_map``, at an ``x`` that the devices share, ``H`` is
+        of the sum over the devices, as for ``jax.grad`` and ``jax.hessian``.
 
     Raises:
-        TypeError: when ``f`` is not callable or not scalar, when a leaf is not of a real floating dtype, or when no
-            composition (or not the one asked for) can differentiate ``f``; the message names the primitive and line.
-        ValueError: when ``v`` does not match ``x``, or the mode is unknown.
+        TypeError: if ``f`` is not callable or not scalar, if a leaf is not of a real floating dtype, or if no
+            composition (or not the requested one) can differentiate ``f``; the message names the primitive and line.
+        ValueError: if ``v`` does not match ``x``, or the mode is unknown.
 
     Cost: about 2 gradients and twice the memory of one; forward over forward costs one JVP of a JVP for each entry of
-        ``x``. Choosing traces the gradient once more, and compiles nothing more.
+        ``x``. The choice of a mode traces the gradient one more time and compiles nothing more.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -66,18 +65,18 @@ def linearize_grad(f: Objective, x: Tree, *args: Any, has_aux: bool = False, mod
         f: the objective, ``f(x, *args) -> scalar``, or ``-> (scalar, aux)`` with ``has_aux=True``.
         x: the point, any tree of floating arrays.
         *args: data for ``f``, not differentiated.
-        has_aux: whether ``f`` returns auxiliary data too.
+        has_aux: whether ``f`` also returns auxiliary data.
         mode: the composition of modes; see ``hvp``.
 
     Returns:
         ``(value, grad, hvp_fn)``, or ``(value, grad, hvp_fn, aux)``; ``grad`` and ``hvp_fn(v)`` are shaped like ``x``.
-        Call ``hvp_fn`` inside the same ``jit`` as ``linearize_grad``: it holds the intermediates of this one point.
+        Call ``hvp_fn`` inside the same ``jit`` as ``linearize_grad``: it holds the intermediates of this point.
 
     Raises:
         TypeError, ValueError: as ``hvp``.
 
     Cost: one gradient that keeps its intermediates, then for each ``hvp_fn(v)`` about 1.5 gradients and no evaluation
-        of ``f``. The modes over forward have nothing to keep: there each product costs what ``hvp`` costs.
+        of ``f``. The modes over forward keep no intermediates: there each product costs as much as ``hvp``.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -107,43 +106,42 @@ def hessian(
     """The Hessian ``H[i, j] = d^2 f / dx_i dx_j``: a drop-in for ``jax.hessian`` that is faster and bounded in memory.
 
     Args:
-        f: a function of arrays; for a vector-valued one there is a Hessian for each output.
-        argnums: the positional argument to differentiate by, or several.
+        f: a function of arrays; a vector-valued function has a Hessian for each output.
+        argnums: the positional argument or arguments to differentiate with respect to.
         has_aux: whether ``f`` returns ``(out, aux)``; then the result is ``(hessian, aux)``.
-        mode: the composition of modes; see ``hvp``. With ``"auto"`` here and in ``chunk_size``, a function that its
-            jaxpr shows to be a sum or mean over the examples of its data is taken apart into these, and its Hessian
-            assembled as ``mean_hessian`` does, if that pays. Else, on a CPU, reverse over reverse goes first for all of
-            a scalar function's Hessian, unless there are convolutions, or the gradient holds an operation that may have
-            an infinite derivative (it could make a NaN where forward over reverse, as ``jax.hessian``, is finite): one
-            product alone costs more so, many cost less.
-            ``explain`` tells what is taken.
+        mode: the composition of modes; see ``hvp``. With ``"auto"`` here and in ``chunk_size``, the Hessian of a
+            function whose jaxpr is a sum or mean over the examples of its data is assembled as by ``mean_hessian``, if
+            that is faster. Otherwise, on a CPU, the whole Hessian of a scalar function takes reverse over reverse
+            first, which is faster for many products and slower for one. It does not if there are convolutions, or if
+            the gradient holds an operation that may have an infinite derivative: reverse over reverse could then be
+            NaN where forward over reverse, as in ``jax.hessian``, is finite. ``explain`` reports the choice.
         chunk_size: how many columns are computed at once; see ``vmap``.
-        blocks: ``(rows, columns)`` for the block of two leaves or sub-trees of ``x`` alone, named by their paths as
-            ``jax.tree_util.keystr(path, simple=True, separator="/")`` spells them, such as ``("layers/0/w", "head")``;
-            the empty path is all of ``x``. ``"diagonal"`` for the block of each leaf with itself. None for all.
+        blocks: ``(rows, columns)`` for only the block of two leaves or sub-trees of ``x``, named by their paths as by
+            ``jax.tree_util.keystr(path, simple=True, separator="/")``, such as ``("layers/0/w", "head")``; the empty
+            path is all of ``x``. ``"diagonal"`` for the block of each leaf with itself. None for all.
         check: whether to compare the result times a random direction ``v`` with ``jax.jvp(jax.grad(f), (x,), (v,))``,
-            which is ``H v`` by JAX alone, and to raise where they differ by more than rounding. Where the call is
-            traced, as by ``jax.jit``, both are evaluated while it is traced, at random values of the same shapes; the
-            compiled program is the same as without. A function that branches on values takes no fast path and is not
+            which is ``H v`` by JAX alone, and to raise if they differ by more than rounding. Where the call is traced,
+            as by ``jax.jit``, both are evaluated while it is traced, at random values of the same shapes; the compiled
+            program is the same as without ``check``. A function that branches on values takes no fast path and is not
             compared.
 
     Returns:
         A function of the arguments of ``f`` that returns what ``jax.hessian(f)`` returns: for each output leaf, a tree
-        like ``x`` of trees like ``x``, with blocks of shape ``out.shape + x_i.shape + x_j.shape``. It is symmetric to
-        rounding, not to the last bit. For a block of two sub-trees: a tree like the rows of trees like the columns.
-        For the diagonal: a tree like ``x`` with blocks of shape ``out.shape + x_i.shape + x_i.shape``. Conventions for
-        custom rules and inside ``jax.shard_map`` are those of ``hvp``, in every mode.
+        like ``x`` of trees like ``x``, with blocks of shape ``out.shape + x_i.shape + x_j.shape``. The result is
+        symmetric to rounding, not to the last bit. For a block of two sub-trees: a tree like the rows of trees like the
+        columns. For the diagonal: a tree like ``x`` with blocks of shape ``out.shape + x_i.shape + x_i.shape``.
+        Conventions for custom rules and inside ``jax.shard_map`` are those of ``hvp``, in every mode.
 
     Raises:
-        TypeError, ValueError: as ``jacobian``; ValueError for an unknown path, which lists those there are.
-        RuntimeError: where ``check`` finds a difference; the message names the block, the rule that was taken for each
-            of its leaves, and the equations and lines where these enter ``f``.
+        TypeError, ValueError: as ``jacobian``; ValueError for an unknown path, with a list of the known paths.
+        RuntimeError: if ``check`` finds a difference; the message names the block, the rule for each of its leaves, and
+            the equations and lines where the leaves enter ``f``.
 
     Cost: ``f`` is linearized once, then one product of about 1.5 gradients for each of the n entries of ``x``. Memory:
         the n x n result, the intermediates of one gradient, and the tangents of one chunk. A block takes products for
-        its columns alone (its rows in the modes under reverse mode), differentiated back to its rows alone; the
+        its columns alone (its rows in the modes under reverse mode), differentiated back to its rows alone. The
         diagonal takes n products, each back to one leaf, and never holds the n x n matrix. From examples: as
-        ``mean_hessian``, for a network 5 to 20 times less. ``check`` takes two products more (for the diagonal, two
+        ``mean_hessian``, for a network 5 to 20 times less. ``check`` takes two more products (for the diagonal, two
         for each leaf) and the absolute values of the result; where the call is traced, also one compilation and
         evaluation of the Hessian.
 
@@ -160,7 +158,7 @@ def hessian(
     _checks.check_choice("hessian", "mode", mode, HessianMode)
     _checks.check_chunk_size("hessian", chunk_size)
     _checks.check_blocks("hessian", blocks)
-    takes_apart = mode == "auto" and chunk_size == "auto" and not has_aux
+    by_examples = mode == "auto" and chunk_size == "auto" and not has_aux
 
     def hessian_fn(*args: Any, **kwargs: Any) -> Any:
         fun, x = bind_argnums("hessian", f, argnums, has_aux, args, kwargs)
@@ -173,11 +171,11 @@ def hessian(
         return (result, aux) if has_aux else result
 
     def evaluate(program: _traced.Program) -> tuple[Any, Any]:
-        assembled = hessian_of_examples(program, blocks) if takes_apart else None
+        assembled = hessian_of_examples(program, blocks) if by_examples else None
         return hessian_of("hessian", program, mode, chunk_size, blocks) if assembled is None else (assembled, None)
 
     def routes(program: _traced.Program) -> dict[str, str]:
-        return routes_of_examples(program) if takes_apart else {}
+        return routes_of_examples(program) if by_examples else {}
 
     return hessian_fn
 
@@ -202,8 +200,8 @@ def hessian_diagonal(
 ) -> Tree:
     """The diagonal ``d[i] = d^2 f / dx_i^2`` of the Hessian at ``x``, exact, without forming the Hessian.
 
-    Each entry is the second derivative of ``f`` along one basis vector, for which two forward derivatives are enough:
-    no reverse pass, and one number for each direction instead of a column.
+    Each entry is the second derivative of ``f`` along one basis vector. Two forward derivatives suffice for it: no
+    reverse pass, and one number for each direction instead of a column.
 
     Args:
         f: the objective, ``f(x, *args) -> scalar``.
@@ -211,25 +209,25 @@ def hessian_diagonal(
         *args: data for ``f``, not differentiated.
         chunk_size: how many entries are computed at once; see ``vmap``.
         mode: the composition of modes. ``"auto"`` takes forward over forward if that is legal for ``f``, and otherwise
-            what ``hvp`` takes. The other compositions make a column of a leaf's own block for each entry.
+            the mode that ``hvp`` takes. The other compositions compute a column of a leaf's block for each entry.
         check: whether to compare up to three entries, of different leaves, with those of ``H v`` by forward over
-            reverse mode, ``jax.jvp(jax.grad(f), (x,), (v,))``, and to raise where they differ by more than rounding.
+            reverse mode, ``jax.jvp(jax.grad(f), (x,), (v,))``, and to raise if they differ by more than rounding.
             Traced calls are compared as by ``hessian``.
 
     Returns:
-        The diagonal, shaped like ``x``. Inside ``jax.shard_map``, at an ``x`` that the devices share, it is of the sum
-        over the devices, as ``jax.hessian`` is.
+        The diagonal, shaped like ``x``. Inside ``jax.shard_map``, at an ``x`` that the devices share, the Hessian is of
+        the sum over the devices, as for ``jax.hessian``.
 
     Raises:
-        TypeError: when ``f`` is not callable or not scalar, when a leaf is not of a real floating dtype, or when no
-            composition (or not the one asked for) can differentiate ``f``; the message names the primitive and line.
+        TypeError: if ``f`` is not callable or not scalar, if a leaf is not of a real floating dtype, or if no
+            composition (or not the requested one) can differentiate ``f``; the message names the primitive and line.
         ValueError: for an unknown mode or a bad ``chunk_size``.
-        RuntimeError: where ``check`` finds a difference; the message names the leaf, and the equations and lines where
-            it enters ``f``.
+        RuntimeError: if ``check`` finds a difference; the message names the leaf, and the equations and lines where it
+            enters ``f``.
 
-    Cost: for each entry of ``x`` one JVP of a JVP: two evaluations of the part of ``f`` that lies behind its leaf, and
-        one evaluation of ``f`` for each chunk. Memory: the intermediates of one chunk of directions. ``check`` takes
-        six products ``H v`` more, and where the call is traced one more diagonal.
+    Cost: for each entry of ``x`` one JVP of a JVP: two evaluations of the part of ``f`` that depends on its leaf. One
+        evaluation of ``f`` for each chunk. Memory: the intermediates of one chunk of directions. ``check`` takes six
+        more products ``H v``, and where the call is traced one more diagonal.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -251,21 +249,16 @@ def hessian_diagonal(
 
 
 def _diagonal(program: _traced.Program, mode: HessianMode, chunk_size: ChunkSize) -> Tree:
-    """The diagonal for a traced objective, leaf by leaf, so that nothing moves before the leaf comes into play."""
+    """The diagonal of a traced objective, leaf by leaf: equations before the use of a leaf carry no tangents."""
     if mode == "auto" and program.composition_blocker("fwd_over_fwd") is None:
         mode = "fwd_over_fwd"
     composition = _modes.choose_composition("hessian_diagonal", program, mode)
-    diagonals = [_diagonal_of(program, composition, leaf, chunk_size) for leaf in leaf_subtrees(program.x)]
+    diagonals = []
+    for leaf in leaf_subtrees(program.x):
+        x = leaf.take(program.x)
+        entries = map_basis(_curvature_along(program, composition, leaf), x, chunk_size)
+        diagonals.append(sum_over_devices(entries.astype(x.dtype).reshape(x.shape), x))
     return jax.tree.structure(program.x).unflatten(diagonals)
-
-
-def _diagonal_of(
-    program: _traced.Program, composition: str, leaf: Subtree, chunk_size: ChunkSize
-) -> Float[Array, "*shape"]:
-    """The diagonal of the block of one leaf with itself, shaped like the leaf."""
-    x = leaf.take(program.x)
-    curvature = _curvature_along(program, composition, leaf)
-    return sum_over_devices(map_basis(curvature, x, chunk_size).astype(x.dtype).reshape(x.shape), x)
 
 
 def _curvature_along(program: _traced.Program, composition: str, leaf: Subtree) -> Callable[[Array], Array]:

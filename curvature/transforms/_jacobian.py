@@ -1,4 +1,4 @@
-"""Jacobians by forward or reverse mode in bounded memory, and the chunked map that they are built on."""
+"""Jacobians by forward or reverse mode in bounded memory, and maps over the vectors of a standard basis."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
@@ -23,31 +23,31 @@ def jacobian(
     mode: JacobianMode = "auto",
     chunk_size: ChunkSize = "auto",
 ) -> Callable[..., Any]:
-    """The Jacobian ``J[o, i] = d f_o / d x_i``, by whichever mode its shape and the function allow.
+    """The Jacobian ``J[o, i] = d f_o / d x_i``, by the cheaper legal mode.
 
-    A drop-in for ``jax.jacobian``, ``jax.jacfwd`` and ``jax.jacrev``: the same arguments, the same tree of results.
+    A drop-in for ``jax.jacobian``, ``jax.jacfwd`` and ``jax.jacrev``: the same arguments and the same tree of results.
 
     Args:
         f: a function of arrays, whose outputs are floating arrays.
-        argnums: the positional argument to differentiate by, or several.
-        has_aux: whether ``f`` returns ``(out, aux)``; then the Jacobian comes as ``(jacobian, aux)``.
-        mode: ``"fwd"`` costs a JVP for each input, ``"rev"`` a VJP for each output; ``"auto"`` takes forward when
-            there are no more inputs than outputs (on a CPU, where moving tangents takes time, for more than 8
-            inputs: no more than two thirds as many), and what is legal when only one of them is.
+        argnums: the positional argument or arguments to differentiate with respect to.
+        has_aux: whether ``f`` returns ``(out, aux)``; then the result is ``(jacobian, aux)``.
+        mode: ``"fwd"`` costs a JVP for each input, ``"rev"`` a VJP for each output. ``"auto"`` takes forward if there
+            are no more inputs than outputs (for a function with products of matrices on a CPU, and more than 8 inputs:
+            no more than two thirds as many). If only one mode is legal, it takes that mode.
         chunk_size: how many JVPs or VJPs run at once; see ``vmap``.
 
     Returns:
         A function of the arguments of ``f`` that returns a tree shaped like the output of ``f``, whose leaves are trees
         shaped like ``x`` (a tuple of them for several ``argnums``), with blocks of shape
-        ``out_leaf.shape + x_leaf.shape``. Inside ``jax.shard_map`` it is that of the function of one device in both
-        modes, as by ``jax.jacfwd``, where ``jax.jacrev`` by an ``x`` that the devices share sums over them.
+        ``out_leaf.shape + x_leaf.shape``. Inside ``jax.shard_map`` both modes return the Jacobian of the function of
+        one device, as ``jax.jacfwd`` does; ``jax.jacrev`` sums over the devices that share ``x``.
 
     Raises:
-        TypeError: when a leaf of ``x`` or of the output is not of a real floating dtype, or no mode (or not the mode
-            asked for) can differentiate ``f``; the message names the primitive and the line that brought it in.
+        TypeError: if a leaf of ``x`` or of the output is not of a real floating dtype, or if no mode (or not the
+            requested mode) can differentiate ``f``; the message names the primitive and the user's line.
         ValueError: for an unknown mode, a bad ``chunk_size`` or ``argnums``.
 
-    Cost: ``f`` is linearized once; then one product for each input (forward) or output (reverse), in chunks. Memory:
+    Cost: ``f`` is linearized once, then one product for each input (forward) or output (reverse), in chunks. Memory:
         the Jacobian, the intermediates of one evaluation, and the tangents of one chunk.
 
     Example:
@@ -93,7 +93,7 @@ def bind_argnums(
 
 
 def with_aux(function: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
-    """``(out, aux)``, with None for the aux of a function that has none."""
+    """``(out, aux)``; aux is None for a function without aux."""
     if has_aux:
         _checks.check_aux_output(function, "f", out)
         return out
@@ -103,7 +103,7 @@ def with_aux(function: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
 def jacobian_of(
     fun: Callable[[Tree], tuple[Any, Any]], x: Tree, mode: str, chunk_size: ChunkSize
 ) -> tuple[Any, tuple[Any, Any]]:
-    """The Jacobian of ``fun``, which returns ``(out, aux)``, and ``(out, aux)`` itself."""
+    """The Jacobian of ``fun``, which returns ``(out, aux)``, and ``(out, aux)``."""
     product, basis_of, out, aux = _linear_map(fun, x, mode)
     products = map_basis(product, basis_of, chunk_size)
     if mode == "fwd":
@@ -116,7 +116,7 @@ def jacobian_of(
 def _linear_map(
     fun: Callable[[Tree], tuple[Any, Any]], x: Tree, mode: str
 ) -> tuple[Callable[[Tree], Tree], Tree, Any, Any]:
-    """The derivative of ``fun`` as a linear map, a tree like what it takes, and ``fun``'s out and aux."""
+    """The derivative of ``fun`` as a linear map, a tree like the map's argument, and the out and aux of ``fun``."""
     if mode == "fwd":
         out, push, aux = jax.linearize(fun, x, has_aux=True)
         return push, x, out, aux
@@ -125,7 +125,7 @@ def _linear_map(
 
 
 def auto_chunk_of(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, mode: str) -> int:
-    """How many vectors of the basis ``jacobian_of`` takes at once with ``chunk_size="auto"``; nothing is computed."""
+    """How many vectors of the basis ``jacobian_of`` takes at once with ``chunk_size="auto"``; evaluates nothing."""
     sizes = []
 
     def count(x: Tree) -> None:
@@ -139,7 +139,7 @@ def auto_chunk_of(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, mode: str) ->
 
 
 def gradient_of(program: _traced.Program, x: Tree, mode: str) -> tuple[Any, tuple[Any, Any]]:
-    """``summed_jacobian_of`` a traced function, all at once; in reverse mode a scalar function needs no map at all."""
+    """``summed_jacobian_of`` a traced function in one chunk; in reverse mode a scalar function needs one VJP."""
     if mode == "rev" and program.is_scalar:
         return program.reverse.fun(x)
     return summed_jacobian_of(program.fun, x, mode, None)
@@ -148,15 +148,15 @@ def gradient_of(program: _traced.Program, x: Tree, mode: str) -> tuple[Any, tupl
 def summed_jacobian_of(
     fun: Callable[[Tree], tuple[Any, Any]], x: Tree, mode: str, chunk_size: ChunkSize
 ) -> tuple[Any, tuple[Any, Any]]:
-    """``jacobian_of``, summed over the devices of a mesh that share ``x``, as ``jax.grad`` is inside ``shard_map``."""
+    """``jacobian_of``, summed over the devices of a mesh that share ``x``, as ``jax.grad`` inside ``shard_map``."""
     result, rest = jacobian_of(fun, x, mode, chunk_size)
     return sum_over_devices(result, x), rest
 
 
 def sum_over_devices(derivatives: Tree, x: Tree) -> Tree:
-    """Sum derivatives over the devices that share the leaf of ``x`` by which they are taken.
+    """Sum derivatives with respect to a leaf of ``x`` over the devices that share this leaf.
 
-    Reverse mode does that when it transposes the broadcast of ``x`` to the devices; here forward mode does it too.
+    Reverse mode sums when it transposes the broadcast of ``x`` to the devices; this function sums in forward mode.
     ``derivatives`` is a tree of trees like ``x``.
     """
     leaves, structure = jax.tree.flatten(derivatives)
@@ -172,13 +172,13 @@ def sum_over_devices(derivatives: Tree, x: Tree) -> Tree:
 def map_basis(product: Callable[[Tree], Tree], like: Tree, chunk_size: ChunkSize) -> Tree:
     """``product`` of every vector of the standard basis of trees shaped like ``like``, along a new leading axis."""
     lanes = _trees.num_entries(like)
-    if lanes == 1:  # no axis to map: spare the product a batch of one
+    if lanes == 1:  # without vmap, the product has no batch of one
         return jax.tree.map(lambda leaf: leaf[None], product(jax.tree.map(jnp.ones_like, like)))
     return map_chunks("jacobian", lambda i: product(_basis_vector(like, i)), jnp.arange(lanes), 0, 0, lanes, chunk_size)
 
 
 def _basis_vector(like: Tree, i: Int[Array, ""]) -> Tree:
-    """The tree whose ``i``-th entry is one and whose others are zero; made where it is used, never n of them."""
+    """The tree whose entry ``i`` is one and whose other entries are zero; made inside the map, so never n at once."""
     leaves, structure = jax.tree.flatten(like)
     vectors, start = [], 0
     for leaf in leaves:
@@ -190,7 +190,7 @@ def _basis_vector(like: Tree, i: Int[Array, ""]) -> Tree:
 
 
 def _split(array: Array, like: Tree, axis: int) -> Tree:
-    """Cut the axis of all entries of ``like`` into its leaves, and give each its shape back."""
+    """Cut the axis that holds all entries of ``like`` into its leaves, with their shapes."""
     leaves, structure = jax.tree.flatten(like)
     blocks, start = [], 0
     for leaf in leaves:

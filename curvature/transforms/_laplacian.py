@@ -1,8 +1,7 @@
-"""Laplacians by collapsed Taylor mode, and derivatives of any order along one direction."""
+"""Laplacians by collapsed Taylor mode, and derivatives of higher order along one direction."""
 
 import functools
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from curvature.programs import _traced
 from curvature.programs._jets import BY_REVERSE, Jet, Step, push_jets
 from curvature.programs._pushforward import choose_forward, derivative_along, directional_derivative, inconsistent_rule
 from curvature.transforms._jacobian import jacobian_of
-from curvature.transforms._self_check_traces import check_laplacian
+from curvature.transforms._self_check_second import check_laplacian
 
 _EAGER = Step("a branch on a value", "jvp of jvp of the whole function, for each direction", "f")
 
@@ -26,41 +25,41 @@ def laplacian(
     """The Laplacian ``sum_i d^2 f / dx_i^2`` of each output of ``f``, in one pass of collapsed Taylor mode.
 
     With ``factor=S``, whose leaves have a leading axis of K directions ``s_k``, it is the weighted sum
-    ``sum_ij D_ij d^2 f / dx_i dx_j = sum_k s_k' H s_k`` with ``D = sum_k s_k s_k'``. Entries of ``x`` that have
-    nothing to do with each other, such as a batch of points inside ``f``, share directions this way: with
-    ``s_k[b] = e_k`` for every point b, the outputs of each point get its own Laplacian.
+    ``sum_ij D_ij d^2 f / dx_i dx_j = sum_k s_k' H s_k`` with ``D = sum_k s_k s_k'``. Entries of ``x`` that do not
+    interact, such as a batch of points inside ``f``, can share directions: with ``s_k[b] = e_k`` for every point b, the
+    outputs of each point get the Laplacian with respect to that point.
 
-    Values, the K first derivatives and the sum of the second ones pass through ``f`` together, equation by equation:
-    through calls, branches, loops and custom derivative rules. Functions of one variable, entry by entry, are composed
-    before they meet the K directions. Nothing proves that the rule of a ``custom_vjp`` is the derivative of its
-    function, nor that of a ``custom_jvp`` which does not call its function for the value. With either in it, the
-    Laplacian is the sum of ``s_k' H s_k`` with the Hessian of ``jax.hessian``, which is the Jacobian of the gradient
-    that JAX computes. ``laplacian(f).explain(x, *args)`` says how each equation was differentiated, and ``.fallbacks``
-    names those that collapsed Taylor mode has no rule for, with their line.
+    Values, the K first derivatives and the sum of the second derivatives pass through ``f`` together, equation by
+    equation: through calls, branches, loops and custom derivative rules. Entrywise functions of one variable are
+    composed before they are multiplied by the K directions. The rule of a ``custom_vjp`` need not be the derivative of
+    its function, nor need the rule of a ``custom_jvp`` that does not call its function for the value. With either in
+    ``f``, the Laplacian is the sum of ``s_k' H s_k`` with the Hessian of ``jax.hessian``, the Jacobian of the gradient
+    that JAX computes. ``laplacian(f).explain(x, *args)`` says how each equation was differentiated; its ``.fallbacks``
+    are the equations, with their line, for which collapsed Taylor mode has no rule.
 
     Args:
         f: ``f(x, *args)``, which returns any tree of floating arrays.
         factor: a tree like ``x`` whose leaves have shape ``(K,) + leaf.shape``; None stands for the identity.
-        with_value: whether to return ``(value, laplacian)``, which costs nothing more.
-        check: whether to compare the sum of the second derivatives along two random directions with that of ``v' H v``
-            by forward over reverse mode, ``jax.jvp(jax.grad(f), (x,), (v,))``, and to raise where they differ by more
-            than rounding. Traced calls are compared as by ``hessian``.
+        with_value: whether to return ``(value, laplacian)``, at no further cost.
+        check: whether to compare the sum of the second derivatives along two random directions with the sum of
+            ``v' H v`` by forward over reverse mode, ``jax.jvp(jax.grad(f), (x,), (v,))``, and to raise if they differ
+            by more than rounding. Traced calls are compared as by ``hessian``.
 
     Returns:
         A function of ``(x, *args)``, where ``x`` is any tree of floating arrays, that returns a tree like the output
-        of ``f``. Map it over points with ``jax.vmap(laplacian(f), in_axes=(0, None))``. Inside ``jax.shard_map`` it is
-        that of the function of each device.
+        of ``f``. Map it over points with ``jax.vmap(laplacian(f), in_axes=(0, None))``. Inside ``jax.shard_map`` the
+        Laplacian is that of the function of each device.
 
     Raises:
-        TypeError: when ``f`` is not callable or an output is not floating, when a leaf of ``x`` is not of a real
-            floating dtype, when ``factor`` differs from ``x`` in dtype, or when an equation has no derivative at all.
-        ValueError: when ``x`` has no entries, or ``factor`` does not match it.
-        RuntimeError: where ``check`` finds a difference; the message names the leaf, and the equations and lines where
-            it enters ``f``.
+        TypeError: if ``f`` is not callable or an output is not floating, if a leaf of ``x`` is not of a real floating
+            dtype, if ``factor`` differs from ``x`` in dtype, or if an equation has no derivative in any mode.
+        ValueError: if ``x`` has no entries, or ``factor`` does not match ``x``.
+        RuntimeError: if ``check`` finds a difference; the message names the leaf, and the equations and lines where it
+            enters ``f``.
 
     Cost: 2 + K evaluations of ``f``, where K is the number of entries of ``x`` unless a factor is given: about half of
-        the trace of a Hessian. Memory: K first derivatives of each intermediate; no second one is ever stored.
-        ``check`` takes a Laplacian along two directions and four products ``H v`` more.
+        the trace of a Hessian. Memory: K first derivatives of each intermediate, and one sum of second derivatives.
+        ``check`` takes one more Laplacian along two directions and four more products ``H v``.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -89,11 +88,11 @@ class LaplacianReport:
 
     @property
     def fallbacks(self) -> tuple[Step, ...]:
-        """What has no rule in collapsed Taylor mode: no forward derivative, or no jaxpr to read."""
+        """The steps without a rule in collapsed Taylor mode: no forward derivative, or no jaxpr."""
         return tuple(dict.fromkeys(step for step in self.steps if step.rule in (BY_REVERSE, _EAGER.rule)))
 
     def __str__(self) -> str:
-        """One line for each kind of step, the commonest first."""
+        """One line for each kind of step, the most frequent first."""
         counts = Counter((step.primitive, step.rule) for step in self.steps).most_common()
         lines = [f"{count:4}  {primitive:<24}  {rule}" for (primitive, rule), count in counts]
         return "\n".join(lines + [f"fallback: {step.primitive} at {step.where}" for step in self.fallbacks])
@@ -101,7 +100,7 @@ class LaplacianReport:
 
 @dataclass(frozen=True, eq=False)
 class Laplacian:
-    """What ``laplacian`` returns: a function of ``(x, *args)`` that can explain itself."""
+    """The Laplacian as a function of ``(x, *args)``, with a report; returned by ``laplacian``."""
 
     f: Objective
     factor: Tree | None
@@ -117,7 +116,7 @@ class Laplacian:
         return (value, result) if self.with_value else result
 
     def explain(self, x: Tree, *args: Any) -> LaplacianReport:
-        """How each equation of ``f`` is differentiated; nothing is computed."""
+        """How each equation of ``f`` is differentiated; traces ``f`` and evaluates nothing."""
         program, directions = self._prepare(x, args)
         if program.jaxpr is None:
             return LaplacianReport((_EAGER,))
@@ -136,10 +135,12 @@ class Laplacian:
 
 
 def _evaluate(program: _traced.Program, directions: Tree, steps: list[Step]) -> tuple[Any, Any]:
-    """The value and the sum of second derivatives."""
+    """The value and the sum of second derivatives; appends to ``steps`` how each equation is differentiated."""
     x = program.x
     if program.jaxpr is None:
-        each = jax.vmap(lambda v: _second_derivative(program.fun, x, v))(directions)
+        each = jax.vmap(lambda v: directional_derivative(lambda x: directional_derivative(program.fun, x, v), x, v)[0])(
+            directions
+        )
         return program.fun(x)[0], jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), each)
     rule = inconsistent_rule(program.jaxpr.jaxpr)
     if rule is not None and program.blocker("rev") is None:
@@ -153,7 +154,7 @@ def _evaluate(program: _traced.Program, directions: Tree, steps: list[Step]) -> 
 
 
 def _by_hessian(program: _traced.Program, directions: Tree) -> Any:
-    """``sum_k s_k' H s_k`` for each output, with ``H`` the Jacobian of the gradient that reverse mode computes."""
+    """``sum_k s_k' H s_k`` for each output; ``H`` is the Jacobian of the gradient by reverse mode."""
 
     def along(v: Tree) -> Any:
         def slope(x: Tree) -> tuple[Any, tuple[()]]:
@@ -167,14 +168,10 @@ def _by_hessian(program: _traced.Program, directions: Tree) -> Any:
 
 
 def _contract(rows: Tree, v: Tree, out: Any) -> Any:
-    """The gradients of an output, a tree like ``x`` of arrays with the axes of the output first, times a direction."""
+    """The gradients of an output times a direction; ``rows`` is a tree like ``x`` with the axes of the output first."""
     pairs = zip(jax.tree.leaves(rows), jax.tree.leaves(v), strict=True)
     terms = [jnp.tensordot(row, leaf, leaf.ndim).astype(out.dtype) for row, leaf in pairs]
     return sum(terms[1:], terms[0])
-
-
-def _second_derivative(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: Tree) -> Any:
-    return directional_derivative(lambda x: directional_derivative(fun, x, v), x, v)[0]
 
 
 def _identity(x: Tree) -> Tree:
@@ -183,7 +180,7 @@ def _identity(x: Tree) -> Tree:
     total, start, rows = _trees.num_entries(x), 0, []
     for leaf in leaves:
         block = jnp.eye(total, leaf.size, -start, dtype=leaf.dtype)
-        rows.append(block.reshape(total, *leaf.shape) + jnp.zeros_like(leaf)[None])  # vary over devices as x does
+        rows.append(block.reshape(total, *leaf.shape) + jnp.zeros_like(leaf)[None])  # varies over devices as x does
         start += leaf.size
     return structure.unflatten(rows)
 
@@ -199,15 +196,15 @@ def directional_derivatives(f: Objective, x: Tree, v: Tree, *args: Any, order: i
         order: the highest order, a positive integer.
 
     Returns:
-        A tuple of ``order`` trees like the output of ``f``; the last one is of that order.
+        A tuple of ``order`` trees like the output of ``f``: the derivatives of order 1 to ``order``.
 
     Raises:
-        TypeError: when ``f`` is not callable or an output is not floating, when a leaf of ``x`` is not of a real
-            floating dtype, or when no mode can differentiate ``f``.
-        ValueError: when ``v`` does not match ``x``, or ``order`` is not a positive integer.
+        TypeError: if ``f`` is not callable or an output is not floating, if a leaf of ``x`` is not of a real floating
+            dtype, or if no mode can differentiate ``f``.
+        ValueError: if ``v`` does not match ``x``, or ``order`` is not a positive integer.
 
-    Cost: one nest of ``order`` JVPs, which holds up to 2^order times the operations of ``f``; meant for small orders.
-        A derivative that has no forward mode, as of a ``custom_vjp``, takes two reverse passes instead.
+    Cost: ``order`` nested JVPs, with up to 2^order times the operations of ``f``; meant for small orders. A derivative
+        that has no forward mode, as of a ``custom_vjp``, takes two reverse passes instead.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -226,7 +223,7 @@ def directional_derivatives(f: Objective, x: Tree, v: Tree, *args: Any, order: i
         program = _traced.trace(functools.partial(derivative_along, mode, program.fun, v=v), x)
     last, lower = program.fun(x)
     derivatives = [last]
-    for _ in range(order - 1):  # the aux of each is the one below and its aux
+    for _ in range(order - 1):  # the aux of each derivative is the derivative of one order less, with its aux
         last, lower = lower
         derivatives.append(last)
     return tuple(reversed(derivatives))

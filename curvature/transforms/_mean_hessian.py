@@ -1,4 +1,4 @@
-"""The Hessian of a mean over examples, assembled from taps."""
+"""Hessian of a mean over examples, assembled from taps, with Hessian-vector products where there are none."""
 
 import functools
 from collections.abc import Sequence
@@ -25,8 +25,11 @@ from curvature.transforms._per_example_function import PerExampleFunction, open_
 from curvature.transforms._self_check_second import check_hessian, subject_of_mean
 from curvature.transforms._tap_hessian import Blocks, Points, Wanted, bytes_per_example, find_points, tapped_blocks
 
-_LEAST_CHUNK = 128  # fewer examples make thin products of matrices
-_FEWER = 2  # taps pay when they take so many times fewer directions than there are parameters: ours
+_LEAST_CHUNK = 128
+"""Heuristic: with fewer examples in a chunk, products of matrices are too thin to be fast."""
+
+_FEWER = 2
+"""Heuristic: taps pay if they take so many times fewer directions than there are parameters."""
 
 
 def mean_hessian(
@@ -34,40 +37,40 @@ def mean_hessian(
 ) -> PerExampleFunction:
     """The Hessian of the mean of ``loss`` over a batch: ``H = (1/B) sum_b d^2 loss(params, *example_b) / d params^2``.
 
-    Equal to ``hessian`` of that mean, but assembled from what the structure of a sum over examples allows. Where a
-    weight enters as ``z[j] = sum_i a[i] W[i, j]``, moving ``z[j]`` moves the inputs ``a'`` and the cotangents ``d'`` of
-    each later layer, and the block of the two layers is ``sum_b a[i] (d'[J] Da'[I; j] + a'[I] Dd'[J; j])``: one
-    direction for each output of a layer instead of one for each parameter, and a product of matrices.
+    Equal to ``hessian`` of that mean, but assembled from the structure of a sum over examples. Where a weight enters as
+    ``z[j] = sum_i a[i] W[i, j]``, moving ``z[j]`` moves the inputs ``a'`` and the cotangents ``d'`` of each later
+    layer. The block of the two layers is ``sum_b a[i] (d'[J] Da'[I; j] + a'[I] Dd'[J; j])``: one direction for each
+    output of a layer instead of one for each parameter, and a product of matrices.
 
-    Any loss will do. Parameters that meet the data as the weights, biases, scales or lookups of an example that is one
-    vector are taken that way where it needs no more directions than they have entries, used several times too; the
-    others (kernels of convolutions, weights shared by many tokens, what enters in any other way) by products with the
-    whole Hessian, in the same matrix. ``mean_hessian(loss).report(params, *batch)`` says which. Parameters first put
-    through functions of their own, and penalties that are part of the loss, are taken care of by the chain rule.
+    Any loss is allowed. The formula is used for weights, biases, scales and lookups of an example that is one vector,
+    also if they are used several times, where it needs no more directions than they have entries. The columns of the
+    other parameters (kernels of convolutions, weights shared by many tokens, parameters that enter in any other way)
+    are products with the whole Hessian. ``mean_hessian(loss).report(params, *batch)`` says which. Functions of the
+    parameters alone, and penalties that are part of the loss, are included by the chain rule.
 
     Args:
         loss: ``loss(params, *example) -> scalar``, for one example.
-        chunk_size: how many examples at once; ``"auto"`` keeps the intermediates within 32 MiB, None takes all.
+        chunk_size: how many examples at once; ``"auto"`` keeps the intermediates within 36 MiB, None takes all.
         blocks: ``(rows, columns)`` for the block of two leaves or sub-trees named by path, "diagonal" for the diagonal
             block of every leaf; see ``hessian``.
         check: whether to compare the result times a random direction with the product that JAX computes from the mean
             of ``jax.vmap(loss)``, and to raise where they differ by more than rounding; see ``hessian``.
 
     Returns:
-        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns a
+        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples. It returns a
         tree like ``params`` of trees like ``params`` with blocks of shape ``leaf_i.shape + leaf_j.shape``. Inside
-        ``jax.shard_map`` it is the mean over the examples of each device.
+        ``jax.shard_map`` the mean is over the examples of each device.
 
     Raises:
-        TypeError: when the loss is not scalar, or a leaf of ``params`` is not of a real floating dtype.
-        ValueError: when no batch is given, or its leaves differ in their leading axis; for unknown ``blocks``.
-        RuntimeError: where ``check`` finds a difference, as ``hessian``.
+        TypeError: if the loss is not scalar, or a leaf of ``params`` is not of a real floating dtype.
+        ValueError: if no batch is given, its leaves differ in their leading axis, or ``blocks`` is unknown.
+        RuntimeError: if ``check`` finds a difference, as ``hessian``.
 
     Cost: one gradient of the mean, one product for each output of a tapped layer, and about ``2 B n^2`` operations in
-        products of matrices, a quarter of that for the blocks of a layer with itself, where ``hessian`` takes n
-        products of 1.5 gradients each; ``python -m benchmarks --suite modes`` measures both. Memory:
-        the result and the intermediates of one chunk. ``check`` takes two products of the whole batch more; see
-        ``hessian``.
+        products of matrices, a quarter of that for the blocks of a layer with itself. Without this structure
+        ``hessian`` takes n products of 1.5 gradients each; ``python -m benchmarks --suite modes`` measures both.
+        Memory: the result and the intermediates of one chunk. ``check`` takes two more products of the whole batch;
+        see ``hessian``.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -76,8 +79,8 @@ def mean_hessian(
         Array([[1., 1.],
                [1., 2.]], dtype=float32)
 
-    References: the recursions of Botev et al. (arXiv:1706.03662) and Dangel et al. (arXiv:1902.01813) give the
-        diagonal blocks; the blocks between layers and the grouping of the products are ours.
+    References: Botev et al. (arXiv:1706.03662) and Dangel et al. (arXiv:1902.01813) give recursions for the diagonal
+        blocks. The blocks between layers and the grouping of the products have no reference.
     """
     _checks.check_callable("mean_hessian", "loss", loss)
     _checks.check_chunk_size("mean_hessian", chunk_size)
@@ -85,19 +88,19 @@ def mean_hessian(
 
     report = reporter("mean_hessian", loss, _routes)
 
-    def of_batch(params: Tree, *batch: Any) -> Tree:
+    def hessian_fn(params: Tree, *batch: Any) -> Tree:
         params, batch, _ = open_batch("mean_hessian", params, batch)
-        result = _of_batch(loss, params, batch, blocks, chunk_size)
+        result = _hessian_of_batch(loss, params, batch, blocks, chunk_size)
         if check:
-            evaluate = functools.partial(_of_batch, blocks=blocks, chunk_size=chunk_size)
+            evaluate = functools.partial(_hessian_of_batch, blocks=blocks, chunk_size=chunk_size)
             subject = subject_of_mean("mean_hessian", loss, params, batch, evaluate, result, report)
             check_hessian(subject, blocks)
         return result
 
-    return PerExampleFunction(of_batch, report)
+    return PerExampleFunction(hessian_fn, report)
 
 
-def _of_batch(
+def _hessian_of_batch(
     loss: Objective, params: Tree, batch: tuple[Any, ...], blocks: HessianBlocks, chunk_size: ChunkSize
 ) -> Tree:
     """The Hessian of the mean of a loss over a batch that has been checked."""
@@ -109,7 +112,7 @@ def _of_batch(
 
 
 def routes_of_examples(program: _traced.Program) -> dict[str, str]:
-    """For each leaf the rule that ``hessian_of_examples`` takes, by its path; empty where it takes none."""
+    """From the path of each leaf to the rule of ``hessian_of_examples``; empty where that returns None."""
     found = find_structure(program)
     if found is None:
         return {}
@@ -118,7 +121,7 @@ def routes_of_examples(program: _traced.Program) -> dict[str, str]:
 
 
 def hessian_of_examples(program: _traced.Program, blocks: HessianBlocks) -> Tree | None:
-    """The Hessian of a function that is a mean over examples, or None where that does not show or does not pay."""
+    """The Hessian of a function that is a mean over examples; None where that cannot be shown or does not pay."""
     found = find_structure(program)
     if found is None:
         return None
@@ -127,7 +130,7 @@ def hessian_of_examples(program: _traced.Program, blocks: HessianBlocks) -> Tree
 
 
 def find_structure(program: _traced.Program) -> tuple[Examples, Points] | None:
-    """The examples of a function and the points of one's loss, where these are worth it."""
+    """The examples of a function that is a mean, and the points of their loss; None where these do not pay."""
     examples = find_examples(program)
     if examples is None:
         return None
@@ -145,16 +148,18 @@ def _assemble(
     blocks: HessianBlocks,
     chunk_size: ChunkSize,
 ) -> Tree:
-    """The Hessian of the mean, or those blocks of it, as a tree of trees."""
-    leaves, parts = jax.tree.leaves(params), _parts(function, params, blocks)
-    pairs = {(i, j) for rows, columns in parts for i in _numbers(rows, leaves) for j in _numbers(columns, leaves)}
+    """The Hessian of the mean, or the ``blocks`` of it, as a tree of trees."""
+    leaves, parts = jax.tree.leaves(params), _subtree_pairs(function, params, blocks)
+    pairs = {
+        (i, j) for rows, columns in parts for i in _leaf_numbers(rows, leaves) for j in _leaf_numbers(columns, leaves)
+    }
     chunks = num_batch_chunks(len(examples[0]), chunk_size, bytes_per_example(points), _LEAST_CHUNK)
     found = _blocks_of_leaves(points, leaves, examples, pairs, chunks)
 
     def tree_of(rows: Subtree, columns: Subtree) -> Tree:
-        numbers = _numbers(columns, leaves)
+        numbers = _leaf_numbers(columns, leaves)
         return rows.structure.unflatten(
-            [columns.structure.unflatten([found[i, j] for j in numbers]) for i in _numbers(rows, leaves)]
+            [columns.structure.unflatten([found[i, j] for j in numbers]) for i in _leaf_numbers(rows, leaves)]
         )
 
     trees = [tree_of(rows, columns) for rows, columns in parts]
@@ -179,20 +184,20 @@ def _points_of(taps: Taps | None) -> Points | None:
     return find_points(taps)
 
 
-def _parts(function: str, params: Tree, blocks: HessianBlocks) -> list[tuple[Subtree, Subtree]]:
-    """The pairs of sub-trees whose blocks are asked for."""
+def _subtree_pairs(function: str, params: Tree, blocks: HessianBlocks) -> list[tuple[Subtree, Subtree]]:
+    """The pairs of sub-trees whose blocks are returned."""
     if blocks == "diagonal":
         return [(leaf, leaf) for leaf in leaf_subtrees(params)]
     rows, columns = (select(function, "blocks", params, path) for path in blocks or ("", ""))
     return [(rows, columns)]
 
 
-def _numbers(part: Subtree, leaves: Sequence[Array]) -> range:
+def _leaf_numbers(part: Subtree, leaves: Sequence[Array]) -> range:
     return range(len(leaves))[part.leaves]
 
 
 def _routes(taps: Taps | None, params: Tree) -> list[str]:
-    """For each leaf how its rows and columns are found, in words."""
+    """A sentence for each leaf on how its rows and columns are computed."""
     points = _points_of(taps)
     if taps is None or points is None:
         return ["products with the whole Hessian: the loss has no taps"] * len(jax.tree.leaves(params))
@@ -212,11 +217,12 @@ def _routes(taps: Taps | None, params: Tree) -> list[str]:
 
 
 def _by_products(loss: Objective, params: Tree, batch: tuple[Any, ...], blocks: HessianBlocks) -> Tree:
-    """The same Hessian from products alone, by whichever composition is legal."""
-    mean = _traced.trace(
-        lambda params: (jnp.mean(jax.vmap(loss, (None,) + (0,) * len(batch))(params, *batch)), None), params
-    )
-    return hessian_of("mean_hessian", mean, "auto", "auto", blocks)[0]
+    """The Hessian from products alone, by the cheapest legal composition."""
+
+    def mean(params: Tree) -> tuple[Array, None]:
+        return jnp.mean(jax.vmap(loss, (None,) + (0,) * len(batch))(params, *batch)), None
+
+    return hessian_of("mean_hessian", _traced.trace(mean, params), "auto", "auto", blocks)[0]
 
 
 def _blocks_of_leaves(
@@ -238,9 +244,9 @@ def _blocks_of_leaves(
     sums = zip(of_roots, sum_over_chunks(of_part, batch, chunks, taps.program.out.dtype), strict=True)
     blocks = {pair: block for pair, block in sums if block is not None}
     if derived:
-        result = _of_derived(points, leaves, batch, derived)
+        result = _derived_curvature(points, leaves, batch, derived)
         if any(root in pair for pair in blocks for root in derived):
-            through = _through_roots(points, leaves, blocks)
+            through = _pull_to_leaves(points, leaves, blocks)
             return {pair: through[pair] + result[pair] for pair in pairs}
     else:
         result = {(i, j): jnp.zeros(leaves[i].shape + leaves[j].shape, leaves[i].dtype) for i, j in pairs}
@@ -253,10 +259,13 @@ def _blocks_of_leaves(
     return result
 
 
-def _of_derived(
+def _derived_curvature(
     points: Points, leaves: Sequence[Array], batch: Sequence[Array], derived: Sequence[Any]
 ) -> dict[tuple[int, int], Array]:
-    """What the curvature of functions of the parameters alone adds: the Hessian of ``sum <gradient, root(leaves)>``."""
+    """The Hessian of ``sum <gradient, root(leaves)>``: the curvature of functions of the parameters alone.
+
+    It is the second term of the chain rule, ``J' H J + sum_k g_k d^2 root_k``; the first is ``_pull_to_leaves``.
+    """
     taps, size = points.taps, len(batch[0])
     weights = jnp.full(size, 1 / size, taps.program.out.dtype)
     roots = taps.root_values(leaves)
@@ -271,23 +280,18 @@ def _of_derived(
     return {(i, j): block for i, row in enumerate(rows) for j, block in enumerate(row)}
 
 
-def _through_roots(points: Points, leaves: Sequence[Array], blocks: Blocks) -> dict[tuple[int, int], Array]:
-    """``J' H J`` for the Hessian by the roots and the Jacobian of the roots by the leaves."""
+def _pull_to_leaves(points: Points, leaves: Sequence[Array], blocks: Blocks) -> dict[tuple[int, int], Array]:
+    """``J' H J`` for the Hessian H with respect to the roots and the Jacobian J of the roots."""
     taps = points.taps
     roots, pull = jax.vjp(taps.root_values, list(leaves))
-    _, unravel = ravel(roots)  # which gives every root its dtype back, also of a vector of another one
-    rows = [
-        jnp.concatenate(
-            [
-                blocks[row, column].reshape(row.aval.size, -1)
-                if (row, column) in blocks
-                else jnp.zeros((row.aval.size, column.aval.size), row.aval.dtype)
-                for column in taps.roots
-            ],
-            1,
-        )
-        for row in taps.roots
-    ]
+    _, unravel = ravel(roots)  # restores the dtype of every root
+
+    def matrix_of(row: Any, column: Any) -> Array:
+        shape = row.aval.size, column.aval.size
+        block = blocks.get((row, column))
+        return jnp.zeros(shape, row.aval.dtype) if block is None else block.reshape(shape)
+
+    rows = [jnp.concatenate([matrix_of(row, column) for column in taps.roots], 1) for row in taps.roots]
     pull_all = jax.vmap(lambda vector: pull(unravel(vector))[0])
     columns = pull_all(jnp.concatenate(rows))  # for each leaf, (entries of roots, *leaf)
     result = {}
@@ -301,7 +305,7 @@ def _through_roots(points: Points, leaves: Sequence[Array], blocks: Blocks) -> d
 def _blocks_of_roots(
     points: Points, leaves: Sequence[Array], examples: Sequence[Array], weights: Array, wanted: Wanted
 ) -> Blocks:
-    """The blocks of all roots: from taps where they have points, else from products with the whole Hessian."""
+    """The blocks of all roots: from taps where roots have points, else from products with the whole Hessian."""
     taps = points.taps
     blocks = tapped_blocks(points, taps.parameter_values(leaves), examples, weights, wanted)
     if not points.rest:

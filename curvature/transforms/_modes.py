@@ -1,4 +1,4 @@
-"""A function traced once: which composition of modes to differentiate it by, and how many lanes to run at once."""
+"""Choice of the mode of differentiation, from the legality and the sizes of a traced function alone."""
 
 from collections.abc import Sequence
 from typing import get_args
@@ -9,7 +9,9 @@ from curvature import _checks
 from curvature._trees import num_entries
 from curvature._types import HessianMode, JacobianMode
 from curvature.programs._finiteness import keeps_finite
-from curvature.programs._traced import CONVOLUTION, Program, has_primitive
+from curvature.programs._legality import Blocker
+from curvature.programs._primitives import CONVOLUTION
+from curvature.programs._traced import Program, has_primitive
 
 _ORDER = get_args(HessianMode)[1:]  # cheapest first
 
@@ -17,7 +19,7 @@ _ORDER = get_args(HessianMode)[1:]  # cheapest first
 def choose_composition(function: str, program: Program, mode: HessianMode, *, whole: bool = False) -> str:
     """The composition to use: ``mode`` itself if it is legal, or the cheapest legal one for "auto".
 
-    ``whole`` says that it is for a matrix and not for products: see ``_order_of_matrix``.
+    ``whole`` says that a matrix is formed and not products with vectors: see ``_order_for_matrix``.
     """
     if mode != "auto":
         blocker = program.composition_blocker(mode)
@@ -26,23 +28,32 @@ def choose_composition(function: str, program: Program, mode: HessianMode, *, wh
         legal = [other for other in _ORDER if program.composition_blocker(other) is None]
         raise _checks.illegal_mode(function, mode, str(blocker), legal)
     blockers = {}
-    for candidate in _order_of_matrix(program) if whole else _ORDER:
+    for candidate in _order_for_matrix(program) if whole else _ORDER:
         blockers[candidate] = program.composition_blocker(candidate)
         if blockers[candidate] is None:
             return candidate
     raise _checks.no_legal_mode(function, {name: str(blocker) for name, blocker in blockers.items()})
 
 
-def _order_of_matrix(program: Program) -> Sequence[str]:
+def legal_modes(function: str, mode: str, blockers: dict[str, Blocker | None]) -> list[str]:
+    """``mode`` itself if it is legal; for "auto" all legal modes among the keys of ``blockers``, in their order."""
+    legal = [name for name, blocker in blockers.items() if blocker is None]
+    if not legal:
+        raise _checks.no_legal_mode(function, {name: str(blocker) for name, blocker in blockers.items()})
+    if mode == "auto":
+        return legal
+    if mode not in legal:
+        raise _checks.illegal_mode(function, mode, str(blockers[mode]), legal)
+    return [mode]
+
+
+def _order_for_matrix(program: Program) -> Sequence[str]:
     """The compositions for a symmetric matrix, cheapest first."""
-    one_dtype = len({leaf.dtype for leaf in jax.tree.leaves(program.x)}) == 1  # of mixed ones rows and columns differ
-    if (
-        not program.is_scalar
-        or not one_dtype
-        or not _moves_tangents(program)
-        or has_primitive(CONVOLUTION, program.jaxpr)
-    ):
-        return _ORDER  # convolutions move their axes anyway
+    # With leaves of several dtypes, rows and columns differ in dtype. Convolutions move their axes in either mode.
+    one_dtype = len({leaf.dtype for leaf in jax.tree.leaves(program.x)}) == 1
+    pulling_pays = _moves_tangents(program) and not has_primitive(CONVOLUTION, program.jaxpr)
+    if not (program.is_scalar and one_dtype and pulling_pays):
+        return _ORDER
     # Reverse over reverse goes first only where no equation of the gradient can make a partial derivative infinite or
     # NaN: it is then as finite as ``jax.hessian``, which is forward over reverse.
     if program.blocker("rev") is not None or program.reverse.jaxpr is None or not keeps_finite(program.reverse.jaxpr):
@@ -53,10 +64,10 @@ def _order_of_matrix(program: Program) -> Sequence[str]:
 def _moves_tangents(program: Program) -> bool:
     """Whether pushing many tangents forward costs more than pulling as many cotangents back.
 
-    Where products of matrices meet other operations, the axis of the tangents is moved to the front of every operation
-    that mixes them with a constant, and back for the next product; that of cotangents less often. XLA writes each move
-    out on a CPU, and a network's Hessian takes up to twice as long pushed as pulled. Without products nothing is
-    moved, and pushing fuses better: a chain's Hessian takes a fifth of the time (benchmarks/suites/sparse).
+    Between a product of matrices and another operation, ``vmap`` moves the axis of the tangents to the front and back;
+    the axis of cotangents moves less often. XLA writes each move to memory on a CPU, and a network's Hessian takes up
+    to twice as long pushed as pulled. Without products nothing is moved, and pushing fuses better: a chain's Hessian
+    takes a fifth of the time (benchmarks/suites/sparse).
     """
     if jax.default_backend() != "cpu":
         return False
@@ -64,10 +75,11 @@ def _moves_tangents(program: Program) -> bool:
 
 
 _TALL_ON_CPU = 1.5
-"""Outputs over inputs from which pushing tangents is the faster way on a CPU where they are moved. Ours, by
-benchmarks/suites/modes: networks cross over between 1.3 and 2.1."""
+"""Heuristic: the ratio of outputs to inputs from which forward mode is faster on a CPU where tangents are moved. Chosen
+with benchmarks/suites/modes, where networks cross over between 1.3 and 2.1."""
 
-_FEW_LANES = 8  # up to here it does not matter, and pushing is the smaller program
+_FEW_LANES = 8
+"""Heuristic: for so few inputs both modes take about the same time, and forward mode is the smaller program."""
 
 
 def choose_jacobian(function: str, program: Program, mode: JacobianMode) -> str:
@@ -77,15 +89,4 @@ def choose_jacobian(function: str, program: Program, mode: JacobianMode) -> str:
         inputs <= _FEW_LANES or outputs >= _TALL_ON_CPU * inputs or not _moves_tangents(program)
     )
     order = ("fwd", "rev") if is_tall else ("rev", "fwd")
-    blockers = {name: program.blocker(name) for name in order}
-    legal = [name for name in order if blockers[name] is None]
-    if not legal:
-        raise _checks.no_legal_mode(function, {name: str(blocker) for name, blocker in blockers.items()})
-    if mode == "auto":
-        return legal[0]
-    if mode not in legal:
-        raise _checks.illegal_mode(function, mode, str(blockers[mode]), legal)
-    return mode
-
-
-# ---- how many lanes at once --------------------------------------------------------------------------------------
+    return legal_modes(function, mode, {name: program.blocker(name) for name in order})[0]

@@ -1,4 +1,4 @@
-"""Derivatives of a loss for each example of a batch."""
+"""Gradients and Hessians of a loss for each example of a batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,25 +13,25 @@ from curvature.transforms._jacobian import gradient_of
 
 
 def per_example_grad(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Callable[..., Tree]:
-    """The gradient of ``loss`` by ``params`` for each example: ``G[b] = d loss(params, *example_b) / d params``.
+    """The gradient of ``loss`` for each example: ``G[b] = d loss(params, *example_b) / d params``.
 
-    Statistics over a batch of one, such as those of batch normalization in training mode on ``x[None]``, are not those
-    of the batch.
+    A loss that computes statistics of its batch, such as batch normalization in training mode on ``x[None]``, sees a
+    batch of one example here.
 
     Args:
         loss: ``loss(params, *example) -> scalar``, for one example.
         chunk_size: how many examples run at once; see ``vmap``.
 
     Returns:
-        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns a
-        tree like ``params`` with leaves of shape ``(B,) + leaf.shape``. Gradients are per example: divide by B nowhere.
-        Inside ``jax.shard_map`` they are those of the examples of each device.
+        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples. It returns a
+        tree like ``params`` with leaves of shape ``(B,) + leaf.shape``, the gradients of single examples: nothing is
+        divided by B. Inside ``jax.shard_map`` each device returns the gradients of its examples.
 
     Raises:
-        TypeError: when the loss is not scalar, or a leaf of ``params`` is not of a real floating dtype.
-        ValueError: when no batch is given, or its leaves differ in their leading axis.
+        TypeError: if the loss is not scalar, or a leaf of ``params`` is not of a real floating dtype.
+        ValueError: if no batch is given, or its leaves differ in their leading axis.
 
-    Cost: one gradient for each example; memory B copies of ``params``, and the intermediates of one chunk.
+    Cost: one gradient for each example. Memory: B copies of ``params``, and the intermediates of one chunk.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -45,13 +45,13 @@ def per_example_grad(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Call
         mode = _modes.choose_jacobian("per_example_grad", program, "auto")
         return gradient_of(program, program.x, mode)[0]
 
-    return _over_batch("per_example_grad", loss, gradient, chunk_size)
+    return _map_over_batch("per_example_grad", loss, gradient, chunk_size)
 
 
 def per_example_hessian(
     loss: Objective, *, mode: HessianMode = "auto", chunk_size: ChunkSize = "auto"
 ) -> Callable[..., Tree]:
-    """The Hessian of ``loss`` by ``params`` for each example: ``H[b] = d^2 loss(params, *example_b) / d params^2``.
+    """The Hessian of ``loss`` for each example: ``H[b] = d^2 loss(params, *example_b) / d params^2``.
 
     Args:
         loss: ``loss(params, *example) -> scalar``, for one example.
@@ -59,13 +59,13 @@ def per_example_hessian(
         chunk_size: how many examples run at once; see ``vmap``.
 
     Returns:
-        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples, that returns a
+        A function ``(params, *batch)``, where every leaf of the batch has a leading axis of B examples. It returns a
         tree like ``params`` of trees like ``params`` with blocks of shape ``(B,) + leaf_i.shape + leaf_j.shape``.
 
     Raises:
         TypeError, ValueError: as ``per_example_grad``; and for an unknown or illegal mode.
 
-    Cost: one Hessian for each example; memory B times the n x n result, and the intermediates of one chunk.
+    Cost: one Hessian for each example. Memory: B matrices of n x n entries, and the intermediates of one chunk.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -79,17 +79,17 @@ def per_example_hessian(
     def one_hessian(program: _traced.Program) -> Tree:
         return hessian_of("per_example_hessian", program, mode, None)[0]
 
-    return _over_batch("per_example_hessian", loss, one_hessian, chunk_size)
+    return _map_over_batch("per_example_hessian", loss, one_hessian, chunk_size)
 
 
-def _over_batch(
+def _map_over_batch(
     function: str, loss: Objective, derivative: Callable[[_traced.Program], Tree], chunk_size: ChunkSize
 ) -> Callable[..., Tree]:
     """``derivative`` of the loss at ``params``, mapped over the leading axis of the batch."""
     _checks.check_callable(function, "loss", loss)
     _checks.check_chunk_size(function, chunk_size)
 
-    def one(params: Tree, *example: Any) -> Tree:
+    def derivative_of_example(params: Tree, *example: Any) -> Tree:
         program = _traced.trace_on_device(lambda params: (loss(params, *example), None), params)
         _checks.check_scalar_output(function, "loss", program.out)
         return derivative(program)
@@ -97,6 +97,6 @@ def _over_batch(
     def over_batch(params: Tree, *batch: Any) -> Tree:
         params = _checks.check_point(function, "params", params)
         _checks.check_batch(function, batch)
-        return vmap(one, (None,) + (0,) * len(batch), chunk_size=chunk_size)(params, *batch)
+        return vmap(derivative_of_example, (None,) + (0,) * len(batch), chunk_size=chunk_size)(params, *batch)
 
     return over_batch

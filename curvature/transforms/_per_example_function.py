@@ -1,4 +1,4 @@
-"""What the functions built on taps share: their batch opened, and a report of what becomes of each leaf."""
+"""Shared by the functions built on taps: the checked batch, and a report of the rule for each leaf."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,29 +16,29 @@ from curvature.programs._taps import Taps, trace_taps
 
 @dataclass(frozen=True)
 class LeafReport:
-    """How a function built on taps treats each leaf of the parameters.
+    """The rule by which a function built on taps treats each leaf of the parameters.
 
     Attributes:
-        function: the function.
-        routes: from the path of a leaf to a sentence.
+        function: the name of the function.
+        routes: from the path of a leaf to a sentence on its rule.
     """
 
     function: str
     routes: dict[str, str]
 
     def __str__(self) -> str:
-        """A line for each leaf."""
+        """One line for each leaf."""
         width = max(map(len, self.routes))
         return "\n".join(f"{path:{width}}  {route}" for path, route in self.routes.items())
 
 
 @dataclass(frozen=True)
 class PerExampleFunction:
-    """A function of ``(params, *batch)`` that can tell how it treats each leaf of the parameters.
+    """A function of ``(params, *batch)`` that also reports how it treats each leaf of the parameters.
 
     Attributes:
-        function: the function itself.
-        report: from the same arguments to a ``LeafReport``; nothing is computed.
+        function: the function.
+        report: from the same arguments to a ``LeafReport``; traces the loss and evaluates nothing.
     """
 
     function: Callable[..., Any]
@@ -52,12 +52,12 @@ class PerExampleFunction:
 def reporter(
     function: str, loss: Objective, routes: Callable[[Taps | None, Tree], list[str]]
 ) -> Callable[..., LeafReport]:
-    """``PerExampleFunction.report``, from the taps of the loss and the parameters to a sentence for each leaf."""
+    """``PerExampleFunction.report``; ``routes`` makes a sentence for each leaf from the taps of the loss."""
 
     def report(params: Tree, *batch: Any) -> LeafReport:
         params, _, example = open_batch(function, params, batch)
-        told = routes(trace_taps(function, loss, params, example), params)
-        return LeafReport(function, dict(zip(leaf_paths(params), told, strict=True)))
+        sentences = routes(trace_taps(function, loss, params, example), params)
+        return LeafReport(function, dict(zip(leaf_paths(params), sentences, strict=True)))
 
     return report
 
@@ -67,8 +67,8 @@ def open_batch(
 ) -> tuple[Tree, tuple[Any, ...], tuple[Any, ...]]:
     """Parameters and batch, checked, and the first example.
 
-    A batch that is sharded over an explicit mesh is gathered where its examples are ``summed``: the type of a product
-    that contracts a sharded axis would have to be stated for each product. On a mesh of auto axes XLA does that.
+    A batch that is sharded over an explicit mesh is gathered if its examples are ``summed``: each product that
+    contracts a sharded axis would otherwise have to state the sharding of its result. On auto axes XLA chooses it.
     """
     params = _checks.check_point(function, "params", params)
     _checks.check_batch(function, batch)

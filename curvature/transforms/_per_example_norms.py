@@ -1,4 +1,4 @@
-"""The squared norm of one example's gradient, without forming the gradient where its structure allows."""
+"""Squared norm of the gradient of one example from taps, without forming the gradient where its structure allows."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,25 +17,25 @@ Square = Float[Array, ""]
 
 
 class Route(NamedTuple):
-    """How one leaf's norm is found.
+    """The rule for the norm of one leaf's gradient.
 
     Attributes:
-        uses: the sites where the leaf itself meets the data; empty if its gradient is formed.
-        scalars: roots of one entry that depend on the leaf too, such as a penalty that is part of the loss.
-        told: the route in words.
+        uses: the numbers of the sites where the leaf meets the data; empty if its gradient is formed.
+        scalars: roots of one entry that also depend on the leaf, such as a penalty that is part of the loss.
+        description: the rule in words.
     """
 
     uses: tuple[int, ...]
     scalars: tuple[Any, ...]
-    told: str
+    description: str
 
 
 def routes_of(taps: Taps) -> list[Route]:
-    """For each leaf how its norm is found."""
-    return [_route(taps, leaf) for leaf in range(len(taps.leaves))]
+    """The rule for each leaf."""
+    return [_choose_route(taps, leaf) for leaf in range(len(taps.leaves))]
 
 
-def _route(taps: Taps, leaf: int) -> Route:
+def _choose_route(taps: Taps, leaf: int) -> Route:
     roots = [root for root in taps.roots if leaf in taps.leaves_of[root]]
     own = [root for root in roots if root in taps.views]
     scalars = tuple(root for root in roots if root not in own)
@@ -50,10 +50,10 @@ def _route(taps: Taps, leaf: int) -> Route:
         return Route((), (), "gradient formed: what meets the data is a function of this leaf, not the leaf itself")
     if len({(site.group, frozenset([site.form.rows, site.form.columns])) for site in sites}) != 1:
         return Route((), (), "gradient formed: its uses have no layout in common")
-    return Route(uses, scalars, _told(sites))
+    return Route(uses, scalars, _describe_route(sites))
 
 
-def _told(sites: Sequence[Site]) -> str:
+def _describe_route(sites: Sequence[Site]) -> str:
     positions = sum(site.sizes[1] for site in sites)
     _, _, rows, columns = sites[0].sizes
     if positions == 1:
@@ -69,11 +69,15 @@ def _gram_is_cheaper(positions: int, rows: int, columns: int) -> bool:
 
 
 def squared_norm(taps: Taps, values: Environment, leaves: Sequence[Array]) -> Callable[[list[Any], list[Any]], Square]:
-    """From the inputs and cotangents of one example at all sites to the squared norm of its gradient."""
+    """The map from the inputs and cotangents of one example at all sites to the squared norm of its gradient."""
     sites, routes, dtype = taps.sites, routes_of(taps), accumulator(leaves)
     formed = formed_gradients(taps, values, leaves, [k for k, route in enumerate(routes) if not route.uses])
     scalars = list(dict.fromkeys(root for route in routes for root in route.scalars))
-    slopes = {root: jax.grad(_scalar_root(taps, root))(list(leaves)) for root in scalars}
+
+    def scalar_root(leaves: list[Array], root: Any) -> Array:
+        return taps.parameter_values(leaves)[root].reshape(())
+
+    slopes = {root: jax.grad(scalar_root)(list(leaves), root) for root in scalars}
 
     def of_example(captured: list[Any], d: list[Any]) -> Square:
         parts = list(zip(sites, captured, d, strict=True))
@@ -81,36 +85,28 @@ def squared_norm(taps: Taps, values: Environment, leaves: Sequence[Array]) -> Ca
         squares = [jnp.sum(gradient.astype(dtype) ** 2) for gradient in formed(parts)]
         for k, route in enumerate(routes):
             if route.uses:
-                uses = [_cast(factors(sites[n], captured[n], d[n][0]), dtype) for n in route.uses]
+                uses = [factors(sites[n], captured[n], d[n][0]).astype(dtype) for n in route.uses]
                 view = taps.views[sites[route.uses[0]].origins[0].root]
                 penalties = [
                     weights[root].reshape(()).astype(dtype) * view.apply(slopes[root][k]).astype(dtype)
                     for root in route.scalars
                 ]
-                squares.append(_square(_side_by_side(uses), penalties))
+                squares.append(_squared_norm_of(_concatenate_positions(uses), penalties))
         return jnp.sum(jnp.stack(squares))
 
     return of_example
 
 
 def accumulator(leaves: Sequence[Array]) -> Any:
-    """The dtype to add squares in: that of the widest leaf, single precision at least."""
+    """The dtype in which squares are summed: that of the widest leaf, single precision at least."""
     with jax.numpy_dtype_promotion("standard"):  # leaves may differ in dtype even where users are strict
         return functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves), jnp.dtype(jnp.float32))
-
-
-def _cast(use: Factors, dtype: Any) -> Factors:
-    return use._replace(a=use.a if isinstance(use.a, Lookup) else use.a.astype(dtype), d=use.d.astype(dtype))
-
-
-def _scalar_root(taps: Taps, root: Any) -> Callable[[list[Array]], Array]:
-    return lambda leaves: taps.parameter_values(leaves)[root].reshape(())
 
 
 def formed_gradients(
     taps: Taps, values: Environment, leaves: Sequence[Array], chosen: Sequence[int]
 ) -> Callable[[list[Any]], list[Array]]:
-    """From what is known at the sites to the gradients of some leaves."""
+    """The map from the inputs and cotangents at the sites to the gradients of the ``chosen`` leaves."""
     roots = [root for root in taps.roots if taps.leaves_of[root] & set(chosen)]
 
     def roots_of(parameters: Sequence[Array]) -> list[Array]:
@@ -127,7 +123,7 @@ def formed_gradients(
 
 
 def _gradients_of_roots(taps: Taps, values: Environment, parts: list[Any], roots: Sequence[Any]) -> dict[Any, Array]:
-    """The gradients of some roots, formed."""
+    """The gradients of some roots, from (site, input, cotangents) for each site."""
     found: dict[Any, Any] = dict.fromkeys(roots, 0)
     for site, captured, d in parts:
         if any(origin.root in found for origin in site.origins):
@@ -138,12 +134,15 @@ def _gradients_of_roots(taps: Taps, values: Environment, parts: list[Any], roots
     return found
 
 
-def _side_by_side(uses: Sequence[Factors]) -> Factors:
-    """Uses of one root as a single one: their positions stand one after the other."""
+def _concatenate_positions(uses: Sequence[Factors]) -> Factors:
+    """Several uses of one root as one use with the positions of all of them."""
     first, *others = uses
     if not others:
         return first
-    turned = [first, *(use if use.rows == first.rows else _turn(use) for use in others)]
+    # With inputs and cotangents exchanged, a use of the transposed matrix becomes a use of the matrix.
+    turned = [
+        use if use.rows == first.rows else Factors(use.d, dense(use), use.group, use.columns, use.rows) for use in uses
+    ]
     if all(isinstance(use.a, Lookup) for use in turned):
         a = Lookup(jnp.concatenate([use.a.rows for use in turned], 1), first.a.size)
     else:
@@ -151,18 +150,16 @@ def _side_by_side(uses: Sequence[Factors]) -> Factors:
     return first._replace(a=a, d=jnp.concatenate([use.d for use in turned], 1))
 
 
-def _turn(use: Factors) -> Factors:
-    """Inputs and cotangents exchanged: the gradient of the transposed matrix."""
-    return Factors(use.d, dense(use), use.group, use.columns, use.rows)
-
-
 def dense(use: Factors) -> Array:
-    """The input of a use as an array, of a lookup too."""
+    """The input of a use as an array, also if it is a lookup."""
     return use.a.one_hot(use.d.dtype) if isinstance(use.a, Lookup) else use.a
 
 
-def _square(use: Factors, penalties: Sequence[Array]) -> Square:
-    """The squared norm of ``sum_s a[g, s, i] d[g, s, o]`` plus gradients with the axes of the root."""
+def _squared_norm_of(use: Factors, penalties: Sequence[Array]) -> Square:
+    """The squared norm of ``sum_s a[g, s, i] d[g, s, o]`` plus the ``penalties``, gradients with the axes of the root.
+
+    With the Gram matrices it is ``sum_st (a_s' a_t) (d_s' d_t) + 2 <a' d, p> + <p, p>`` for the sum p of the penalties.
+    """
     _, positions, columns = use.d.shape
     rows = use.a.size if isinstance(use.a, Lookup) else use.a.shape[2]
     constant = to_canonical(sum(penalties[1:], penalties[0]), use) if penalties else None
@@ -171,21 +168,21 @@ def _square(use: Factors, penalties: Sequence[Array]) -> Square:
         return jnp.sum((gradient if constant is None else gradient + constant) ** 2)
     square = jnp.sum(_gram(use.a, use.d.dtype) * _gram(use.d, use.d.dtype))
     if constant is not None:
-        square = square + 2 * jnp.sum(_times(use.a, constant) * use.d) + jnp.sum(constant**2)
-    return jnp.maximum(square, 0)  # rounding can leave it just below
+        square = square + 2 * jnp.sum(_multiply(use.a, constant) * use.d) + jnp.sum(constant**2)
+    return jnp.maximum(square, 0)  # rounding can make it slightly negative
 
 
 def _gram(a: Array | Lookup, dtype: Any) -> Float[Array, "groups positions positions"]:
-    """The inner products of the positions."""
+    """The inner products of the vectors at every two positions."""
     if isinstance(a, Lookup):
         same = (a.rows[:, :, None] == a.rows[:, None, :]) & (a.rows >= 0)[:, :, None]
         return same.astype(dtype)
     if a.shape[1] == 1:
         return jnp.sum(a**2, 2, keepdims=True)
-    return jnp.einsum("gsi,gri->gsr", a, a)
+    return jnp.einsum("gsi,gri->gsr", a, a)  # g: group, s and r: positions, i: entry
 
 
-def _times(a: Array | Lookup, matrix: Array) -> Float[Array, "groups positions columns"]:
+def _multiply(a: Array | Lookup, matrix: Array) -> Float[Array, "groups positions columns"]:
     """``sum_i a[g, s, i] matrix[g, i, o]``."""
     if isinstance(a, Lookup):
         return jax.vmap(lambda matrix, rows: matrix.at[rows].get(mode="fill", fill_value=0))(matrix, a.rows)

@@ -1,12 +1,12 @@
-"""The self-check behind ``check=True``: a fast derivative against the plain composition of JAX's transformations.
+"""Self-check behind ``check=True``: a fast derivative against the plain composition of JAX's transformations.
 
-Both sides are evaluated at the operands of the call. Where an operand is a tracer it has no values, so both sides are
-evaluated while the call is traced, at random values of the same shapes and dtypes, and the compiled program stays as it
-is without the check.
+Both sides are evaluated at the operands of the call. A tracer has no values: if an operand is a tracer, both sides are
+evaluated while the call is traced, at random values of the same shapes and dtypes, and the compiled program is the same
+as without the check.
 
-Heuristic tolerance, chosen so that rounding never fails a check: two sides may differ by ``eps**(3/8)`` of their size
-(2.5e-3 in float32, 1.4e-6 in float64), plus what a move of the point by four roundings changes, 64 times over. ``eps``
-is that of the coarsest dtype in the program.
+Heuristic: the tolerance is chosen so that rounding never fails a check. Two sides may differ by ``eps**(3/8)`` of their
+size (2.5e-3 in float32, 1.4e-6 in float64), plus 64 times the change when the point moves by four roundings. ``eps`` is
+that of the coarsest dtype in the program.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,20 +25,20 @@ from curvature.programs import _traced
 from curvature.programs._jaxprs import Equation, Variable, dependents, inline
 from curvature.programs._legality import blocker_at
 
-_MOST_LINES = 3  # of the user's program that an error message names for each leaf
-MOVES = 64.0  # times what a move of the point by four roundings changes
+_MOST_LINES = 3  # how many lines of the user's program an error message names for each leaf
+MOVES = 64.0  # the allowed multiple of the change when the point moves by four roundings
 _PRODUCT_EPS = {"gpu": 2.0**-10, "tpu": 2.0**-8}  # default precision of float32 products of matrices: TF32, bfloat16
 
 
 class Sides(NamedTuple):
-    """One comparison.
+    """Both sides of one comparison.
 
     Attributes:
-        found: what the function under test computes.
-        expected: what the plain composition computes.
-        elsewhere: the same at a point that is moved by four roundings: what differs is rounding.
-        size: numbers of the size of what ``expected`` is the sum of, so that their norm bounds its rounding.
-        moves: how many times the difference between ``expected`` and ``elsewhere`` is allowed.
+        found: the result of the function under test.
+        expected: the result of the plain composition.
+        elsewhere: the result of the plain composition at a point moved by four roundings: the difference is rounding.
+        size: numbers of the size of the terms whose sum is ``expected``, so that their norm bounds its rounding.
+        moves: the allowed multiple of the difference between ``expected`` and ``elsewhere``.
     """
 
     found: Array
@@ -49,7 +49,13 @@ class Sides(NamedTuple):
 
 
 class Excess(NamedTuple):
-    """How far two sides are from each other: as a share of what is allowed, and of their size."""
+    """The difference of two sides.
+
+    Attributes:
+        ratio: as a multiple of the allowed difference.
+        error: as a multiple of their size.
+        tolerance: the allowed difference, as a multiple of their size.
+    """
 
     ratio: float
     error: float
@@ -57,20 +63,20 @@ class Excess(NamedTuple):
 
 
 Values = tuple[Tree, Any]
-"""What a derivative depends on, and the derivative itself where it is known at these values, else None."""
+"""The operands of a derivative, and the derivative where it is known at these operands, else None."""
 
 Measure = Callable[[Values], Sequence[Sides]]
 
 
 def compare(measure: Measure, values: Values, eps: float) -> tuple[list[Excess], Values]:
-    """What ``measure`` finds at the values, or at random ones where they are traced; and the values taken."""
+    """The excesses of ``measure`` at the values, or at random values where they are traced; and the values taken."""
     if not is_traced(values):
         return _excesses(jax.jit(measure)(values), eps), values
     sides, drawn = [], values
-    for positive in (False, True):  # the logarithm of a negative number would prove nothing
-        drawn = _without_tracers(values[0], positive), None
+    for positive in (False, True):  # at negative numbers a logarithm is NaN, which compares nothing
+        drawn = _replace_tracers(values[0], positive), None
         sides = list(jax.jit(measure)(drawn))
-        if all(np.isfinite(_wide(side.expected)).all() for side in sides):
+        if all(np.isfinite(_flatten_float64(side.expected)).all() for side in sides):
             break
     return _excesses(sides, eps), drawn
 
@@ -81,21 +87,25 @@ def is_traced(tree: Tree) -> bool:
 
 
 def worst(excesses: Sequence[Excess]) -> tuple[int, Excess]:
-    """The number of the comparison that is farthest off, and by how much."""
+    """The number of the comparison with the largest ratio, and its excess."""
     return max(enumerate(excesses), key=lambda pair: pair[1].ratio)
 
 
 def _excesses(sides: Sequence[Sides], eps: float) -> list[Excess]:
-    """Entries where the plain composition is not finite are left out; a NaN where it is finite is infinitely wrong."""
+    """Entries where the plain composition is not finite are ignored; a NaN where it is finite is an infinite error."""
     tolerance = eps**0.375
-    sizes = [float(np.linalg.norm(_finite(_wide(side.size)))) for side in sides]
+    sizes = [float(np.linalg.norm(_zero_nonfinite(_flatten_float64(side.size)))) for side in sides]
     whole = float(np.linalg.norm(sizes))
     result = []
     for side, size in zip(sides, sizes, strict=True):
-        found, expected, elsewhere = _wide(side.found), _wide(side.expected), _wide(side.elsewhere)
-        error = float(np.linalg.norm(np.where(np.isfinite(expected), found - _finite(expected), 0)))
+        found, expected, elsewhere = (
+            _flatten_float64(side.found),
+            _flatten_float64(side.expected),
+            _flatten_float64(side.elsewhere),
+        )
+        error = float(np.linalg.norm(np.where(np.isfinite(expected), found - _zero_nonfinite(expected), 0)))
         error = error if np.isfinite(error) else np.inf
-        noise = float(side.moves) * float(np.linalg.norm(_finite(elsewhere - expected)))
+        noise = float(side.moves) * float(np.linalg.norm(_zero_nonfinite(elsewhere - expected)))
         allowed = tolerance * size + tolerance**2 * whole + noise
         ratio = error / allowed if allowed > 0 else (np.inf if error > 0 else 0.0)
         scale = size if size > 0 else 1.0
@@ -103,11 +113,11 @@ def _excesses(sides: Sequence[Sides], eps: float) -> list[Excess]:
     return result
 
 
-def _finite(array: np.ndarray) -> np.ndarray:
+def _zero_nonfinite(array: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(array), array, 0)
 
 
-def _wide(array: Array) -> np.ndarray:
+def _flatten_float64(array: Array) -> np.ndarray:
     return np.asarray(array).astype(np.float64).reshape(-1)
 
 
@@ -115,7 +125,7 @@ def _wide(array: Array) -> np.ndarray:
 
 
 def rebuild(program: _traced.Program, x: Tree, consts: Sequence[Any]) -> _traced.Program:
-    """The same program at other values of its point and of what it closes over; its aux is left out."""
+    """The program at other values of its point and of its constants, without its aux."""
     assert program.jaxpr is not None
     closed = ClosedJaxpr(program.jaxpr.jaxpr, list(consts))
     structure = jax.tree.structure(program.out)
@@ -134,9 +144,9 @@ def trace_example(loss: Objective, params: Tree, batch: tuple[Any, ...]) -> _tra
 
 
 def few_of(batch: Tree, count: int) -> Tree:
-    """A few examples from the first to the last, and random ones where the batch is traced.
+    """A few examples from the first to the last; random examples where the batch is traced.
 
-    Call it where tracing is off: examples that are cut out of a tracer would be equations of the user's program.
+    Precondition: tracing is off. Examples cut out of a tracer would add equations to the user's program.
     """
     rng = np.random.default_rng(4)
 
@@ -150,27 +160,29 @@ def few_of(batch: Tree, count: int) -> Tree:
 
 
 def consts_of(program: _traced.Program) -> list[Any]:
-    """What a program closes over; nothing where it branches on values."""
+    """The constants of a program; none for a program that branches on values."""
     return [] if program.jaxpr is None else list(program.jaxpr.consts)
 
 
 def rebuild_loss(program: _traced.Program, consts: Sequence[Any]) -> Objective:
-    """A loss that was traced by ``trace_example``, at other values of what it closes over."""
+    """A loss that was traced by ``trace_example``, at other values of its constants."""
     assert program.jaxpr is not None, "a loss that branches on values cannot be traced"
     closed = ClosedJaxpr(program.jaxpr.jaxpr, list(consts))
     return lambda params, *example: jex.core.jaxpr_as_fun(closed)(*jax.tree.leaves((params, example)))[0]
 
 
-def _without_tracers(operands: Tree, positive: bool) -> Tree:
+def _replace_tracers(operands: Tree, positive: bool) -> Tree:
     """The operands with random values for tracers."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: _draw(leaf, leaf.shape, rng, positive) if isinstance(leaf, Tracer) else leaf, operands
-    )
+
+    def replace(leaf: Any) -> Any:
+        return _draw(leaf, leaf.shape, rng, positive) if isinstance(leaf, Tracer) else leaf
+
+    return jax.tree.map(replace, operands)
 
 
 def _draw(leaf: Any, shape: tuple[int, ...], rng: np.random.Generator, positive: bool) -> Array:
-    """Random numbers of a shape and the dtype of a leaf; integers are 0 or 1, or all 0, which index any axis."""
+    """Random numbers of a shape and the dtype of a leaf. Integers are 0 or 1, or all 0, which index any axis."""
     dtype = leaf.dtype
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         impl = jax.random.key_impl(leaf)
@@ -188,7 +200,7 @@ def direction_like(x: Tree, seed: int) -> Tree:
     return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)).astype(leaf.dtype), x)
 
 
-def moved(x: Tree, eps: float) -> Tree:
+def perturb_point(x: Tree, eps: float) -> Tree:
     """The point with every entry moved by four roundings."""
     rng = np.random.default_rng(1)
 
@@ -200,33 +212,35 @@ def moved(x: Tree, eps: float) -> Tree:
 
 
 def widen(array: Array) -> Array:
-    """In single precision at least, so that what the check adds up does not round."""
+    """In single precision at least, so that the sums of the check round little."""
     return array.astype(jnp.float32) if jnp.finfo(array.dtype).bits < 32 else array
 
 
 def eps_of(program: _traced.Program) -> float:
     """The relative rounding of the coarsest arithmetic in a program."""
     assert program.jaxpr is not None
-    coarsest = max(_coarsest(program.jaxpr.jaxpr), *(float(jnp.finfo(v.dtype).eps) for v in jax.tree.leaves(program.x)))
+    coarsest = max(
+        _largest_eps(program.jaxpr.jaxpr), *(float(jnp.finfo(v.dtype).eps) for v in jax.tree.leaves(program.x))
+    )
     single = float(jnp.finfo(jnp.float32).eps)
     return max(coarsest, _PRODUCT_EPS.get(jax.default_backend(), 0.0)) if coarsest >= single else coarsest
 
 
-def _coarsest(jaxpr: Jaxpr) -> float:
+def _largest_eps(jaxpr: Jaxpr) -> float:
     found = 0.0
     for eqn in jaxpr.eqns:
         outs: list[Variable] = list(eqn.outvars)
         dtypes = [v.aval.dtype for v in outs if jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)]
         found = max([found, *(float(jnp.finfo(dtype).eps) for dtype in dtypes)])
-        found = max([found, *(_coarsest(body) for body in jex.core.jaxprs_in_params(eqn.params))])
+        found = max([found, *(_largest_eps(body) for body in jex.core.jaxprs_in_params(eqn.params))])
     return found
 
 
-# ---- where a leaf enters -------------------------------------------------------------------------------------------
+# ---- error messages ------------------------------------------------------------------------------------------------
 
 
 def entries_of(closed: ClosedJaxpr, leaf: int, num_leaves: int) -> list[str]:
-    """The equations where a leaf, or what is computed from leaves alone, meets the data: each primitive and line."""
+    """The equations where a leaf, or a function of leaves alone, meets the data: each primitive and line."""
     jaxpr = inline(closed).jaxpr
     of_leaf = dependents(jaxpr, [jaxpr.invars[leaf]])
     on_data = dependents(jaxpr, [*jaxpr.constvars, *jaxpr.invars[num_leaves:]])
@@ -238,23 +252,18 @@ def entries_of(closed: ClosedJaxpr, leaf: int, num_leaves: int) -> list[str]:
     meets = [eqn for eqn in meets if takes(eqn, lambda v: v in on_data)]
     if not meets:
         meets = [eqn for eqn in jaxpr.eqns if takes(eqn, lambda v: v is jaxpr.invars[leaf])]
-    return list(dict.fromkeys(line_of(eqn) for eqn in meets))
-
-
-def line_of(eqn: Equation) -> str:
-    """The primitive of an equation and the user's line that brought it in."""
-    return str(blocker_at(eqn))
+    return list(dict.fromkeys(str(blocker_at(eqn)) for eqn in meets))
 
 
 def describe_leaf(path: str, route: str | None, lines: Sequence[str]) -> str:
-    """A sentence on one leaf: where it enters the program, and the rule that was taken."""
+    """A sentence on one leaf: where it enters the program, and the rule that was applied."""
     where = ", ".join(lines[:_MOST_LINES]) + (", ..." if len(lines) > _MOST_LINES else "")
     rule = "" if route is None else f", taken by the rule: {route}"
     return f"Leaf {path or 'x'!r} enters through {where or 'no equation'}{rule}."
 
 
 def failure(function: str, what: str, by: str, excess: Excess, leaves: Sequence[str], remedy: str) -> RuntimeError:
-    """The error of a check that failed."""
+    """The error of a failed check: ``what`` differs from the result ``by`` another composition."""
     return RuntimeError(
         f"{function}: check=True found that {what} differs from {by} by {excess.error:.1e} of its size, expected at "
         f"most {excess.tolerance:.1e}. {' '.join(leaves)} {remedy}"

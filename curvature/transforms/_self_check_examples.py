@@ -1,4 +1,4 @@
-"""``check=True`` of derivatives of single examples: a few of them against ``jax.vmap(jax.grad(loss))``."""
+"""Self-check of per-example derivatives: a few examples against ``jax.vmap(jax.grad(loss))``."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,20 +22,20 @@ from curvature.transforms._self_check import (
     eps_of,
     failure,
     few_of,
-    moved,
+    perturb_point,
     rebuild_loss,
     trace_example,
     widen,
     worst,
 )
 
-_EXAMPLES = 3  # the first, the middle and the last one
+_EXAMPLES = 3  # the first, the middle and the last
 
 Gradients = list[Array]
 
 
 class Expected(NamedTuple):
-    """What a number or an array should be; see ``Sides``."""
+    """The expected value of a number or an array; see ``Sides``."""
 
     value: Array
     size: Array
@@ -61,33 +61,34 @@ def check_few_examples(
     report: Callable[..., Any],
     extra: Any = (),
 ) -> None:
-    """Raise where a function of the gradients of a few examples is not what ``formula`` makes of these gradients.
+    """Raise if a function of the gradients of a few examples differs from the ``formula`` of these gradients.
 
     Args:
         function: the public function.
         loss: the loss of one example.
-        params: its parameters.
+        params: the parameters.
         batch: the examples, of which three are taken, in chunks of two.
-        run: ``run(loss, params, batch, extra)``, the function under test, as a list of numbers or arrays.
+        run: ``run(loss, params, batch, extra)``, the function under test in chunks of two, as a list of numbers or
+            arrays.
         formula: from the gradients of the leaves, with a leading axis of examples, ``extra`` and the rounding ``eps``
-            to what these should be.
-        report: from the parameters and the batch to the rule that was taken for each leaf.
-        extra: what else ``run`` and ``formula`` depend on.
+            to the expected results.
+        report: from the parameters and the batch to the rule for each leaf.
+        extra: a further operand of ``run`` and ``formula``.
     """
     with jax.ensure_compile_time_eval():
         few = few_of(batch, _EXAMPLES)
         of_example = trace_example(loss, params, few)
     if of_example.jaxpr is None:
-        return  # it branches on values: its gradients are formed by JAX alone
+        return  # the loss branches on values: its gradients are formed by JAX alone
     eps = eps_of(of_example)
 
     def measure_of(leaf: int | None) -> Callable[[Values], list[Sides]]:
         def measure(values: Values) -> list[Sides]:
             params, batch, extra, consts = values[0]
-            alone, part = _of_leaf(rebuild_loss(of_example, consts), params, leaf)
+            alone, part = _restrict_to_leaf(rebuild_loss(of_example, consts), params, leaf)
             found = [*map(widen, run(alone, part, batch, extra))]
             here, there = (
-                formula(_gradients(of_example, alone, at, batch), extra, eps) for at in (part, moved(part, eps))
+                formula(_gradients(of_example, alone, at, batch), extra, eps) for at in (part, perturb_point(part, eps))
             )
             return [
                 Sides(output, one.value, other.value, one.size, one.moves)
@@ -105,12 +106,14 @@ def check_few_examples(
         single = [worst(compare(measure_of(k), values, eps)[0])[1].ratio for k in range(len(paths))]
     faulty = [k for k, ratio in enumerate(single) if ratio > 1] or list(range(len(paths)))
     routes = report(params, *batch).routes
-    told = [describe_leaf(paths[k], routes[paths[k]], entries_of(of_example.jaxpr, k, len(paths))) for k in faulty[:2]]
-    raise failure(function, "the result for three examples", "jax.vmap(jax.grad(loss))", excess, told, _REMEDY)
+    sentences = [
+        describe_leaf(paths[k], routes[paths[k]], entries_of(of_example.jaxpr, k, len(paths))) for k in faulty[:2]
+    ]
+    raise failure(function, "the result for three examples", "jax.vmap(jax.grad(loss))", excess, sentences, _REMEDY)
 
 
-def _of_leaf(loss: Objective, params: Tree, leaf: int | None) -> tuple[Objective, Tree]:
-    """The loss as a function of one leaf, where one is given, and that leaf."""
+def _restrict_to_leaf(loss: Objective, params: Tree, leaf: int | None) -> tuple[Objective, Tree]:
+    """The loss as a function of one leaf, and that leaf; of all parameters where ``leaf`` is None."""
     if leaf is None:
         return loss, params
     leaves, structure = jax.tree.flatten(params)
@@ -122,7 +125,7 @@ def _of_leaf(loss: Objective, params: Tree, leaf: int | None) -> tuple[Objective
 
 
 def _gradients(of_example: _traced.Program, loss: Objective, params: Tree, batch: tuple[Any, ...]) -> Gradients:
-    """The gradients of each example by JAX's transformations alone: in reverse mode where that is legal."""
+    """The gradients of each example by JAX's transformations alone, in reverse mode where that is legal."""
     gradient = jax.grad(loss) if of_example.blocker("rev") is None else jax.jacfwd(loss)
     return [*map(widen, jax.tree.leaves(jax.vmap(gradient, (None,) + (0,) * len(batch))(params, *batch)))]
 
@@ -135,5 +138,5 @@ def norms_of(gradients: Gradients) -> Array:
 
 
 def each_norm(norms: Array, eps: float) -> list[Expected]:
-    """The norms as single numbers to compare. Where parts of a gradient cancel, the root of a rounding is left."""
+    """The norms as single numbers to compare. Where parts of a gradient cancel, the error is the root of a rounding."""
     return [Expected(norm, norm, eps**-0.5) for norm in norms]

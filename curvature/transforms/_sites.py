@@ -1,4 +1,4 @@
-"""Where the parameters of a mean over examples meet its data, and the rule that ``hessian`` takes at each equation."""
+"""Report of the sites of a loss, where parameters meet data, with the rule that ``hessian`` applies at each of them."""
 
 from dataclasses import dataclass
 
@@ -6,27 +6,17 @@ import jax.extend as jex
 
 from curvature._trees import leaf_paths
 from curvature._types import Tree
+from curvature.programs._affine import RULES
 from curvature.transforms._tap_hessian import Points
-
-_RULES = {
-    "dot_general": "matrix product",
-    "conv_general_dilated": "convolution",
-    "gather": "lookup",
-    "dynamic_slice": "lookup",
-    "mul": "scale",
-    "add": "bias",
-    "add_any": "bias",
-    "sub": "bias",
-}
 
 
 @dataclass(frozen=True)
 class SiteRule:
-    """An equation that parameters enter together with data, and how the Hessian is found there.
+    """An equation that parameters enter together with data, and the rule for its part of the Hessian.
 
     Attributes:
         primitive: the primitive of the equation.
-        where: the user's line that brought it in.
+        where: the user's line that the equation comes from.
         leaves: the paths of the leaves of ``x`` that enter.
         rule: "matrix product", "convolution", "bias", "scale" or "lookup" where the block is read off from inputs and
             cotangents; "products along k directions" where columns of the Hessian are computed one by one.
@@ -38,7 +28,7 @@ class SiteRule:
     rule: str
 
     def __str__(self) -> str:
-        """As ``explain`` prints it."""
+        """The line that ``explain`` prints."""
         return f"{', '.join(leaf or 'x' for leaf in self.leaves)}: {self.rule}, {self.primitive} at {self.where}"
 
 
@@ -51,7 +41,8 @@ def rules_of_sites(points: Points, x: Tree) -> tuple[SiteRule, ...]:
         leaves = sorted({leaf for root in roots for leaf in taps.leaves_of[root]})
         entries = sum(root.aval.size for root in dict.fromkeys(roots) if root in points.rest)
         name: str = site.eqn.primitive.name
-        rule = f"products along {entries:,} directions" if entries else _RULES.get(name) or name
+        kind = RULES[name][0] if name in RULES else name
+        rule = f"products along {entries:,} directions" if entries else kind
         where = jex.source_info_util.summarize(site.eqn.source_info)
         rules.append(SiteRule(name, where, tuple(paths[leaf] for leaf in leaves), rule))
     return tuple(rules)

@@ -1,4 +1,4 @@
-"""Sparse Hessians and Jacobians through asdex, which finds and colors the pattern (extra ``sparse``)."""
+"""Sparse Hessians and Jacobians by coloring; asdex finds and colors the pattern (extra ``sparse``)."""
 
 from collections.abc import Callable
 from typing import Any, get_args
@@ -13,13 +13,13 @@ from curvature import _checks, _trees
 from curvature._trees import ravel
 from curvature._types import JacobianMode, Objective, SparseHessianMode, Tree
 from curvature.programs import _traced
-from curvature.programs._legality import Blocker
 from curvature.transforms._compositions import is_symmetric, linearize_program, trace_objective
+from curvature.transforms._modes import legal_modes
 
 _asdex_error: ImportError | None = None
 try:
     import asdex
-except ImportError as error:  # not installed, or made for another JAX
+except ImportError as error:  # not installed, or built for another version of JAX
     asdex: Any = None
     _asdex_error = error
 
@@ -29,29 +29,29 @@ def sparse_hessian(
 ) -> Callable[..., BCOO]:
     """Prepare the sparse Hessian ``H[i, j] = d^2 f / dx_i dx_j`` of a function whose pattern of zeros is fixed.
 
-    The pattern is found and colored here, once; columns of one color share one Hessian product at every evaluation.
+    The pattern is found and colored once, here. At every evaluation, columns of one color share one Hessian product.
 
     Args:
         f: the objective, ``f(x, *args) -> scalar``. Arrays that decide which entries of ``x`` meet, such as the edges
-            of a mesh, should be closed over: the pattern must hold for all values of ``args``, so that an index among
-            them makes it dense.
+            of a mesh, should be closed over: the pattern must hold for all values of ``args``, so that an index in
+            ``args`` makes it dense.
         x: a point, any tree of floating arrays; only its structure, shapes and dtypes matter.
         *args: data for ``f``, not differentiated; only shapes and dtypes matter.
-        pattern: where entries may differ from zero at any point, for all n = ``ravel_pytree(x)[0].size`` rows and
+        pattern: the entries that may differ from zero at any point, for all n = ``ravel_pytree(x)[0].size`` rows and
             columns: a BCOO or SciPy sparse matrix (a stored zero counts), an ``asdex.SparsityPattern``, or a dense
-            array, whose nonzeros count. Either triangle will do. None finds it from the program of ``f``, without
-            derivatives, and with more entries than needed rather than fewer.
+            array, whose nonzeros count. One triangle suffices. None finds the pattern from the jaxpr of ``f``, without
+            derivatives; it may then have more entries than needed, never fewer.
         mode: the composition of modes; ``"auto"`` takes the first legal of forward over reverse, reverse over reverse,
             reverse over forward.
 
     Returns:
         A function ``(x, *args) -> BCOO`` of shape (n, n), in the order of ``ravel_pytree(x)``, with both triangles. It
         is compiled at its first call, and takes new values of ``x`` and ``args``, also under ``jit``. A pattern that
-        misses an entry gives wrong numbers without an error: compare ``H @ v`` with ``hvp(f, x, v)`` for a random ``v``
-        to check one that you give.
+        misses an entry gives wrong numbers without an error: to check a pattern that you pass, compare ``H @ v`` with
+        ``hvp(f, x, v)`` for a random ``v``.
 
     Raises:
-        ImportError: when asdex is not installed, or does not work with the JAX at hand.
+        ImportError: if asdex is not installed, or does not support the installed JAX.
         TypeError, ValueError: as ``hvp``; for a pattern of another shape or kind; and, when the function is called, for
             a point that does not match ``x``.
 
@@ -77,7 +77,7 @@ def sparse_hessian(
     x = _checks.check_point("sparse_hessian", "x", x)
     program = trace_objective("sparse_hessian", "f", f, x, args)
     order = get_args(SparseHessianMode)[1:]
-    chosen = _legal_modes("sparse_hessian", mode, {name: program.composition_blocker(name) for name in order})[0]
+    chosen = legal_modes("sparse_hessian", mode, {name: program.composition_blocker(name) for name in order})[0]
     vector, unravel = ravel(x)
     shape = (vector.size, vector.size)
 
@@ -87,19 +87,19 @@ def sparse_hessian(
     if pattern is None:
         pattern = asdex.hessian_sparsity(fun, vector, *args)
     rows, columns = _checks.check_pattern("sparse_hessian", pattern, shape)
-    sparsity = _sparsity(np.concatenate([rows, columns]), np.concatenate([columns, rows]), shape, vector)
+    sparsity = _make_sparsity(np.concatenate([rows, columns]), np.concatenate([columns, rows]), shape, vector)
     if is_symmetric(program):
         coloring = asdex.hessian_coloring_from_sparsity(sparsity, mode=chosen)
-    else:  # one triangle does not give the other
+    else:  # one triangle does not determine the other
         coloring = asdex.jacobian_coloring_from_sparsity(sparsity, mode="fwd")
-    colors = np.arange(max(coloring.num_colors, 1))  # without any, one that no column has
+    colors = np.arange(max(coloring.num_colors, 1))  # without colors, one color that no column has
     seeds = jnp.asarray(np.asarray(coloring.colors)[:, None] == colors, vector.dtype)
 
     def products(seeds: Array, vector: Array, *args: Any) -> Array:
         hvp_fn = linearize_program(trace_objective("sparse_hessian", "f", fun, vector, args), chosen)[2]
         return jax.vmap(hvp_fn, in_axes=1, out_axes=1)(seeds)  # colors innermost: XLA shares the rows among its threads
 
-    return _prepared("sparse_hessian", products, seeds, _places(coloring, columns=True), coloring, x)
+    return _compile_parts("sparse_hessian", products, seeds, _positions_of_entries(coloring, columns=True), coloring, x)
 
 
 def sparse_jacobian(
@@ -107,26 +107,26 @@ def sparse_jacobian(
 ) -> Callable[..., BCOO]:
     """Prepare the sparse Jacobian ``J[o, i] = d f_o / d x_i`` of a function whose pattern of zeros is fixed.
 
-    The pattern is found and colored here, once; columns (or rows) of one color share one JVP (or VJP) at every
-    evaluation.
+    The pattern is found and colored once, here. At every evaluation, columns (or rows) of one color share one JVP (or
+    VJP).
 
     Args:
         f: a function ``f(x, *args)`` whose outputs are floating arrays. Arrays that decide which entries of ``x`` an
             output depends on should be closed over; see ``sparse_hessian``.
         x: a point, any tree of floating arrays; only its structure, shapes and dtypes matter.
         *args: data for ``f``, not differentiated; only shapes and dtypes matter.
-        pattern: where entries may differ from zero at any point, as for ``sparse_hessian``: a row for each of the m
-            entries of the output, a column for each of the n entries of ``x``. None finds it from the program of ``f``.
-        mode: ``"fwd"`` colors columns, ``"rev"`` rows; ``"auto"`` takes what needs fewer colors, where both are legal.
+        pattern: the entries that may differ from zero at any point, as for ``sparse_hessian``: a row for each of the m
+            entries of the output, a column for each of the n entries of ``x``. None finds it from the jaxpr of ``f``.
+        mode: ``"fwd"`` colors columns, ``"rev"`` rows; ``"auto"`` takes the legal mode that needs fewer colors.
 
     Returns:
         A function ``(x, *args) -> BCOO`` of shape (m, n), rows and columns in the order of ``ravel_pytree``. It is
         compiled at its first call, and takes new values of ``x`` and ``args``, also under ``jit``. A pattern that
-        misses an entry gives wrong numbers without an error: compare ``J @ v`` with ``jax.jvp`` for a random ``v`` to
-        check one that you give.
+        misses an entry gives wrong numbers without an error: to check a pattern that you pass, compare ``J @ v`` with
+        ``jax.jvp`` for a random ``v``.
 
     Raises:
-        ImportError: when asdex is not installed, or does not work with the JAX at hand.
+        ImportError: if asdex is not installed, or does not support the installed JAX.
         TypeError, ValueError: as ``jacobian``; for a pattern of another shape or kind; and, when the function is
             called, for a point that does not match ``x``.
 
@@ -151,7 +151,7 @@ def sparse_jacobian(
     program = _traced.trace(lambda x: (f(x, *args), None), x)
     _checks.check_floating_output("sparse_jacobian", "f", program.out)
     order = get_args(JacobianMode)[1:]
-    legal = _legal_modes("sparse_jacobian", mode, {name: program.blocker(name) for name in order})
+    legal = legal_modes("sparse_jacobian", mode, {name: program.blocker(name) for name in order})
     vector, unravel = ravel(x)
 
     def fun(vector: Array, *args: Any) -> Array:
@@ -160,49 +160,39 @@ def sparse_jacobian(
     if pattern is None:
         pattern = asdex.jacobian_sparsity(fun, vector, *args)
     shape = (_trees.num_entries(program.out), vector.size)
-    sparsity = _sparsity(*_checks.check_pattern("sparse_jacobian", pattern, shape), shape, vector)
+    sparsity = _make_sparsity(*_checks.check_pattern("sparse_jacobian", pattern, shape), shape, vector)
     coloring = asdex.jacobian_coloring_from_sparsity(sparsity, mode=legal[0] if len(legal) == 1 else None)
 
     def products(_: None, vector: Array, *args: Any) -> Array:
         return asdex.compressed_jacobian_from_coloring(lambda vector: fun(vector, *args), coloring)(vector)
 
-    return _prepared("sparse_jacobian", products, None, _places(coloring, columns=False), coloring, x)
+    return _compile_parts(
+        "sparse_jacobian", products, None, _positions_of_entries(coloring, columns=False), coloring, x
+    )
 
 
-def _legal_modes(function: str, mode: str, blockers: dict[str, Blocker | None]) -> list[str]:
-    """``mode`` itself, or for "auto" all that are legal."""
-    legal = [name for name, blocker in blockers.items() if blocker is None]
-    if not legal:
-        raise _checks.no_legal_mode(function, {name: str(blocker) for name, blocker in blockers.items()})
-    if mode == "auto":
-        return legal
-    if mode not in legal:
-        raise _checks.illegal_mode(function, mode, str(blockers[mode]), legal)
-    return [mode]
-
-
-def _sparsity(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int], vector: Array) -> Any:
-    """The pattern for asdex: each entry once, row after row, for a function of one vector."""
+def _make_sparsity(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int], vector: Array) -> Any:
+    """The pattern as asdex takes it: each entry once, row after row, for a function of one vector."""
     entries = np.unique(rows.astype(np.int64) * shape[1] + columns)
     avals = (jax.ShapeDtypeStruct(vector.shape, vector.dtype),)
     return asdex.SparsityPattern.from_coo(entries // shape[1], entries % shape[1], shape, input_avals=avals)
 
 
-def _prepared(
+def _compile_parts(
     function: str, products: Callable[..., Array], seeds: Array | None, where: Array, coloring: Any, like: Tree
 ) -> Callable[..., BCOO]:
-    """The compiled function of the point and the data, from the products of all colors and the places of the entries.
+    """The function of the point and the data, from the products of all colors and the positions of the entries.
 
-    It is compiled in two parts: XLA would compute the products anew in the order of the entries, one by one, which on a
-    CPU takes longer than to write them out and read them again. The seeds are an operand: of a constant XLA keeps every
-    multiple and slice that the products take of it, and reads them all.
+    It is compiled in two parts, products and gather. In one program XLA would recompute each product for each entry,
+    which on a CPU takes longer than writing and reading the products. The seeds are an operand: of a constant, XLA
+    would store every multiple and slice that the products take of it.
     """
     like = jax.tree.map(jax.typeof, like)
     pattern = coloring.sparsity.to_bcoo()
     form = jax.tree.structure(
         BCOO((pattern.data, pattern.indices), shape=pattern.shape, indices_sorted=True, unique_indices=True)
     )
-    indices = pattern.indices  # at hand as they are: nothing copies them, or checks them once more
+    indices = pattern.indices  # passed to the result without a copy or a check
 
     @jax.jit
     def compressed(seeds: Array | None, x: Tree, *args: Any) -> Array:
@@ -220,8 +210,8 @@ def _prepared(
     return evaluate
 
 
-def _places(coloring: Any, columns: bool) -> Array:
-    """Where each entry of the pattern stands in the flat products, which have a row, or a column, for each color."""
+def _positions_of_entries(coloring: Any, columns: bool) -> Array:
+    """The position of each entry of the pattern in the flat products, which have a row, or a column, for each color."""
     if coloring.sparsity.nnz == 0:
         return jnp.zeros(0, np.int32)
     shape = coloring.num_colors, coloring.sparsity.shape[coloring.mode == "rev"]

@@ -1,14 +1,14 @@
-"""Points of a loss: variables through which tapped parameters act, and the second derivatives read off there.
+"""Hessian blocks from second derivatives at pre-activations ("points") of a loss.
 
-Let parameters enter as ``z_l[j] = sum_i a_l[i] u_l[i, j]`` at point l, let ``d_l`` be the cotangent of ``z_l``, and let
-D be the derivative along ``z_l[j]`` with all parameters fixed. The gradient at point m is ``a_m[I] d_m[J]``, so for
-points m that are evaluated no sooner than l, summed over examples b,
+A point is a variable through which parameters act. Let parameters enter as ``z_l[j] = sum_i a_l[i] u_l[i, j]`` at point
+l, let ``d_l`` be the cotangent of ``z_l``, and let D be the derivative along ``z_l[j]`` with all parameters fixed. The
+gradient at point m is ``a_m[I] d_m[J]``. So for points m that are evaluated no sooner than l, summed over examples b,
 
     H[m: I, J; l: i, j] = sum_b a_l[i] (d_m[J] D a_m[I; j] + a_m[I] D d_m[J; j]),
 
 and the blocks of m before l follow by symmetry. That takes one direction for each entry of ``z_l``, not for each entry
-of ``u_l``; what is left is a product of matrices, ``sum_b (a_l[i] a_m[I]) D d_m[J; j]``, whose left factor is formed
-first, so that nothing of size b I J j ever is. For m = l both factors are symmetric, and a quarter of it will do.
+of ``u_l``. What remains is a product of matrices, ``sum_b (a_l[i] a_m[I]) D d_m[J; j]``, whose left factor is formed
+first, so that no array has size b I J j. For m = l both factors are symmetric, and a quarter of the product suffices.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,20 +24,19 @@ from jaxtyping import Array, Float
 from curvature._sharding import vary_like, zeros
 from curvature.programs._affine import Lookup
 from curvature.programs._jaxprs import Environment, Equation, Variable, dependents
+from curvature.programs._primitives import POINT_PRESERVING
 from curvature.programs._tap_gradients import all_axes
 from curvature.programs._taps import Site, Taps
 from curvature.transforms._chunks import vmap
 
-_PASSES_ON = {"add", "add_any", "sub", "reshape", "squeeze", "broadcast_in_dim", "copy"}
-
 
 class Use(NamedTuple):
-    """One root at a point.
+    """One site of a root, at a point.
 
     Attributes:
-        site: the equation where it enters.
+        site: the site.
         root: the root.
-        scaled: whether each entry of the root goes with one entry of the point, as a scale does; else it is a matrix.
+        scaled: whether each entry of the root multiplies one entry of the point, as a scale does; else it is a matrix.
         order: for each column of the canonical form, or each group and column where scaled, the entry of the point.
     """
 
@@ -48,7 +47,13 @@ class Use(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A variable through which parameters act, how they do, and the variables that it moves."""
+    """A variable through which parameters act.
+
+    Attributes:
+        variable: the variable.
+        uses: the sites through which parameters act on it.
+        moved: the variables that depend on it, and itself.
+    """
 
     variable: Variable
     uses: list[Use]
@@ -57,15 +62,14 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Points:
-    """The points of the tapped roots, in the order of evaluation; the other roots are left to products.
+    """The points of the tapped roots; the columns of the other roots are Hessian-vector products.
 
     Attributes:
         taps: the loss.
-        points: the points.
-        tapped: the roots that act through them alone.
+        points: the points, in the order of evaluation.
+        tapped: the roots that act through points alone. A root in which the loss is linear, such as a penalty that is
+            added to it, is tapped but has no point.
         rest: the other roots.
-
-    A root in which the loss is linear, such as a penalty that is added to it, is tapped but has no point.
     """
 
     taps: Taps
@@ -75,7 +79,7 @@ class Points:
 
     @property
     def num_directions(self) -> int:
-        """How many directions the Hessian takes: the entries of the points and of the roots left to products."""
+        """The number of directions that the Hessian takes: the entries of the points and of the other roots."""
         variables = [*(point.variable for point in self.points), *self.rest]
         return sum(v.aval.size for v in variables)
 
@@ -83,6 +87,7 @@ class Points:
 def find_points(taps: Taps) -> Points:
     """Tap every root that takes no more directions at its points than it has entries."""
     jaxpr = taps.level.jaxpr
+    # 1. The point of each site that can be tapped, and the points through which each root acts.
     uses: dict[Variable, list[Use]] = {}
     where: dict[Variable, set[Variable]] = {root: set() for root in taps.roots}
     refused = {origin.root for site in taps.sites if not _is_tappable(site) for origin in site.origins}
@@ -92,6 +97,7 @@ def find_points(taps: Taps) -> Points:
             uses.setdefault(point, []).append(_use(site, root))
             where[root].add(point)
 
+    # 2. The directions of a point are shared: roots that pay for theirs alone make them free for others.
     def cost(root: Variable, paid: set[Variable]) -> int:
         return sum(point.aval.size for point in where[root] - paid)
 
@@ -99,11 +105,12 @@ def find_points(taps: Taps) -> Points:
     cheap = [root for root in open_roots if cost(root, set()) <= root.aval.size]
     paid = {point for root in cheap for point in where[root]}
     tapped = [root for root in open_roots if cost(root, paid) <= root.aval.size]
+    # 3. The points of the tapped roots, in the order of evaluation.
     points = []
     on_parameters = dependents(jaxpr, taps.leaves)
     for v in (v for eqn in jaxpr.eqns for v in eqn.outvars if v in uses):
         kept = [use for use in uses[v] if use.root in tapped]
-        if v in jaxpr.outvars:  # its cotangent is constant, so only a use whose input moves has a second derivative
+        if v in jaxpr.outvars:  # the cotangent is constant: only a use whose input moves has a second derivative
             kept = [use for use in kept if _moves_input(use.site, on_parameters)]
         if kept:
             points.append(Point(v, kept, dependents(jaxpr, [v])))
@@ -111,13 +118,13 @@ def find_points(taps: Taps) -> Points:
 
 
 def _moves_input(site: Site, moved: set[Variable]) -> bool:
-    """Whether what a parameter is multiplied by at a site is among the variables that move."""
+    """Whether the factor of the parameter at a site is among the ``moved`` variables."""
     others = [v for n, v in enumerate(site.eqn.invars) if n not in site.operands]
     return not site.form.constant and any(isinstance(v, Var) and v in moved for v in others)
 
 
 def bytes_per_example(points: Points) -> int:
-    """About what the intermediates of ``tapped_blocks`` take for each example, at the point that takes most."""
+    """An estimate of the intermediates of ``tapped_blocks`` for each example, at the point with the most."""
     sizes = [point.variable.aval.size for point in points.points]
     inputs = [sum(use.site.sizes[2] for use in point.uses) for point in points.points]
     widths = [sum(sizes[k:]) * sizes[k] + sum(inputs[k + 1 :]) * sizes[k] for k in range(len(sizes))]
@@ -127,7 +134,7 @@ def bytes_per_example(points: Points) -> int:
 
 
 def _is_tappable(site: Site) -> bool:
-    """One position, and either one group or one row: what every layer is for an example that is one vector."""
+    """Whether a site has one position, and one group or one row, as every layer has for an example of one vector."""
     if site.form is None or site.lengths:
         return False
     groups, positions, rows, _ = site.sizes
@@ -143,7 +150,7 @@ def _use(site: Site, root: Variable) -> Use:
 
 
 def _point_of(jaxpr: Jaxpr, site: Site) -> Variable:
-    """The output of a site, or what it becomes by additions: shifting one is shifting the other."""
+    """The output of a site, followed through additions: a shift of the output is a shift of the sum."""
     v = site.outputs[0]
     while True:
         users: list[Equation] = [eqn for eqn in jaxpr.eqns for other in eqn.invars if other is v]
@@ -152,26 +159,30 @@ def _point_of(jaxpr: Jaxpr, site: Site) -> Variable:
         (eqn,) = users
         (out, *_) = eqn.outvars
         subtracted = eqn.primitive.name == "sub" and eqn.invars[1] is v
-        if eqn.primitive.name not in _PASSES_ON or subtracted or out.aval.size != v.aval.size:
+        if eqn.primitive.name not in POINT_PRESERVING or subtracted or out.aval.size != v.aval.size:
             return v
         v = out
 
 
 # ---- second derivatives ------------------------------------------------------------------------------------------
 
-_FORMED_BYTES = 4 * 2**20  # what is formed at once before a product of matrices: ours, what a cache holds
-_LEAST_SYMMETRIC = 3  # outputs; with fewer, forming the products of inputs takes longer than symmetry saves: ours
+_FORMED_BYTES = 4 * 2**20
+"""Heuristic: the bytes formed at once as a factor of a product of matrices, so that they stay in the cache."""
+
+_LEAST_SYMMETRIC = 3
+"""Heuristic: with fewer outputs, forming the products of inputs takes longer than symmetry saves."""
 
 Blocks = dict[tuple[Variable, Variable], Array]
 Wanted = Callable[[Variable, Variable], bool]
 
 
 class _State(NamedTuple):
-    """What is known at the points for every example; the same, along a direction each, with a last axis more.
+    """Cotangents and inputs at the points for every example; their derivatives have a last axis of directions.
 
     Attributes:
-        cotangents: by the number of the point: (batch, entries of the point).
-        inputs: by the numbers of the point and of its use: (batch, rows of a matrix) or (batch, entries of a scale).
+        cotangents: by the number of the point; shape (batch, entries of the point).
+        inputs: by the numbers of the point and of its use; shape (batch, rows of a matrix) or (batch, entries of a
+            scale).
     """
 
     cotangents: dict[int, Array]
@@ -185,23 +196,28 @@ def tapped_blocks(
 
     Args:
         points: from ``find_points``.
-        values: what depends on the parameters alone.
+        values: the values that depend on the parameters alone.
         examples: the leaves of the batch, with a leading axis of examples.
         weights: the weight of each example's loss.
-        wanted: whether a block is.
+        wanted: from the roots of the rows and of the columns to whether that block is wanted.
     """
     shapes = [(len(weights), point.variable.aval.size) for point in points.points]
     at = [zeros(shape, point.variable.aval) for shape, point in zip(shapes, points.points, strict=True)]
     at = vary_like(at, examples)
-    here = _state(points, values, examples, weights, at)
+    here = _evaluate_state(points, values, examples, weights, at)
     blocks: Blocks = {}
     for k, column in enumerate(points.points):
-        later = [m for m, row in enumerate(points.points[k:], k) if _any_wanted(row, column, wanted)]
+        # Blocks of points m >= k, and by symmetry their transposes.
+        later = [
+            m
+            for m, row in enumerate(points.points[k:], k)
+            if any(wanted(a.root, b.root) or wanted(b.root, a.root) for a in row.uses for b in column.uses)
+        ]
         if not later:
             continue
 
-        def moved(shift: Array, k: int = k, later: list[int] = later) -> _State:
-            state = _state(points, values, examples, weights, [*at[:k], shift, *at[k + 1 :]])
+        def shifted_state(shift: Array, k: int = k, later: list[int] = later) -> _State:
+            state = _evaluate_state(points, values, examples, weights, [*at[:k], shift, *at[k + 1 :]])
             inputs = {
                 (m, n): a
                 for (m, n), a in state.inputs.items()
@@ -209,28 +225,21 @@ def tapped_blocks(
             }
             return _State({m: state.cotangents[m] for m in later}, inputs)
 
-        _, push = jax.linearize(moved, at[k])
+        _, push = jax.linearize(shifted_state, at[k])
         for uses, scale in _directions(column, k, here):
             along = _push_basis(push, at[k], scale)
-            left = (
-                jnp.concatenate([here.inputs[k, n] for n in uses], 1) if scale is None else jnp.ones_like(at[k][:, :1])
-            )
+            inputs = [here.inputs[k, n] for n in uses] if scale is None else [jnp.ones_like(at[k][:, :1])]
+            left = jnp.concatenate(inputs, 1)
             for m in later:
-                found = _rows(points.points[m], m, here, along, left, same=m == k and scale is None)
-                _add(blocks, found, points.points[m].uses, [column.uses[n] for n in uses], m != k, wanted)
+                found = _row_blocks(points.points[m], m, here, along, left, same=m == k and scale is None)
+                _add_blocks(blocks, found, points.points[m].uses, [column.uses[n] for n in uses], m != k, wanted)
     return blocks
 
 
-def _any_wanted(row: Point, column: Point, wanted: Wanted) -> bool:
-    """Whether a block of two points is, or the one on the other side of the diagonal."""
-    pairs = [(one.root, other.root) for one in row.uses for other in column.uses]
-    return any(wanted(one, other) or wanted(other, one) for one, other in pairs)
-
-
-def _state(
+def _evaluate_state(
     points: Points, values: Environment, examples: Sequence[Array], weights: Array, shifts: Sequence[Array]
 ) -> _State:
-    """The cotangents and inputs at the points, with the points shifted."""
+    """The cotangents and inputs at the points, for points that are shifted."""
     jaxpr = points.taps.level.jaxpr
     number = {point.variable: k for k, point in enumerate(points.points)}
 
@@ -242,7 +251,7 @@ def _state(
                 for v in eqn.outvars:
                     if v in number:
                         env[v] = env[v] + shifts[number[v]].reshape(env[v].shape)
-            inputs = {(k, n): _input(use, env) for k, p in enumerate(points.points) for n, use in enumerate(p.uses)}
+            inputs = {(k, n): _input_of(use, env) for k, p in enumerate(points.points) for n, use in enumerate(p.uses)}
             return weight * points.taps.loss_in(env), inputs
 
         d, inputs = jax.grad(loss, has_aux=True)(shifts)
@@ -251,17 +260,17 @@ def _state(
     return jax.vmap(of_example)(examples, weights, list(shifts))
 
 
-def _input(use: Use, env: Environment) -> Float[Array, " entries"]:
-    """The input of one use: the rows of a matrix; of a scale what each entry of the point is multiplied by."""
+def _input_of(use: Use, env: Environment) -> Float[Array, " entries"]:
+    """The input of one use: one entry for each row of a matrix; for a scale the factor of each entry of the point."""
     a = use.site.inputs(env)
-    if use.scaled:  # of shape (groups, 1, 1): the columns of a group have their one row in common
+    if use.scaled:  # of shape (groups, 1, 1): the columns of a group share one row
         groups, _, _, columns = use.site.sizes
         return jnp.broadcast_to(a.reshape(groups, 1), (groups, columns)).reshape(-1)
     return (a.one_hot(use.site.outputs[0].aval.dtype) if isinstance(a, Lookup) else a).reshape(-1)
 
 
 def _directions(point: Point, k: int, here: _State) -> Iterator[tuple[list[int], Array | None]]:
-    """Uses that share directions, and what each example's directions are scaled by (None for one)."""
+    """Uses that share directions, and the scale of each example's directions (None for 1)."""
     plain = [n for n, use in enumerate(point.uses) if not use.scaled]
     if plain:
         yield plain, None
@@ -271,7 +280,7 @@ def _directions(point: Point, k: int, here: _State) -> Iterator[tuple[list[int],
 
 
 def _push_basis(push: Callable[[Array], _State], at: Array, scale: Array | None) -> _State:
-    """The derivatives along every entry of a point, for all examples at once, as a last axis."""
+    """The derivatives along every entry of a point, for all examples at once; the directions are the last axis."""
 
     def along(direction: Array) -> _State:
         direction = jnp.broadcast_to(direction, at.shape)
@@ -280,34 +289,44 @@ def _push_basis(push: Callable[[Array], _State], at: Array, scale: Array | None)
     return jax.vmap(along, out_axes=-1)(jnp.eye(at.shape[1], dtype=at.dtype))
 
 
-def _rows(point: Point, m: int, here: _State, along: _State, left: Array, same: bool) -> list[Array]:
-    """For each use at a point its part of the columns: of shape (rows, columns) of the use + (i, j)."""
-    d, moved_d = here.cotangents[m], along.cotangents[m]
+def _row_blocks(point: Point, m: int, here: _State, along: _State, left: Array, same: bool) -> list[Array]:
+    """The block of each use at a point with the columns: shape (rows, columns) of the use + (i, j).
+
+    Args:
+        point: the point of the rows.
+        m: its number.
+        here: cotangents and inputs at all points.
+        along: their derivatives along the directions j.
+        left: the inputs i of the columns; shape (batch, i).
+        same: whether rows and columns are the same, so that the block is symmetric.
+    """
+    d, dot_d = here.cotangents[m], along.cotangents[m]
     plain = [n for n, use in enumerate(point.uses) if not use.scaled]
     result: dict[int, Array] = {}
     if plain:
         inputs = [here.inputs[m, n] for n in plain]
         together = (
-            _contract_symmetric(left, moved_d)
-            if same and moved_d.shape[1] >= _LEAST_SYMMETRIC
-            else _contract(jnp.concatenate(inputs, 1), left, moved_d)
+            _contract_symmetric(left, dot_d)
+            if same and dot_d.shape[1] >= _LEAST_SYMMETRIC
+            else _contract(jnp.concatenate(inputs, 1), left, dot_d)
         )
         cuts = np.cumsum([a.shape[1] for a in inputs])[:-1]
         result.update(zip(plain, jnp.split(together, cuts), strict=True))
     for n, use in enumerate(point.uses):
-        moved_a = along.inputs.get((m, n))
-        if not use.scaled and moved_a is not None:
-            result[n] = result[n] + jnp.swapaxes(_contract(d, left, moved_a), 0, 1)
+        dot_a = along.inputs.get((m, n))
+        if not use.scaled and dot_a is not None:
+            result[n] = result[n] + jnp.swapaxes(_contract(d, left, dot_a), 0, 1)
         elif use.scaled:
-            product = here.inputs[m, n][:, :, None] * moved_d[:, use.order]
-            if moved_a is not None:
-                product = product + d[:, use.order, None] * moved_a
+            product = here.inputs[m, n][:, :, None] * dot_d[:, use.order]
+            if dot_a is not None:
+                product = product + d[:, use.order, None] * dot_a
             result[n] = _contract(jnp.ones_like(left[:, :1]), left, product)
     return [result[n] for n in range(len(point.uses))]
 
 
 def _contract(c: Array, left: Array, moved: Array) -> Float[Array, "p q i j"]:
-    """``sum_b c[b, p] left[b, i] moved[b, q, j]`` as one product of matrices, of which the smaller is formed first."""
+    """``sum_b c[b, p] left[b, i] moved[b, q, j]`` as one product of matrices; its smaller factor is formed first."""
+    # b: example, p: row of the use, q: column of the use, i: input of the columns, j: direction
     (batch, p), i, (q, j) = c.shape, left.shape[1], moved.shape[1:]
     if p <= q * j:
         outer = (c[:, :, None] * left[:, None, :]).reshape(batch, -1)
@@ -321,8 +340,8 @@ def _contract(c: Array, left: Array, moved: Array) -> Float[Array, "p q i j"]:
 def _contract_symmetric(c: Array, moved: Array) -> Float[Array, "p q i j"]:
     """``sum_b c[b, p] c[b, i] moved[b, q, j]`` for a ``moved`` symmetric in q and j: a quarter of the product.
 
-    Of both pairs only ``p <= i`` and ``q <= j`` are multiplied. The products of inputs are formed a few rows at a time,
-    so that they never leave the cache: written out they would take as long as the product of matrices.
+    Only pairs ``p <= i`` and ``q <= j`` are multiplied. The products of inputs are formed a few rows at a time, so that
+    they stay in the cache: writing all of them to memory would take as long as the product of matrices.
     """
     batch, p = c.shape
     pairs, number = _unordered_pairs(p)
@@ -341,15 +360,15 @@ def _unordered_pairs(size: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarr
     return pairs, number
 
 
-def _add(
+def _add_blocks(
     blocks: Blocks, found: list[Array], rows: Sequence[Use], columns: Sequence[Use], off_diagonal: bool, wanted: Wanted
 ) -> None:
-    """Cut what was found into blocks of roots; of two points also the blocks on the other side of the diagonal."""
+    """Cut the blocks of uses into blocks of roots, and add them; ``off_diagonal`` adds their transposes too."""
     for row, part in zip(rows, found, strict=True):
         start = 0
         for column in columns:
             stop = start + (1 if column.scaled else column.site.sizes[2])
-            block = _by_roots(part[:, :, start:stop], row, column)
+            block = _to_root_axes(part[:, :, start:stop], row, column)
             start = stop
             _add_block(blocks, block, row.root, column.root, wanted)
             if off_diagonal:
@@ -360,11 +379,12 @@ def _add(
 
 def _add_block(blocks: Blocks, block: Array, row: Variable, column: Variable, wanted: Wanted) -> None:
     if wanted(row, column):
-        blocks[row, column] = blocks[row, column] + block if (row, column) in blocks else block
+        known = blocks.get((row, column))
+        blocks[row, column] = block if known is None else known + block
 
 
-def _by_roots(part: Float[Array, "p q i j"], row: Use, column: Use) -> Array:
-    """A block with the axes of the two roots."""
+def _to_root_axes(part: Float[Array, "p q i j"], row: Use, column: Use) -> Array:
+    """Rearrange a block from canonical form to the axes of the two roots."""
     if not row.scaled:  # the columns of a scale are in order already
         part = _reorder(part, row.order, 1)
     part = _reorder(part, column.order, 3)

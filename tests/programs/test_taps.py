@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import curvature
+from curvature.transforms import _tap_hessian
 from tests.losses import LOSSES, B, in_precision
 from tests.oracles import assert_close, assert_trees_close, dense_blocks
 
@@ -93,7 +94,7 @@ def test_mean_hessian_of_softmax_regression_in_closed_form(dtype, monkeypatch):
     assert got.dtype == dtype
     assert_close(got, want, dtype)
     np.testing.assert_array_equal(got, np.transpose(got, (2, 3, 0, 1)))  # symmetric to the last bit
-    monkeypatch.setattr(_points, "_FORMED_BYTES", 0)
+    monkeypatch.setattr(_tap_hessian, "_FORMED_BYTES", 0)
     assert_close(hessian(w, inputs, label), want, dtype)
 
 

@@ -151,3 +151,16 @@ def test_per_example_derivatives_of_a_forward_only_loss():
     assert_close(curvature.per_example_grad(loss)(w, batch), 3 * w[None] ** 2 * batch)
     hessians = curvature.per_example_hessian(loss)(w, batch)
     assert_close(hessians, jax.vmap(lambda x: jnp.diag(6 * w * x))(batch))
+
+
+def test_the_condition_of_a_while_loop_may_close_over_values():
+    """From x = (1, 2) the loop multiplies once: ``f = u**2 + sum(x**3)`` with ``u = 1.5 x1 + 3 x1**2``."""
+
+    def f(x):
+        limit, factor = 10 * x[0], 1.5 + 3 * x[1]
+        grown = jax.lax.while_loop(lambda c: c < limit, lambda c: c * factor, x[1])
+        return grown**2 + jnp.sum(x**3)
+
+    x = jnp.array([1.0, 2.0])
+    assert_close(curvature.jacobian(f)(x), [3.0, 2 * 15.0 * 13.5 + 12.0], x.dtype)
+    assert_close(curvature.hvp(f, x, jnp.array([1.0, 0.5])), [6.0, (2 * 13.5**2 + 2 * 15.0 * 6.0 + 12.0) / 2], x.dtype)

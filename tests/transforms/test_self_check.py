@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import curvature
-from curvature.transforms import _hessian, _laplacian, _mean_hessian
+from curvature.transforms import _clipped_grad, _grad_moments, _hessian, _laplacian, _mean_hessian
 from tests.scenarios import forward_only, reverse_only
 
 RNG = np.random.default_rng(0)
@@ -55,14 +55,19 @@ def plant(monkeypatch, name):
         right = _mean_hessian._assemble
         monkeypatch.setattr(_mean_hessian, "_assemble", lambda *args: transposed(right(*args)))
     elif name == "hessian_diagonal":
-        right = _hessian._diagonal_of
-        monkeypatch.setattr(_diagonal, "_diagonal_of", lambda *args: right(*args) * (1 if args[2].leaves.start else 2))
+        right = _hessian._curvature_along
+
+        def doubled(program, composition, leaf):
+            along = right(program, composition, leaf)
+            return lambda v: along(v) * (1 if leaf.leaves.start else 2)
+
+        monkeypatch.setattr(_hessian, "_curvature_along", doubled)
     elif name == "laplacian":
         right = _laplacian.push_jets
         halve = lambda jets: [jet._replace(lap=jet.lap / 2) for jet in jets]
         monkeypatch.setattr(_laplacian, "push_jets", lambda *args: halve(right(*args)))
     else:
-        module = _moments if name == "per_example_grad_moments" else _clipped
+        module = _grad_moments if name == "per_example_grad_moments" else _clipped_grad
         right = module.trace_taps
         wrong = lambda p, x, y: loss({"w": p["w"], "b": 2 * p["b"] - jax.lax.stop_gradient(p["b"])}, x, y)
 

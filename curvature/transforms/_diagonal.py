@@ -1,1 +1,0 @@
-"""The exact diagonal of a Hessian, without the matrix."""
