@@ -9,7 +9,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from curvature import _checks
-from curvature._checks import _linalg
 from curvature._numerics import norm
 from curvature._trees import ravel
 from curvature._types import Scalar, Tree, Vector
@@ -100,13 +99,13 @@ def eigsh(
 
     References: Wu and Simon (2000), doi:10.1137/S0895479898334605; Golub and Underwood (1977), the block method.
     """
-    _linalg.check_operator("eigsh", "op", op, isinstance(op, LinearOperator))
+    _checks.check_operator("eigsh", op)
     _checks.check_choice("eigsh", "which", which, Which)
     _checks.check_nonnegative("eigsh", "rtol", rtol)
     _checks.check_count("eigsh", "max_steps", max_steps)
     structure = op.in_structure()
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure))
-    _linalg.check_size("eigsh", "k", k, size, "the number of columns of op")
+    _checks.check_size("eigsh", "k", k, size, "the number of columns of op")
     key = jax.random.key(0) if key is None else key
     operands = key, jnp.asarray(rtol), jnp.asarray(max_steps, jnp.int32)
     return call_solver("eigsh", _eigsh, op, *operands, k=k, which=which)

@@ -9,7 +9,7 @@ import jax.extend as jex
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from curvature._checks import _linalg
+from curvature import _checks
 from curvature._compile_cache import call_compiled, compiled_for, is_traced
 from curvature.operators._base import LinearOperator
 from curvature.operators._data import DataOperator
@@ -31,7 +31,7 @@ def call_solver(function: str, program: Callable[..., Any], op: Any, *operands: 
         return program(op, *operands, **how)  # which refuses it
     replaced, operators = replace_streamed((op, *operands))
     if operators and is_traced():
-        raise _linalg.no_streaming_inside(function)
+        raise _checks.no_streaming_inside(function)
     if operators:
         return _run_on_host(program, replaced, operators, how)
     return program(op, *operands, **how) if is_traced() else call_compiled(program, (op, *operands), how)

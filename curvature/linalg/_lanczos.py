@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from curvature._checks import _linalg
 from curvature._numerics import norm
 from curvature._trees import ravel
 from curvature._types import Scalar, Tree, Vector, VectorMap
@@ -67,14 +66,14 @@ def lanczos(op: LinearOperator, *, key: PRNGKeyArray, num_steps: int) -> Tridiag
 
     References: Golub and Van Loan, Matrix Computations, 4th ed. (2013), algorithm 10.1.1 and section 10.3.4.
     """
-    _linalg.check_operator("lanczos", "op", op, isinstance(op, LinearOperator))
+    _checks.check_operator("lanczos", op)
     return call_solver("lanczos", _lanczos, op, key, num_steps=num_steps)
 
 
 def _lanczos(op: LinearOperator, key: PRNGKeyArray, num_steps: int) -> Tridiagonal:
     product, example = checked_product("lanczos", "op", op, zeros(op.in_structure()))
     flat, unravel = ravel(example)
-    _linalg.check_size("lanczos", "num_steps", num_steps, flat.size, "the number of columns of op")
+    _checks.check_size("lanczos", "num_steps", num_steps, flat.size, "the number of columns of op")
     first, later = jax.random.split(key)
     start = random_rows(first, 1, flat)[0]
     state = tridiagonalize(lambda vector: ravel(product(unravel(vector)))[0], start, later, num_steps)

@@ -13,7 +13,7 @@ from curvature._numerics import exponent_of, norm
 from curvature._trees import ravel
 from curvature._types import Scalar, SolveInfo, Status, Tree, Vector, VectorMap
 from curvature.operators._base import DampingOperator, LinearOperator
-from curvature.operators._streamed import stands_in
+from curvature.operators._streamed import has_placeholder
 
 Operator = LinearOperator | Callable[[Tree], Tree]
 Method = Callable[[VectorMap, Vector], tuple[Vector, SolveInfo]]
@@ -59,7 +59,9 @@ def linear_system(
     flat, unravel = ravel(b)
     if preconditioner is not None:
         on_vectors = _on_vectors(inverse, unravel)
-    return System(_on_vectors(product, unravel), flat, on_vectors, unravel, limit, stands_in((op, preconditioner)))
+    return System(
+        _on_vectors(product, unravel), flat, on_vectors, unravel, limit, has_placeholder((op, preconditioner))
+    )
 
 
 def product_of(op: Operator) -> Callable[[Tree], Tree]:

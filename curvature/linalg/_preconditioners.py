@@ -8,7 +8,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from curvature import _checks
-from curvature._checks import _linalg
 from curvature._numerics import exponent_of, rounding_level
 from curvature._trees import ravel
 from curvature._types import ChunkSize, Tree
@@ -132,7 +131,7 @@ def nystrom_preconditioner(
     References: Frangella, Tropp and Udell (2021), arXiv:2110.02820, algorithm 2.1 (with eigenvalues of the core in
         place of Cholesky's factor) and equation (5.3).
     """
-    _linalg.check_operator("nystrom_preconditioner", "op", op, isinstance(op, LinearOperator))
+    _checks.check_operator("nystrom_preconditioner", op)
     _checks.check_nonnegative("nystrom_preconditioner", "damping", damping)
     operands = key, jnp.asarray(damping)
     return call_solver("nystrom_preconditioner", _nystrom, op, *operands, rank=rank, chunk_size=chunk_size)
@@ -143,7 +142,7 @@ def _nystrom(
 ) -> NystromPreconditioner:
     structure = op.in_structure()
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure))
-    _linalg.check_size("nystrom_preconditioner", "rank", rank, size, "the number of columns of op")
+    _checks.check_size("nystrom_preconditioner", "rank", rank, size, "the number of columns of op")
     example, unravel = ravel(zeros(structure))
     product = op.linearize()
 

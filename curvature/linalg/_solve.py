@@ -9,7 +9,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
-from curvature._checks import _linalg
 from curvature._numerics import dot, rounding_level
 from curvature._trees import ravel
 from curvature._types import Matrix, Scalar, SolveInfo, Status, Tree, Vector, VectorMap
@@ -262,9 +261,9 @@ def _damped_factors(op: Any) -> tuple[LinearOperator, LinearOperator | None, Flo
     shifts = [term.scale for term in terms if isinstance(term, DampingOperator)]
     rest = [term for term in terms if not isinstance(term, DampingOperator)]
     if len(rest) != 1 or not hasattr(rest[0], "factors"):
-        raise _linalg.no_factors("solve", op)
+        raise _checks.no_factors("solve", op)
     if not shifts:
-        raise _linalg.no_damping("solve")
+        raise _checks.no_damping("solve")
     jac, weight = rest[0].factors()
     return jac, weight, sum(shifts[1:], shifts[0])
 

@@ -6,7 +6,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PRNGKeyArray
 
 from curvature import _checks
-from curvature._checks import _linalg
 from curvature._numerics import dot, norm
 from curvature._trees import ravel
 from curvature._types import Scalar, Vector
@@ -46,7 +45,7 @@ def check_symmetry(
         >>> bool(curvature.check_symmetry(op, key=jax.random.key(0)))
         False
     """
-    _linalg.check_operator("check_symmetry", "op", op, isinstance(op, LinearOperator))
+    _checks.check_operator("check_symmetry", op)
     _checks.check_count("check_symmetry", "num_samples", num_samples, 1)
     if rtol is not None:
         _checks.check_nonnegative("check_symmetry", "rtol", rtol)

@@ -1,4 +1,4 @@
-"""Which equation of a program combines examples that others keep apart: for error messages, not for proofs."""
+"""Search for the first equation that combines examples of a batch: for error messages, not for proofs."""
 
 from typing import NamedTuple
 
@@ -14,13 +14,13 @@ _AFFINE |= {"reduce_sum", "reshape", "squeeze", "broadcast_in_dim", "transpose"}
 
 
 def find_mixing(closed: ClosedJaxpr, axes: list[int | None], size: int, *, may_sum: bool) -> Blocker | None:
-    """The first equation known to mix, or not known not to mix, examples that lie along these axes of the inputs.
+    """The first equation that mixes examples, or has no rule that proves that it does not.
 
     Args:
         closed: the program.
-        axes: the axis of the examples of each input, None for an input that all examples share.
+        axes: the axis of examples of each input; None for an input that all examples share.
         size: the number of examples.
-        may_sum: whether a sum over the examples is allowed, of which the outputs are affine.
+        may_sum: whether sums over the examples are allowed, if the outputs are affine in them.
     """
     jaxpr = closed.jaxpr
     places = _Places({v: axis for v, axis in zip(jaxpr.invars, axes, strict=True) if axis is not None}, set())
@@ -28,14 +28,14 @@ def find_mixing(closed: ClosedJaxpr, axes: list[int | None], size: int, *, may_s
 
 
 class _Places(NamedTuple):
-    """Where the examples are in the variables of a jaxpr: along which axis, or summed over."""
+    """The axis of examples of each variable that has one, and the variables that are affine in sums over examples."""
 
     axes: dict[Variable, int]
     sums: set[Variable]
 
 
 def _follow(jaxpr: Jaxpr, places: _Places, size: int, may_sum: bool) -> Blocker | None:
-    """Follow the examples through the equations that the outputs depend on; ``places`` grows."""
+    """Propagate the axes of examples through the equations that the outputs depend on; extends ``places``."""
     for eqn in _needed(jaxpr):
         operands = [v for v in eqn.invars if isinstance(v, Var)]
         if not any(v in places.axes or v in places.sums for v in operands):
@@ -59,7 +59,7 @@ def _follow(jaxpr: Jaxpr, places: _Places, size: int, may_sum: bool) -> Blocker 
 
 
 def _follow_call(eqn: Equation, body: Jaxpr, places: _Places, size: int, may_sum: bool) -> Blocker | None:
-    """Follow the examples into what an equation calls and out of it; what mixes there without a line has the call's."""
+    """Propagate into the jaxpr that an equation calls and back; a finding without a source line takes the call's."""
     inner = _Places({}, set())
     for v, outer in zip(body.invars, eqn.invars, strict=True):
         if isinstance(outer, Var):
@@ -79,7 +79,7 @@ def _place(places: _Places, v: Variable, axis: int | None, is_sum: bool) -> None
 
 
 def _body_of(eqn: Equation) -> Jaxpr | None:
-    """The jaxpr that an equation calls with its own inputs; of a function with its own derivative that of its value."""
+    """The jaxpr that an equation calls with its inputs, if any; of ``custom_jvp`` and ``custom_vjp`` the primal one."""
     if eqn.primitive.name in ("scan", "while", "cond"):
         return None
     for body in map(open_jaxpr, jex.core.jaxprs_in_params(eqn.params)):
@@ -89,7 +89,7 @@ def _body_of(eqn: Equation) -> Jaxpr | None:
 
 
 def _is_affine(eqn: Equation, places: _Places) -> bool:
-    """Whether an equation is affine in sums over the examples, with coefficients that do not depend on these."""
+    """Whether an equation is affine in sums over the examples, with coefficients that do not depend on examples."""
     if any(isinstance(v, Var) and v in places.axes for v in eqn.invars):
         return False
     of_sums = [isinstance(v, Var) and v in places.sums for v in eqn.invars]
