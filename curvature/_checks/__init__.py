@@ -37,13 +37,13 @@ from curvature._checks._linalg import no_factors as no_factors
 from curvature._checks._linalg import no_streaming_inside as no_streaming_inside
 from curvature._checks._linalg import samples_without_key as samples_without_key
 from curvature._checks._operators import check_examples as check_examples
-from curvature._checks._operators import check_hashable as check_hashable
 from curvature._checks._operators import check_logits as check_logits
 from curvature._checks._operators import check_one_source as check_one_source
 from curvature._checks._operators import check_outputs_of_examples as check_outputs_of_examples
 from curvature._checks._operators import check_reiterable as check_reiterable
 from curvature._checks._operators import check_scale as check_scale
 from curvature._checks._operators import check_some_batch as check_some_batch
+from curvature._checks._operators import check_static_function as check_static_function
 from curvature._checks._operators import check_structures as check_structures
 from curvature._checks._operators import check_untraced as check_untraced
 from curvature._checks._operators import no_reverse as no_reverse

@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from curvature._checks._describe import describe, is_array_like
+from curvature._checks._functions import check_callable
 from curvature._checks._trees import check_same_structure
 from curvature._types import Tree
 
@@ -37,7 +38,7 @@ def check_scale(function: str, scale: Any) -> None:
 
 def no_structure() -> TypeError:
     """The error for the structure of ``damping(c)``, which has none."""
-    return TypeError("damping: c I alone has no structure; add it to an operator, as in op + damping(1e-3).")
+    return TypeError("damping: c I has no structure; add it to an operator, as in op + damping(1e-3).")
 
 
 def no_reverse(function: str, name: str, blocker: str) -> TypeError:
@@ -48,8 +49,9 @@ def no_reverse(function: str, name: str, blocker: str) -> TypeError:
     )
 
 
-def check_hashable(function: str, name: str, value: Any) -> None:
-    """Refuse a function that cannot be a static field of an operator."""
+def check_static_function(function: str, name: str, value: Any) -> None:
+    """Refuse anything but a hashable function, which can be a static field of an operator."""
+    check_callable(function, name, value)
     try:
         hash(value)
     except TypeError:

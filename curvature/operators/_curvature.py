@@ -98,8 +98,7 @@ class HessianOperator(DataOperator):
         batches: Iterable[Any] | None = None,
         progress: bool = False,
     ) -> None:
-        _checks.check_callable("HessianOperator", "f", f)
-        _checks.check_hashable("HessianOperator", "f", f)
+        _checks.check_static_function("HessianOperator", "f", f)
         _checks.check_choice("HessianOperator", "mode", mode, HessianMode)
         set_fields(self, f=f, mode=mode)
         self._set_data(x, args, reduction, chunk_size, sharding, batches, progress)
@@ -143,9 +142,8 @@ class _ModelDataOperator(DataOperator):
     def _set_model(self, model: Callable[..., Any], loss: Callable[..., Any], likelihood: Any) -> None:
         """Check the arguments and set the fields above."""
         function = type(self).__name__
-        for name, value in {"model": model, "loss": loss}.items():
-            _checks.check_callable(function, name, value)
-            _checks.check_hashable(function, name, value)
+        _checks.check_static_function(function, "model", model)
+        _checks.check_static_function(function, "loss", loss)
         if likelihood is not None:
             _checks.check_choice(function, "likelihood", likelihood, _likelihoods.Likelihood)
         set_fields(self, model=model, loss=loss, likelihood=likelihood)

@@ -65,8 +65,7 @@ class _ModelOperator(LinearOperator):
 
     def __init__(self, f: Callable[..., Any], x: Tree, *args: Any) -> None:
         name = type(self).__name__
-        _checks.check_callable(name, "f", f)
-        _checks.check_hashable(name, "f", f)
+        _checks.check_static_function(name, "f", f)
         _checks.check_data(name, args)
         set_fields(self, f=f, x=_checks.check_point(name, "x", x), args=args)
 
