@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from curvature import _checks
 from curvature._numerics import norm
 from curvature._types import Scalar, Tree, Vector, VectorMap
 from curvature.linalg._host_loop import call_solver
