@@ -33,7 +33,7 @@ class LinearOperator(ABC):
     A subclass defines ``mv``, ``in_structure`` and ``out_structure``, and ``linearize`` if products share work.
     """
 
-    __array_ufunc__ = None  # NumPy then calls the reflected methods of the operator instead of its own ufuncs
+    __array_ufunc__ = None  # NumPy then calls the reflected methods of the operator instead of broadcasting
 
     is_symmetric: bool = False
     """Whether ``A' = A``. It depends on the class or on its static fields, never on values."""

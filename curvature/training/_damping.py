@@ -33,7 +33,7 @@ class Decision(NamedTuple):
 def reduction_ratio(value: Scalar, after: Scalar, predicted: Scalar) -> Scalar:
     """The actual decrease over the predicted decrease; 1 if both are within rounding of the value.
 
-    If the predicted decrease is not positive or not finite, the ratio is NaN; but minus infinity if such a step raises
+    If the predicted decrease is not positive or not finite, the ratio is NaN; but minus infinity if that step raises
     the objective, or if the objective after any step is not finite.
     """
     noise = noise_of(value) + jnp.finfo(value.dtype).tiny
