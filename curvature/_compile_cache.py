@@ -5,7 +5,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.core
@@ -15,8 +15,10 @@ from jax.extend.core import get_opaque_trace_state
 from curvature._trees import num_entries
 from curvature._types import Objective, Tree
 
-# The programs of `compiled`: by the objective, which is held weakly, then by program and options.
-_PROGRAMS: weakref.WeakKeyDictionary[Objective, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+T = TypeVar("T")
+
+# The results of `cached`; an entry is only read for the function that it was stored for.
+_RESULTS: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 # Up to JAX 0.11.0, XLA's fusion emitters take more than half of a compilation for the CPU. They do not make small
 # programs faster; programs on more than 100,000 entries of data may run faster by a quarter. Later versions compile as
@@ -46,15 +48,34 @@ def compiled(program: Callable[..., Any], fun: Objective, operands: Tree) -> Cal
     """
     small = num_entries(operands) <= _SMALL
     quickly = small and not is_traced()
+
+    def jit_alive() -> Callable[..., Any]:
+        reference = weakref.ref(fun)
+        return _jit_objective(lambda *args, **how: program(reference(), *args, **how), program, quickly)
+
+    return cached(
+        (fun,),
+        (program, quickly),
+        jit_alive,
+        otherwise=lambda: _jit_objective(functools.partial(program, fun), program, quickly),
+    )
+
+
+def cached(functions: tuple[Any, ...], key: Any, make: Callable[[], T], otherwise: Callable[[], T] | None = None) -> T:
+    """``make()``, stored for these functions and the key until the first of the functions is garbage-collected.
+
+    Functions that cannot be keys, because they are not hashable or not weakly referable, get ``otherwise()`` at every
+    call, or ``make()`` if that is None.
+    """
     try:
-        programs = _PROGRAMS.setdefault(fun, {})
-        key = program, quickly
-        if key not in programs:
-            reference = weakref.ref(fun)
-            programs[key] = _jit_objective(lambda *args, **how: program(reference(), *args, **how), program, quickly)
-        return programs[key]
-    except TypeError:  # not hashable, or not weakly referable
-        return _jit_objective(functools.partial(program, fun), program, quickly)
+        key = tuple(map(weakref.ref, functions)), key
+        known = _RESULTS.setdefault(functions[0], {})
+        if key in known:
+            return known[key]
+    except TypeError:
+        return make() if otherwise is None else otherwise()
+    known[key] = make()
+    return known[key]
 
 
 def _jit_objective(call: Callable[..., Any], program: Callable[..., Any], quickly: bool) -> Callable[..., Any]:

@@ -1,178 +1,91 @@
-"""Every error that a user's input can raise, worded in one place.
+"""Input checks: everything that a user's input can raise. Callers write ``_checks.check_x``, never ``_checks._file``.
 
-Form: the public function, the path of the leaf, what came, what was expected, the remedy. All are raised while
+An error names the public function, the path of the leaf, what came, what was expected, and the remedy. Checks run while
 tracing, before any computation.
 """
 
-from curvature._checks._batches import UNMAPPED, check_batch, check_lanes, check_prefix, check_problems, is_none
-from curvature._checks._bounds import (
-    check_bound,
-    check_bounded_method,
-    check_order_of_bounds,
-    check_pair_of_bounds,
-)
-from curvature._checks._functions import (
-    check_aux_output,
-    check_callable,
-    check_floating_output,
-    check_scalar_output,
-    illegal_mode,
-    no_legal_mode,
-)
-from curvature._checks._kronecker import (
-    check_axis_of_examples,
-    check_drawn_gradient,
-    check_likelihood,
-    check_output_size,
-    check_sampling,
-    loss_mixes,
-    model_mixes,
-    no_batch_of_one,
-    wrong_reduction,
-)
-from curvature._checks._operators import (
-    check_examples,
-    check_hashable,
-    check_logits,
-    check_one_source,
-    check_outputs_of_examples,
-    check_reiterable,
-    check_scale,
-    check_some_batch,
-    check_structures,
-    check_untraced,
-    no_reverse,
-    no_structure,
-)
-from curvature._checks._options import (
-    check_argnums,
-    check_blocks,
-    check_choice,
-    check_chunk_size,
-    check_count,
-    check_decay,
-    check_extra,
-    check_hessian_used,
-    check_method,
-    check_nonnegative,
-    check_order,
-    check_positive,
-    check_schedule,
-    require_data,
-    require_extra,
-)
-from curvature._checks._residuals import (
-    check_observations,
-    check_predictions,
-    check_residual_method,
-    check_residuals,
-    require_inverse_root,
-    require_residuals,
-)
-from curvature._checks._sharding import check_sharding
-from curvature._checks._stochastic import (
-    check_grid,
-    check_key,
-    check_square_operator,
-    check_static_count,
-    samples_without_key,
-)
-from curvature._checks._trees import (
-    check_concrete,
-    check_data,
-    check_direction,
-    check_entries,
-    check_factor,
-    check_hessian,
-    check_index_range,
-    check_path,
-    check_path_pair,
-    check_pattern,
-    check_point,
-    check_same_structure,
-    check_start,
-)
-from curvature._checks._wrappers import check_shape, masked_params, refuse_changed_gradient
-
-__all__ = [
-    "UNMAPPED",
-    "check_argnums",
-    "check_aux_output",
-    "check_axis_of_examples",
-    "check_batch",
-    "check_blocks",
-    "check_bound",
-    "check_bounded_method",
-    "check_callable",
-    "check_choice",
-    "check_chunk_size",
-    "check_concrete",
-    "check_count",
-    "check_data",
-    "check_decay",
-    "check_direction",
-    "check_drawn_gradient",
-    "check_entries",
-    "check_examples",
-    "check_extra",
-    "check_factor",
-    "check_floating_output",
-    "check_grid",
-    "check_hashable",
-    "check_hessian",
-    "check_hessian_used",
-    "check_index_range",
-    "check_key",
-    "check_lanes",
-    "check_likelihood",
-    "check_logits",
-    "check_method",
-    "check_nonnegative",
-    "check_observations",
-    "check_one_source",
-    "check_order",
-    "check_order_of_bounds",
-    "check_output_size",
-    "check_outputs_of_examples",
-    "check_pair_of_bounds",
-    "check_path",
-    "check_path_pair",
-    "check_pattern",
-    "check_point",
-    "check_positive",
-    "check_predictions",
-    "check_prefix",
-    "check_problems",
-    "check_reiterable",
-    "check_residual_method",
-    "check_residuals",
-    "check_same_structure",
-    "check_sampling",
-    "check_scalar_output",
-    "check_scale",
-    "check_schedule",
-    "check_shape",
-    "check_sharding",
-    "check_some_batch",
-    "check_square_operator",
-    "check_start",
-    "check_static_count",
-    "check_structures",
-    "check_untraced",
-    "illegal_mode",
-    "is_none",
-    "loss_mixes",
-    "masked_params",
-    "model_mixes",
-    "no_batch_of_one",
-    "no_legal_mode",
-    "no_reverse",
-    "no_structure",
-    "refuse_changed_gradient",
-    "require_data",
-    "require_extra",
-    "require_inverse_root",
-    "require_residuals",
-    "samples_without_key",
-    "wrong_reduction",
-]
+from curvature._checks._batches import UNMAPPED as UNMAPPED
+from curvature._checks._batches import check_batch as check_batch
+from curvature._checks._batches import check_lanes as check_lanes
+from curvature._checks._batches import check_prefix as check_prefix
+from curvature._checks._batches import check_problems as check_problems
+from curvature._checks._batches import is_none as is_none
+from curvature._checks._bounds import check_bound as check_bound
+from curvature._checks._bounds import check_bounded_method as check_bounded_method
+from curvature._checks._bounds import check_order_of_bounds as check_order_of_bounds
+from curvature._checks._bounds import check_pair_of_bounds as check_pair_of_bounds
+from curvature._checks._functions import check_aux_output as check_aux_output
+from curvature._checks._functions import check_callable as check_callable
+from curvature._checks._functions import check_floating_output as check_floating_output
+from curvature._checks._functions import check_scalar_output as check_scalar_output
+from curvature._checks._functions import illegal_mode as illegal_mode
+from curvature._checks._functions import no_legal_mode as no_legal_mode
+from curvature._checks._kronecker import check_axis_of_examples as check_axis_of_examples
+from curvature._checks._kronecker import check_drawn_gradient as check_drawn_gradient
+from curvature._checks._kronecker import check_likelihood as check_likelihood
+from curvature._checks._kronecker import check_output_size as check_output_size
+from curvature._checks._kronecker import check_sampling as check_sampling
+from curvature._checks._kronecker import examples_mixed as examples_mixed
+from curvature._checks._kronecker import no_batch_of_one as no_batch_of_one
+from curvature._checks._kronecker import wrong_reduction as wrong_reduction
+from curvature._checks._linalg import check_grid as check_grid
+from curvature._checks._linalg import check_operator as check_operator
+from curvature._checks._linalg import check_square_operator as check_square_operator
+from curvature._checks._linalg import check_whole as check_whole
+from curvature._checks._linalg import no_damping as no_damping
+from curvature._checks._linalg import no_factors as no_factors
+from curvature._checks._linalg import no_streaming_inside as no_streaming_inside
+from curvature._checks._linalg import samples_without_key as samples_without_key
+from curvature._checks._operators import check_examples as check_examples
+from curvature._checks._operators import check_logits as check_logits
+from curvature._checks._operators import check_one_source as check_one_source
+from curvature._checks._operators import check_outputs_of_examples as check_outputs_of_examples
+from curvature._checks._operators import check_reiterable as check_reiterable
+from curvature._checks._operators import check_scale as check_scale
+from curvature._checks._operators import check_some_batch as check_some_batch
+from curvature._checks._operators import check_static_function as check_static_function
+from curvature._checks._operators import check_structures as check_structures
+from curvature._checks._operators import check_untraced as check_untraced
+from curvature._checks._operators import no_reverse as no_reverse
+from curvature._checks._operators import no_structure as no_structure
+from curvature._checks._options import check_argnums as check_argnums
+from curvature._checks._options import check_blocks as check_blocks
+from curvature._checks._options import check_choice as check_choice
+from curvature._checks._options import check_chunk_size as check_chunk_size
+from curvature._checks._options import check_count as check_count
+from curvature._checks._options import check_decay as check_decay
+from curvature._checks._options import check_extra as check_extra
+from curvature._checks._options import check_hessian_used as check_hessian_used
+from curvature._checks._options import check_key as check_key
+from curvature._checks._options import check_method as check_method
+from curvature._checks._options import check_nonnegative as check_nonnegative
+from curvature._checks._options import check_order as check_order
+from curvature._checks._options import check_positive as check_positive
+from curvature._checks._options import check_schedule as check_schedule
+from curvature._checks._options import check_size as check_size
+from curvature._checks._options import check_static_count as check_static_count
+from curvature._checks._options import require_data as require_data
+from curvature._checks._options import require_extra as require_extra
+from curvature._checks._residuals import check_observations as check_observations
+from curvature._checks._residuals import check_predictions as check_predictions
+from curvature._checks._residuals import check_residual_method as check_residual_method
+from curvature._checks._residuals import check_residuals as check_residuals
+from curvature._checks._residuals import require_inverse_root as require_inverse_root
+from curvature._checks._residuals import require_residuals as require_residuals
+from curvature._checks._sharding import check_sharding as check_sharding
+from curvature._checks._trees import check_concrete as check_concrete
+from curvature._checks._trees import check_data as check_data
+from curvature._checks._trees import check_direction as check_direction
+from curvature._checks._trees import check_entries as check_entries
+from curvature._checks._trees import check_factor as check_factor
+from curvature._checks._trees import check_hessian as check_hessian
+from curvature._checks._trees import check_index_range as check_index_range
+from curvature._checks._trees import check_path as check_path
+from curvature._checks._trees import check_path_pair as check_path_pair
+from curvature._checks._trees import check_pattern as check_pattern
+from curvature._checks._trees import check_point as check_point
+from curvature._checks._trees import check_same_structure as check_same_structure
+from curvature._checks._trees import check_start as check_start
+from curvature._checks._wrappers import check_shape as check_shape
+from curvature._checks._wrappers import masked_params as masked_params
+from curvature._checks._wrappers import refuse_changed_gradient as refuse_changed_gradient

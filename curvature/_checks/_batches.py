@@ -1,15 +1,14 @@
-"""Errors about the axes of lanes and examples."""
+"""Input checks of batch axes: ``in_axes``, lanes, problems, examples."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from curvature._checks._words import describe, is_array_like
+from curvature._checks._describe import describe, is_array_like, is_static_integer
 
-UNMAPPED = object()  # stands for the axis None, which cannot be a leaf
+UNMAPPED = object()  # represents the axis None, because None is not a leaf of a tree
 
 
 def check_lanes(function: str, in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -34,7 +33,7 @@ def check_lanes(function: str, in_axes: Any, args: tuple[Any, ...], kwargs: dict
 
 
 def check_problems(function: str, x0: Any, args: tuple[Any, ...], in_axes: Any) -> tuple[int, list[Any]]:
-    """The number of problems, which all mapped axes share, and the axis of each leaf of ``args``."""
+    """The number of problems, the common size of all mapped axes, and the axis of each leaf of ``args``."""
     axes = jax.tree.leaves(check_prefix(function, "in_axes", in_axes, args))
     lanes = [("x0_batch" + keystr(path), leaf, 0) for path, leaf in tree_flatten_with_path(x0)[0]]
     lanes += [
@@ -58,9 +57,9 @@ def check_problems(function: str, x0: Any, args: tuple[Any, ...], in_axes: Any) 
 
 
 def check_prefix(function: str, name: str, axes: Any, tree: Any) -> Any:
-    """The axis of every leaf of ``tree``, of which ``axes`` must be a prefix; ``UNMAPPED`` where it says None."""
+    """The axis of every leaf of ``tree``, ``UNMAPPED`` for None; ``axes`` must be a prefix of ``tree``."""
     for axis in jax.tree.leaves(axes):
-        if not isinstance(axis, int | np.integer) or isinstance(axis, bool):
+        if not is_static_integer(axis):
             raise TypeError(f"{function}: {name} holds {describe(axis)}, expected integers and None.")
 
     def spread(axis: Any, part: Any) -> Any:
@@ -73,7 +72,7 @@ def check_prefix(function: str, name: str, axes: Any, tree: Any) -> Any:
 
 
 def is_none(leaf: Any) -> bool:
-    """Whether a leaf is None, which JAX otherwise takes for an empty tree."""
+    """Whether a node is None; pass it as ``is_leaf``, because JAX takes None for an empty tree."""
     return leaf is None
 
 

@@ -1,4 +1,4 @@
-"""Errors about bounds."""
+"""Input checks of ``bounds=``."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from curvature._checks._words import describe, is_array_like
+from curvature._checks._describe import describe, is_array_like
 from curvature._types import Tree
 
 _PAIR = (
@@ -18,7 +18,7 @@ _PAIR = (
 
 
 def check_pair_of_bounds(function: str, bounds: Any) -> tuple[Tree, Tree]:
-    """Refuse anything but two bounds."""
+    """Refuse anything but a pair of bounds."""
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise TypeError(f"{function}: bounds is {describe(bounds)}, expected {_PAIR}.")
     return bounds[0], bounds[1]
@@ -62,11 +62,11 @@ def _bound_leaf(
         )
     if isinstance(leaf, jax.Array):
         return jnp.broadcast_to(jnp.asarray(leaf, x_leaf.dtype), x_leaf.shape)
-    return np.broadcast_to(np.asarray(leaf, x_leaf.dtype), x_leaf.shape)  # no kernel for what is a number
+    return np.broadcast_to(np.asarray(leaf, x_leaf.dtype), x_leaf.shape)  # a number needs no kernel on the device
 
 
 def check_order_of_bounds(function: str, lower: Tree, upper: Tree) -> None:
-    """Refuse bounds that leave no point between them, wherever the values are known."""
+    """Refuse bounds with no finite number between them, where the values are known."""
     for (path, low), high in zip(tree_flatten_with_path(lower)[0], jax.tree.leaves(upper), strict=True):
         if any(isinstance(leaf, Tracer) or not getattr(leaf, "is_fully_addressable", True) for leaf in (low, high)):
             continue

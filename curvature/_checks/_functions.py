@@ -1,4 +1,4 @@
-"""Errors about the user's functions: what they return, and the modes that they allow."""
+"""Input checks of the user's functions: their outputs, and the modes that can differentiate them."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from curvature._checks._words import describe
+from curvature._checks._describe import describe
 
 
 def check_callable(function: str, name: str, value: Any) -> None:
@@ -31,7 +31,7 @@ def check_scalar_output(function: str, name: str, out: Any) -> None:
 
 
 def check_floating_output(function: str, name: str, out: Any) -> None:
-    """Refuse a function whose outputs have no derivative: integers, booleans, complex numbers, nothing at all."""
+    """Refuse a function whose outputs have no derivative: integers, booleans, complex numbers, no output at all."""
     if not jax.tree.leaves(out):
         raise TypeError(f"{function}: {name} returns no array ({out!r}), expected floating arrays; does it return?")
     for path, leaf in tree_flatten_with_path(out)[0]:
@@ -43,13 +43,13 @@ def check_floating_output(function: str, name: str, out: Any) -> None:
 
 
 def check_aux_output(function: str, name: str, out: Any) -> None:
-    """Refuse an output that is not the pair (value, aux) although ``has_aux=True`` was said."""
+    """Refuse an output that is not a pair (value, aux) although ``has_aux=True``."""
     if not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"{function}: has_aux=True, but {name} returns {describe(out)}, expected a pair (value, aux).")
 
 
 def illegal_mode(function: str, mode: str, blocker: str, legal: list[str]) -> TypeError:
-    """The error for a mode that the function does not allow."""
+    """The error for a mode that cannot differentiate the function."""
     remedy = f"use mode={legal[0]!r} or mode='auto'" if legal else "no other mode is legal either"
     return TypeError(f"{function}: mode={mode!r} is not legal for f because of {blocker}; {remedy}.")
 

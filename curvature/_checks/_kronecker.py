@@ -1,10 +1,10 @@
-"""Errors about what is sent back from the outputs of a model."""
+"""Input checks of likelihoods and of per-example curvature: sampling, output size, mixed examples, reductions."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-_MOST_OUTPUTS = 2048  # of one example, whose Hessian is factored
+_MOST_OUTPUTS = 2048  # Heuristic: the eigendecomposition of a matrix of this size, per example, is still affordable
 
 
 def check_sampling(function: str, kind: str, likelihood: str | None, key: Any) -> None:
@@ -18,7 +18,7 @@ def check_sampling(function: str, kind: str, likelihood: str | None, key: Any) -
 
 
 def check_drawn_gradient(function: str, model: Any, loss: Any, likelihood: str | None) -> None:
-    """Refuse the gradient at drawn labels without what it is drawn from."""
+    """Refuse to draw labels for a gradient without a model, a loss and a likelihood."""
     if model is None or loss is None or likelihood is None:
         raise ValueError(
             f"{function}: estimator='gauss-newton-bartlett' draws labels and needs model=, loss= and "
@@ -27,7 +27,7 @@ def check_drawn_gradient(function: str, model: Any, loss: Any, likelihood: str |
 
 
 def check_likelihood(function: str, likelihood: str | None, outputs: Any) -> None:
-    """Refuse a likelihood for outputs that are not one array, or have not two classes."""
+    """Refuse a likelihood for outputs that are not one array, or have fewer than two classes."""
     leaves = jax.tree.leaves(outputs)
     if likelihood is not None and len(leaves) != 1:
         raise ValueError(
@@ -42,7 +42,7 @@ def check_likelihood(function: str, likelihood: str | None, outputs: Any) -> Non
 
 
 def check_output_size(function: str, size: int) -> None:
-    """Refuse to factor the Hessian of very many outputs."""
+    """Refuse to factor the Hessian of a loss with respect to more outputs than ``_MOST_OUTPUTS``."""
     if size > _MOST_OUTPUTS:
         raise ValueError(
             f"{function}: one example has {size} outputs, expected at most {_MOST_OUTPUTS} to factor their Hessian; "
@@ -51,7 +51,7 @@ def check_output_size(function: str, size: int) -> None:
 
 
 def check_axis_of_examples(function: str, whole: tuple[int, ...], alone: tuple[int, ...], size: int) -> int:
-    """The one axis by which the outputs of a batch of ``size`` differ from those of a batch of one."""
+    """The axis of examples: the only axis in which outputs of a batch of ``size`` and of a batch of one differ."""
     for axis, length in enumerate(whole):
         if length == size and (*whole[:axis], 1, *whole[axis + 1 :]) == alone:
             return axis
@@ -62,35 +62,30 @@ def check_axis_of_examples(function: str, whole: tuple[int, ...], alone: tuple[i
 
 
 def no_batch_of_one(function: str, error: Exception) -> ValueError:
-    """The error for a model that takes the whole batch, but no example alone."""
+    """The error for a model that accepts the whole batch but not a batch of one."""
     return ValueError(
         f"{function}: the model fails on a batch of one example ({type(error).__name__}: {error}), expected one that "
         "takes batches of any size; reshape by inputs.shape[0], not by a fixed number of examples."
     )
 
 
-def model_mixes(function: str, where: Any) -> ValueError:
-    """The error for a model whose outputs for one example depend on others."""
-    named = "" if where is None else f", at the earliest by {where}"
-    return ValueError(
-        f"{function}: the model mixes the examples of a batch{named}: its outputs for an example alone are not those "
-        "in the batch, expected outputs that depend on the data of their own example. Normalize in evaluation mode, "
-        "with statistics that are parameters or constants; draw random numbers from a key for each example; or take "
-        "GaussNewtonOperator, which never cuts the batch."
-    )
+def examples_mixed(function: str, what: Literal["model", "loss"], where: Any) -> ValueError:
+    """The error for a model or a loss that mixes examples; ``where`` is the equation that does, None if unknown."""
+    return ValueError(f"{function}: " + _MIXED[what].format("" if where is None else f", at the earliest by {where}"))
 
 
-def loss_mixes(function: str, where: Any) -> ValueError:
-    """The error for a loss that couples the outputs of different examples."""
-    named = "" if where is None else f", at the earliest by {where}"
-    return ValueError(
-        f"{function}: the loss mixes the outputs of different examples{named}, expected a weighted sum of one loss "
-        "for each example; take GaussNewtonOperator, which never cuts the batch."
-    )
+_MIXED = {
+    "model": "the model mixes the examples of a batch{}: its outputs for an example alone differ from its outputs in "
+    "the batch, expected outputs that depend on the data of one example only. Normalize in evaluation mode, "
+    "with statistics that are parameters or constants; draw random numbers from a key for each example; or take "
+    "GaussNewtonOperator, which never cuts the batch.",
+    "loss": "the loss mixes the outputs of different examples{}, expected a weighted sum of one loss "
+    "for each example; take GaussNewtonOperator, which never cuts the batch.",
+}
 
 
 def wrong_reduction(function: str, name: str, reduction: str, found: str) -> ValueError:
-    """The error for data in parts whose values do not add up as the user says."""
+    """The error for a function of a batch that is not the mean or sum over examples that ``reduction`` states."""
     if found != "neither":
         return ValueError(
             f"{function}: reduction={reduction!r}, but {name} of a batch is the {found} of its values for the "
@@ -99,6 +94,6 @@ def wrong_reduction(function: str, name: str, reduction: str, found: str) -> Val
     return ValueError(
         f"{function}: reduction={reduction!r}, but {name} of a batch is neither the mean nor the sum of its values "
         "for the examples, so that parts of the data do not add up: a mean over a mask divides by the weights of its "
-        "part, batch statistics are those of its part. Take the data whole (chunk_size=None), or a sum divided by the "
+        "part, and batch statistics depend on the part. Take the data whole (chunk_size=None), or a sum divided by the "
         "total weight, passed as a scalar in args, with reduction='sum'."
     )

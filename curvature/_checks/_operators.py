@@ -1,4 +1,4 @@
-"""Errors about linear operators: their arguments, their structures, the data they stand on."""
+"""Input checks of linear operators: their structures, functions and data."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from curvature._checks._describe import describe, is_array_like
+from curvature._checks._functions import check_callable
 from curvature._checks._trees import check_same_structure
-from curvature._checks._words import describe, is_array_like
 from curvature._types import Tree
 
 
 def check_structures(function: str, name: str, structure: Tree, other_name: str, other: Tree) -> None:
-    """Refuse two structures of operators that meet but differ in their containers, shapes or dtypes."""
+    """Refuse two structures that must match, as in a sum or product of operators, but do not."""
     check_same_structure(function, name, structure, other_name, other)
     pairs = zip(tree_flatten_with_path(structure)[0], jax.tree.leaves(other), strict=True)
     for (path, leaf), other_leaf in pairs:
@@ -26,7 +27,7 @@ def check_structures(function: str, name: str, structure: Tree, other_name: str,
 
 
 def check_scale(function: str, scale: Any) -> None:
-    """Refuse anything but one number to scale an operator by."""
+    """Refuse to multiply an operator by anything but one real number."""
     if (
         not is_array_like(scale)
         or jnp.shape(scale) != ()
@@ -36,8 +37,8 @@ def check_scale(function: str, scale: Any) -> None:
 
 
 def no_structure() -> TypeError:
-    """The error for a multiple of the identity that is asked for its shape."""
-    return TypeError("damping: c I has no structure of its own; add it to an operator, as in op + damping(1e-3).")
+    """The error for the structure of ``damping(c)``, which has none."""
+    return TypeError("damping: c I has no structure; add it to an operator, as in op + damping(1e-3).")
 
 
 def no_reverse(function: str, name: str, blocker: str) -> TypeError:
@@ -48,8 +49,9 @@ def no_reverse(function: str, name: str, blocker: str) -> TypeError:
     )
 
 
-def check_hashable(function: str, name: str, value: Any) -> None:
-    """Refuse a function that cannot be part of the type of an operator."""
+def check_static_function(function: str, name: str, value: Any) -> None:
+    """Refuse anything but a hashable function, which can be a static field of an operator."""
+    check_callable(function, name, value)
     try:
         hash(value)
     except TypeError:
@@ -60,25 +62,25 @@ def check_hashable(function: str, name: str, value: Any) -> None:
 
 
 def check_reiterable(function: str, batches: Any) -> None:
-    """Refuse what can be iterated over only once, or not at all, or already stands beside other data."""
+    """Refuse batches that cannot be iterated over, or only once."""
     if isinstance(batches, Iterator):
         raise TypeError(
             f"{function}: batches is {describe(batches)}, which can be iterated over only once, but every product "
-            "goes over all batches; give a list or an object whose __iter__ starts anew."
+            "goes over all batches; give a list or an object whose __iter__ returns a new iterator."
         )
     if not hasattr(batches, "__iter__"):
         raise TypeError(f"{function}: batches is {describe(batches)}, expected an iterable of batches, such as a list.")
 
 
 def check_one_source(function: str, num_args: int, chunk_size: Any) -> None:
-    """Refuse ``args`` or ``chunk_size`` beside ``batches``."""
+    """Refuse ``args`` or ``chunk_size`` together with ``batches``."""
     if num_args or chunk_size is not None:
         what = "chunk_size" if chunk_size is not None else f"{num_args} args"
         raise ValueError(f"{function}: batches= and {what} were given; each batch holds all args of the function.")
 
 
 def check_examples(function: str, name: str, args: Any) -> int:
-    """The number of examples along the leading axis of all leaves but scalars, which all examples share."""
+    """The number of examples along the leading axis of all leaves except scalars, which all examples share."""
     sizes = {
         name + keystr(path): jnp.shape(leaf)[0] for path, leaf in tree_flatten_with_path(args)[0] if jnp.ndim(leaf)
     }
@@ -107,7 +109,7 @@ def check_outputs_of_examples(function: str, outputs: Any) -> int:
 
 
 def check_untraced(function: str, tree: Any) -> None:
-    """Refuse tracers, for sums that are made on the host."""
+    """Refuse tracers in an operator with ``batches``, which sums on the host."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError(
             f"{function}: x or v is traced, but batches= are summed on the host, outside jit, vmap and grad; give the "
@@ -117,13 +119,13 @@ def check_untraced(function: str, tree: Any) -> None:
 
 
 def check_some_batch(function: str, num_batches: int) -> None:
-    """Refuse batches of which there are none."""
+    """Refuse an iterable without batches."""
     if not num_batches:
         raise ValueError(f"{function}: batches is empty, expected at least one batch.")
 
 
 def check_logits(function: str, likelihood: str, outputs: Any) -> None:
-    """Refuse logits of classes that have no axis of classes."""
+    """Refuse scalar outputs as logits of a categorical likelihood."""
     for path, leaf in tree_flatten_with_path(outputs)[0]:
         if likelihood == "categorical" and not leaf.ndim:
             raise ValueError(

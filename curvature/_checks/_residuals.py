@@ -1,18 +1,18 @@
-"""Errors about residuals and what is fitted to them."""
+"""Input checks of least squares: residuals, observations, methods."""
 
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from curvature._checks._describe import describe, is_array_like
 from curvature._checks._functions import check_floating_output
-from curvature._checks._words import describe, is_array_like
 
 T = TypeVar("T")
 
 
 def check_residuals(function: str, out: Any) -> None:
-    """Refuse residuals that are a sum already, have no derivative, or are none at all."""
+    """Refuse residuals that are one scalar, have no derivative, or have no entries."""
     check_floating_output(function, "residuals", out)
     leaves = jax.tree.leaves(out)
     if len(leaves) == 1 and leaves[0].shape == ():
@@ -25,7 +25,7 @@ def check_residuals(function: str, out: Any) -> None:
 
 
 def check_residual_method(function: str, method: Any, names: tuple[str, ...], is_ours: bool) -> None:
-    """Refuse a method that is neither one of the names nor a transformation that takes residuals."""
+    """Refuse a method that is neither one of the names nor (``is_ours``) a transformation that takes residuals."""
     if method not in names if isinstance(method, str) else not is_ours:
         raise ValueError(
             f"{function}: method={method!r} is unknown, expected one of {', '.join(map(repr, names))}, "
@@ -34,7 +34,7 @@ def check_residual_method(function: str, method: Any, names: tuple[str, ...], is
 
 
 def require_residuals(function: str, name: str, value: T | None) -> T:
-    """``value``, one of the arguments of an update that works on residuals; refuses None."""
+    """``value``, a required extra argument of the ``update`` of a least-squares method; refuses None."""
     if value is None:
         raise ValueError(
             f"{function}: update() needs {name}=; call update(grad, state, params, residual_fn=residual_fn), where "
@@ -52,7 +52,7 @@ def check_observations(function: str, ydata: Any) -> jax.Array:
 
 
 def check_predictions(function: str, predictions: Any, ydata: jax.Array) -> None:
-    """Refuse predictions that are not one array like the observations, with which they would be broadcast."""
+    """Refuse predictions whose shape is not that of the observations: subtraction would broadcast them."""
     shape = getattr(predictions, "shape", None)
     if shape != ydata.shape:
         what = describe(predictions) if shape is None else f"shape {shape}"
@@ -60,7 +60,7 @@ def check_predictions(function: str, predictions: Any, ydata: jax.Array) -> None
 
 
 def require_inverse_root(root: T | None) -> T:
-    """The root of the covariance, which is known where the Jacobian was formed."""
+    """The square root of the covariance; refuses None, as of a fit that never formed the Jacobian."""
     if root is None:
         raise ValueError(
             "LeastSquaresResult: covariance() needs the Jacobian, which this fit never formed; pass "

@@ -1,4 +1,4 @@
-"""Errors about data that is laid out over several devices."""
+"""Input checks of ``sharding=``."""
 
 import math
 from typing import Any
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from curvature._checks._words import describe
+from curvature._checks._describe import describe
 
 
 def check_sharding(function: str, sharding: Any, args: Any, batches: Any) -> None:
-    """Refuse a layout that is not along the axis of examples, or does not give each device as many of them."""
+    """Refuse a sharding along other axes than that of examples, or with unequal numbers of examples per device."""
     if not isinstance(sharding, NamedSharding):
         raise TypeError(
             f"{function}: sharding is {describe(sharding)}, expected None or a jax.sharding.NamedSharding, such as "

@@ -1,4 +1,4 @@
-"""Errors about points, directions, data and Hessians given as trees."""
+"""Input checks of trees: points, directions, data, paths, Hessians, sparsity patterns."""
 
 import functools
 from typing import Any, NoReturn
@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.experimental.sparse import BCOO
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from curvature._checks._words import describe, is_array_like
+from curvature._checks._describe import describe, is_array_like
 from curvature._types import Tree
 
 _HINT = "pass data that is not differentiated through args"
@@ -18,20 +18,17 @@ _MOST_PATHS = 40  # in one message
 
 
 def check_point(function: str, name: str, tree: Tree) -> Tree:
-    """``tree`` with every leaf a floating JAX array; refuses empty trees and leaves that cannot be differentiated."""
+    """``tree`` with every leaf a floating JAX array; refuses empty trees and leaves that are not real and floating."""
     leaves, structure = jax.tree.flatten(tree)
     if not leaves:
         raise ValueError(f"{function}: {name} is an empty tree ({tree!r}), expected at least one floating array.")
-    if all(map(_is_floating_array, leaves)):  # most are, and to name them would take longer than a step
+    # The usual case first: forming the paths takes longer than a step of a small solve.
+    if all(isinstance(leaf, jax.Array) and _is_floating(leaf.dtype) for leaf in leaves):
         return structure.unflatten(leaves)
     paths = [keystr(path) for path, _ in tree_flatten_with_path(tree)[0]]
     return structure.unflatten(
         [_floating_leaf(function, name + path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
     )
-
-
-def _is_floating_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and _is_floating(leaf.dtype)
 
 
 @functools.cache
@@ -45,8 +42,8 @@ def _floating_leaf(function: str, name: str, leaf: Any) -> jax.Array:
     dtype = jnp.result_type(leaf)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
-            f"{function}: {name} has dtype {dtype}; complex leaves are not supported. Differentiate by the real and "
-            "the imaginary part instead, as two real leaves."
+            f"{function}: {name} has dtype {dtype}; complex leaves are not supported. Differentiate with respect to "
+            "the real and the imaginary part instead, as two real leaves."
         )
     if not _is_floating(dtype):
         raise TypeError(f"{function}: {name} has dtype {dtype}, expected a floating dtype; cast it, or {_HINT}.")
@@ -54,9 +51,9 @@ def _floating_leaf(function: str, name: str, leaf: Any) -> jax.Array:
 
 
 def check_start(function: str, name: str, tree: Tree) -> Tree:
-    """``check_point`` for where a solve starts: it has entries, those that are known are finite, none is weakly typed.
+    """``check_point`` for the start of a solve: not empty, finite where values are known, and strongly typed.
 
-    Weak types would change in a loop. It stands before every solve, and small ones take no longer.
+    A weak type would change the carry of a loop. Every solve runs this check, so its usual path must be fast.
     """
     _refuse_numbers(function, name, tree)
     x = check_point(function, name, tree)
@@ -64,11 +61,13 @@ def check_start(function: str, name: str, tree: Tree) -> Tree:
     leaves, structure = jax.tree.flatten(x)
     if not all(map(_is_finite, leaves)):
         _refuse_not_finite(function, name, x)
-    return structure.unflatten(map(_strongly_typed, leaves))
+    return structure.unflatten(
+        jax.lax.convert_element_type(leaf, leaf.dtype) if jax.typeof(leaf).weak_type else leaf for leaf in leaves
+    )
 
 
 def _refuse_numbers(function: str, name: str, tree: Tree) -> None:
-    """Refuse a list or tuple of numbers: the objective would be given that list, with which it cannot compute."""
+    """Refuse a list or tuple of numbers: it is a tree of scalars, so the objective would not receive an array."""
     if type(tree) not in (list, tuple):
         return
     leaves = tree_flatten_with_path(tree)[0]
@@ -81,17 +80,13 @@ def _refuse_numbers(function: str, name: str, tree: Tree) -> None:
 
 
 def check_entries(function: str, name: str, tree: Tree) -> None:
-    """Refuse a point whose leaves have no entry at all."""
+    """Refuse a point whose leaves have no entries."""
     if not sum(leaf.size for leaf in jax.tree.leaves(tree)):
         raise ValueError(f"{function}: {name} has no entries, expected at least one number.")
 
 
-def _strongly_typed(leaf: jax.Array) -> jax.Array:
-    return jax.lax.convert_element_type(leaf, leaf.dtype) if jax.typeof(leaf).weak_type else leaf
-
-
 def _is_finite(leaf: jax.Array) -> bool:
-    """Whether it is, where its values are known; those of tracers are reported by a status instead."""
+    """Whether all known values are finite; a traced value that is not is reported as a status by the solver."""
     if isinstance(leaf, Tracer) or not leaf.is_fully_addressable:
         return True
     finite = np.isfinite(np.asarray(leaf))
@@ -118,7 +113,7 @@ def check_direction(function: str, name: str, v: Tree, x_name: str, x: Tree) -> 
 
 
 def check_same_structure(function: str, name: str, v: Tree, x_name: str, x: Tree) -> None:
-    """Refuse a tree whose containers or keys differ from those of ``x``, naming the first leaf that does."""
+    """Refuse a tree whose containers or keys differ from the ones of ``x``; the error names the first such leaf."""
     got, want = jax.tree.structure(v), jax.tree.structure(x)
     if got == want:
         return
@@ -133,7 +128,7 @@ def check_same_structure(function: str, name: str, v: Tree, x_name: str, x: Tree
 
 
 def _matching_leaf(function: str, name: str, leaf: Any, x_name: str, x_leaf: Any) -> jax.Array:
-    """``leaf`` as an array like ``x_leaf``, of which only shape and dtype matter."""
+    """``leaf`` as an array with the shape and dtype of ``x_leaf``."""
     if not is_array_like(leaf):
         raise TypeError(f"{function}: {name} is {describe(leaf)}, expected an array to match {x_name}.")
     if jnp.shape(leaf) != x_leaf.shape:
@@ -149,7 +144,7 @@ def _matching_leaf(function: str, name: str, leaf: Any, x_name: str, x_leaf: Any
 
 
 def check_factor(function: str, name: str, factor: Tree, x_name: str, x: Tree) -> Tree:
-    """``factor`` as arrays with the structure and dtypes of ``x``, each with one leading axis of directions more."""
+    """``factor`` as arrays with the structure and dtypes of ``x`` and an additional leading axis of directions."""
     check_same_structure(function, name, factor, x_name, x)
     (path, first), *_ = tree_flatten_with_path(factor)[0]
     first_name, num_directions = name + keystr(path), jnp.shape(first)[0] if jnp.ndim(first) else 1
@@ -177,7 +172,7 @@ def check_factor(function: str, name: str, factor: Tree, x_name: str, x: Tree) -
 
 
 def check_concrete(function: str, operands: dict[str, Any]) -> None:
-    """Refuse tracers, for what has to see values: named trees of arrays."""
+    """Refuse tracers in named trees of arrays, for functions that need concrete values."""
     for name, tree in operands.items():
         for path, leaf in tree_flatten_with_path(tree)[0]:
             if isinstance(leaf, Tracer):
@@ -187,7 +182,7 @@ def check_concrete(function: str, operands: dict[str, Any]) -> None:
 
 
 def check_data(function: str, args: Any) -> tuple[Any, ...]:
-    """The data as a tuple, of one if it is none; refuses what cannot be an operand of a compiled program."""
+    """The data as a tuple; refuses leaves that cannot be operands of a compiled program."""
     args = args if type(args) is tuple else (args,)
     for path, leaf in tree_flatten_with_path(args)[0]:
         if not is_array_like(leaf):
@@ -219,7 +214,7 @@ def check_path_pair(function: str, name: str, paths: Any) -> None:
 
 
 def check_hessian(function: str, name: str, blocks: Any, x: Tree) -> list[tuple[Tree, jax.Array]]:
-    """The rows of a Hessian given as a tree like ``x`` of trees like ``x``, each beside the leaf of ``x`` it is for."""
+    """The rows of a Hessian that is a tree like ``x`` of trees like ``x``, each paired with its leaf of ``x``."""
     structure = jax.tree.structure(x)
     paths = [keystr(path) for path, _ in tree_flatten_with_path(x)[0]]
     leaves = jax.tree.leaves(x)
@@ -241,7 +236,7 @@ def check_hessian(function: str, name: str, blocks: Any, x: Tree) -> list[tuple[
 
 
 def check_pattern(function: str, pattern: Any, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The rows and columns of the entries of a sparsity pattern: JAX's, SciPy's, asdex's, or a dense array."""
+    """The row and column indices of a sparsity pattern from JAX, SciPy or asdex, or of a dense array."""
     if isinstance(pattern, Tracer) or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(pattern)):
         raise TypeError(f"{function}: pattern is traced, expected a known pattern; prepare outside jit.")
     if not hasattr(pattern, "shape"):
@@ -265,7 +260,7 @@ def check_pattern(function: str, pattern: Any, shape: tuple[int, int]) -> tuple[
 
 
 def check_index_range(function: str, shape: tuple[int, int]) -> None:
-    """Refuse products of all colors that are more than a 32-bit number can count."""
+    """Refuse compressed products with more entries than a 32-bit index can count."""
     if shape[0] * shape[1] > np.iinfo(np.int32).max:
         raise ValueError(
             f"{function}: {shape[0]:,} products of {shape[1]:,} entries are more than 2^31 - 1 together; "

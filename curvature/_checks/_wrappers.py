@@ -1,4 +1,4 @@
-"""Errors about optax's wrappers around a transformation."""
+"""Errors of transformations inside optax's wrappers: chains, masks, injected hyperparameters."""
 
 from typing import Any, NoReturn
 
@@ -6,7 +6,7 @@ _MOST_PATHS = 5  # in one message
 
 
 def refuse_changed_gradient(function: str) -> NoReturn:
-    """Say that the updates are not the gradient, and what can be done."""
+    """Raise the error for ``updates`` that differ from ``grad=``."""
     raise ValueError(
         f"{function}: updates are other arrays than grad=, expected the gradient of the objective in both. What comes "
         f"before {function} in optax.chain (weight decay, clipping), or a wrapper around it (optax.MultiSteps, "
@@ -16,17 +16,17 @@ def refuse_changed_gradient(function: str) -> NoReturn:
 
 
 def masked_params(function: str, method: str, paths: list[str], failure: Exception) -> TypeError:
-    """The error of a call that failed on parameters with masked leaves."""
+    """The error for a call that failed on parameters with masked leaves."""
     shown = ", ".join(f"params{path}" for path in paths[:_MOST_PATHS]) + (", ..." if len(paths) > _MOST_PATHS else "")
     return TypeError(
-        f"{function}: {method}() has params with optax.MaskedNode in the place of {shown}, as optax.masked and "
+        f"{function}: {method}() has params with optax.MaskedNode instead of {shown}, as optax.masked and "
         f"optax.partition pass them, and fails on them: {type(failure).__name__}: {failure}. Leave out grad=, and pass "
         "functions that fill in the masked leaves; or call it on the tree of the other leaves alone."
     )
 
 
 def check_shape(function: str, shape: Any) -> None:
-    """Refuse what is no shape: optax calls each function among the hyperparameters with the step."""
+    """Refuse what is no shape: ``optax.inject_hyperparams`` calls each function among hyperparameters with the step."""
     if not isinstance(shape, tuple):
         raise TypeError(
             f"{function}: spatial_axes was called with {shape!r}, expected the shape of a leaf; name it in the "

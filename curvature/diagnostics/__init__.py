@@ -1,1 +1,1 @@
-"""Is this derivative right, and which way to it is cheap."""
+"""Diagnostics of derivatives: ``check_derivatives`` tests them, ``explain`` compares the cost of modes."""

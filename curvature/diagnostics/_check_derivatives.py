@@ -1,4 +1,4 @@
-"""Whether the derivatives of a function are right: differences, agreement of modes, symmetry, linearity, NaN."""
+"""``check_derivatives``: finite differences, agreement of modes, symmetry, linearity, NaN."""
 
 from typing import Any, Literal, get_args
 
@@ -9,9 +9,9 @@ from jaxtyping import Array, PRNGKeyArray
 
 from curvature import _checks, _trees
 from curvature._types import HessianMode, Objective, Tree
-from curvature.diagnostics import _judge
-from curvature.diagnostics._line import Line, scales_of
+from curvature.diagnostics import _verdicts
 from curvature.diagnostics._reports import DerivativeCheck, DerivativeReport
+from curvature.diagnostics._restriction import Line, scales_of
 from curvature.programs import _traced
 from curvature.transforms._blocks import matrix_view
 from curvature.transforms._hessian import hessian, hvp
@@ -19,10 +19,10 @@ from curvature.transforms._jacobian import gradient_of, with_aux
 from curvature.transforms._mean_hessian import find_structure
 
 _COMPOSITIONS = get_args(HessianMode)[1:]
-_MOST_COORDINATES = 32  # up to here every coordinate is a direction of its own
-_MOST_LEAVES = 16  # up to here every leaf is
-_MOST_ASSEMBLED = 4096  # rows: up to here the assembled Hessian is held whole, 128 MiB
-_MOST_FORWARD = 256  # up to here modes that take a pass for each entry are compared too
+_MOST_COORDINATES = 32  # up to this number of entries, each coordinate is a direction
+_MOST_LEAVES = 16  # up to this number of leaves, each leaf has a random direction
+_MOST_ASSEMBLED = 4096  # up to this number of rows, 128 MiB, the assembled Hessian is checked
+_MOST_FORWARD = 256  # up to this number of entries, modes that take a pass for each entry are checked
 
 
 def check_derivatives(
@@ -33,40 +33,40 @@ def check_derivatives(
     num_directions: int = 4,
     key: PRNGKeyArray | None = None,
 ) -> DerivativeReport:
-    """Hold the derivatives of ``f`` at ``x`` against differences of its values, and against each other.
+    """Compare the derivatives of ``f`` at ``x`` with finite differences and with each other.
 
-    - First derivatives against central differences of ``f``, ``(f(x + h v) - f(x - h v)) / 2h``.
-    - Second derivatives against differences of the gradient and, independent of any error in it, against second
-      differences of ``f``, ``(f(x + h v) - 2 f(x) + f(x - h v)) / h^2``.
-    - All legal modes against each other; ``u'Hv = v'Hu``; ``H(2u - 3v) = 2Hu - 3Hv``; NaN and infinities by leaf.
-    - Where ``hessian`` finds that ``f`` is a mean over examples, the matrix that it assembles (``"taps"``) against
-      ``H v`` and against differences of the gradient.
+    - First derivatives with central differences of ``f``, ``(f(x + h v) - f(x - h v)) / 2h``.
+    - Second derivatives with differences of the gradient, and with second differences of ``f``, ``(f(x + h v) - 2 f(x)
+      + f(x - h v)) / h^2``, which do not depend on the gradient.
+    - All legal modes with each other; ``u'Hv = v'Hu``; ``H(2u - 3v) = 2Hu - 3Hv``; NaN and infinities by leaf.
+    - If ``hessian`` finds that ``f`` is a mean over examples, the matrix that it assembles (``"taps"``) with ``H v``
+      and with differences of the gradient.
 
-    Differences are extrapolated (Richardson) from 16 steps and say how far off they may be. They are allowed 20 times
-    that, plus ``eps**(3/8)`` of what is compared (1.4e-6 in double precision); derivatives among themselves differ by
-    at most ``sqrt(eps)``. All is done in float64 whatever the dtype of ``x``, where ``f`` allows it; NaN are looked
-    for in the user's own precision. Steps are relative to the entries of ``x``.
+    Differences are extrapolated (Richardson) from 16 steps and have an error estimate. The tolerance is 20 times that
+    estimate, plus ``eps**(3/8)`` of the compared values (1.4e-6 in double precision). Derivatives by different modes
+    may differ by ``sqrt(eps)``. Computations are in float64 for every dtype of ``x``, if ``f`` allows it; NaN and
+    infinities are detected in the dtype of ``x``. Steps are relative to the entries of ``x``.
 
     Args:
-        f: the function, ``f(x, *args)``; of a vector-valued one a random combination of the outputs is checked.
+        f: the function, ``f(x, *args)``; for a vector-valued function a random combination of the outputs is checked.
         x: the point, any tree of floating arrays.
         *args: data for ``f``, not differentiated.
-        order: 1 for first derivatives alone.
-        num_directions: how many random directions to try, besides every coordinate (up to 32 of them), or else a
-            random direction in each leaf.
-        key: makes the random directions; None for ``jax.random.key(0)``, so that a report can be repeated.
+        order: 1 for first derivatives only, 2 for first and second.
+        num_directions: the number of random directions, besides all coordinates (if at most 32), or else a random
+            direction in each leaf.
+        key: the random key of the directions; None is ``jax.random.key(0)``, so that reports are reproducible.
 
     Returns:
-        A report that prints as a table, for ``assert report.ok, report``. At a kink (``relu`` at 0), where the
-        derivative does not exist, its verdict is "kink", not "wrong", and it is not ok either.
+        A report that prints as a table, for ``assert report.ok, report``. At a kink (``relu`` at 0) the derivative does
+        not exist: the verdict is "kink", not "wrong", and ``report.ok`` is false.
 
     Raises:
-        TypeError: when ``f`` is not callable, no mode can differentiate it, a leaf of ``x`` or of the output is not of
-            a real floating dtype, or the call is traced.
-        ValueError: for an unknown order, or no direction at all.
+        TypeError: if ``f`` is not callable, no mode can differentiate it, a leaf of ``x`` or of the output is not of a
+            real floating dtype, or the call is traced.
+        ValueError: for an unknown order, or ``num_directions`` below 1.
 
-    Cost: 32 evaluations and, for the second order, 32 gradients for each direction; about six compilations; the
-        assembled Hessian, unless it has more than 4,096 rows.
+    Cost: 32 evaluations and, for the second order, 32 gradients per direction; about six compilations; the assembled
+        Hessian, unless it has more than 4,096 rows.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -101,7 +101,7 @@ def check_derivatives(
 
 
 def _scalar(f: Objective, args: tuple[Any, ...], own: _traced.Program) -> Objective:
-    """``f`` of ``x`` alone, as a scalar: the sum of its outputs, each with a fixed random weight."""
+    """``f`` as a scalar function of ``x`` only: the sum of its outputs, each with a fixed random weight."""
     if own.is_scalar:
         return lambda x: f(x, *args)
     rng = np.random.default_rng(0)
@@ -117,7 +117,7 @@ def _scalar(f: Objective, args: tuple[Any, ...], own: _traced.Program) -> Object
 
 
 def _line(f: Objective, args: tuple[Any, ...], x: Tree, order: int, remarks: list[str]) -> tuple[Line, Objective, Tree]:
-    """The function in double precision if it allows that, in its own if not: along lines, and of its point."""
+    """The function along lines, as a function of the point, and the point; in double precision if ``f`` allows it."""
 
     def widen(leaf: Any) -> Any:
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -141,7 +141,7 @@ def _line(f: Objective, args: tuple[Any, ...], x: Tree, order: int, remarks: lis
 
 
 def _assembled(fun: Objective, x: Tree, line: Line, remarks: list[str]) -> np.ndarray | None:
-    """The Hessian that ``hessian`` assembles from examples, in the units of the line; None where it does not."""
+    """The Hessian that ``hessian`` assembles from examples, in the units of the line; None if it does not assemble."""
     if find_structure(_traced.trace(lambda x: (fun(x), None), x)) is None:
         return None
     if line.size > _MOST_ASSEMBLED:
@@ -152,7 +152,7 @@ def _assembled(fun: Objective, x: Tree, line: Line, remarks: list[str]) -> np.nd
 
 
 def _directions(line: Line, num_directions: int, key: Array) -> tuple[list[str], np.ndarray]:
-    """What each direction is called, and the directions as rows, in units of the scales of ``x``."""
+    """The labels of the directions, and the directions as rows, in units of the scales of ``x``."""
     n = line.size
     random = np.asarray(jax.random.normal(key, (num_directions + _MOST_LEAVES, n), jnp.float64))
     labels, rows = [f"random direction {i}" for i in range(num_directions)], list(random[:num_directions])
@@ -167,35 +167,35 @@ def _directions(line: Line, num_directions: int, key: Array) -> tuple[list[str],
 def _compare(
     line: Line, labels: list[str], directions: np.ndarray, order: int, matrix: np.ndarray | None
 ) -> list[DerivativeCheck]:
-    """All checks but that for NaN; ``matrix`` is the assembled Hessian, where there is one."""
+    """All checks except the check for NaN; ``matrix`` is the assembled Hessian, if there is one."""
     center, gradient = line.center()
     first, sides, directions = _along_all(line, labels, directions, order)
-    checks = [_judge.worst("first derivatives: differences of f", labels, first)]
+    checks = [_verdicts.worst("first derivatives: differences of f", labels, first)]
     few = line.size <= _MOST_FORWARD
     modes = [m for m in ("rev", "fwd") if line.program.blocker(m) is None and (few or m == line.gradient_mode)]
-    checks.append(_judge.agreement("gradient: modes agree", line.gradients_by(modes), line, float(abs(center))))
+    checks.append(_verdicts.agreement("gradient: modes agree", line.gradients_by(modes), line, float(abs(center))))
     if order == 1:
         return checks
     products = np.stack([line.product(direction) for direction in directions])
     along = [line.gradients(direction) for direction in directions]
     of_values = [
-        _judge.curvature(line, label, direction, product, center, *values)
+        _verdicts.curvature(line, label, direction, product, center, *values)
         for label, direction, product, values in zip(labels, directions, products, sides, strict=True)
     ]
-    by_values = _judge.worst("second derivatives: second differences of f", labels, of_values)
+    by_values = _verdicts.worst("second derivatives: second differences of f", labels, of_values)
     by_gradient = _by_gradient("second derivatives", line, labels, directions, products, gradient, along)
-    by_gradient = _judge.blame_kink(by_gradient, checks[0], "f")
+    by_gradient = _verdicts.blame_kink(by_gradient, checks[0], "f")
     checks.append(by_gradient)
-    checks.append(_judge.blame_kink(_judge.blame_kink(by_values, checks[0], "f"), by_gradient, "the gradient"))
+    checks.append(_verdicts.blame_kink(_verdicts.blame_kink(by_values, checks[0], "f"), by_gradient, "the gradient"))
     size = float(np.linalg.norm(gradient))
     checks += _identities(line, labels, directions, products, size)
     if matrix is None:
         return checks
     of_taps = directions @ matrix.T
-    by_taps = [_judge.assembled(line, *row, size) for row in zip(labels, directions, of_taps, products, strict=True)]
-    checks.append(_judge.worst("assembled Hessian: agrees with H v", labels, by_taps))
+    by_taps = [_verdicts.assembled(line, *row, size) for row in zip(labels, directions, of_taps, products, strict=True)]
+    checks.append(_verdicts.worst("assembled Hessian: agrees with H v", labels, by_taps))
     differences = _by_gradient("assembled Hessian", line, labels, directions, of_taps, gradient, along)
-    return [*checks, _judge.blame_kink(differences, checks[0], "f")]
+    return [*checks, _verdicts.blame_kink(differences, checks[0], "f")]
 
 
 def _by_gradient(
@@ -207,51 +207,51 @@ def _by_gradient(
     gradient: np.ndarray,
     along: list[tuple[np.ndarray, np.ndarray]],
 ) -> DerivativeCheck:
-    """Products with the Hessian against differences of the gradient."""
+    """Compare products with the Hessian with differences of the gradient."""
     found = [
-        _judge.second_order(line, label, direction, product, gradient, *gradients)
+        _verdicts.second_order(line, label, direction, product, gradient, *gradients)
         for label, direction, product, gradients in zip(labels, directions, products, along, strict=True)
     ]
-    return _judge.worst(f"{name}: differences of the gradient", labels, found)
+    return _verdicts.worst(f"{name}: differences of the gradient", labels, found)
 
 
 def _identities(
     line: Line, labels: list[str], directions: np.ndarray, products: np.ndarray, size: float
 ) -> list[DerivativeCheck]:
-    """Agreement of the modes, symmetry and linearity; ``size`` is that of the gradient."""
+    """Agreement of the modes, symmetry and linearity; ``size`` is the norm of the gradient."""
     few = line.size <= _MOST_FORWARD
     probes = directions[:2] if len(directions) > 1 else np.stack([directions[0], -2 * directions[0]])
     legal = [m for m in _COMPOSITIONS if line.program.composition_blocker(m) is None]
     legal = [m for m in legal if few or m != "fwd_over_fwd" or legal == [m]]
-    agree = _judge.agreement("H v: modes agree", line.products_by(legal, probes[0]), line, size)
-    symmetric = _judge.blame_rule(_judge.symmetry(line, labels, directions, products, size), line)
-    return [agree, symmetric, _judge.linearity(line, probes, size)]
+    agree = _verdicts.agreement("H v: modes agree", line.products_by(legal, probes[0]), line, size)
+    symmetric = _verdicts.blame_rule(_verdicts.symmetry(line, labels, directions, products, size), line)
+    return [agree, symmetric, _verdicts.linearity(line, probes, size)]
 
 
 def _along_all(
     line: Line, labels: list[str], directions: np.ndarray, order: int
 ) -> tuple[list[DerivativeCheck], list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-    """The first derivative along each direction, the values there, and the directions with those that say more.
+    """The check of the first derivative and the values along each direction, and the directions that were used.
 
-    An entry far smaller than the others of its leaf may have no effect of its own size that roundings would not drown:
-    it moves farther, if more is seen then.
+    If an entry is far smaller than the others of its leaf, steps of its size may change ``f`` by less than rounding.
+    Then the direction is lengthened if that gives a smaller tolerance.
     """
     center, gradient = line.center()
     product = line.product if order == 2 else None
 
     def look(label: str, direction: np.ndarray) -> tuple[float, DerivativeCheck, tuple[np.ndarray, np.ndarray]]:
         plus, minus = line.values(direction)
-        check = _judge.first_order(line, label, direction, gradient, center, plus, minus)
+        check = _verdicts.first_order(line, label, direction, gradient, center, plus, minus)
         if product is None:
             return check.tolerance, check, (plus, minus)
-        curved = _judge.curvature(line, label, direction, product(direction), center, plus, minus)
+        curved = _verdicts.curvature(line, label, direction, product(direction), center, plus, minus)
         return max(check.tolerance, curved.tolerance), check, (plus, minus)
 
     checks, sides, chosen = [], [], []
     for label, direction in zip(labels, directions, strict=True):
         seen = look(label, direction)
         wider = line.wider(int(np.argmax(direction))) if label.startswith("x") else 1.0
-        if wider > 1 and seen[0] > _judge.ROUGH and (farther := look(label, wider * direction))[0] < seen[0]:
+        if wider > 1 and seen[0] > _verdicts.ROUGH and (farther := look(label, wider * direction))[0] < seen[0]:
             seen, direction = farther, wider * direction
         checks.append(seen[1])
         sides.append(seen[2])
@@ -260,13 +260,13 @@ def _along_all(
 
 
 def _nonfinite(fun: Objective, x: Tree, order: int) -> dict[str, tuple[str, ...]]:
-    """Which leaves have a gradient or a row of the Hessian that is not finite, by mode, in the precision of ``x``."""
+    """For each mode the leaves whose gradient or rows of ``H v`` are not finite, in the dtype of ``x``."""
     program = _traced.trace(lambda x: (fun(x), None), x)
     few = _trees.num_entries(x) <= _MOST_FORWARD
     first = [m for m in ("rev", "fwd") if program.blocker(m) is None and (few or m == "rev")]
     second = [m for m in _COMPOSITIONS if program.composition_blocker(m) is None and (few or m != "fwd_over_fwd")]
 
-    def derivatives(x: Tree, v: Tree) -> dict[str, Tree]:  # in one program: they share most of it
+    def derivatives(x: Tree, v: Tree) -> dict[str, Tree]:  # one program, because the modes share most equations
         found = {"f": (program.fun(x)[0],)}
         found |= {f"gradient by {mode}": gradient_of(program, x, mode)[0] for mode in first}
         return found | {f"Hessian by {mode}": hvp(fun, x, v, mode=mode) for mode in second if order == 2}

@@ -1,4 +1,4 @@
-"""Which way to a derivative is legal, what each costs, and which one ``mode="auto"`` takes."""
+"""``explain``: legality and cost of each composition of modes, and the choice of ``mode="auto"``."""
 
 import dataclasses
 import functools
@@ -26,37 +26,39 @@ from curvature.transforms._tap_hessian import Points
 
 _COMPOSITIONS = get_args(HessianMode)[1:]
 _DIRECTIONS = get_args(JacobianMode)[1:]
-_MOST_SECONDS = 2.0  # for a call, by its passes and the time of what auto takes: a slower way is not run
-_MOST_BYTES = 4 * 2**30  # of temporaries: nor is one that takes more
+_MOST_SECONDS = 2.0  # a mode whose estimated time per call is longer is not run
+_MOST_BYTES = 4 * 2**30  # a mode with more temporary memory is not run
 
 Call = Callable[[], Any]
+Kind = Literal["gradient", "hvp", "hessian", "jacobian"]
 
 
 def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> ModeReport:
-    """Every composition of modes for the derivatives of ``f``: legal or why not, what it costs, which is chosen.
+    """Explain each composition of modes for the derivatives of ``f``: is it legal, its cost, is it chosen.
 
-    For a scalar function: the gradient, the Hessian-vector product ``H v`` and the Hessian ``H[i, j] = d^2 f / dx_i
-    dx_j``; for a vector-valued one the Jacobian ``J[o, i] = d f_o / d x_i``.
+    The derivatives of a scalar function are the gradient, the Hessian-vector product ``H v`` and the Hessian
+    ``H[i, j] = d^2 f / dx_i dx_j``; the derivative of a vector-valued function is the Jacobian ``J[o, i] = d f_o / d
+    x_i``.
 
     Args:
         f: the function, ``f(x, *args)``, whose outputs are floating arrays.
         x: the point, any tree of floating arrays.
         *args: data for ``f``, not differentiated: arrays and numbers.
-        measure: whether to run and time each way too. Ways that would take over two seconds a call, judged by their
-            passes, are left out.
+        measure: whether to run and time each mode too, except modes that would take over two seconds per call,
+            estimated from their number of passes.
 
     Returns:
-        A report that prints as a table, with the figures by attribute: ``report.way("hvp").mode`` is what ``auto``
-        takes, ``report.way("hessian", "rev_over_rev").temporary_bytes`` what another takes. A function without a legal
-        mode has rows that say why. Where the Hessian is assembled from examples, ``report.sites`` has the rule for each
-        equation that a leaf of ``x`` enters, with the line on which it stands.
+        A report that prints as a table, with the figures as attributes: ``report.way("hvp").mode`` is the choice of
+        ``auto``, ``report.way("hessian", "rev_over_rev").temporary_bytes`` the memory of another mode. If no mode is
+        legal, the rows state the reasons. If the Hessian is assembled from examples, ``report.sites`` has the rule for
+        each equation that a leaf of ``x`` enters, with its line in the user's code.
 
     Raises:
-        TypeError: when ``f`` is not callable, a leaf of ``x`` or of the output is not of a real floating dtype, data is
+        TypeError: if ``f`` is not callable, a leaf of ``x`` or of the output is not of a real floating dtype, data is
             not an array, or the call is traced.
 
-    Cost: compiles each legal way, up to ten; runs nothing, unless ``measure`` is set. The FLOPs are XLA's, which counts
-        the body of a loop once: compare them only where no chunk or loop is in the way.
+    Cost: compiles each legal mode, up to ten; runs nothing unless ``measure`` is set. XLA counts the FLOPs of the body
+        of a loop once: compare FLOPs only between modes without chunks or loops.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -73,9 +75,11 @@ def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> ModeRep
     program = _traced.trace(lambda x: with_aux("explain", f(x, *args), False), x)
     _checks.check_floating_output("explain", "f", program.out)
     structure = find_structure(program)
-    ways = tuple(itertools.chain(*(_ways(kind, program, f, x, args, measure) for kind in _kinds(program))))
-    if structure is not None:
-        ways = _with_taps(ways, f, x, args, measure)
+    kinds: tuple[Kind, ...] = ("gradient", "hvp", "hessian") if program.is_scalar else ("jacobian",)
+    ways = tuple(itertools.chain(*(_ways(kind, program, f, x, args, measure) for kind in kinds)))
+    if structure is not None:  # then auto assembles the Hessian from taps
+        others = tuple(dataclasses.replace(way, chosen=way.chosen and way.derivative != "hessian") for way in ways)
+        ways = (*others, _cost("hessian", "taps", True, hessian(f), (x, *args), measure, True))
     unused, flat = _leaves_without(program)
     return ModeReport(
         name=getattr(f, "__name__", type(f).__name__),
@@ -85,17 +89,10 @@ def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> ModeRep
         chunk=_chunk(program, ways),
         unused=unused,
         without_curvature=flat,
-        structure=None if structure is None else _structure_in_words(*structure),
+        structure=None if structure is None else _describe_structure(*structure),
         sites=() if structure is None else rules_of_sites(structure[1], x),
         remarks=_remarks(program, ways, measure),
     )
-
-
-Kind = Literal["gradient", "hvp", "hessian", "jacobian"]
-
-
-def _kinds(program: _traced.Program) -> tuple[Kind, ...]:
-    return ("gradient", "hvp", "hessian") if program.is_scalar else ("jacobian",)
 
 
 def _ways(
@@ -104,7 +101,7 @@ def _ways(
     """The rows of one derivative."""
     modes = _COMPOSITIONS if kind in ("hvp", "hessian") else _DIRECTIONS
     chosen = _choice(kind, program)
-    seconds = 0.0  # for a pass, once what auto takes has been timed
+    seconds = 0.0  # per pass, once the chosen mode has been timed
     ways = {}
     for mode in sorted(modes, key=lambda mode: mode != chosen):
         blocker = program.composition_blocker(mode) if kind in ("hvp", "hessian") else program.blocker(mode)
@@ -121,17 +118,17 @@ def _ways(
 
 
 def _choice(kind: Kind, program: _traced.Program) -> str | None:
-    """What ``auto`` takes, by the very code that takes it; None if nothing is legal."""
+    """The mode that ``auto`` chooses, by the function that chooses it; None if no mode is legal."""
     try:
         if kind in ("hvp", "hessian"):
             return _modes.choose_composition("explain", program, "auto", whole=kind == "hessian")
         return _modes.choose_jacobian("explain", program, "auto")
-    except TypeError:  # the rows say why
+    except TypeError:  # the rows state the blockers
         return None
 
 
 def _passes(kind: Kind, mode: str, program: _traced.Program) -> int:
-    """How many passes through ``f`` a way takes, up to a small factor."""
+    """The number of passes through ``f`` that a mode takes, up to a small factor."""
     inputs, outputs = _trees.num_entries(program.x), _trees.num_entries(program.out)
     if kind in ("gradient", "jacobian"):
         return inputs if mode == "fwd" else outputs
@@ -161,12 +158,12 @@ def _way_function(
 def _cost(
     kind: Kind, mode: str, chosen: bool, function: Callable[..., Any], operands: Any, run: bool, traceable: bool
 ) -> ModeCost:
-    """The row of a legal way: what compiling it tells, and its time."""
+    """The row of a legal mode: XLA's figures after compilation, and its time."""
     if not traceable:
         seconds = _median_seconds(lambda: function(*operands)) if run else None
         return ModeCost(kind, mode, chosen, seconds=seconds, remark="runs without jit only")
 
-    def fresh(*operands: Any) -> Any:  # a function that jit has never seen, so that no cache answers for the compiler
+    def fresh(*operands: Any) -> Any:  # a new function, so that jit compiles instead of using its cache
         return function(*operands)
 
     start = time.perf_counter()
@@ -186,15 +183,7 @@ def _cost(
     )
 
 
-def _with_taps(
-    ways: tuple[ModeCost, ...], f: Objective, x: Tree, args: tuple[Any, ...], measure: bool
-) -> tuple[ModeCost, ...]:
-    """The rows with one more for the Hessian, of what ``auto`` takes where it finds examples."""
-    others = tuple(dataclasses.replace(way, chosen=way.chosen and way.derivative != "hessian") for way in ways)
-    return (*others, _cost("hessian", "taps", True, hessian(f), (x, *args), measure, True))
-
-
-def _structure_in_words(examples: Examples, points: Points) -> str:
+def _describe_structure(examples: Examples, points: Points) -> str:
     return (
         f"f is a sum or mean over {len(examples.batch[0]):,} examples: 'taps' assembles its Hessian as mean_hessian "
         f"does, along {points.num_directions:,} directions."
@@ -202,7 +191,7 @@ def _structure_in_words(examples: Examples, points: Points) -> str:
 
 
 def _median_seconds(call: Call, budget: float = 0.2, most: int = 51) -> float:
-    """The median of as many calls as fit into ``budget`` seconds, after one to warm up; at least three."""
+    """The median time of the calls that fit into ``budget`` seconds, at least three, after a warm-up."""
     jax.block_until_ready(call())
     seconds: list[float] = []
     while len(seconds) < 3 or (sum(seconds) < budget and len(seconds) < most):
@@ -213,7 +202,7 @@ def _median_seconds(call: Call, budget: float = 0.2, most: int = 51) -> float:
 
 
 def _chunk(program: _traced.Program, ways: tuple[ModeCost, ...]) -> int | None:
-    """How many columns or rows of the last kind of derivative run at once, by the chosen way."""
+    """The number of columns or rows of the last kind of derivative that the chosen mode evaluates at once."""
     way = next((way for way in reversed(ways) if way.chosen), None)
     if way is None or way.derivative not in ("hessian", "jacobian") or way.mode == "taps" or program.jaxpr is None:
         return None
@@ -224,7 +213,7 @@ def _chunk(program: _traced.Program, ways: tuple[ModeCost, ...]) -> int | None:
 
 
 def _leaves_without(program: _traced.Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The paths of the leaves that the function, and that its first derivative, cannot depend on."""
+    """The paths of the leaves that the function, and that its first derivative, does not depend on."""
     if program.jaxpr is None:
         return (), ()
     unused = _inert_leaves(program)
@@ -237,7 +226,7 @@ def _leaves_without(program: _traced.Program) -> tuple[tuple[str, ...], tuple[st
 
 
 def _inert_leaves(program: _traced.Program) -> tuple[str, ...]:
-    """The paths of the leaves of ``x`` that no output of the program carries a derivative by."""
+    """The paths of the leaves of ``x`` with respect to which no output of the program has a derivative."""
     assert program.jaxpr is not None
     jaxpr = program.jaxpr.jaxpr
     outputs = len(jax.tree.leaves(program.out))

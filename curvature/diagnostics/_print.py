@@ -1,4 +1,4 @@
-"""Reports that print themselves: a rich table in a terminal that has rich, aligned plain text everywhere else."""
+"""Printing of reports: a rich table in a terminal if rich is installed, aligned plain text otherwise."""
 
 import abc
 import io
@@ -21,9 +21,9 @@ _WIDTH = 100  # of plain text
 
 
 class Sheet(NamedTuple):
-    """What a report prints: a table, whose first ``words`` columns are text and the others numbers, and remarks.
+    """The content of a printed report: a table and remarks. The first ``words`` columns are text, the others numbers.
 
-    A row shorter than the columns ends in a sentence that takes the rest of the line.
+    A row with fewer cells than columns ends in a sentence that spans the remaining columns.
     """
 
     title: str
@@ -38,10 +38,10 @@ class Printable(abc.ABC):
 
     @abc.abstractmethod
     def sheet(self) -> Sheet:
-        """What to print."""
+        """The content to print."""
 
     def __str__(self) -> str:
-        """A rich table if this goes to a terminal and rich is installed, plain text otherwise."""
+        """A rich table if stdout is a terminal and rich is installed, plain text otherwise."""
         if not _HAS_RICH or not sys.stdout.isatty():
             return plain_text(self.sheet())
         page = io.StringIO()
@@ -49,11 +49,11 @@ class Printable(abc.ABC):
         return page.getvalue().rstrip("\n")
 
     def __repr__(self) -> str:
-        """The same in a notebook or at a prompt, where the report is all there is to see."""
+        """The printed report, so that a notebook or a prompt shows it."""
         return str(self)
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        """What ``rich.print`` shows."""
+        """The parts that ``rich.print`` shows."""
         return _rich_parts(self.sheet())
 
 
@@ -94,7 +94,7 @@ def _rich_parts(sheet: Sheet) -> Iterator[Any]:
     table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(sheet.columns):
         table.add_column(rich.text.Text(name), justify="left" if i < sheet.words else "right", no_wrap=i < sheet.words)
-    sentences: dict[str, int] = {}  # they would widen their column: they go below, the cell says where
+    sentences: dict[str, int] = {}  # printed as footnotes, because they would widen their column
     for row in sheet.rows:
         cells = row
         if len(row) < len(sheet.columns):

@@ -1,4 +1,4 @@
-"""The results of ``explain`` and ``check_derivatives``: figures by attribute, and how they print."""
+"""Reports of ``explain`` and ``check_derivatives``: data classes that print as tables."""
 
 import math
 from dataclasses import dataclass
@@ -7,24 +7,26 @@ from typing import Literal
 from curvature.diagnostics._print import Printable, Sheet
 from curvature.transforms._sites import SiteRule
 
-_MOST_SITES = 12  # that are printed
+_MOST_SITES = 12  # the most sites that are printed
 
 
 @dataclass(frozen=True)
 class ModeCost:
-    """One way to a derivative: a row of ``explain``.
+    """The cost of one mode for one derivative: a row of ``explain``.
 
     Attributes:
         derivative: ``"gradient"``, ``"hvp"``, ``"hessian"`` or ``"jacobian"``.
-        mode: the mode or composition of modes; "taps" for a Hessian assembled as ``mean_hessian`` does, where ``auto``
-            finds that ``f`` is a sum or mean over examples.
-        chosen: whether it is what ``mode="auto"`` takes.
-        blocker: why it is not legal: the primitive, and the user's line that brought it in; None if it is legal.
-        flops: XLA's count, which takes the body of a loop once; None if XLA does not say or nothing was compiled.
-        temporary_bytes: what XLA sets aside for intermediates, beyond arguments and results; None as above.
-        compile_seconds: tracing, lowering and compiling together; None as above.
+        mode: the mode or composition of modes; "taps" for a Hessian that is assembled as by ``mean_hessian``, if
+            ``auto`` finds that ``f`` is a sum or mean over examples.
+        chosen: whether ``mode="auto"`` chooses it.
+        blocker: why it is not legal: the primitive, and the line of the user's code; None if it is legal.
+        flops: XLA's count, which counts the body of a loop once; None if XLA does not report it or nothing was
+            compiled.
+        temporary_bytes: the memory that XLA allocates for intermediates, besides arguments and results; None as for
+            ``flops``.
+        compile_seconds: the time of tracing, lowering and compiling together; None if nothing was compiled.
         seconds: the median time of a call; None if it was not measured.
-        remark: what else there is to say, such as why a legal way has no figures.
+        remark: further remarks, such as why a legal mode has no figures.
     """
 
     derivative: Literal["gradient", "hvp", "hessian", "jacobian"]
@@ -39,28 +41,29 @@ class ModeCost:
 
     @property
     def legal(self) -> bool:
-        """Whether this way can differentiate the function."""
+        """Whether this mode can differentiate the function."""
         return self.blocker is None
 
 
 @dataclass(frozen=True, repr=False)
 class ModeReport(Printable):
-    """What ``explain`` found; prints as a table.
+    """The result of ``explain``; prints as a table.
 
     Attributes:
-        name: the function's.
+        name: the name of the function.
         ways: a ``ModeCost`` for each derivative and composition of modes.
         num_inputs: the number of entries of ``x``.
         num_outputs: the number of entries of ``f(x)``.
-        chunk: how many columns of the Hessian (or tangents or cotangents of the Jacobian) run at once; None if no mode
-            is legal, or the Hessian is assembled from taps.
+        chunk: the number of columns of the Hessian (or tangents or cotangents of the Jacobian) that run at once; None
+            if no mode is legal, or the Hessian is assembled from taps.
         unused: the paths of the leaves of ``x`` that ``f`` does not depend on.
-        without_curvature: the paths of the leaves that ``f`` is linear in, or piecewise so, all else fixed and not:
-            the rows and columns of the Hessian are zero there, whatever the values.
-        structure: what structure of ``f`` the Hessian is formed from, in words; None if it goes column by column.
-        sites: where the Hessian is formed from examples, a ``SiteRule`` for each equation that leaves of ``x`` enter
-            together with data: ``primitive``, ``where`` (the user's line), ``leaves`` (their paths) and ``rule``.
-        remarks: what else is worth knowing, in sentences.
+        without_curvature: the paths of the leaves whose rows and columns of the Hessian are zero for all values: ``f``
+            is linear or piecewise linear in them, also jointly with the other leaves.
+        structure: the structure of ``f`` from which the Hessian is assembled, in words; None if it is formed column by
+            column.
+        sites: if the Hessian is assembled from examples, a ``SiteRule`` for each equation that combines leaves of ``x``
+            with data: ``primitive``, ``where`` (the line of the user's code), ``leaves`` (their paths) and ``rule``.
+        remarks: further remarks, in sentences.
     """
 
     name: str
@@ -75,7 +78,7 @@ class ModeReport(Printable):
     remarks: tuple[str, ...]
 
     def way(self, derivative: str, mode: str = "auto") -> ModeCost | None:
-        """The row of a derivative by a mode; for ``"auto"`` the chosen one; None if there is none."""
+        """The row of a derivative and a mode, for ``"auto"`` the row of the chosen mode; None if it does not exist."""
         for way in self.ways:
             if way.derivative == derivative and (way.chosen if mode == "auto" else way.mode == mode):
                 return way
@@ -125,7 +128,7 @@ def _way_cells(way: ModeCost, measured: bool) -> tuple[str, ...]:
 
 
 def _scaled(number: float | None, base: int, units: tuple[str, ...]) -> str:
-    """Three digits and a unit."""
+    """The number with three digits and a unit."""
     if number is None or not number > 0:
         return "?" if number is None else "0"
     power = min(max(int(math.log(number, base)), 0), len(units) - 1)
@@ -133,7 +136,7 @@ def _scaled(number: float | None, base: int, units: tuple[str, ...]) -> str:
 
 
 def _digits(number: float) -> str:
-    """Three significant digits without an exponent, at most three of them after the point."""
+    """The number with three significant digits, no exponent, and at most three decimals."""
     if number == 0:
         return "0"
     return f"{number:,.{min(max(2 - math.floor(math.log10(abs(number))), 0), 3)}f}"
@@ -147,13 +150,13 @@ class DerivativeCheck:
     """One check of ``check_derivatives``.
 
     Attributes:
-        name: what was checked.
+        name: the identity that was checked.
         verdict: ``"passed"``; ``"wrong"``: the two sides differ by more than the tolerance; ``"kink"``: the derivative
-            does not exist at this point, its one-sided limits differ; ``"not finite"``: a NaN or an infinity;
-            ``"inconclusive"``: the differences are too rough to judge by.
-        error: the largest error found, relative to the scale of what is compared.
-        tolerance: the error allowed there, likewise.
-        sentence: what was found, and where, for people.
+            does not exist at this point because its one-sided limits differ; ``"not finite"``: a NaN or an infinity;
+            ``"inconclusive"``: the differences are too inaccurate.
+        error: the largest error, relative to the scale of the compared values.
+        tolerance: the allowed error, relative to the same scale.
+        sentence: the finding and its location, in words.
     """
 
     name: str
@@ -165,14 +168,14 @@ class DerivativeCheck:
 
 @dataclass(frozen=True, repr=False)
 class DerivativeReport(Printable):
-    """What ``check_derivatives`` found; prints as a table. Usable as ``assert report.ok, report``.
+    """The result of ``check_derivatives``; prints as a table. Use it as ``assert report.ok, report``.
 
     Attributes:
-        name: the function's.
-        checks: a ``DerivativeCheck`` each.
-        nonfinite: mode -> paths of the leaves whose gradient or Hessian has a NaN or an infinity, in the user's own
-            precision; keys are such as ``"gradient by rev"``. Empty if all is finite.
-        remarks: in which precision the differences were taken, and what was left out and why.
+        name: the name of the function.
+        checks: a ``DerivativeCheck`` for each identity.
+        nonfinite: from a mode, such as ``"gradient by rev"``, to the paths of the leaves whose gradient or Hessian has
+            a NaN or an infinity in the dtype of ``x``. Empty if all values are finite.
+        remarks: the precision of the differences, and which checks were skipped and why.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Conjugate gradients that report negative curvature, in free space and inside a trust region."""
+"""Conjugate gradients: ``cg`` with restarts and a check of curvature, and Steihaug's method in a trust region."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,11 +12,13 @@ from curvature._numerics import dot, norm
 from curvature._types import Scalar, SolveInfo, Status, Tree, Vector, VectorMap
 from curvature.linalg._host_loop import call_solver
 from curvature.linalg._linear_system import (
+    Correction,
     Operator,
+    by_iteration,
     check_system,
     implicit_solution,
     linear_system,
-    unit_preconditioner,
+    refine,
     where_status,
 )
 from curvature.operators._base import LinearOperator
@@ -30,37 +32,37 @@ def cg(
     max_steps: ArrayLike | None = None,
     preconditioner: LinearOperator | Callable[[Tree], Tree] | None = None,
 ) -> tuple[Tree, SolveInfo]:
-    """Solve ``A x = b`` for a symmetric positive definite ``A`` by conjugate gradients, or say why it cannot be.
+    """Solve ``A x = b`` for a symmetric positive definite ``A`` by conjugate gradients.
 
-    Two things differ from the usual routine. Success is claimed only when ``norm(b - A x) <= rtol * norm(b)`` holds for
-    the residual computed afresh from ``x``; when rounding has parted it from the recurrence, the method restarts from
-    ``x``. And a direction ``p`` with ``p' A p <= eps * norm(p) * norm(A p)`` ends the solve and is returned: ``A`` is
-    not positive definite.
+    Two things differ from the usual routine. First, ``CONVERGED`` is reported only if ``norm(b - A x) <= rtol *
+    norm(b)`` holds for the residual recomputed from ``x``; if rounding makes the recurrence deviate from it, the method
+    restarts from ``x``. Second, a direction ``p`` with ``p' A p <= eps * norm(p) * norm(A p)`` ends the solve and is
+    returned: ``A`` is not positive definite.
 
-    The solution, not the iteration, is differentiated: by ``b`` and by all that the operator holds, ``dx`` solves
-    ``A dx = db - dA x`` with the same settings, in forward and in reverse mode. ``info`` has no derivative, and says
-    nothing of the solves that derivatives take.
+    Derivatives are implicit: with respect to ``b`` and everything that the operator depends on, ``dx`` solves
+    ``A dx = db - dA x`` with the same settings, in forward and in reverse mode. ``info`` has no derivative, and does
+    not describe the solves for derivatives.
 
     Args:
         op: a symmetric operator, linearized once, or the product ``v -> A v`` on trees like ``b``.
         b: the right-hand side, any tree of floating arrays.
-        rtol: the residual's tolerance, relative to ``norm(b)``.
-        max_steps: the most products; ``None`` is 10 for each entry of ``b``.
+        rtol: the tolerance of the residual, relative to ``norm(b)``.
+        max_steps: the largest number of steps; ``None`` is 10 for each entry of ``b``.
         preconditioner: a symmetric positive definite approximation of the inverse of ``A``, such as
-            ``nystrom_preconditioner`` makes, or the product with one.
+            ``nystrom_preconditioner`` returns, or the product with one.
 
     Returns:
-        ``(x, info)``: ``x`` shaped like ``b``, the last iterate; ``info`` a ``SolveInfo``. The status is ``CONVERGED``,
-        ``MAX_STEPS``, ``NEGATIVE_CURVATURE``, ``STALLED`` (restarts gain nothing more in this precision) or
-        ``NONFINITE``.
+        ``(x, info)``: ``x`` shaped like ``b``, the last iterate unless an earlier start had a smaller residual;
+        ``info`` a ``SolveInfo``. The status is ``CONVERGED``, ``MAX_STEPS``, ``NEGATIVE_CURVATURE``, ``STALLED`` (a
+        restart did not halve the residual) or ``NONFINITE``.
 
     Raises:
-        TypeError: when ``op`` is no operator and not callable, or a leaf of ``b`` is not of a real floating dtype, or
-            ``op`` changes it.
-        ValueError: when ``op(b)`` has not the structure or shapes of ``b``, or a number is out of range.
+        TypeError: if ``op`` is neither an operator nor callable, a leaf of ``b`` is not of a real floating dtype, or
+            ``op`` changes the dtype.
+        ValueError: if ``op(b)`` does not have the structure and shapes of ``b``, or a number is out of range.
 
-    Cost: one product each step, one more for each restart; memory for six vectors like ``b``. Outside ``jit`` the solve
-        is compiled once for each structure of ``op`` and ``b`` and the functions in them, which must be pure. With
+    Cost: one product per step and one per restart; memory for six vectors like ``b``. Outside ``jit`` the solve is
+        compiled once for each structure of ``op`` and ``b`` and the functions in them, which must be pure. With
         ``batches=`` each product is one pass over the batches, and the loop runs on the host: outside of ``jit``,
         ``vmap`` and ``grad`` only.
 
@@ -81,15 +83,11 @@ def cg(
 
 def _cg(op: Operator, b: Tree, rtol: ArrayLike, limit: Int[Array, ""], preconditioner: Operator | None) -> Any:
     system = linear_system("cg", op, b, limit, preconditioner)
-
-    def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
-        return restarted_cg(product, unit, rtol, system.limit, unit_preconditioner(system.precondition, unit))
-
-    return implicit_solution(system, method)
+    return implicit_solution(system, by_iteration(restarted_cg, system, rtol))
 
 
 class CGState(NamedTuple):
-    """Where the iteration stands; ``r`` is the residual by the recurrence and ``rz`` is ``r' M r``."""
+    """The state of the iteration; ``r`` is the residual by the recurrence, ``p`` the direction, and ``rz = r' M r``."""
 
     x: Vector
     r: Vector
@@ -114,10 +112,9 @@ def truncated_cg(
 ) -> CGState:
     """Conjugate gradients for ``A x = b`` inside ``norm(x) <= radius``: Steihaug, N&W algorithm 7.2.
 
-    The entries of ``b`` are of order 1, so that no square overflows.
-
-    Stops at ``norm(r) <= tolerance``, at the boundary, or on negative curvature, which it follows to the boundary
-    when there is one. The region is measured in the Euclidean norm, so a preconditioner needs an infinite radius.
+    The entries of ``b`` must be of order 1, so that no square overflows. The iteration stops at ``norm(r) <=
+    tolerance``, at the boundary, or on negative curvature, whose direction it follows to the boundary if the radius is
+    finite. The region is measured in the Euclidean norm, so a preconditioner requires an infinite radius.
     """
     state = start_cg(b, precondition) if start is None else start
 
@@ -133,9 +130,9 @@ def truncated_cg(
 
 
 def start_cg(b: Vector, precondition: Callable[[Vector], Vector]) -> CGState:
-    """The iteration at ``x = 0``."""
+    """The state at ``x = 0``."""
     z = precondition(b)
-    rz = dot(b, z)  # the other scalars are made like it, so that they vary over a mesh where it does
+    rz = dot(b, z)  # the other scalars derive from it, so that they vary over a mesh if it does
     return CGState(
         x=jnp.zeros_like(b),
         r=b,
@@ -156,18 +153,19 @@ def _cg_step(
     radius: Scalar | float,
     tolerance: Scalar,
 ) -> CGState:
+    """One iteration of N&W algorithm 7.2, with equation numbers of algorithm 5.3."""
     x, r, p = state.x, state.r, state.p
     ap = matvec(p)
     pap, pp = dot(p, ap), dot(p, p)
     finite = jnp.isfinite(pap)
     negative = finite & (pap <= jnp.finfo(p.dtype).eps * jnp.sqrt(pp) * norm(ap))
-    alpha = state.rz / jnp.where(negative | ~finite, 1, pap)
+    alpha = state.rz / jnp.where(negative | ~finite, 1, pap)  # N&W (5.39a)
     outside = jnp.isfinite(radius) & (norm(x + alpha * p) >= radius)
     crosses = finite & (negative | outside)
     alpha = jnp.where(crosses, _to_boundary(x, p, radius), alpha)
     alpha = jnp.where(finite, alpha, 0)
 
-    x, r = x + alpha * p, r - alpha * jnp.where(finite, ap, 0)
+    x, r = x + alpha * p, r - alpha * jnp.where(finite, ap, 0)  # N&W (5.39b, c)
     z = precondition(r)
     rz = dot(r, z)
     converged = ~crosses & (jnp.linalg.norm(r) <= tolerance)
@@ -189,7 +187,7 @@ def _cg_step(
 
 
 def _to_boundary(x: Vector, p: Vector, radius: Scalar | float) -> Scalar:
-    """The ``t >= 0`` with ``norm(x + t p) = radius``, free of cancellation and overflow; 0 with no boundary."""
+    """The ``t >= 0`` with ``norm(x + t p) = radius``, without cancellation or overflow; 0 if the radius is infinite."""
     unit = x / radius
     xp, pp, gap = dot(unit, p), dot(p, p), 1 - dot(unit, unit)
     denominator = xp + jnp.sqrt(xp**2 + pp * gap)
@@ -197,41 +195,15 @@ def _to_boundary(x: Vector, p: Vector, radius: Scalar | float) -> Scalar:
     return jnp.where(bounded, radius * (gap / jnp.where(bounded, denominator, 1)), 0)
 
 
-class _Restart(NamedTuple):
-    state: CGState
-    residual_norm: Scalar
-
-
 def restarted_cg(
-    matvec: Callable[[Vector], Vector],
-    b: Vector,
-    rtol: Any,
-    max_steps: Int[Array, ""],
-    precondition: Callable[[Vector], Vector],
+    product: VectorMap, b: Vector, rtol: Any, limit: Int[Array, ""], precondition: VectorMap
 ) -> tuple[Vector, SolveInfo]:
-    """Run CG, compute the residual afresh, and go on from there while that gains at least half of it."""
-    norm_b = jnp.linalg.norm(b)
-    tolerance = jnp.asarray(rtol, b.dtype) * norm_b
+    """CG, restarted for the recomputed residual while that halves; ``b`` has entries of order 1."""
 
-    def running(carry: _Restart) -> Bool[Array, ""]:
-        return carry.state.status == Status.RUNNING
-
-    def restart(carry: _Restart) -> _Restart:
-        state = truncated_cg(
-            matvec, b, tolerance=tolerance, max_steps=max_steps, precondition=precondition, start=carry.state
-        )
-        r = b - matvec(state.x)
-        residual_norm = jnp.linalg.norm(r)
-        z = precondition(r)
+    def correct(r: Vector, tolerance: Scalar, left: Int[Array, ""], _: Any) -> tuple[Correction, Any]:
+        state = truncated_cg(product, r, tolerance=tolerance, max_steps=left, precondition=precondition)
         claimed = (state.status == Status.CONVERGED) | (state.status == Status.MAX_STEPS)
-        status = where_status(claimed & (residual_norm <= tolerance), Status.CONVERGED, state.status)
-        status = where_status((status == Status.CONVERGED) & ~(residual_norm <= tolerance), Status.RUNNING, status)
-        stuck = (status == Status.RUNNING) & ~(residual_norm <= carry.residual_norm / 2)
-        status = where_status(stuck, Status.STALLED, status)
-        return _Restart(state._replace(r=r, p=z, rz=dot(r, z), status=status), residual_norm)
+        status = where_status(claimed, Status.RUNNING, state.status)  # the recomputed residual decides
+        return Correction(state.x, state.step, status, state.min_curvature, state.direction), ()
 
-    finite = jnp.isfinite(norm_b)
-    state = start_cg(b, precondition)
-    state = state._replace(status=where_status(finite, state.status, Status.NONFINITE))
-    state, residual_norm = jax.lax.while_loop(running, restart, _Restart(state, norm_b))
-    return state.x, SolveInfo(state.status, state.step, residual_norm, state.min_curvature, state.direction)
+    return refine(product, b, correct, rtol, limit)

@@ -1,4 +1,4 @@
-"""Block Lanczos with thick restarts for the extreme eigenpairs of a symmetric operator."""
+"""``eigsh``: block Lanczos with thick restarts for the extreme eigenpairs of a symmetric operator."""
 
 import math
 from typing import Literal, NamedTuple
@@ -9,37 +9,35 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from curvature import _checks
-from curvature._checks import _linalg
 from curvature._numerics import norm
-from curvature._trees import ravel
 from curvature._types import Scalar, Tree, Vector
 from curvature.linalg._host_loop import call_solver
 from curvature.linalg._lanczos import orthonormal_rows, random_rows
-from curvature.linalg._linear_system import checked_product
-from curvature.operators._base import LinearOperator, Product, zeros
+from curvature.linalg._linear_system import product_on_vectors
+from curvature.operators._base import LinearOperator, Product
 from curvature.transforms._chunks import vmap
 
 Which = Literal["LA", "SA", "LM"]
-"""The largest, the smallest, or those of largest magnitude."""
+"""The largest (algebraic), the smallest (algebraic), or the largest in magnitude."""
 
 Rows = Float[Array, "count n"]
 
-_DENSE = 500  # entries, up to which the matrix is formed and all its eigenvalues are found
+_DENSE = 500  # Heuristic: up to this number of entries the matrix is formed and all its eigenvalues are computed
 # Heuristic, chosen on a Wishart matrix of size 700, whose lowest eigenvalues are clustered: with 40 vectors kept and 40
 # added, four eigenvalues take 3,900 products to 1e-9; with 9 kept and 24 added they take 53,000, and ARPACK 30,000.
-_LEAST_BASIS = 40  # vectors that a restart keeps, and adds, at least
-_LEAST_BLOCKS = 6  # blocks that a restart adds at least
-_LOST = 100  # roundings of A: at or below, residuals may be as small as they can be in this precision
-_PATIENCE = 10  # restarts without a gain of a tenth at that level, after which rounding is taken to be the cause
+_LEAST_BASIS = 40  # a restart keeps, and adds, at least this number of vectors
+_LEAST_BLOCKS = 6  # a restart adds at least this number of blocks
+_LOST = 100  # Heuristic: residuals at or below this number of roundings of A may be due to rounding
+_PATIENCE = 10  # Heuristic: the iteration stops after this number of restarts at that level without a gain of a tenth
 
 
 class Eigenpairs(NamedTuple):
-    """Eigenvalues and eigenvectors of a symmetric operator, the most wanted first.
+    """Eigenvalues and eigenvectors of a symmetric operator, in the order that ``which`` states.
 
     Attributes:
         eigenvalues: Ritz values ``v' A v``.
         eigenvectors: a tree like the operator's argument, with a leading axis of k; orthonormal.
-        residuals: ``norm(A v - eigenvalue v)``, computed afresh; an eigenvalue of A lies that near.
+        residuals: ``norm(A v - eigenvalue v)``, recomputed; ``A`` has an eigenvalue within this distance.
         converged: whether the residual passes the test.
     """
 
@@ -60,34 +58,34 @@ def eigsh(
 ) -> Eigenpairs:
     """The ``k`` largest or smallest eigenvalues of a symmetric operator, with eigenvectors.
 
-    Block Lanczos with thick restarts: k directions at a time, so that eigenvalues of multiplicity up to k are found as
-    often as they occur; directions that are exhausted are replaced by random ones. Each restart keeps the best Ritz
-    vectors and continues from the residuals of the k wanted ones, computed afresh. A pair is called converged only if
-    ``norm(A v - eigenvalue v) <= rtol * max(abs(eigenvalues of A seen))``. Operators with at most 500 columns, or twice
-    the size of the basis, are formed, and all their eigenvalues found.
+    Block Lanczos with thick restarts. Blocks of k vectors find eigenvalues of multiplicity up to k as often as they
+    occur; random vectors replace exhausted directions. Each restart keeps the best Ritz vectors and continues from the
+    recomputed residuals of the k wanted ones. A pair is reported as converged only if
+    ``norm(A v - eigenvalue v) <= rtol * max(abs(Ritz values))``. Operators with at most 500 columns, or twice the size
+    of the basis, are formed, and all their eigenvalues computed.
 
     Args:
         op: the symmetric operator, linearized once.
-        k: how many.
+        k: the number of eigenpairs.
         which: ``"LA"`` the largest, descending; ``"SA"`` the smallest, ascending; ``"LM"`` the largest in magnitude,
             descending in magnitude.
-        key: the random key of the first block; ``None`` is ``jax.random.key(0)``: the same answer each time.
-        rtol: the tolerance, relative to the eigenvalue of largest magnitude that was seen.
-        max_steps: the most restarts. Clustered eigenvalues and small tolerances take hundreds. The iteration also ends
-            when ten restarts in a row gain nothing although all residuals are within 100 roundings of ``A``: no
-            smaller ones can be reached in this precision.
+        key: the random key of the first block; ``None`` is ``jax.random.key(0)``, so that calls are reproducible.
+        rtol: the tolerance, relative to the Ritz value of largest magnitude.
+        max_steps: the largest number of restarts. Clustered eigenvalues and small tolerances take hundreds. The
+            iteration also ends if all residuals are within 100 roundings of ``A`` and ten restarts in a row gain
+            nothing: this precision allows no smaller residuals.
 
     Returns:
         ``Eigenpairs``. NaN in the operator gives NaN eigenvalues that are not converged. There is no reverse-mode
-        derivative; the first one of a simple eigenvalue is that of ``v' A v`` with ``v`` held fixed.
+        derivative; the first derivative of a simple eigenvalue is that of ``v' A v`` with ``v`` held fixed.
 
     Raises:
-        TypeError: when ``op`` is no operator.
-        ValueError: when ``k`` is not between 1 and the size of the operator, ``op`` is not square, ``which`` is unknown
+        TypeError: if ``op`` is not an operator.
+        ValueError: if ``k`` is not between 1 and the size of the operator, ``op`` is not square, ``which`` is unknown
             or a number is out of range.
 
-    Cost: the start takes 3 k products, each restart 7 k, both at least 40 + k, of which k run at once, and O(n m^2)
-        FLOPs for the m = 8 k (at least 80) vectors that it holds. Formed: n products, 9 n^3 FLOPs, n^2 memory. With
+    Cost: 3 k products at the start and 7 k per restart (both at least 40 + k), of which k run at once, and O(n m^2)
+        FLOPs for a basis of m = 8 k (at least 80) vectors. Formed: n products, 9 n^3 FLOPs, n^2 memory. With
         ``batches=``, each block of k products is one pass over the batches.
 
     Example:
@@ -100,23 +98,22 @@ def eigsh(
 
     References: Wu and Simon (2000), doi:10.1137/S0895479898334605; Golub and Underwood (1977), the block method.
     """
-    _linalg.check_operator("eigsh", "op", op, isinstance(op, LinearOperator))
+    _checks.check_operator("eigsh", op)
     _checks.check_choice("eigsh", "which", which, Which)
     _checks.check_nonnegative("eigsh", "rtol", rtol)
     _checks.check_count("eigsh", "max_steps", max_steps)
     structure = op.in_structure()
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure))
-    _linalg.check_size("eigsh", "k", k, size, "the number of columns of op")
+    _checks.check_size("eigsh", "k", k, size, "the number of columns of op")
     key = jax.random.key(0) if key is None else key
     operands = key, jnp.asarray(rtol), jnp.asarray(max_steps, jnp.int32)
     return call_solver("eigsh", _eigsh, op, *operands, k=k, which=which)
 
 
 def _eigsh(op: LinearOperator, key: PRNGKeyArray, rtol: Array, max_steps: Array, k: int, which: Which) -> Eigenpairs:
-    product, example = checked_product("eigsh", "op", op, zeros(op.in_structure()))
-    flat, unravel = ravel(example)
-    problem = _Problem(_on_rows(product, unravel), flat, k, which)
-    if flat.size <= max(_DENSE, 2 * problem.basis_size):
+    product, unravel, example = product_on_vectors("eigsh", op)
+    problem = _Problem(vmap(product), example, k, which)
+    if example.size <= max(_DENSE, 2 * problem.basis_size):
         state = _by_eigh(problem)
     else:
         state = _by_lanczos(problem, key, rtol, max_steps)
@@ -132,35 +129,27 @@ class _Problem(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """How many Ritz vectors a restart keeps, a multiple of k.
+        """The number of Ritz vectors that a restart keeps, a multiple of k.
 
-        Many more than are wanted: the wanted ones converge as fast as their distance from what is not kept is large.
+        It is larger than k: a wanted pair converges faster, the farther its eigenvalue is from all that are not kept.
         """
         return self.k * max(2, -(-_LEAST_BASIS // self.k))
 
     @property
-    def num_blocks(self) -> int:
-        """How many blocks of k vectors a restart adds."""
-        return max(_LEAST_BLOCKS, -(-_LEAST_BASIS // self.k))
-
-    @property
     def basis_size(self) -> int:
-        return self.kept + self.num_blocks * self.k
+        """The size after a restart has added blocks of k vectors."""
+        return self.kept + self.k * max(_LEAST_BLOCKS, -(-_LEAST_BASIS // self.k))
 
 
 class _State(NamedTuple):
     values: Float[Array, " kept"]
     vectors: Rows
-    residuals: Rows  # of the first k
+    residuals: Rows  # of the first k pairs
     residual_norms: Float[Array, " k"]
     size: Scalar  # the largest magnitude of a Ritz value
     step: Int[Array, ""]
-    best: Scalar  # the smallest that the largest of the norms has been
-    stale: Int[Array, ""]  # restarts since then
-
-
-def _on_rows(product: Product, unravel: Product) -> Product:
-    return vmap(lambda row: ravel(product(unravel(row)))[0])
+    best: Scalar  # the smallest value of max(residual_norms) over all restarts
+    stale: Int[Array, ""]  # the number of restarts since then, if the residuals are at the rounding level
 
 
 def _converged(state: _State, rtol: ArrayLike) -> Bool[Array, " k"]:
@@ -181,7 +170,7 @@ def _by_lanczos(problem: _Problem, key: PRNGKeyArray, rtol: ArrayLike, max_steps
         new = _expand(problem, state, jax.random.fold_in(key, state.step + 1))
         largest = jnp.max(new.residual_norms)
         better = largest < 0.9 * state.best
-        # Above the rounding level a residual that stays for long can still fall: clustered eigenvalues converge slowly.
+        # Only at the rounding level is a lack of progress final: clustered eigenvalues converge slowly above it.
         rounding = largest <= _LOST * jnp.finfo(largest.dtype).eps * new.size
         return new._replace(
             best=jnp.minimum(largest, state.best), stale=jnp.where(rounding & ~better, state.stale + 1, 0)
@@ -191,7 +180,7 @@ def _by_lanczos(problem: _Problem, key: PRNGKeyArray, rtol: ArrayLike, max_steps
 
 
 def _start(problem: _Problem, key: PRNGKeyArray) -> _State:
-    """The Ritz pairs of the Krylov space of a random block."""
+    """The Ritz pairs of the block Krylov space of a random block."""
     basis = jnp.broadcast_to(problem.example, (problem.kept, problem.example.size))
     projected = jnp.zeros((problem.kept, problem.kept), basis.dtype) + problem.example[0]
     block = random_rows(key, problem.k, problem.example)
@@ -200,7 +189,7 @@ def _start(problem: _Problem, key: PRNGKeyArray) -> _State:
 
 
 def _expand(problem: _Problem, state: _State, key: PRNGKeyArray) -> _State:
-    """Add blocks to the kept Ritz vectors, beginning with their residuals, and take the Ritz vectors of all."""
+    """One restart: add blocks to the kept Ritz vectors, starting with the residuals, and compute new Ritz pairs."""
     kept, total = problem.kept, problem.basis_size
     new = jnp.broadcast_to(problem.example, (total - kept, problem.example.size))
     basis = jnp.concatenate([state.vectors, new])
@@ -215,7 +204,7 @@ def _expand(problem: _Problem, state: _State, key: PRNGKeyArray) -> _State:
 def _add_blocks(
     problem: _Problem, basis: Rows, projected: Array, block: Array, first: int, key: PRNGKeyArray
 ) -> tuple[Rows, Array]:
-    """Fill the rows of the basis from number ``first`` on, a block at a time, and the projection of A on them."""
+    """Fill the rows of the basis from row ``first``, a block at a time, and the projection ``Q' A Q``."""
     k = problem.k
 
     def add_block(i: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -224,10 +213,10 @@ def _add_blocks(
         block = orthonormal_rows(basis, block, jax.random.fold_in(key, i), problem.example)
         basis = jax.lax.dynamic_update_slice_in_dim(basis, block, row, 0)
         images = problem.product(block)
-        columns = jnp.matmul(images, basis.T, precision="highest")  # zero for the rows to come
+        columns = jnp.matmul(images, basis.T, precision="highest")  # zero for rows that are not filled yet
         projected = jax.lax.dynamic_update_slice_in_dim(projected, columns, row, 0)
         projected = jax.lax.dynamic_update_slice_in_dim(projected, columns.T, row, 1)
-        size = jnp.max(jnp.abs(images))  # entries of order 1, below which orthogonalization leaves noise
+        size = jnp.max(jnp.abs(images))  # orthonormal_rows expects entries of order 1
         return basis, projected, images / jnp.where(size > 0, size, 1)
 
     count = (len(basis) - first) // k
@@ -235,7 +224,7 @@ def _add_blocks(
 
 
 def _ritz(problem: _Problem, basis: Rows, projected: Array, kept: int) -> _State:
-    """The wanted Ritz pairs of a basis with ``projected = Q' A Q``, and their residuals."""
+    """The first ``kept`` Ritz pairs of a basis with ``projected = Q' A Q``, and the residuals of the first k."""
     finite = jnp.all(jnp.isfinite(projected))
     values, coordinates = jnp.linalg.eigh(jnp.where(finite, projected, 0))
     values = jnp.where(finite, values, jnp.nan)

@@ -1,4 +1,4 @@
-"""Calls of solvers: compiled once for each structure of the operator, or run as a loop on the host over its batches."""
+"""``call_solver``: run a solver compiled, or as an interpreted loop on the host for an operator with ``batches``."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -9,29 +9,29 @@ import jax.extend as jex
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from curvature._checks import _linalg
+from curvature import _checks
 from curvature._compile_cache import call_compiled, compiled_for, is_traced
 from curvature.operators._base import LinearOperator
 from curvature.operators._data import DataOperator
 from curvature.operators._streamed import evaluate_streamed, replace_streamed, streamed_p
 from curvature.programs._jaxprs import Environment, called_jaxpr, open_jaxpr, open_loop
 
-# The pieces of the jaxprs that ran on the host, which jit keeps for each program: without them each call compiles.
+# The pieces of each jaxpr that ran on the host; without this cache each call would compile them.
 _PIECES: weakref.WeakKeyDictionary[Jaxpr, list["_Piece"]] = weakref.WeakKeyDictionary()
 
 
 def call_solver(function: str, program: Callable[..., Any], op: Any, *operands: Any, **how: Any) -> Any:
-    """``program(op, *operands, **how)`` for a public function of that name.
+    """``program(op, *operands, **how)`` for the public function of that name.
 
-    Outside of all transformations it is compiled once for each structure of the operands. Inside another one it is
-    traced like any function. With an operator on streamed data it is traced once, and a loop on the host evaluates the
-    jaxpr: what lies between two passes over the batches is compiled.
+    Outside of transformations the program is compiled once for each structure of the operands. Inside a transformation
+    it is traced like any function. With an operator that has ``batches`` it is traced once, and a loop on the host
+    interprets the jaxpr; the equations between two passes over the batches are compiled together.
     """
     if not (isinstance(op, LinearOperator) or callable(op)):
-        return program(op, *operands, **how)  # which refuses it
+        return program(op, *operands, **how)  # raises the error
     replaced, operators = replace_streamed((op, *operands))
     if operators and is_traced():
-        raise _linalg.no_streaming_inside(function)
+        raise _checks.no_streaming_inside(function)
     if operators:
         return _run_on_host(program, replaced, operators, how)
     return program(op, *operands, **how) if is_traced() else call_compiled(program, (op, *operands), how)
@@ -50,13 +50,13 @@ def _run_on_host(
 
 
 class _Piece(NamedTuple):
-    """Equations without a product, compiled together, or one that holds a product.
+    """Several equations without a product, compiled together, or one equation that contains a product.
 
     Attributes:
-        eqn: the equation, or None.
-        ins: the variables and literals that it takes.
-        outs: the variables that it sets.
-        body: what computes them: a compiled function, the ``Loop`` of a scan, a jaxpr that is called, or None.
+        eqn: the equation; None for several.
+        ins: the variables and literals that the piece reads.
+        outs: the variables that the piece writes.
+        body: a compiled function for several equations; the ``Loop`` of a scan, a called jaxpr or None for one.
     """
 
     eqn: Any
@@ -66,11 +66,13 @@ class _Piece(NamedTuple):
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], operators: Sequence[DataOperator]) -> list[Any]:
-    """The outputs of a jaxpr some of whose equations are products with these operators."""
+    """The outputs of a jaxpr in which some equations are products with these operators."""
     env = Environment()
     env.write(jaxpr.constvars, consts)
     env.write(jaxpr.invars, args)
-    for piece in _pieces_of(jaxpr):
+    if jaxpr not in _PIECES:
+        _PIECES[jaxpr] = _cut(jaxpr)
+    for piece in _PIECES[jaxpr]:
         values = env.read(piece.ins)
         if piece.eqn is None:
             outs = piece.body(*values)
@@ -88,7 +90,7 @@ def _evaluate_closed(closed: Any, args: Sequence[Any], operators: Sequence[DataO
     return _evaluate(open_jaxpr(closed), getattr(closed, "consts", []), args, operators)
 
 
-def _while(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) -> list[Any]:
+def _evaluate_while(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) -> list[Any]:
     params = piece.eqn.params
     first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     of_cond, of_body, carry = values[:first], values[first:second], values[second:]
@@ -97,7 +99,7 @@ def _while(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) 
     return carry
 
 
-def _scan(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) -> list[Any]:
+def _evaluate_scan(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) -> list[Any]:
     loop, params = piece.body, piece.eqn.params
     consts, carry, slices = loop.split(values)
     order = -1 if params["reverse"] else 1
@@ -110,25 +112,19 @@ def _scan(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) -
     return [*carry, *(jnp.stack(rows[::order]) for rows in stacked)]
 
 
-def _cond(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) -> list[Any]:
+def _evaluate_cond(piece: _Piece, values: list[Any], operators: Sequence[DataOperator]) -> list[Any]:
     return _evaluate_closed(piece.eqn.params["branches"][int(values[0])], values[1:], operators)
 
 
-_LOOPS = {"while": _while, "scan": _scan, "cond": _cond}
-
-
-def _pieces_of(jaxpr: Jaxpr) -> list[_Piece]:
-    if jaxpr not in _PIECES:
-        _PIECES[jaxpr] = _cut(jaxpr)
-    return _PIECES[jaxpr]
+_LOOPS = {"while": _evaluate_while, "scan": _evaluate_scan, "cond": _evaluate_cond}
 
 
 def _cut(jaxpr: Jaxpr) -> list[_Piece]:
-    """The equations in order, those with a product alone and all between two of them together."""
+    """The equations in order: each equation with a product alone, and all equations between two of these together."""
     pieces: list[_Piece] = []
     segment: list[Any] = []
     for i, eqn in enumerate(jaxpr.eqns):
-        if not _streams(eqn):
+        if not _contains_product(eqn):
             segment.append(eqn)
             continue
         pieces += _compiled_segment(jaxpr, segment, i)
@@ -144,14 +140,14 @@ def _cut(jaxpr: Jaxpr) -> list[_Piece]:
 
 
 def _compiled_segment(jaxpr: Jaxpr, eqns: list[Any], end: int) -> list[_Piece]:
-    """The equations before number ``end`` as one compiled function of what they take to what others need of them."""
+    """The equations before number ``end`` as one compiled function; its outputs are what later equations read."""
     if not eqns:
         return []
-    made = {v for eqn in eqns for v in eqn.outvars}
-    ins = list(dict.fromkeys(v for eqn in eqns for v in eqn.invars if isinstance(v, Var) and v not in made))
+    written = {v for eqn in eqns for v in eqn.outvars}
+    ins = list(dict.fromkeys(v for eqn in eqns for v in eqn.invars if isinstance(v, Var) and v not in written))
     later = [v for eqn in jaxpr.eqns[end:] for v in eqn.invars] + list(jaxpr.outvars)
-    outs = list(dict.fromkeys(v for v in later if isinstance(v, Var) and v in made))
-    alone = jaxpr.replace(
+    outs = list(dict.fromkeys(v for v in later if isinstance(v, Var) and v in written))
+    segment = jaxpr.replace(
         constvars=[],
         invars=ins,
         outvars=outs,
@@ -159,11 +155,11 @@ def _compiled_segment(jaxpr: Jaxpr, eqns: list[Any], end: int) -> list[_Piece]:
         effects=frozenset().union(*(eqn.effects for eqn in eqns)),
         debug_info=jaxpr.debug_info.with_unknown_names(),
     )
-    return [_Piece(None, ins, outs, jax.jit(jex.core.jaxpr_as_fun(ClosedJaxpr(alone, []))))]
+    return [_Piece(None, ins, outs, jax.jit(jex.core.jaxpr_as_fun(ClosedJaxpr(segment, []))))]
 
 
-def _streams(eqn: Any) -> bool:
-    """Whether a product with an operator on streamed data is in an equation or in the bodies of it."""
+def _contains_product(eqn: Any) -> bool:
+    """Whether an equation, or an equation in its bodies, is a product with an operator that has ``batches``."""
     if eqn.primitive is streamed_p:
         return True
-    return any(_streams(inner) for body in jex.core.jaxprs_in_params(eqn.params) for inner in body.eqns)
+    return any(_contains_product(inner) for body in jex.core.jaxprs_in_params(eqn.params) for inner in body.eqns)

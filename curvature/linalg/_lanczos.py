@@ -1,7 +1,7 @@
-"""Orthonormal bases of Krylov spaces, kept orthonormal to rounding whatever the operator does.
+"""Lanczos tridiagonalization with full reorthogonalization, and orthonormal bases for block Lanczos.
 
-Not by ``matfree``: its tridiagonalization of the identity has ``Q Q' - I`` of 0.9999 and that of zero is NaN, its tests
-of rank are absolute, and products cannot be taken in chunks.
+Why not ``matfree``: its tridiagonalization of the identity has ``Q Q' - I`` of 0.9999, that of the zero matrix is NaN,
+its tests of rank are absolute, and products cannot be chunked.
 """
 
 from typing import NamedTuple
@@ -10,24 +10,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from curvature._checks import _linalg
+from curvature import _checks
 from curvature._numerics import norm
-from curvature._trees import ravel
 from curvature._types import Scalar, Tree, Vector, VectorMap
 from curvature.linalg._host_loop import call_solver
-from curvature.linalg._linear_system import checked_product
-from curvature.operators._base import LinearOperator, zeros
+from curvature.linalg._linear_system import product_on_vectors
+from curvature.operators._base import LinearOperator
 
-_LOST = 100  # roundings: our own level below which what orthogonalization leaves of a vector is noise
+_LOST = 100  # Heuristic: after orthogonalization, a vector below this number of roundings is noise
 
 
 class Tridiagonal(NamedTuple):
-    """What ``lanczos`` found: ``A Q = Q T + r e_k'`` with ``Q' Q = I`` and a tridiagonal ``T``.
+    """The result of ``lanczos``: ``A Q = Q T + r e_k'`` with ``Q' Q = I`` and a tridiagonal ``T``.
 
     Attributes:
         basis: the columns of Q: a tree like the operator's argument, with a leading axis of k.
-        diagonal: of T.
-        off_diagonal: of T; zero where the Krylov space was exhausted and a random vector began another one.
+        diagonal: the diagonal of T.
+        off_diagonal: the off-diagonal of T; zero where the Krylov space was exhausted and a random vector started
+            another one.
         residual: r, a tree like the operator's argument.
     """
 
@@ -38,10 +38,10 @@ class Tridiagonal(NamedTuple):
 
 
 def lanczos(op: LinearOperator, *, key: PRNGKeyArray, num_steps: int) -> Tridiagonal:
-    """Tridiagonalize a symmetric operator on the Krylov space of a random vector, fully reorthogonalized.
+    """Tridiagonalize a symmetric operator on the Krylov space of a random vector, with full reorthogonalization.
 
-    ``A Q = Q T + r e_k'``, ``Q' Q = I``, both to rounding. Where the space is exhausted, as for the identity at the
-    first step, a random vector orthogonal to it begins another one.
+    ``A Q = Q T + r e_k'`` and ``Q' Q = I``, both to rounding. If the space is exhausted, as for the identity at the
+    first step, a random vector orthogonal to it starts another one.
 
     Args:
         op: the symmetric operator, linearized once.
@@ -52,10 +52,10 @@ def lanczos(op: LinearOperator, *, key: PRNGKeyArray, num_steps: int) -> Tridiag
         A ``Tridiagonal``. It has no reverse-mode derivative.
 
     Raises:
-        TypeError: when ``op`` is no operator.
-        ValueError: when ``num_steps`` is not between 1 and the size of the operator, or ``op`` is not square.
+        TypeError: if ``op`` is not an operator.
+        ValueError: if ``num_steps`` is not between 1 and the size of the operator, or ``op`` is not square.
 
-    Cost: k products and O(n k^2) FLOPs; memory for k vectors. With ``batches=`` a product is one pass over them.
+    Cost: k products and O(n k^2) FLOPs; memory for k vectors. With ``batches=`` a product is one pass over the batches.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -67,32 +67,30 @@ def lanczos(op: LinearOperator, *, key: PRNGKeyArray, num_steps: int) -> Tridiag
 
     References: Golub and Van Loan, Matrix Computations, 4th ed. (2013), algorithm 10.1.1 and section 10.3.4.
     """
-    _linalg.check_operator("lanczos", "op", op, isinstance(op, LinearOperator))
+    _checks.check_operator("lanczos", op)
     return call_solver("lanczos", _lanczos, op, key, num_steps=num_steps)
 
 
 def _lanczos(op: LinearOperator, key: PRNGKeyArray, num_steps: int) -> Tridiagonal:
-    product, example = checked_product("lanczos", "op", op, zeros(op.in_structure()))
-    flat, unravel = ravel(example)
-    _linalg.check_size("lanczos", "num_steps", num_steps, flat.size, "the number of columns of op")
+    product, unravel, example = product_on_vectors("lanczos", op)
+    _checks.check_size("lanczos", "num_steps", num_steps, example.size, "the number of columns of op")
     first, later = jax.random.split(key)
-    start = random_rows(first, 1, flat)[0]
-    state = tridiagonalize(lambda vector: ravel(product(unravel(vector)))[0], start, later, num_steps)
+    state = tridiagonalize(product, random_rows(first, 1, example)[0], later, num_steps)
     return Tridiagonal(jax.vmap(unravel)(state.basis), state.diagonal, state.off_diagonal, unravel(state.residual))
 
 
 class LanczosState(NamedTuple):
-    """``lanczos`` on vectors, on its way or done."""
+    """The state of ``tridiagonalize``, and its result."""
 
-    basis: Float[Array, "k n"]  # rows; those to come are zero
+    basis: Float[Array, "k n"]  # rows; later rows are still zero
     diagonal: Float[Array, " k"]
-    off_diagonal: Array  # (k - 1,); on its way (k,), with a first one that couples with nothing
+    off_diagonal: Array  # (k - 1,); in the loop (k,), with a first entry that is not used
     residual: Vector
     size: Scalar  # a lower bound of the norm of A
 
 
 def tridiagonalize(product: VectorMap, start: Vector, key: Array, num_steps: int) -> LanczosState:
-    """``lanczos`` from a given vector; ``key`` is for those that replace an exhausted one."""
+    """``lanczos`` from a given vector; ``key`` draws the vectors that start another space after an exhausted one."""
     example = jnp.zeros_like(start)
 
     def step(i: Int[Array, ""], state: LanczosState) -> LanczosState:
@@ -100,7 +98,7 @@ def tridiagonalize(product: VectorMap, start: Vector, key: Array, num_steps: int
         exhausted = coupling <= _LOST * jnp.finfo(example.dtype).eps * state.size
         vector = jnp.where(exhausted, random_rows(jax.random.fold_in(key, i), 1, example)[0], state.residual)
         vector = vector / norm(vector)
-        vector = orthogonal_to(state.basis, vector[None])[0]  # the division brings back what rounding left
+        vector = orthogonal_to(state.basis, vector[None])[0]  # again: the division amplified what rounding left
         q = vector / norm(vector)
         previous = jnp.where(exhausted, 0, coupling)
         image = product(q)
@@ -109,27 +107,27 @@ def tridiagonalize(product: VectorMap, start: Vector, key: Array, num_steps: int
         return LanczosState(
             basis=basis,
             diagonal=state.diagonal.at[i].set(coefficients[i]),
-            off_diagonal=state.off_diagonal.at[i].set(previous),  # the first couples with nothing
+            off_diagonal=state.off_diagonal.at[i].set(previous),
             residual=orthogonal_to(basis, image[None])[0],
             size=jnp.maximum(state.size, norm(image)),
         )
 
     rows = jnp.broadcast_to(example, (num_steps, example.size))
-    size = jnp.sum(example)  # zero, but varies over a mesh where the operator does
+    size = jnp.sum(example)  # zero, but varies over a mesh if the operator does
     initial = LanczosState(rows, rows[:, 0], rows[:, 0], start, size)
     state = jax.lax.fori_loop(0, num_steps, step, initial)
     return state._replace(off_diagonal=state.off_diagonal[1:])
 
 
 def random_rows(key: Array, count: int, example: Vector) -> Float[Array, "count n"]:
-    """Gaussian vectors of length about 1, which vary over a mesh where ``example``, of zeros, does."""
+    """Gaussian vectors of length about 1, which vary over a mesh if ``example``, a vector of zeros, does."""
     rows = jax.random.normal(key, (count, example.size), example.dtype)
     return rows / jnp.sqrt(jnp.asarray(example.size, example.dtype)) + example[None]
 
 
 def orthogonal_to(basis: Float[Array, "k n"], rows: Float[Array, "count n"]) -> Float[Array, "count n"]:
-    """What is left of ``rows`` without their parts along orthonormal rows; twice is enough against rounding."""
-    for _ in range(2):
+    """The rows, orthogonalized against the orthonormal rows of ``basis`` (classical Gram-Schmidt)."""
+    for _ in range(2):  # twice is enough
         coordinates = jnp.matmul(rows, basis.T, precision="highest")
         rows = rows - jnp.matmul(coordinates, basis, precision="highest")
     return rows
@@ -138,9 +136,9 @@ def orthogonal_to(basis: Float[Array, "k n"], rows: Float[Array, "count n"]) -> 
 def orthonormal_rows(
     basis: Float[Array, "k n"], rows: Float[Array, "count n"], key: Array, example: Vector
 ) -> Float[Array, "count n"]:
-    """Orthonormal rows, orthogonal to ``basis``, that span ``rows`` with it; random ones where those are dependent.
+    """Orthonormal rows, orthogonal to ``basis``, that span ``rows`` with it; random rows replace dependent ones.
 
-    The entries of ``rows`` are of order 1 or less: what is left of a row below the rounding level is noise.
+    The entries of ``rows`` must be of order 1 or less: then a row below the rounding level is noise.
     """
     lost = _LOST * jnp.finfo(rows.dtype).eps
     first, second = jax.random.split(key)

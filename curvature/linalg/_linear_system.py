@@ -1,4 +1,4 @@
-"""What all solvers of ``A x = b`` share: the system as vectors, the derivative of its solution, the fresh residual."""
+"""Shared by the linear solvers: flattening to vectors, implicit derivatives, and iterative refinement."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,31 +12,32 @@ from curvature import _checks
 from curvature._numerics import exponent_of, norm
 from curvature._trees import ravel
 from curvature._types import Scalar, SolveInfo, Status, Tree, Vector, VectorMap
-from curvature.operators._base import DampingOperator, LinearOperator
-from curvature.operators._streamed import stands_in
+from curvature.operators._base import DampingOperator, LinearOperator, zeros
+from curvature.operators._streamed import has_placeholder
 
 Operator = LinearOperator | Callable[[Tree], Tree]
 Method = Callable[[VectorMap, Vector], tuple[Vector, SolveInfo]]
-"""From the product and a right-hand side with entries of order 1 to the solution."""
+"""``method(product, b) -> (x, info)`` for a right-hand side with entries of order 1."""
 
 
 class System(NamedTuple):
-    """``A x = b`` on vectors; ``b`` varies over a mesh where ``A`` does."""
+    """``A x = b`` on vectors; inside ``shard_map``, ``b`` varies over the devices if ``A b`` does."""
 
     product: VectorMap
     b: Vector
     precondition: VectorMap
     unravel: Callable[[Array], Tree]
     limit: Int[Array, ""]
-    streamed: bool  # whether products are passes over batches on the host, which have no derivative
+    streamed: bool  # whether a product is a pass over batches on the host, which has no derivative
 
 
 def check_system(
     function: str, b: Tree, rtol: ArrayLike, max_steps: ArrayLike | None
 ) -> tuple[Tree, ArrayLike, Int[Array, ""]]:
-    """The right-hand side, the tolerance and the most steps as operands, once their values are known to be legal.
+    """Check the right-hand side, the tolerance and the limit of steps, and return them as operands.
 
-    A float stays one: inside ``shard_map`` a linear solve refuses an array that does not vary beside what does.
+    A float tolerance stays a float: inside ``shard_map``, ``custom_linear_solve`` refuses to combine an array that does
+    not vary over the devices with arrays that do.
     """
     b = _checks.check_point(function, "b", b)
     _checks.check_entries(function, "b", b)
@@ -51,7 +52,7 @@ def check_system(
 def linear_system(
     function: str, op: Operator, b: Tree, limit: Int[Array, ""], preconditioner: Operator | None
 ) -> System:
-    """The system on vectors; the operator is linearized here, once."""
+    """The system on vectors, with the operator linearized once."""
     product, b = checked_product(function, "op", op, b)
     on_vectors = lambda vector: vector  # noqa: E731
     if preconditioner is not None:
@@ -59,39 +60,51 @@ def linear_system(
     flat, unravel = ravel(b)
     if preconditioner is not None:
         on_vectors = _on_vectors(inverse, unravel)
-    return System(_on_vectors(product, unravel), flat, on_vectors, unravel, limit, stands_in((op, preconditioner)))
-
-
-def product_of(op: Operator) -> Callable[[Tree], Tree]:
-    """The product with an operator, whose parts that all products share are evaluated here, or the function itself."""
-    return op.linearize() if isinstance(op, LinearOperator) else op
+    streamed = has_placeholder((op, preconditioner))
+    return System(_on_vectors(product, unravel), flat, on_vectors, unravel, limit, streamed)
 
 
 def checked_product(function: str, name: str, op: Operator, b: Tree) -> tuple[Callable[[Tree], Tree], Tree]:
-    """The product, and ``b`` varying over a mesh wherever the product of it does."""
+    """The product, linearized, and ``b``, which varies over the devices of a mesh if its product does."""
     if not isinstance(op, LinearOperator):
         _checks.check_callable(function, name, op)
     elif not isinstance(op, DampingOperator):
         _checks.check_direction(function, "b", b, f"the argument of {name}", op.in_structure())
-    product = product_of(op)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(product, b))
-    _checks.check_direction(function, f"{name}(b)", zeros, "b", b)
-    return product, jax.tree.map(jnp.add, b, zeros)
+    product = op.linearize() if isinstance(op, LinearOperator) else op
+    like_product = jax.tree.map(jnp.zeros_like, jax.eval_shape(product, b))
+    _checks.check_direction(function, f"{name}(b)", like_product, "b", b)
+    return product, jax.tree.map(jnp.add, b, like_product)
+
+
+def product_on_vectors(function: str, op: LinearOperator) -> tuple[VectorMap, Callable[[Vector], Tree], Vector]:
+    """The linearized product of a square operator on vectors, the map back to trees, and zeros that vary as ``A 0``."""
+    product, example = checked_product(function, "op", op, zeros(op.in_structure()))
+    flat, unravel = ravel(example)
+    return _on_vectors(product, unravel), unravel, flat
 
 
 def _on_vectors(fun: Callable[[Tree], Tree], unravel: Callable[[Array], Tree]) -> VectorMap:
     return lambda vector: ravel(fun(unravel(vector)))[0]
 
 
-def implicit_solution(system: System, method: Method) -> tuple[Tree, SolveInfo]:
-    """The method's solution, differentiable by ``b`` and by all that the product holds, whatever the method does.
+def by_iteration(restarted: Callable[..., tuple[Vector, SolveInfo]], system: System, rtol: Any) -> Method:
+    """The method that runs ``restarted(product, b, rtol, limit, precondition)``: restarted CG or MINRES."""
 
-    ``A dx = db - dA x`` and its transpose are solved by the same method.
+    def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
+        return restarted(product, unit, rtol, system.limit, unit_preconditioner(system.precondition, unit))
+
+    return method
+
+
+def implicit_solution(system: System, method: Method) -> tuple[Tree, SolveInfo]:
+    """The solution by a method, differentiable with respect to ``b`` and everything that the product depends on.
+
+    The derivatives solve ``A dx = db - dA x`` and its transpose by the same method; the method is not differentiated.
     """
 
     def solve(product: VectorMap, b: Vector) -> tuple[Vector, SolveInfo]:
         exponent = exponent_of(b)
-        unit = jnp.ldexp(b, -exponent)  # entries at most 1: no square leaves the range of single precision
+        unit = jnp.ldexp(b, -exponent)  # entries at most 1: no square overflows or underflows in single precision
         x, info = method(product, unit)
         solution = jnp.ldexp(x, exponent)
         status = _after_scaling(x, solution, info.status)
@@ -105,7 +118,7 @@ def implicit_solution(system: System, method: Method) -> tuple[Tree, SolveInfo]:
 
 
 def _after_scaling(x: Vector, solution: Vector, status: Int[Array, ""]) -> Int[Array, ""]:
-    """No success for a solution that leaves the range of its precision when it takes its true size."""
+    """The status after scaling back: a solution that underflows or overflows has not converged."""
     limits = jnp.finfo(x.dtype)
     underflows = (jnp.max(jnp.abs(solution)) < limits.tiny / limits.eps) & jnp.any(x != 0)
     converged = status == Status.CONVERGED
@@ -114,17 +127,17 @@ def _after_scaling(x: Vector, solution: Vector, status: Int[Array, ""]) -> Int[A
 
 
 def unit_preconditioner(precondition: VectorMap, unit: Vector) -> VectorMap:
-    """The preconditioner times the power of two that makes its product with ``unit`` of order 1."""
+    """The preconditioner scaled by a power of two, so that its product with ``unit`` has entries of order 1."""
     exponent = exponent_of(precondition(unit))
     return lambda r: jnp.ldexp(precondition(r), -exponent)
 
 
 class Correction(NamedTuple):
-    """What one run of a method adds to ``x``, and what it saw."""
+    """The result of one run of a method in ``refine``: a step to add to ``x``, and the curvature seen."""
 
     step: Vector
     num_steps: Int[Array, ""]
-    status: Int[Array, ""]  # RUNNING: the residual decides
+    status: Int[Array, ""]  # RUNNING leaves the decision to the recomputed residual
     min_curvature: Scalar
     direction: Vector
 
@@ -133,7 +146,7 @@ class _Refinement(NamedTuple):
     x: Vector
     r: Vector
     info: SolveInfo
-    scale: Any
+    carry: Any  # passed from one correction to the next
 
 
 def refine(
@@ -144,10 +157,10 @@ def refine(
     limit: Int[Array, ""],
     carry: Any = (),
 ) -> tuple[Vector, SolveInfo]:
-    """Add corrections to ``x = 0`` while each at least halves the residual, computed afresh after each.
+    """Iterative refinement from ``x = 0``: add corrections while each at least halves the recomputed residual.
 
-    ``correct(r, tolerance, steps_left, carry)`` solves ``A step = r`` as well as it can. No correction is asked for
-    when ``limit`` is 0.
+    ``correct(r, tolerance, steps_left, carry)`` solves ``A step = r`` approximately. The best ``x`` is returned; with
+    ``limit == 0`` that is 0.
     """
     tolerance = jnp.asarray(rtol, b.dtype) * norm(b)
 
@@ -156,12 +169,15 @@ def refine(
 
     def step(state: _Refinement) -> _Refinement:
         info = state.info
-        correction, carry = correct(state.r, tolerance, limit - info.num_steps, state.scale)
+        # 1. Solve for a correction.
+        correction, carry = correct(state.r, tolerance, limit - info.num_steps, state.carry)
+        # 2. Recompute the residual.
         x = state.x + correction.step
         r = b - product(x)
         residual_norm = norm(r)
         finite = jnp.isfinite(residual_norm)
         better = residual_norm < info.residual_norm
+        # 3. Continue only if the residual halved; the status of the correction overrides, success overrides all.
         num_steps = info.num_steps + correction.num_steps
         halved = residual_norm <= info.residual_norm / 2
         status = where_status(halved, Status.RUNNING, Status.STALLED)
@@ -185,10 +201,10 @@ def refine(
 
 
 def _start(b: Vector, tolerance: Scalar, limit: Int[Array, ""]) -> SolveInfo:
-    """At ``x = 0``; all is made like ``b``, so that it varies over a mesh where ``b`` does."""
+    """The info at ``x = 0``; all fields derive from ``b``, so that they vary over a mesh if ``b`` does."""
     residual_norm = norm(b)
     status = jnp.full_like(residual_norm, Status.RUNNING, jnp.int32)
-    allowed = limit > limit - limit  # in a linear solve shard_map refuses a literal zero beside what varies
+    allowed = limit > limit - limit  # not 0: in a linear solve, shard_map refuses a literal beside varying arrays
     status = where_status(allowed, status, Status.MAX_STEPS)
     status = where_status(residual_norm <= tolerance, Status.CONVERGED, status)
     return SolveInfo(
@@ -201,5 +217,5 @@ def _start(b: Vector, tolerance: Scalar, limit: Int[Array, ""]) -> SolveInfo:
 
 
 def where_status(condition: Bool[Array, ""], status: Any, otherwise: Any) -> Int[Array, ""]:
-    """One status or the other, as 32-bit integers."""
+    """``jnp.where`` of two statuses, as 32-bit integers."""
     return jnp.where(condition, jnp.asarray(status, jnp.int32), jnp.asarray(otherwise, jnp.int32))

@@ -1,4 +1,4 @@
-"""The minimum residual method, for symmetric operators that may be indefinite or singular."""
+"""MINRES: the minimum residual method for symmetric operators that may be indefinite or singular."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,17 +14,17 @@ from curvature.linalg._host_loop import call_solver
 from curvature.linalg._linear_system import (
     Correction,
     Operator,
+    by_iteration,
     check_system,
     implicit_solution,
     linear_system,
     refine,
-    unit_preconditioner,
     where_status,
 )
 from curvature.operators._base import LinearOperator
 
-_LEAST_SQUARES = 10  # roundings: our own level at which A r counts as zero
-_LOST = 100  # roundings of A s: our own level at which the change of r by a step s counts as noise
+_LEAST_SQUARES = 10  # Heuristic: A r counts as zero below this number of rounding units
+_LOST = 100  # Heuristic: the change of r by a step s counts as noise below this number of roundings of A s
 
 
 def minres(
@@ -35,37 +35,37 @@ def minres(
     max_steps: ArrayLike | None = None,
     preconditioner: LinearOperator | Callable[[Tree], Tree] | None = None,
 ) -> tuple[Tree, SolveInfo]:
-    """Solve ``A x = b`` for a symmetric ``A`` of any signs, singular ones included: ``x = argmin norm(b - A x)``.
+    """Solve ``A x = b`` for a symmetric ``A``, indefinite or singular: ``x = argmin norm(b - A x)``.
 
-    Success is claimed only when ``norm(b - A x) <= rtol * norm(b)`` holds for the residual computed afresh from ``x``;
-    the method restarts from ``x`` while that halves the residual. Where no ``x`` solves the system because ``A`` is
-    singular and ``b`` is not in its range, the status is ``STALLED`` and ``x`` a least-squares solution: no other has a
-    smaller residual, though others may be shorter (``solve`` with ``method="eigh"`` finds the shortest).
+    ``CONVERGED`` is reported only if ``norm(b - A x) <= rtol * norm(b)`` holds for the residual recomputed from ``x``;
+    the method restarts from ``x`` while that halves the residual. If ``A`` is singular and ``b`` is not in its range,
+    no ``x`` solves the system: the status is ``STALLED`` and ``x`` is a least-squares solution. No other ``x`` has a
+    smaller residual, but others may be shorter (``solve`` with ``method="eigh"`` finds the shortest).
 
-    The solution is differentiated as by ``cg``: ``A dx = db - dA x`` is solved by the same method.
+    Derivatives are implicit as for ``cg``: the same method solves ``A dx = db - dA x``.
 
     Args:
         op: a symmetric operator, linearized once, or the product ``v -> A v`` on trees like ``b``.
         b: the right-hand side, any tree of floating arrays.
-        rtol: the residual's tolerance, relative to ``norm(b)``.
-        max_steps: the most steps; ``None`` is 10 for each entry of ``b``.
-        preconditioner: a symmetric positive definite approximation of the inverse of ``A`` (of ``abs(A)`` where it is
-            indefinite), or the product with one. It changes the norm in which the residual of a system without a
-            solution is smallest; leave it out there.
+        rtol: the tolerance of the residual, relative to ``norm(b)``.
+        max_steps: the largest number of steps; ``None`` is 10 for each entry of ``b``.
+        preconditioner: a symmetric positive definite approximation of the inverse of ``A`` (of ``abs(A)`` if ``A`` is
+            indefinite), or the product with one. It changes the norm that is minimized, so do not pass one for a
+            system without a solution.
 
     Returns:
-        ``(x, info)``: ``x`` shaped like ``b``, the best point found; ``info`` a ``SolveInfo``, in which the curvature
-        is seen along the Lanczos vectors. The status is ``CONVERGED``, ``MAX_STEPS``, ``STALLED`` (no smaller residual
+        ``(x, info)``: ``x`` shaped like ``b``, the best point found; ``info`` a ``SolveInfo``, whose curvature is
+        measured along the Lanczos vectors. The status is ``CONVERGED``, ``MAX_STEPS``, ``STALLED`` (no smaller residual
         exists or can be reached in this precision) or ``NONFINITE``, also for a preconditioner that is not positive
         definite.
 
     Raises:
-        TypeError: when ``op`` is no operator and not callable, a leaf of ``b`` is not of a real floating dtype, or
-            ``op`` changes it.
-        ValueError: when ``op(b)`` has not the structure or shapes of ``b``, or a number is out of range.
+        TypeError: if ``op`` is neither an operator nor callable, a leaf of ``b`` is not of a real floating dtype, or
+            ``op`` changes the dtype.
+        ValueError: if ``op(b)`` does not have the structure and shapes of ``b``, or a number is out of range.
 
-    Cost: one product each step, one more for each restart and one to measure the scale of ``A``; memory for ten vectors
-        like ``b``. As for ``cg``, it is compiled once, and with ``batches=`` each product is one pass over them.
+    Cost: one product per step, one per restart and one to measure the scale of ``A``; memory for ten vectors like
+        ``b``. As ``cg``, it is compiled once, and with ``batches=`` each product is one pass over the batches.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -82,18 +82,13 @@ def minres(
 
 def _minres(op: Operator, b: Tree, rtol: ArrayLike, limit: Int[Array, ""], preconditioner: Operator | None) -> Any:
     system = linear_system("minres", op, b, limit, preconditioner)
-
-    def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
-        precondition = unit_preconditioner(system.precondition, unit)
-        return restarted_minres(product, unit, rtol, system.limit, precondition)
-
-    return implicit_solution(system, method)
+    return implicit_solution(system, by_iteration(restarted_minres, system, rtol))
 
 
 def restarted_minres(
     product: VectorMap, b: Vector, rtol: Any, limit: Int[Array, ""], precondition: VectorMap
 ) -> tuple[Vector, SolveInfo]:
-    """MINRES, and MINRES again for its residual; ``b`` has entries of order 1, and ``A`` is scaled to have them too."""
+    """MINRES, restarted for the recomputed residual; ``b`` has entries of order 1, and ``A`` is scaled accordingly."""
     exponent = exponent_of(product(b))
 
     def scaled(v: Vector) -> Vector:
@@ -103,16 +98,18 @@ def restarted_minres(
         state = _run(scaled, r, tolerance, left, precondition, size)
         min_curvature = jnp.ldexp(state.min_curvature, exponent)
         step = jnp.ldexp(state.x, -exponent)
-        status = where_status(state.status == Status.STALLED, Status.RUNNING, state.status)  # the residual decides
+        # The recomputed residual decides whether the method has stalled.
+        status = where_status(state.status == Status.STALLED, Status.RUNNING, state.status)
         return Correction(step, state.step, status, min_curvature, state.direction), state.size
 
     return refine(product, b, correct, rtol, limit, jnp.zeros_like(b[0]))
 
 
 class _State(NamedTuple):
-    """Where the iteration stands, in the letters of Paige and Saunders.
+    """The state of the iteration, in the notation of Paige and Saunders.
 
-    ``q_old`` is a Lanczos vector, ``q`` the next one times its norm ``beta``, and ``z`` that one preconditioned.
+    ``q_old`` is the last Lanczos vector, ``q`` the next Lanczos vector times its norm ``beta``, and ``z`` the
+    preconditioner applied to ``q``.
     """
 
     x: Vector
@@ -123,13 +120,13 @@ class _State(NamedTuple):
     w_old: Vector
     w: Vector
     beta: Scalar
-    delta_bar: Scalar  # of the next column of R, before the last rotation
+    delta_bar: Scalar  # an entry of the next column of R, before the last rotation
     epsilon: Scalar
     phi_bar: Scalar
     cos: Scalar
     sin: Scalar
     size: Scalar  # a lower bound of the norm of the preconditioned A
-    norm: Scalar  # and of A
+    norm: Scalar  # a lower bound of the norm of A
     step: Int[Array, ""]
     status: Int[Array, ""]
     min_curvature: Scalar
@@ -139,7 +136,7 @@ class _State(NamedTuple):
 def _run(
     product: VectorMap, b: Vector, tolerance: Scalar, limit: Int[Array, ""], precondition: VectorMap, size: Scalar
 ) -> _State:
-    """From ``x = 0`` to a residual of ``tolerance`` or to a least-squares point."""
+    """MINRES from ``x = 0`` to a residual of at most ``tolerance`` or to a least-squares solution."""
 
     def running(state: _State) -> Bool[Array, ""]:
         residual_norm = jnp.linalg.norm(state.r)
@@ -156,35 +153,36 @@ def _run(
 def _start(b: Vector, precondition: VectorMap, size: Scalar) -> _State:
     z = precondition(b)
     beta = jnp.sqrt(dot(b, z))
-    nil, none = jnp.zeros_like(beta), jnp.zeros_like(b)  # made like b, they vary over a mesh where it does
+    zero, zeros = jnp.zeros_like(beta), jnp.zeros_like(b)  # derived from b, they vary over a mesh if b does
     return _State(
-        x=none,
+        x=zeros,
         r=b,
-        q_old=none,
+        q_old=zeros,
         q=b,
         z=z,
-        w_old=none,
-        w=none,
+        w_old=zeros,
+        w=zeros,
         beta=beta,
-        delta_bar=nil,
-        epsilon=nil,
+        delta_bar=zero,
+        epsilon=zero,
         phi_bar=beta,
-        cos=nil - 1,
-        sin=nil,
+        cos=zero - 1,
+        sin=zero,
         size=size,
-        norm=nil,
+        norm=zero,
         step=jnp.zeros_like(beta, jnp.int32),
         status=where_status(jnp.isnan(beta), Status.NONFINITE, jnp.full_like(beta, Status.RUNNING, jnp.int32)),
-        min_curvature=nil + jnp.inf,
-        direction=none,
+        min_curvature=zero + jnp.inf,
+        direction=zeros,
     )
 
 
 def _minres_step(state: _State, product: VectorMap, precondition: VectorMap) -> _State:
+    # 1. A step of Lanczos: the next column alpha, beta of the tridiagonal T.
     v, q = state.z / state.beta, state.q / state.beta
     av = product(v)
     alpha = dot(v, av)
-    q_next = av - alpha * q - state.beta * state.q_old  # Lanczos
+    q_next = av - alpha * q - state.beta * state.q_old
     z = precondition(q_next)
     beta = jnp.sqrt(dot(q_next, z))
     finite = jnp.isfinite(alpha) & jnp.isfinite(beta)
@@ -193,13 +191,15 @@ def _minres_step(state: _State, product: VectorMap, precondition: VectorMap) -> 
     size = jnp.maximum(state.size, jnp.linalg.norm(entries))
     eps = jnp.finfo(v.dtype).eps
 
-    delta = state.cos * state.delta_bar + state.sin * alpha  # the last rotation on the new column of T
+    # 2. QR: the last rotation on the new column of T, then a new rotation.
+    delta = state.cos * state.delta_bar + state.sin * alpha
     gamma_bar = state.sin * state.delta_bar - state.cos * alpha
     epsilon, delta_bar = state.sin * beta, -state.cos * beta
     slope = jnp.hypot(gamma_bar, delta_bar)  # norm(A r) / norm(r) before this step
     gamma = jnp.hypot(gamma_bar, beta)
-    gamma = jnp.where(gamma > 0, gamma, 1)  # 0 has no slope
+    gamma = jnp.where(gamma > 0, gamma, 1)  # gamma = 0 implies slope = 0, which stops the iteration
     cos, sin = gamma_bar / gamma, beta / gamma
+    # 3. The new direction, step and residual.
     w = (v - state.epsilon * state.w_old - delta * state.w) / gamma
     move = cos * state.phi_bar * w
     phi_bar = sin * state.phi_bar

@@ -1,4 +1,4 @@
-"""Positive definite approximations of an inverse, which every iteration takes."""
+"""Preconditioners for the iterative solvers: Jacobi (diagonal) and randomized Nyström."""
 
 import math
 
@@ -8,8 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from curvature import _checks
-from curvature._checks import _linalg
-from curvature._numerics import exponent_of, rounding_level
+from curvature._numerics import exponent_of, matmul, rounding_level
 from curvature._trees import ravel
 from curvature._types import ChunkSize, Tree
 from curvature.linalg._host_loop import call_solver
@@ -19,7 +18,7 @@ from curvature.transforms._chunks import vmap
 
 @register_operator
 class DiagonalPreconditioner(LinearOperator):
-    """The inverse of a diagonal; made by ``diagonal_preconditioner``."""
+    """The inverse of a diagonal matrix; constructed by ``diagonal_preconditioner``."""
 
     inverse: Tree
     is_symmetric = True
@@ -38,15 +37,15 @@ def diagonal_preconditioner(op: LinearOperator | Tree, *, chunk_size: ChunkSize 
     """Jacobi's preconditioner ``1 / max(abs(d), eps^0.5 * max(abs(d)))`` for the diagonal ``d`` of an operator.
 
     Args:
-        op: the operator, or its diagonal or an estimate of it as a tree.
-        chunk_size: how many products run at once; see ``vmap``.
+        op: the operator, or its diagonal, or an estimate of the diagonal, as a tree.
+        chunk_size: the number of products that run at once; see ``vmap``.
 
     Returns:
-        An operator: positive definite, whatever the signs of the diagonal; the identity for a diagonal of zeros.
+        A positive definite operator for any signs of the diagonal; the identity for a diagonal of zeros.
 
     Raises:
-        TypeError: when a leaf of the diagonal is not of a real floating dtype.
-        ValueError: for an empty diagonal, or a ``chunk_size`` that is none.
+        TypeError: if a leaf of the diagonal is not of a real floating dtype.
+        ValueError: for an empty diagonal or an invalid ``chunk_size``.
 
     Cost: n products for an operator with n columns, none for a diagonal; memory for n numbers.
 
@@ -70,7 +69,7 @@ def _inverse_of_diagonal(op: LinearOperator | Tree, chunk_size: ChunkSize) -> Di
 
 @register_operator
 class NystromPreconditioner(LinearOperator):
-    """``I + U' diag(c) U`` with orthonormal rows ``U``; made by ``nystrom_preconditioner``."""
+    """``I + U' diag(c) U`` with orthonormal rows ``U``; constructed by ``nystrom_preconditioner``."""
 
     vectors: Tree  # with a leading axis of the rank
     coefficients: Float[Array, " rank"]
@@ -84,8 +83,7 @@ class NystromPreconditioner(LinearOperator):
 
         def product(v: Tree) -> Tree:
             flat, unravel = ravel(v)
-            coordinates = jnp.matmul(rows, flat, precision="highest")
-            return unravel(flat + jnp.matmul(self.coefficients * coordinates, rows, precision="highest"))
+            return unravel(flat + matmul(self.coefficients * matmul(rows, flat), rows))
 
         return product
 
@@ -102,22 +100,22 @@ def nystrom_preconditioner(
     """The randomized Nyström preconditioner of ``A + damping * I`` for a positive semidefinite ``A``.
 
     From ``A ~ U' diag(l) U`` of the given rank: ``P^-1 = (l_r + damping) U' diag(1 / (l + damping)) U + (I - U' U)``,
-    with ``l_r`` the smallest of ``l``. It serves wherever ``A`` has few large eigenvalues: the condition is about that
-    of what the rank leaves out, plus ``damping``.
+    with ``l_r`` the smallest of ``l``. It is effective if ``A`` has few large eigenvalues: the preconditioned condition
+    number is about ``(l_r + damping) / damping``.
 
     Args:
-        op: ``A``, without the damping. Negative parts that the sketch meets are left out.
+        op: ``A``, without the damping. Negative eigenvalues of the sketched matrix are dropped.
         rank: the number of random products.
         key: the random key.
         damping: the multiple of the identity that is added to ``A`` in the system to solve.
-        chunk_size: how many products run at once; see ``vmap``.
+        chunk_size: the number of products that run at once; see ``vmap``.
 
     Returns:
-        An operator: positive definite.
+        A positive definite operator.
 
     Raises:
-        TypeError: when ``op`` is no operator.
-        ValueError: when ``rank`` is not between 1 and the size of the operator, or ``damping`` is negative.
+        TypeError: if ``op`` is not an operator.
+        ValueError: if ``rank`` is not between 1 and the size of the operator, or ``damping`` is negative.
 
     Cost: ``rank`` products that share one linearization, O(n rank^2) FLOPs; memory for about 3 ``rank`` vectors.
 
@@ -132,7 +130,7 @@ def nystrom_preconditioner(
     References: Frangella, Tropp and Udell (2021), arXiv:2110.02820, algorithm 2.1 (with eigenvalues of the core in
         place of Cholesky's factor) and equation (5.3).
     """
-    _linalg.check_operator("nystrom_preconditioner", "op", op, isinstance(op, LinearOperator))
+    _checks.check_operator("nystrom_preconditioner", op)
     _checks.check_nonnegative("nystrom_preconditioner", "damping", damping)
     operands = key, jnp.asarray(damping)
     return call_solver("nystrom_preconditioner", _nystrom, op, *operands, rank=rank, chunk_size=chunk_size)
@@ -143,19 +141,19 @@ def _nystrom(
 ) -> NystromPreconditioner:
     structure = op.in_structure()
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure))
-    _linalg.check_size("nystrom_preconditioner", "rank", rank, size, "the number of columns of op")
+    _checks.check_size("nystrom_preconditioner", "rank", rank, size, "the number of columns of op")
     example, unravel = ravel(zeros(structure))
     product = op.linearize()
 
     test, _ = jnp.linalg.qr(jax.random.normal(key, (size, rank), example.dtype))
     sketch = vmap(lambda row: ravel(product(unravel(row)))[0], chunk_size=chunk_size)(test.T)
     exponent = exponent_of(sketch.reshape(-1))
-    unit = jnp.ldexp(sketch, -exponent)  # no square leaves the range of single precision
-    core = jnp.matmul(unit, test, precision="highest")
+    unit = jnp.ldexp(sketch, -exponent)  # no square overflows or underflows in single precision
+    core = matmul(unit, test)
     eigenvalues, basis = jnp.linalg.eigh(core)
     positive = eigenvalues > rounding_level(eigenvalues)
     weights = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, eigenvalues, 1)), 0)
-    root = jnp.matmul(unit.T, basis * weights[None], precision="highest")  # A ~ root root'
+    root = matmul(unit.T, basis * weights[None])  # A ~ root root'
     vectors, values, _ = jnp.linalg.svd(root, full_matrices=False)
     spectrum = jnp.ldexp(values**2, exponent) + jnp.asarray(damping, values.dtype)
     coefficients = jnp.where(spectrum > 0, spectrum[-1] / jnp.where(spectrum > 0, spectrum, 1), 1) - 1

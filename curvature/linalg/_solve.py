@@ -1,6 +1,7 @@
-"""One door to all solvers of symmetric systems: iterations and factorizations, with one kind of answer."""
+"""``solve``: symmetric linear systems by CG, MINRES, Cholesky, eigendecomposition or Woodbury's formula."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -9,10 +10,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
-from curvature._checks import _linalg
-from curvature._numerics import dot, rounding_level
+from curvature._numerics import dot, matmul
 from curvature._trees import ravel
-from curvature._types import Matrix, Scalar, SolveInfo, Status, Tree, Vector, VectorMap
+from curvature._types import Matrix, SolveInfo, Status, Tree, Vector, VectorMap
 from curvature.linalg._cg import restarted_cg
 from curvature.linalg._host_loop import call_solver
 from curvature.linalg._linear_system import (
@@ -20,6 +20,7 @@ from curvature.linalg._linear_system import (
     Method,
     Operator,
     System,
+    by_iteration,
     check_system,
     implicit_solution,
     linear_system,
@@ -28,14 +29,14 @@ from curvature.linalg._linear_system import (
     where_status,
 )
 from curvature.linalg._minres import restarted_minres
-from curvature.linalg._subproblems import scaling
+from curvature.linalg._subproblems import pseudo_inverse, scaling
 from curvature.operators._base import DampingOperator, LinearOperator, SumOperator, zeros
 from curvature.transforms._chunks import vmap
 
 SolveMethod = Literal["auto", "cg", "minres", "cholesky", "eigh", "woodbury"]
 """``"auto"`` is ``"cholesky"``, then ``"eigh"``, for small systems and ``"cg"``, then ``"minres"``, for large ones."""
 
-_SMALL = 1000  # entries: the products that form the matrix are fewer than an iteration may take, its factor is cheap
+_SMALL = 1000  # Heuristic: up to this number of entries, an iteration may take more products than forming the matrix
 
 
 def solve(
@@ -47,42 +48,45 @@ def solve(
     max_steps: ArrayLike | None = None,
     preconditioner: LinearOperator | Callable[[Tree], Tree] | None = None,
 ) -> tuple[Tree, SolveInfo]:
-    """Solve ``A x = b`` for a symmetric ``A``, and say how well and what was seen.
+    """Solve ``A x = b`` for a symmetric ``A``, by a factorization or an iteration.
 
-    ``"cg"`` and ``"minres"`` are ``curvature.cg`` and ``curvature.minres``. ``"cholesky"`` and ``"eigh"`` form the
-    matrix; the first needs a positive definite one and otherwise ends with ``NEGATIVE_CURVATURE``, ``x = 0`` and the
-    lowest eigenvector, the second applies the pseudo-inverse, in which eigenvalues below ``n * eps`` of the largest
-    count as zero. ``"woodbury"`` is for ``A = J' M J + c I`` with fewer outputs than inputs:
-    ``x = (b - J' (c I + M J J')^-1 M J b) / c``; the operator has a method ``factors()`` that returns ``(J, M)``, where
-    ``M`` may be None for the identity, and damping is added to it. ``"auto"`` takes Cholesky up to 1,000 entries and
-    conjugate gradients above, and where those meet negative curvature the pseudo-inverse or MINRES, inside ``jit``.
+    - ``"cg"`` and ``"minres"`` are ``curvature.cg`` and ``curvature.minres``.
+    - ``"cholesky"`` forms the matrix. If the matrix is not positive definite, the status is ``NEGATIVE_CURVATURE``,
+      ``x`` is 0 and ``info.direction`` the lowest eigenvector.
+    - ``"eigh"`` forms the matrix and applies the pseudo-inverse, in which eigenvalues below ``n * eps`` of the largest
+      count as zero.
+    - ``"woodbury"`` is for ``A = J' M J + c I`` with fewer outputs than inputs:
+      ``x = (b - J' (c I + M J J')^-1 M J b) / c``. The operator is the sum of damping and a term with a method
+      ``factors()`` that returns ``(J, M)``; ``M`` may be None for the identity.
+    - ``"auto"`` is Cholesky up to 1,000 entries and CG above. If they find negative curvature, it continues with the
+      pseudo-inverse or with MINRES, also inside ``jit``.
 
     Factorizations are refined: corrections are added while the residual is above the tolerance and each halves it.
-    The solution is differentiated as by ``cg``: ``A dx = db - dA x`` is solved by the same method and factors.
-    Under ``jax.vmap`` over ``b`` all right-hand sides share one linearization and one factorization.
+    Derivatives are implicit as for ``cg``: the same method and factors solve ``A dx = db - dA x``. Under ``jax.vmap``
+    over ``b`` all right-hand sides share one linearization and one factorization.
 
     Args:
         op: a symmetric operator, linearized once, or the product ``v -> A v`` on trees like ``b``.
         b: the right-hand side, any tree of floating arrays.
-        method: which solver.
-        rtol: the residual's tolerance, relative to ``norm(b)``.
-        max_steps: the most steps; ``None`` is 10 for each entry of ``b``.
-        preconditioner: for the iterations; see ``cg``.
+        method: the solver, as above.
+        rtol: the tolerance of the residual, relative to ``norm(b)``.
+        max_steps: the largest number of steps; ``None`` is 10 for each entry of ``b``.
+        preconditioner: for ``"cg"`` and ``"minres"``; see ``cg``.
 
     Returns:
         ``(x, info)``: ``x`` shaped like ``b``; ``info`` a ``SolveInfo``. The status is ``CONVERGED`` only if the
-        residual, computed afresh, passes. The smallest curvature is an eigenvalue for ``"eigh"``.
+        recomputed residual meets the tolerance. For ``"eigh"`` the smallest curvature is an eigenvalue.
 
     Raises:
-        TypeError: when ``op`` is no operator and not callable, a leaf of ``b`` is not of a real floating dtype, or
+        TypeError: if ``op`` is neither an operator nor callable, a leaf of ``b`` is not of a real floating dtype, or
             ``op`` has no factors or no damping for ``"woodbury"``.
-        ValueError: when ``op(b)`` has not the structure or shapes of ``b``, ``method`` is unknown, or a number is out
-            of range.
+        ValueError: if ``op(b)`` does not have the structure and shapes of ``b``, ``method`` is unknown, or a number is
+            out of range.
 
-    Cost: of ``"cg"`` and ``"minres"`` see there. For n entries of ``b``, ``"cholesky"`` takes n products, n^3 / 3 FLOPs
+    Cost: see ``cg`` and ``minres`` for these. For n entries of ``b``, ``"cholesky"`` takes n products, n^3 / 3 FLOPs
         and n^2 memory, and ``"eigh"`` 9 n^3 FLOPs; for m outputs ``"woodbury"`` takes m products of J and of J',
-        2 m^3 / 3 FLOPs and m^2 memory. All take one product for each refinement. Compiled once, as
-        ``cg`` is. With ``batches=`` each product is one pass over them; the n products that form a matrix share passes.
+        2 m^3 / 3 FLOPs and m^2 memory. Each refinement takes one product. Compiled once, as ``cg`` is. With
+        ``batches=`` each product is one pass over the batches; the n products that form a matrix share passes.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -115,30 +119,16 @@ def _solve(
     return implicit_solution(system, _METHODS[method](system, rtol))
 
 
-def _by_cg(system: System, rtol: Any) -> Method:
-    def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
-        return restarted_cg(product, unit, rtol, system.limit, unit_preconditioner(system.precondition, unit))
-
-    return method
-
-
-def _by_minres(system: System, rtol: Any) -> Method:
-    def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
-        return restarted_minres(product, unit, rtol, system.limit, unit_preconditioner(system.precondition, unit))
-
-    return method
-
-
 def _with_fallback(system: System, first: str, rtol: Any) -> Method:
-    """The first method, and where that finds negative curvature one that can bear it."""
+    """``first``, and if it finds negative curvature a method for indefinite systems."""
     matrix = _matrix(system) if first == "cholesky" else None
-    attempt = _by_cg(system, rtol) if matrix is None else _by_cholesky(system, rtol, matrix)
-    inverse = None if matrix is None else _pseudo_inverse(matrix)
+    attempt = _METHODS["cg"](system, rtol) if matrix is None else _by_cholesky(system, rtol, matrix)
+    inverse = None if matrix is None else _correct_by_eigh(matrix)
 
     def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
         x, info = attempt(product, unit)
         failed = info.status == Status.NEGATIVE_CURVATURE
-        limit = jnp.where(failed, system.limit, 0)  # no cond: under vmap it would always run both
+        limit = jnp.where(failed, system.limit, 0)  # not cond, which under vmap would always run both branches
         if inverse is None:
             precondition = unit_preconditioner(system.precondition, unit)
             other, other_info = restarted_minres(product, unit, rtol, limit, precondition)
@@ -156,7 +146,7 @@ def _with_fallback(system: System, first: str, rtol: Any) -> Method:
 
 
 def _matrix(system: System) -> Matrix:
-    """The symmetric part of the matrix of the system; a factor of it has no derivative of its own."""
+    """The symmetric part of the matrix of the system; derivatives of the solution are implicit, not through it."""
     basis = jnp.eye(system.b.size, dtype=system.b.dtype)
     matrix = jax.lax.stop_gradient(vmap(system.product)(basis))
     return (matrix + matrix.T) / 2
@@ -178,7 +168,8 @@ def _by_cholesky(system: System, rtol: Any, matrix: Matrix | None = None) -> Met
         return jnp.linalg.eigh(matrix, symmetrize_input=False)[1][:, 0]
 
     direction = jax.lax.cond(definite, of_smallest_pivot, of_lowest_eigenvalue)
-    curvature = _curvature(matrix, direction)
+    unit_direction = direction / jnp.linalg.norm(direction)
+    curvature = dot(unit_direction, matmul(matrix, unit_direction))
     failure = where_status(jnp.isfinite(curvature), Status.NEGATIVE_CURVATURE, Status.NONFINITE)
 
     def correct(r: Vector, *_: Any) -> tuple[Correction, Any]:
@@ -190,25 +181,17 @@ def _by_cholesky(system: System, rtol: Any, matrix: Matrix | None = None) -> Met
     return _refined(system, rtol, correct)
 
 
-def _curvature(matrix: Matrix, direction: Vector) -> Scalar:
-    unit = direction / jnp.linalg.norm(direction)
-    return dot(unit, jnp.matmul(matrix, unit, precision="highest"))
-
-
 def _by_eigh(system: System, rtol: Any) -> Method:
-    return _refined(system, rtol, _pseudo_inverse(_matrix(system)))
+    return _refined(system, rtol, _correct_by_eigh(_matrix(system)))
 
 
-def _pseudo_inverse(matrix: Matrix) -> Callable[..., tuple[Correction, Any]]:
+def _correct_by_eigh(matrix: Matrix) -> Callable[..., tuple[Correction, Any]]:
     eigenvalues, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
-    nonzero = jnp.abs(eigenvalues) > rounding_level(eigenvalues)
+    inverse = pseudo_inverse(eigenvalues, vectors)
 
     def correct(r: Vector, *_: Any) -> tuple[Correction, Any]:
-        coordinates = jnp.matmul(vectors.T, r, precision="highest")
-        coordinates = jnp.where(nonzero, coordinates / jnp.where(nonzero, eigenvalues, 1), 0)
-        step = jnp.matmul(vectors, coordinates, precision="highest")
         status = where_status(jnp.all(jnp.isfinite(eigenvalues)), Status.RUNNING, Status.NONFINITE)
-        return Correction(step, jnp.ones_like(status), status, eigenvalues[0], vectors[:, 0]), ()
+        return Correction(inverse(r), jnp.ones_like(status), status, eigenvalues[0], vectors[:, 0]), ()
 
     return correct
 
@@ -233,39 +216,34 @@ def _by_woodbury(system: System, op: Any, rtol: Any) -> Method:
     def to_inputs(u: Vector) -> Vector:
         return ravel(backward(unravel_outputs(u))[0])[0]
 
-    def weighed(u: Vector) -> Vector:
+    def weighted(u: Vector) -> Vector:
         return ravel(weigh(unravel_outputs(u)))[0]
 
     basis = jnp.eye(outputs.size, dtype=outputs.dtype)
-    columns = vmap(lambda u: weighed(to_outputs(to_inputs(u))))(basis)  # of M J J'
+    columns = vmap(lambda u: weighted(to_outputs(to_inputs(u))))(basis)  # of M J J'
     c = jax.lax.stop_gradient(damping.astype(basis.dtype))
     factor = jax.scipy.linalg.lu_factor(jax.lax.stop_gradient(columns.T) + c * basis)
 
     def correct(r: Vector, *_: Any) -> tuple[Correction, Any]:
-        y = jax.scipy.linalg.lu_solve(factor, weighed(to_outputs(r)))
+        y = jax.scipy.linalg.lu_solve(factor, weighted(to_outputs(r)))
         step = (r - to_inputs(y)) / c.astype(r.dtype)
-        return _along(system.product, step), ()
+        curvature = dot(step, system.product(step)) / dot(step, step)
+        running = jnp.full_like(curvature, Status.RUNNING, jnp.int32)
+        return Correction(step, jnp.ones_like(running), running, curvature, step), ()
 
     return _refined(system, rtol, correct)
-
-
-def _along(product: VectorMap, step: Vector) -> Correction:
-    """A correction whose own direction shows the curvature."""
-    curvature = dot(step, product(step)) / dot(step, step)
-    running = jnp.full_like(curvature, Status.RUNNING, jnp.int32)
-    return Correction(step, jnp.ones_like(running), running, curvature, step)
 
 
 def _damped_factors(op: Any) -> tuple[LinearOperator, LinearOperator | None, Float[Array, ""]]:
     """``J``, ``M`` and ``c`` of ``A = J' M J + c I``."""
     terms = _terms(op)
     shifts = [term.scale for term in terms if isinstance(term, DampingOperator)]
-    rest = [term for term in terms if not isinstance(term, DampingOperator)]
-    if len(rest) != 1 or not hasattr(rest[0], "factors"):
-        raise _linalg.no_factors("solve", op)
+    others = [term for term in terms if not isinstance(term, DampingOperator)]
+    if len(others) != 1 or not hasattr(others[0], "factors"):
+        raise _checks.no_factors("solve", op)
     if not shifts:
-        raise _linalg.no_damping("solve")
-    jac, weight = rest[0].factors()
+        raise _checks.no_damping("solve")
+    jac, weight = others[0].factors()
     return jac, weight, sum(shifts[1:], shifts[0])
 
 
@@ -273,4 +251,9 @@ def _terms(op: Any) -> list[Any]:
     return [leaf for term in op.terms for leaf in _terms(term)] if isinstance(op, SumOperator) else [op]
 
 
-_METHODS = {"cg": _by_cg, "minres": _by_minres, "cholesky": _by_cholesky, "eigh": _by_eigh}
+_METHODS = {
+    "cg": partial(by_iteration, restarted_cg),
+    "minres": partial(by_iteration, restarted_minres),
+    "cholesky": _by_cholesky,
+    "eigh": _by_eigh,
+}

@@ -1,4 +1,4 @@
-"""The log-determinant and the spectral density of a symmetric operator, by stochastic Lanczos quadrature."""
+"""Stochastic Lanczos quadrature: ``logdet`` and ``spectral_density`` of a symmetric operator."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,28 +9,30 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from curvature import _checks, _trees
+from curvature._numerics import matmul
 from curvature._types import ChunkSize, Vector
 from curvature.linalg._host_loop import call_solver
 from curvature.linalg._lanczos import tridiagonalize
-from curvature.linalg._trace import Estimate, Key, exactly, mean_of, on_vectors, signs
+from curvature.linalg._linear_system import product_on_vectors
+from curvature.linalg._trace import Estimate, Key, exactly, mean_of, signs
 from curvature.operators._base import LinearOperator
 from curvature.transforms._chunks import vmap
 
-_DENSE = 1024  # up to here the eigenvalues of the matrix take seconds at most: ours
+_DENSE = 1024  # Heuristic: up to this size the eigenvalues of the matrix take seconds at most
 _GRID = 1024
-_MARGIN = 8  # widths from the outermost Ritz value to the end of the grid: 1e-15 of a Gaussian lies beyond
+_MARGIN = 8  # widths from the outermost Ritz values to the ends of the grid: 1e-15 of a Gaussian lies beyond
 
 
 class SpectralDensity(NamedTuple):
-    """A smoothed spectrum and what it is made of; p points, k probes, m steps.
+    """A smoothed spectral density and its quadrature rules, for p points, k probes and m steps.
 
     Attributes:
-        grid: the points, in increasing order if not given.
+        grid: the points, in increasing order unless passed by the caller.
         density: the share of the eigenvalues per unit length at each point; it integrates to 1 over the whole line.
-        standard_error: its standard error, from the spread over the probes.
-        ritz_values: the nodes of the quadrature of each probe.
-        weights: their weights, which sum to 1 for each probe. Once the Krylov space of a probe is exhausted, the
-            weights of further eigenvalues are 0.
+        standard_error: the standard error of the density, from the spread over the probes.
+        ritz_values: the nodes of the quadrature rule of each probe.
+        weights: the weights of the nodes, which sum to 1 for each probe. If the Krylov space of a probe is exhausted,
+            the weights of further nodes are 0.
     """
 
     grid: Float[Array, " p"]
@@ -51,32 +53,33 @@ def logdet(
     """Estimate ``log det A = tr log A`` of a symmetric positive definite operator.
 
     Each of k probes of random signs ``w`` gives ``w' log(A) w`` by the Gauss quadrature of m Lanczos steps with full
-    reorthogonalization. The standard error adds in squares the spread over the probes and, for what the quadrature may
-    still lack, its change over the last half of the steps; that rule is ours, and cautious. Where the matrix has at
-    most 1024 columns and no more than the ``k m`` products of the estimate, its eigenvalues are computed instead.
+    reorthogonalization. The standard error combines, as the root of the sum of squares, the spread over the probes and
+    an estimate of the quadrature error. Heuristic: that estimate is the change of the quadrature over the last half of
+    the steps, which is cautious. A matrix with at most 1024 columns, and at most ``k m``, is formed instead and its
+    eigenvalues are computed.
 
-    Both are NaN when ``A`` is seen not to be positive definite: when an eigenvalue or Ritz value is below
-    ``sqrt(n or m) * eps`` times the largest. Add ``damping`` to an operator that is only semidefinite. A few negative
-    eigenvalues amid very many, too small to stand out in m steps, can go unseen.
+    Value and error are NaN if ``A`` is found not to be positive definite: if an eigenvalue or Ritz value is below
+    ``sqrt(n or m) * eps`` times the largest. Add ``damping`` to an operator that is only semidefinite. In a large
+    spectrum, a few small negative eigenvalues may remain undetected after m steps.
 
-    The derivative by what ``A`` depends on estimates ``tr(A^-1 dA)`` with the same probes.
+    The derivative estimates ``tr(A^-1 dA)`` with the same probes.
 
     Args:
         op: an operator with ``is_symmetric``.
         key: a random key; the same key gives the same answer.
         num_samples: the number k of probes, at least 2.
-        num_steps: the number m of Lanczos steps for each, at least 2; badly conditioned operators need more.
-        chunk_size: how many probes run at once; see ``vmap``.
+        num_steps: the number m of Lanczos steps per probe, at least 2; ill-conditioned operators need more.
+        chunk_size: the number of probes that run at once; see ``vmap``.
 
     Returns:
         An ``Estimate`` of scalars.
 
     Raises:
-        TypeError: when ``op`` is no operator or ``key`` no key.
+        TypeError: if ``op`` is not an operator or ``key`` not a random key.
         ValueError: for an operator that is not square or not known to be symmetric, or a number below 2.
 
-    Cost: one linearization and ``k (m + 1)`` products, or n and an eigendecomposition. Memory: the m Lanczos vectors of
-        each probe of a chunk. With ``batches=`` the probes of a chunk share m + 1 passes over them.
+    Cost: one linearization and ``k (m + 1)`` products, or n products and an eigendecomposition. Memory: the m Lanczos
+        vectors of each probe of a chunk. With ``batches=`` the probes of a chunk share m + 1 passes over the batches.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -101,7 +104,7 @@ def _logdet(op: LinearOperator, key: Key, num_samples: int, num_steps: int, chun
     if n <= min(num_samples * num_steps, _DENSE):
         matrix = op.as_matrix(chunk_size)
         return exactly(jnp.sum(_logarithms(jnp.linalg.eigvalsh((matrix + matrix.T) / 2))))
-    product, _, like = on_vectors("logdet", op)
+    product, _, like = product_on_vectors("logdet", op)
     steps = min(num_steps, n)
 
     def sample(keys: Key) -> tuple[Array, Array]:
@@ -124,30 +127,31 @@ def spectral_density(
 ) -> SpectralDensity:
     """Estimate the density of the eigenvalues ``l_i`` of a symmetric operator, smoothed by a Gaussian.
 
-    ``density(t) = (1/n) sum_i g(t - l_i)``, ``g`` the normal density of standard deviation ``width``. Each of k probes
-    of random signs gives it by the quadrature of m Lanczos steps with full reorthogonalization: the eigenvalues of the
-    tridiagonal matrix are its nodes, the squared first components of its eigenvectors the weights.
+    ``density(t) = (1/n) sum_i g(t - l_i)`` with ``g`` the normal density of standard deviation ``width``. Each of k
+    probes of random signs estimates it by the Gauss quadrature of m Lanczos steps with full reorthogonalization: the
+    nodes are the eigenvalues of the tridiagonal matrix, the weights the squared first components of its eigenvectors.
 
     Args:
         op: an operator with ``is_symmetric``.
         key: a random key; the same key gives the same answer.
         num_samples: the number k of probes, at least 2.
-        num_steps: the number m of Lanczos steps for each.
-        grid: where to evaluate; None is 1024 points (4 for each step, if more) from 8 widths below the least Ritz value
-            to 8 above the largest.
-        width: None is the range of the Ritz values over m, about the least that m steps resolve. A smaller one shows
-            single Ritz values, which the standard error does not account for, and may need a finer grid.
-        chunk_size: how many probes run at once; see ``vmap``.
+        num_steps: the number m of Lanczos steps per probe.
+        grid: the points at which to evaluate the density; None is 1024 points (4 per step, if more) from 8 widths below
+            the smallest Ritz value to 8 above the largest.
+        width: the standard deviation of ``g``; None is the range of the Ritz values over m, about the finest detail
+            that m steps resolve. A smaller width shows single Ritz values, which the standard error does not account
+            for, and may require a finer grid.
+        chunk_size: the number of probes that run at once; see ``vmap``.
 
     Returns:
-        A ``SpectralDensity``. Its entries are NaN where the operator's products are.
+        A ``SpectralDensity``. NaN in the products of the operator gives NaN.
 
     Raises:
-        TypeError: when ``op`` is no operator or ``key`` no key.
+        TypeError: if ``op`` is not an operator or ``key`` not a random key.
         ValueError: for an operator that is not square or not known to be symmetric, or a number or grid out of range.
 
     Cost: one linearization and ``k m`` products. Memory: the m Lanczos vectors of each probe of a chunk. With
-        ``batches=`` the probes of a chunk share m passes over them.
+        ``batches=`` the probes of a chunk share m passes over the batches.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -184,12 +188,13 @@ def _spectral_density(
     chunk_size: ChunkSize,
 ) -> SpectralDensity:
     _checks.check_square_operator("spectral_density", op, symmetric=True)
-    product, _, like = on_vectors("spectral_density", op)
+    product, _, like = product_on_vectors("spectral_density", op)
     steps = min(num_steps, like.size)
 
     def quadrature(keys: Key) -> tuple[Array, Array]:
         found = tridiagonalize(product, _unit(signs(keys[0], like)), keys[1], steps)
-        return _gauss_rule(found.diagonal, found.off_diagonal)
+        nodes, vectors = jnp.linalg.eigh(_tridiagonal(found.diagonal, found.off_diagonal))
+        return nodes, vectors[0] ** 2
 
     nodes, weights = vmap(quadrature, chunk_size=chunk_size)(jax.random.split(key, (num_samples, 2)))
     least, largest = jnp.min(nodes), jnp.max(nodes)
@@ -200,62 +205,51 @@ def _spectral_density(
 
     def density(nodes: Array, weights: Array) -> Array:
         bumps = jax.scipy.stats.norm.pdf((points[:, None] - nodes[None]) / sigma)
-        return jnp.matmul(bumps, weights, precision="highest") / sigma
+        return matmul(bumps, weights) / sigma
 
     densities = mean_of(vmap(density, chunk_size=chunk_size)(nodes, weights))
     return SpectralDensity(points, densities.value, densities.standard_error, nodes, weights)
 
 
 def _default_width(least: Array, largest: Array, steps: int) -> Array:
-    """The range over the steps; for a range within rounding, what the grid can still resolve."""
+    """The range over the number of steps; for a range within rounding, the finest width that the grid resolves."""
     size = jnp.maximum(jnp.abs(least), jnp.abs(largest))
     width = jnp.maximum((largest - least) / steps, 1000 * jnp.finfo(size.dtype).eps * size)
     return jnp.where(width == 0, 1, width)
 
 
 def _quadratic_log(product: Callable[[Vector], Vector], probe: Vector, key: Key, steps: int) -> tuple[Array, Array]:
-    """``w' log(A) w`` by quadrature, and how much the last half of the steps changed it."""
+    """``w' log(A) w`` by Gauss quadrature, and its change over the last half of the steps."""
     start, fixed, half = _unit(probe), jax.lax.stop_gradient, steps // 2
     found = tridiagonalize(lambda v: fixed(product(v)), start, key, steps)
-    # The rule of half the steps is that of the whole matrix cut in two, whose other part has weight 0. Both go to one
-    # eigh: two of a batch at once can block each other for good in XLA's pool of few threads.
-    cut = jnp.where(jnp.arange(steps) < half, found.diagonal, found.diagonal[0])
-    cut_beside = jnp.where(jnp.arange(steps - 1) < half - 1, found.off_diagonal, 0)
-    both = jnp.stack([_tridiagonal(found.diagonal, found.off_diagonal), _tridiagonal(cut, cut_beside)])
+    # The rule of half the steps is that of T with its second half decoupled, whose nodes have weight 0. One eigh takes
+    # both matrices: two batched eigh at once can deadlock in a small thread pool of XLA.
+    half_diagonal = jnp.where(jnp.arange(steps) < half, found.diagonal, found.diagonal[0])
+    half_off_diagonal = jnp.where(jnp.arange(steps - 1) < half - 1, found.off_diagonal, 0)
+    both = jnp.stack([_tridiagonal(found.diagonal, found.off_diagonal), _tridiagonal(half_diagonal, half_off_diagonal)])
     (nodes, half_nodes), (vectors, half_vectors) = jnp.linalg.eigh(both)
     value = jnp.sum(vectors[0] ** 2 * _logarithms(nodes))
     change = jnp.sum(half_vectors[0] ** 2 * _logarithms(half_nodes)) - value
 
-    # Its derivative is w' A^-1 dA w, where Q T^-1 Q' is the inverse on the Krylov space.
-    inverse = _matmul(_matmul(vectors, vectors[0] / nodes), found.basis)
+    # The derivative is w' A^-1 dA w; on the Krylov space the inverse is Q T^-1 Q'.
+    inverse = matmul(matmul(vectors, vectors[0] / nodes), found.basis)
     image = product(start)
     value = value + jnp.vdot(inverse, image - fixed(image), precision="highest")
     return probe.size * value, probe.size * change
 
 
 def _logarithms(eigenvalues: Vector) -> Vector:
-    """Their logarithms; NaN for all where the least cannot be told from zero or less."""
+    """The logarithms of the eigenvalues; all are NaN if the smallest eigenvalue is not positive beyond rounding."""
     noise = eigenvalues.size**0.5 * jnp.finfo(eigenvalues.dtype).eps * jnp.max(jnp.abs(eigenvalues))
     positive = jnp.min(eigenvalues) > noise
     return jnp.where(positive, jnp.log(jnp.where(positive, eigenvalues, 1)), jnp.nan)
 
 
-def _gauss_rule(
-    diagonal: Float[Array, " m"], off_diagonal: Float[Array, " m-1"]
-) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
-    """Nodes and weights: the eigenvalues of the tridiagonal matrix and their squared first components."""
-    nodes, vectors = jnp.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
-    return nodes, vectors[0] ** 2
-
-
 def _tridiagonal(diagonal: Float[Array, " m"], off_diagonal: Float[Array, " m-1"]) -> Float[Array, "m m"]:
-    beside = jnp.diag(off_diagonal, 1)
-    return jnp.diag(diagonal) + beside + beside.T
+    upper = jnp.diag(off_diagonal, 1)
+    return jnp.diag(diagonal) + upper + upper.T
 
 
 def _unit(probe: Vector) -> Vector:
-    return probe / jnp.sqrt(jnp.asarray(probe.size, probe.dtype))  # of signs
-
-
-def _matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision="highest")
+    """A probe of signs, normalized."""
+    return probe / jnp.sqrt(jnp.asarray(probe.size, probe.dtype))

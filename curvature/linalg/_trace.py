@@ -1,4 +1,4 @@
-"""The trace and the diagonal of an operator from random probes, each with a standard error."""
+"""Stochastic trace and diagonal estimators (Hutchinson, Hutch++) with standard errors."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -10,11 +10,11 @@ from jaxtyping import Array, Float
 from curvature import _checks, _trees
 from curvature._numerics import exponent_of
 from curvature._trees import ravel
-from curvature._types import ChunkSize, Tree, Vector, VectorMap
+from curvature._types import ChunkSize, Tree, Vector
 from curvature.linalg._host_loop import call_solver
 from curvature.linalg._lanczos import orthogonal_to
-from curvature.linalg._linear_system import checked_product
-from curvature.operators._base import LinearOperator, zeros
+from curvature.linalg._linear_system import product_on_vectors
+from curvature.operators._base import LinearOperator
 from curvature.transforms import _chunks
 from curvature.transforms._chunks import sum_over_chunks, vmap
 
@@ -22,7 +22,7 @@ Key = Array
 """A random key, typed or raw."""
 
 TraceMethod = Literal["hutchinson", "hutch++"]
-"""How the trace is estimated: from random probes alone, or exactly on a subspace and from probes outside of it."""
+"""Estimation by random probes only, or exactly on a subspace and by random probes on its complement."""
 
 
 class Estimate(NamedTuple):
@@ -30,8 +30,8 @@ class Estimate(NamedTuple):
 
     Attributes:
         value: the estimate, an array or a tree of arrays.
-        standard_error: its standard error, estimated from the spread of the samples and shaped like ``value``; 0 where
-            the value is exact. Rounding comes on top of it.
+        standard_error: the standard error, estimated from the spread of the samples and shaped like ``value``; 0 if the
+            value is exact. It does not include rounding.
     """
 
     value: Tree
@@ -49,29 +49,30 @@ def trace(
     """Estimate ``tr A = sum_i A[i, i]`` of a square operator from products with random probes ``w``.
 
     ``"hutchinson"`` is the mean of ``w' A w`` over k probes of random signs; its variance for a symmetric ``A`` is
-    ``(2/k) sum_(i != j) A[i, j]^2``. ``"hutch++"`` takes the trace on the range of ``A W`` for k such probes ``W``
-    exactly, and estimates what is outside of it from k new ones. Where eigenvalues decay its error falls with them
-    instead of as ``1/sqrt(k)``, and it is exact for an operator of rank at most k; for a flat one it gains nothing.
+    ``(2/k) sum_(i != j) A[i, j]^2``. ``"hutch++"`` computes the trace exactly on the range of ``A W`` for k probes
+    ``W``, and estimates the trace on the complement from k new probes. If the eigenvalues decay, its error decays with
+    them instead of as ``1/sqrt(k)``, and it is exact for an operator of rank at most k. For a flat spectrum it has no
+    advantage.
 
-    Both are unbiased, and so are their derivatives by what ``A`` depends on; ``A`` need not be symmetric.
+    Both estimates are unbiased, and so are their derivatives; ``A`` need not be symmetric.
 
     Args:
         op: a square operator.
         key: a random key; the same key gives the same answer.
         num_samples: the number k of probes, at least 2.
-        method: see above.
-        chunk_size: how many products run at once; see ``vmap``.
+        method: ``"hutchinson"`` or ``"hutch++"``, as above.
+        chunk_size: the number of products that run at once; see ``vmap``.
 
     Returns:
         An ``Estimate`` of scalars. With few probes the standard error is itself a rough estimate.
 
     Raises:
-        TypeError: when ``op`` is no operator or ``key`` no key.
+        TypeError: if ``op`` is not an operator or ``key`` not a random key.
         ValueError: for an operator that is not square, an unknown method or fewer than 2 samples.
 
     Cost: one linearization; k products for ``"hutchinson"`` and memory for the probes of a chunk; ``3 k`` products and
-        memory for ``3 k`` vectors for ``"hutch++"``, which takes the n products of the exact diagonal where they are no
-        more. With ``batches=`` the products of a chunk share one pass over them.
+        memory for ``3 k`` vectors for ``"hutch++"``, which takes the n products of the exact diagonal instead if
+        ``n <= 3 k``. With ``batches=`` the products of a chunk share one pass over the batches.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -95,7 +96,7 @@ def _trace(op: LinearOperator, key: Key, num_samples: int, method: TraceMethod, 
     n = _trees.num_entries(op.in_structure())
     if method == "hutch++" and 3 * num_samples >= n:
         return exactly(jnp.sum(ravel(op.diagonal(chunk_size))[0]))
-    product, _, like = on_vectors("trace", op)
+    product, _, like = product_on_vectors("trace", op)
     if method == "hutch++":
         return _deflated_trace(vmap(product, chunk_size=chunk_size), key, num_samples, like)
 
@@ -111,24 +112,24 @@ def diagonal(
 ) -> Estimate:
     """The diagonal ``A[i, i]`` of a square operator: exact, or with a key estimated from random signs ``w``.
 
-    The estimate is the mean of ``w * (A w)`` over k probes; the variance of its i-th entry is
-    ``(1/k) sum_(j != i) A[i, j]^2``: the cheaper the more the diagonal dominates.
+    The estimate is the mean of ``w * (A w)`` over k probes. The variance of its i-th entry is
+    ``(1/k) sum_(j != i) A[i, j]^2``, which is small if the diagonal dominates.
 
     Args:
         op: a square operator.
         key: a random key, or None for the exact diagonal.
-        num_samples: the number k of probes, at least 2; 32 unless told otherwise. Only with a key.
-        chunk_size: how many products run at once; see ``vmap``.
+        num_samples: the number k of probes, at least 2; None is 32. Only with a key.
+        chunk_size: the number of products that run at once; see ``vmap``.
 
     Returns:
         An ``Estimate`` of trees shaped like the argument of ``op``, with a standard error for each entry.
 
     Raises:
-        TypeError: when ``op`` is no operator or ``key`` no key.
+        TypeError: if ``op`` is not an operator or ``key`` not a random key.
         ValueError: for an operator that is not square, fewer than 2 samples, or samples without a key.
 
     Cost: one linearization; n products without a key or for k >= n, which are exact; else k products. Memory: three
-        vectors and the probes of one chunk. With ``batches=`` the products of a chunk share one pass over them.
+        vectors and the probes of one chunk. With ``batches=`` the products of a chunk share one pass over the batches.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -153,27 +154,20 @@ def _diagonal(op: LinearOperator, key: Key | None, num_samples: int, chunk_size:
     _checks.check_square_operator("diagonal", op)
     if key is None:
         return exactly(op.diagonal(chunk_size))
-    product, unravel, like = on_vectors("diagonal", op)
+    product, unravel, like = product_on_vectors("diagonal", op)
     if num_samples >= like.size:
         return exactly(op.diagonal(chunk_size))
     value, error = _mean_diagonal(product, jax.random.split(key, num_samples), like, chunk_size)
     return Estimate(unravel(value), unravel(error))
 
 
-def on_vectors(function: str, op: LinearOperator) -> tuple[VectorMap, Callable[[Vector], Tree], Vector]:
-    """The product on vectors, linearized once; the way back to trees; zeros that vary over a mesh where ``op`` does."""
-    product, example = checked_product(function, "op", op, zeros(op.in_structure()))
-    like, unravel = ravel(example)
-    return lambda v: ravel(product(unravel(v)))[0], unravel, like
-
-
 def signs(key: Key, like: Vector) -> Vector:
-    """A probe of random signs, which varies over a mesh where ``like``, of zeros, does."""
+    """A probe of random signs, which varies over a mesh if ``like``, a vector of zeros, does."""
     return jax.random.rademacher(key, like.shape, like.dtype) + like
 
 
 def exactly(value: Tree) -> Estimate:
-    """An answer without a sampling error."""
+    """An exact value as an ``Estimate``."""
     return Estimate(value, jax.tree.map(jnp.zeros_like, value))
 
 
@@ -214,11 +208,11 @@ def _mean_diagonal(
 
 
 def _deflated_trace(products: Callable[[Array], Array], key: Key, num_samples: int, like: Vector) -> Estimate:
-    """The trace on the range of ``A W`` exactly, the rest from new probes: given the range, those are independent."""
+    """Hutch++: the trace on the range of ``A W`` exactly, and on the complement by new, independent probes."""
     probes = jax.vmap(lambda key: signs(key, like))(jax.random.split(key, 2 * num_samples))
-    # The range may stay fixed in a derivative: the estimate is unbiased whatever it is.
+    # The range is constant under differentiation: the estimate is unbiased for every fixed range.
     sketch = jax.lax.stop_gradient(products(probes[:num_samples]))
     basis = jnp.linalg.qr(jnp.ldexp(sketch, -exponent_of(sketch.reshape(-1))).T)[0].T
-    rest = orthogonal_to(basis, probes[num_samples:])
-    inside = jnp.sum(basis * products(basis))
-    return mean_of(inside + jnp.sum(rest * products(rest), axis=1))
+    complement = orthogonal_to(basis, probes[num_samples:])
+    trace_on_range = jnp.sum(basis * products(basis))
+    return mean_of(trace_on_range + jnp.sum(complement * products(complement), axis=1))

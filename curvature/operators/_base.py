@@ -1,4 +1,4 @@
-"""Linear maps that are never formed, as pytrees."""
+"""Linear operators on pytrees: the base class, transposes, products, sums, multiples, matrices, damping."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -20,23 +20,23 @@ from curvature.transforms._blocks import side_by_side
 from curvature.transforms._jacobian import map_basis
 
 Product = Callable[[Tree], Tree]
-"""A linear map of trees."""
+"""A linear map from trees to trees."""
 
 
 class LinearOperator(ABC):
-    """A linear map ``A`` of trees of arrays, known by its products.
+    """A linear map ``A`` from trees of arrays to trees of arrays, applied to vectors and never formed.
 
     Operators are pytrees: they pass through ``jax.jit``, ``jax.vmap`` and ``jax.grad``, and a new point or new data of
-    the same shapes never retraces. ``A @ v`` and ``A.mv(v)`` are the product with a tree, ``A @ B`` the composition;
-    ``A.T``, ``A + B``, ``A - B``, ``-A``, ``2.0 * A`` and ``A + damping(1e-3)`` are operators again.
+    the same shapes never retraces. ``A @ v`` and ``A.mv(v)`` apply the operator to a tree, and ``A @ B`` composes.
+    ``A.T``, ``A + B``, ``A - B``, ``-A``, ``2.0 * A`` and ``A + damping(1e-3)`` are operators too.
 
-    A subclass defines ``mv``, ``in_structure`` and ``out_structure``, and ``linearize`` where products share work.
+    A subclass defines ``mv``, ``in_structure`` and ``out_structure``, and ``linearize`` if products share work.
     """
 
-    __array_ufunc__ = None  # NumPy's arrays and scalars leave arithmetic with an operator to it
+    __array_ufunc__ = None  # NumPy then calls the reflected methods of the operator instead of broadcasting
 
     is_symmetric: bool = False
-    """Whether ``A' = A``; a fact of the class or of its static fields, never of values."""
+    """Whether ``A' = A``. It depends on the class or on its static fields, never on values."""
 
     @abstractmethod
     def mv(self, v: Tree) -> Tree:
@@ -51,9 +51,9 @@ class LinearOperator(ABC):
         """A tree of ``jax.ShapeDtypeStruct``, shaped like ``A v``."""
 
     def linearize(self) -> Product:
-        """The map ``v -> A v`` with what does not depend on ``v`` evaluated once.
+        """The map ``v -> A v``; everything that does not depend on ``v`` is evaluated once.
 
-        Solvers ask for it once for each solve. Call it inside the ``jit`` that takes the products.
+        A solver calls it once per solve. Call it inside the ``jit`` that evaluates the products.
         """
         return self.mv
 
@@ -63,7 +63,7 @@ class LinearOperator(ABC):
         return self if self.is_symmetric else TransposedOperator(self)
 
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
-        """The dense m x n matrix; rows and columns in the order of ``jax.flatten_util.ravel_pytree``.
+        """The dense m x n matrix, with rows and columns in the order of ``jax.flatten_util.ravel_pytree``.
 
         Cost: n products that share one linearization, ``chunk_size`` of them at once; see ``vmap``.
         """
@@ -80,13 +80,19 @@ class LinearOperator(ABC):
         structure, product = self.in_structure(), self.linearize()
         _checks.check_structures("diagonal", "A v", self.out_structure(), "v", structure)
         vector, unravel = ravel(zeros(structure))
-        return unravel(map_basis(lambda basis: _entry(basis, product(basis), vector.dtype), structure, chunk_size))
+
+        def entry(basis: Tree) -> Float[Array, ""]:  # A[i, i] for the basis vector e_i
+            pairs = zip(jax.tree.leaves(basis), jax.tree.leaves(product(basis)), strict=True)
+            entries = [jnp.sum(jnp.where(one != 0, leaf, 0)).astype(vector.dtype) for one, leaf in pairs]
+            return sum(entries[1:], entries[0])
+
+        return unravel(map_basis(entry, structure, chunk_size))
 
     def _checked(self, v: Tree) -> Tree:
         return _checks.check_direction(type(self).__name__, "v", v, "in_structure()", self.in_structure())
 
     def __call__(self, v: Tree) -> Tree:
-        """``A @ v``, so that an operator can stand wherever a product ``v -> A v`` is asked for."""
+        """``A @ v``: an operator can be passed wherever a function ``v -> A v`` is expected."""
         return self.mv(self._checked(v))
 
     def __matmul__(self, other: Any) -> Any:
@@ -120,7 +126,7 @@ class LinearOperator(ABC):
 
 @register_operator
 class TransposedOperator(LinearOperator):
-    """``A'``, by the transposition of ``v -> A v``."""
+    """``A'``, by ``jax.linear_transpose`` of ``v -> A v``."""
 
     operator: LinearOperator
 
@@ -169,7 +175,7 @@ class ProductOperator(LinearOperator):
 
 @register_operator
 class SumOperator(LinearOperator):
-    """``A + B + ...``; the terms that have no structure of their own take that of the first that has."""
+    """``A + B + ...``. Damping terms have no structure; they take the structure of the first other term."""
 
     terms: tuple[LinearOperator, ...]
 
@@ -187,7 +193,7 @@ class SumOperator(LinearOperator):
         return self._structured().out_structure()
 
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
-        """As for every operator; the sum of the matrices of the terms, each formed in its cheapest way."""
+        """The sum of the matrices of the terms, each formed in its cheapest way; see ``LinearOperator``."""
         _checks.check_chunk_size("as_matrix", chunk_size)
         matrices = [term.as_matrix(chunk_size) for term in self.terms if not isinstance(term, DampingOperator)]
         total = sum(matrices[1:], matrices[0])
@@ -197,7 +203,7 @@ class SumOperator(LinearOperator):
         return total
 
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
-        """As for every operator; the sum of the diagonals of the terms, each computed in its cheapest way."""
+        """The sum of the diagonals of the terms, each computed in its cheapest way; see ``LinearOperator``."""
         _checks.check_chunk_size("diagonal", chunk_size)
         ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), self.in_structure())
         return _total(
@@ -231,12 +237,12 @@ class ScaledOperator(LinearOperator):
         return lambda v: scaled(self.scale, product(v))
 
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
-        """As for every operator; a multiple of the matrix of the operator, formed in its cheapest way."""
+        """A multiple of the matrix of ``A``, formed in its cheapest way; see ``LinearOperator``."""
         _checks.check_chunk_size("as_matrix", chunk_size)
         return scaled(self.scale, self.operator.as_matrix(chunk_size))
 
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
-        """As for every operator; a multiple of the diagonal of the operator, computed in its cheapest way."""
+        """A multiple of the diagonal of ``A``, computed in its cheapest way; see ``LinearOperator``."""
         _checks.check_chunk_size("diagonal", chunk_size)
         return scaled(self.scale, self.operator.diagonal(chunk_size))
 
@@ -257,7 +263,7 @@ class ScaledOperator(LinearOperator):
 
 @register_operator
 class DampingOperator(LinearOperator):
-    """``c I`` on any tree; made by ``damping``."""
+    """``c I`` on trees of any structure; constructed by ``damping``."""
 
     scale: Array
     is_symmetric = True
@@ -284,7 +290,7 @@ class DampingOperator(LinearOperator):
 
 @register_operator
 class MatrixOperator(LinearOperator):
-    """A dense matrix on vectors."""
+    """A dense matrix as an operator on vectors."""
 
     matrix: Float[Array, "m n"]
     is_symmetric: bool = static(default=False)
@@ -320,10 +326,10 @@ def damping(scale: ArrayLike) -> DampingOperator:
         An operator without structure: it multiplies any tree, and ``op + damping(c)`` is ``A + c I``.
 
     Raises:
-        TypeError: when ``scale`` is not one real number; later, when the operator alone is asked for a structure.
-        ValueError: later, when it is added to an operator that is not square.
+        TypeError: if ``scale`` is not one real number; later, if the structure of ``damping(c)`` alone is needed.
+        ValueError: later, if ``damping(c)`` is added to an operator that is not square.
 
-    Cost: one multiple of ``v`` for each product.
+    Cost: one multiple of ``v`` per product.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -336,7 +342,7 @@ def damping(scale: ArrayLike) -> DampingOperator:
 
 
 def _sum(left: LinearOperator, right: LinearOperator) -> LinearOperator:
-    """``A + B``, of equal structures, or square where one of them is a multiple of the identity."""
+    """``A + B``. Both have the same structures, or one is ``c I`` and the other is square."""
     if isinstance(left, DampingOperator) and isinstance(right, DampingOperator):
         return DampingOperator(left.scale + right.scale)
     if isinstance(left, DampingOperator) or isinstance(right, DampingOperator):
@@ -349,7 +355,7 @@ def _sum(left: LinearOperator, right: LinearOperator) -> LinearOperator:
 
 
 def scaled(scale: ArrayLike, tree: Tree) -> Tree:
-    """A multiple of a tree, each leaf in its own dtype."""
+    """``scale * tree``; each leaf keeps its dtype."""
     return jax.tree.map(lambda leaf: jnp.asarray(scale).astype(leaf.dtype) * leaf, tree)
 
 
@@ -358,14 +364,7 @@ def _total(trees: list[Tree]) -> Tree:
 
 
 def matrix_of_products(products: Tree, size: int) -> Float[Array, "size m"]:
-    """Products stacked along a leading axis as the rows of a matrix of at least single precision."""
+    """The matrix whose rows are the products stacked along the leading axis, in at least single precision."""
     with jax.numpy_dtype_promotion("standard"):  # leaves may differ in dtype even where users are strict
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(products))
     return side_by_side(products, size, dtype)
-
-
-def _entry(basis: Tree, column: Tree, dtype: Any) -> Float[Array, ""]:
-    """The entry of a column where the vector of the standard basis is one."""
-    pairs = zip(jax.tree.leaves(basis), jax.tree.leaves(column), strict=True)
-    entries = [jnp.sum(jnp.where(one != 0, leaf, 0)).astype(dtype) for one, leaf in pairs]
-    return sum(entries[1:], entries[0])

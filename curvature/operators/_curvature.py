@@ -1,4 +1,4 @@
-"""The curvature matrices of losses of models: Hessian, Gauss-Newton, Fisher."""
+"""Hessian, Gauss-Newton and Fisher operators."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -9,7 +9,6 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
 from curvature import _checks
-from curvature._checks import _linalg
 from curvature._trees import Subtree
 from curvature._types import HessianMode, Objective, Tree
 from curvature.operators import _likelihoods
@@ -30,43 +29,47 @@ from curvature.transforms import _modes
 from curvature.transforms._compositions import is_symmetric, linearize_program, product_of, trace_objective
 
 FisherKind = Literal["exact", "sampled", "empirical"]
-"""Over which labels scores are averaged: all that the model foresees, drawn ones, those of the data."""
+"""The labels over which scores are averaged: the expectation under the model, samples from it, or the data."""
 
 
 @register_operator
 class HessianOperator(DataOperator):
     """The Hessian ``H[i, j] = d^2 f / dx_i dx_j`` of ``f`` at ``x``.
 
-    It is of what ``f`` returns: of the mean over a batch if ``f`` is a mean, of the sum if it is a sum.
+    ``H`` is scaled as ``f`` is: if ``f`` is a mean over a batch, ``H`` is the mean of the Hessians of the examples; if
+    ``f`` is a sum, ``H`` is their sum.
 
     Args:
         f: the objective, ``f(x, *args) -> scalar``; compared by identity.
         x: the point, any tree of floating arrays.
         *args: data for ``f``, not differentiated.
         mode: the composition of modes; see ``hvp``.
-        reduction: whether ``f`` is the ``"mean"`` or the ``"sum"`` over examples, the leading axis of every leaf of
-            ``args`` but scalars; it matters only for data in parts: they add up weighted by size, or as they are. A
-            trial on three made-up examples refuses an ``f`` that is neither, or the other.
-        chunk_size: how many examples at once on a device, in one compiled loop; None takes all. The last slice may be
-            smaller.
-        sharding: how the examples lie on devices, such as ``NamedSharding(mesh, PartitionSpec("data"))``: each device
-            then takes the product over its own, and one all-reduce of the size of ``x`` combines them. None leaves
-            whole data to the compiler, which shares it out as it lies, and reads from the arrays whether data in
-            slices is sharded. Inside ``jit`` arrays show that only on a mesh with explicit axes: name it there, or the
-            compiler gathers all data on every device.
-        batches: the data as batches instead of ``args``: an iterable, such as a list, that starts anew for each
-            product; a tuple or list is the args of ``f``, anything else its only one. Products are summed on the host
-            in order, one compilation for each shape of batch; such an operator cannot be traced. ``cg``, ``eigsh`` and
-            the other solvers run a loop on the host for it, outside of ``jit``, ``vmap`` and ``grad``.
-        progress: whether each pass over ``batches`` shows a bar (needs rich).
+        reduction: whether ``f`` is the ``"mean"`` or the ``"sum"`` over examples, which lie along the leading axis of
+            every leaf of ``args`` except scalars. It matters only if the data is chunked, sharded or in batches: a
+            mean weights the parts by their numbers of examples, a sum adds them. A trial on three synthetic examples
+            refuses an ``f`` that is not what ``reduction`` states.
+        chunk_size: the number of examples evaluated at once on a device, in one compiled loop; None evaluates all at
+            once. The last chunk may be smaller.
+        sharding: how the examples are sharded, such as ``NamedSharding(mesh, PartitionSpec("data"))``. Each device then
+            evaluates the product for its examples, and one all-reduce of the size of ``x`` combines the products. With
+            None, the compiler partitions whole data as the arrays are sharded, and chunked data takes the sharding
+            of the arrays. Inside ``jit`` the arrays show their sharding only on a mesh with explicit axes: pass
+            ``sharding`` there, or the compiler gathers all data on every device.
+        batches: the data in batches instead of ``args``: an iterable, such as a list, that can be iterated over once
+            per product. A batch that is a tuple or list holds the arguments of ``f``; any other batch is the only
+            argument. Products are summed on the host in order, with one compilation per shape of batch. Such an
+            operator cannot be traced: ``cg``, ``eigsh`` and the other solvers run a loop on the host for it, outside of
+            ``jit``, ``vmap`` and ``grad``.
+        progress: whether each pass over ``batches`` shows a progress bar (needs rich).
 
     Raises:
-        TypeError: when ``f`` is not callable or not scalar, a leaf is not of a real floating dtype, no composition can
-            differentiate ``f``, or ``batches`` can be iterated over only once; from a product with batches, if traced.
-        ValueError: for an unknown option, data whose leading axes differ, or data in parts that do not add up.
+        TypeError: if ``f`` is not callable or not scalar, a leaf is not of a real floating dtype, no composition can
+            differentiate ``f``, or ``batches`` can be iterated over only once; from a traced product with ``batches``.
+        ValueError: for an unknown option, data whose leading axes differ, or an ``f`` that is not what ``reduction``
+            states.
 
-    Cost: a product is about 2 gradients; a linearized one, as solvers take, about 1.5. Data in parts is not linearized:
-        every product evaluates ``f`` on each part, and holds the intermediates of one part.
+    Cost: about 2 gradients per product; about 1.5 per linearized product, as in solvers. Chunks and batches are not
+        linearized: every product evaluates ``f`` on each part, and holds the intermediates of one part.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -95,8 +98,7 @@ class HessianOperator(DataOperator):
         batches: Iterable[Any] | None = None,
         progress: bool = False,
     ) -> None:
-        _checks.check_callable("HessianOperator", "f", f)
-        _checks.check_hashable("HessianOperator", "f", f)
+        _checks.check_static_function("HessianOperator", "f", f)
         _checks.check_choice("HessianOperator", "mode", mode, HessianMode)
         set_fields(self, f=f, mode=mode)
         self._set_data(x, args, reduction, chunk_size, sharding, batches, progress)
@@ -104,15 +106,15 @@ class HessianOperator(DataOperator):
     def _objective(self) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
         return "f", (self.f,), self.f
 
-    def _once(self, v: Tree) -> Tree:
-        return product_of(*self._composed(), v) if self.rows == self.columns == "" else super()._once(v)
+    def _apply_whole(self, v: Tree) -> Tree:
+        return product_of(*self._trace(), v) if self.rows == self.columns == "" else super()._apply_whole(v)
 
-    def _composed(self) -> tuple[_traced.Program, str]:
+    def _trace(self) -> tuple[_traced.Program, str]:
         program = trace_objective("HessianOperator", "f", self.f, self.x, self.args)
         return program, _modes.choose_composition("HessianOperator", program, self.mode)
 
-    def _whole(self) -> Product:
-        program, composition = self._composed()
+    def _linearize_whole(self) -> Product:
+        program, composition = self._trace()
         if self.rows == self.columns == "":
             return linearize_program(program, composition)[2]
         (rows, columns), x = self._parts(), program.x
@@ -122,26 +124,26 @@ class HessianOperator(DataOperator):
 
         if composition == "fwd_over_rev":
             return jax.linearize(lambda part: gradient(columns, part, rows), columns.take(x))[1]
-        if composition == "rev_over_rev" and is_symmetric(program):  # v' H[columns, rows] is H[rows, columns] v
+        if composition == "rev_over_rev" and is_symmetric(program):  # H[rows, columns] v = (v' H[columns, rows])'
             pull = jax.vjp(lambda part: gradient(rows, part, columns), rows.take(x))[1]
             return lambda v: pull(v)[0]
         product = linearize_program(program, composition)[2]
         return lambda v: rows.take(product(columns.put(jax.tree.map(jnp.zeros_like, x), v)))
 
 
+@register_operator
 class _ModelDataOperator(DataOperator):
-    """``J' M J``: the Jacobian of a model, and a matrix ``M`` on its outputs that a subclass defines."""
+    """``J' M J`` with ``J`` the Jacobian of a model and ``M`` a matrix on its outputs."""
 
-    model: Callable[..., Any]
-    loss: Callable[..., Any]
-    likelihood: _likelihoods.Likelihood | None
+    model: Callable[..., Any] = static()
+    loss: Callable[..., Any] = static()
+    likelihood: _likelihoods.Likelihood | None = static()
 
     def _set_model(self, model: Callable[..., Any], loss: Callable[..., Any], likelihood: Any) -> None:
-        """Set the fields above once they are known to be right."""
+        """Check the arguments and set the fields above."""
         function = type(self).__name__
-        for name, value in {"model": model, "loss": loss}.items():
-            _checks.check_callable(function, name, value)
-            _checks.check_hashable(function, name, value)
+        _checks.check_static_function(function, "model", model)
+        _checks.check_static_function(function, "loss", loss)
         if likelihood is not None:
             _checks.check_choice(function, "likelihood", likelihood, _likelihoods.Likelihood)
         set_fields(self, model=model, loss=loss, likelihood=likelihood)
@@ -149,38 +151,39 @@ class _ModelDataOperator(DataOperator):
     def _objective(self) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
         return "the loss", (self.loss, self.model), lambda x, *args: self.loss(self.model(x, *args), *args)
 
-    def _whole(self) -> Product:
+    def _linearize_whole(self) -> Product:
         name, (rows, columns) = type(self).__name__, self._parts()
         program = trace_model(name, "model", self.model, self.x, self.args)
         outputs, push, pull = push_and_pull(name, "model", program, columns)
         if rows != columns:
             _, _, pull = push_and_pull(name, "model", program, rows)
-        middle = self._on_outputs(outputs)
+        middle = self._output_matrix(outputs)
         return lambda v: pull(middle(push(v)))
 
     def factors(self) -> tuple[JacobianOperator, "OutputOperator"]:
-        """``J`` and ``M``, for whole data and all of ``x``; what ``solve(..., method="woodbury")`` asks for."""
+        """``(J, M)`` for ``solve(..., method="woodbury")``; the data must be whole and the operator not a block."""
         whole = self.chunk_size is None and self.batches is None and self.rows == self.columns == ""
-        _linalg.check_whole(type(self).__name__, whole)
+        _checks.check_whole(type(self).__name__, whole)
         return JacobianOperator(self.model, self.x, *self.args), OutputOperator(self)
 
-    def _on_outputs(self, outputs: Tree) -> Product:
-        """``t -> M t`` with ``M`` the Hessian of the loss by the outputs, or the closed form of it."""
+    def _output_matrix(self, outputs: Tree) -> Product:
+        """``t -> M t``, where ``M`` is the Hessian of the loss with respect to the outputs, or its closed form."""
         if self.likelihood is None:
             return _likelihoods.loss_hessian(type(self).__name__, self.loss, outputs, self.args)
-        return _likelihoods.information(*self._weighted_labels(outputs))
+        family, weights = self._family_and_weights(outputs)
+        return _likelihoods.information(family, outputs, weights)
 
-    def _weighted_labels(self, outputs: Tree) -> tuple[_likelihoods.Family, Tree, Tree]:
-        """The family of the likelihood, the outputs, and the weights that the loss gives the labels."""
+    def _family_and_weights(self, outputs: Tree) -> tuple[_likelihoods.Family, Tree]:
+        """The family of the likelihood, and the factors of the negative log likelihoods in the loss."""
         name, likelihood = type(self).__name__, str(self.likelihood)
         _checks.check_logits(name, likelihood, outputs)
         family = _likelihoods.FAMILIES[likelihood]
-        return family, outputs, _likelihoods.label_weights(name, self.loss, outputs, self.args, family)
+        return family, _likelihoods.label_weights(name, self.loss, outputs, self.args, family)
 
 
 @register_operator
 class OutputOperator(LinearOperator):
-    """The ``M`` of a Gauss-Newton or Fisher matrix ``J' M J``, on trees like the outputs of its model."""
+    """The matrix ``M`` of a Gauss-Newton or Fisher matrix ``J' M J``, on trees like the outputs of the model."""
 
     operator: _ModelDataOperator
     is_symmetric = True
@@ -190,7 +193,7 @@ class OutputOperator(LinearOperator):
 
     def linearize(self) -> Product:
         op = self.operator
-        return op._on_outputs(op.model(op.x, *op.args))
+        return op._output_matrix(op.model(op.x, *op.args))
 
     def in_structure(self) -> Tree:
         op = self.operator
@@ -202,12 +205,13 @@ class OutputOperator(LinearOperator):
 
 @register_operator
 class GaussNewtonOperator(_ModelDataOperator):
-    """The generalized Gauss-Newton matrix ``G = J' M J``, the part of the Hessian that is due to the loss alone.
+    """The generalized Gauss-Newton matrix ``G = J' M J``, the Hessian without the second derivatives of the model.
 
-    ``J`` is the Jacobian of the outputs of ``model`` by ``x``, and ``M`` the Hessian of ``loss`` by the outputs: ``G``
-    is positive semidefinite if the loss is convex in them. It is scaled as the loss is: for a mean over B examples
-    ``G = (1/B) sum_b J_b' M_b J_b``, for a sum without ``1/B``. For a loss that is a negative log likelihood in its
-    natural parameters (squared error, softmax or sigmoid cross entropy) it is the Fisher matrix.
+    ``J`` is the Jacobian of the outputs of ``model`` with respect to ``x``, and ``M`` the Hessian of ``loss`` with
+    respect to the outputs. ``G`` is positive semidefinite if the loss is convex in the outputs. It is scaled as the
+    loss is: for a mean over B examples ``G = (1/B) sum_b J_b' M_b J_b``, for a sum without ``1/B``. For a loss that is
+    a negative log likelihood in its natural parameters (squared error, softmax or sigmoid cross entropy), ``G`` is the
+    Fisher matrix.
 
     Args:
         model: ``model(x, *args) -> outputs``, any tree of floating arrays; compared by identity.
@@ -215,22 +219,23 @@ class GaussNewtonOperator(_ModelDataOperator):
         x: the point, any tree of floating arrays.
         *args: data for both, not differentiated.
         likelihood: None differentiates the loss twice, which for a softmax cross entropy of V classes forms nothing
-            larger than V for each row. A word asserts that the loss is a weighted sum of negative log likelihoods and
+            larger than V for each row. A name asserts that the loss is a weighted sum of negative log likelihoods and
             applies ``M`` in closed form: ``"categorical"`` for softmax cross entropies over the last axis,
             ``w (p t - p (p.t))`` for each row with labels that sum to 1; ``"bernoulli"`` for sigmoid cross entropies,
-            ``w p (1-p) t``; ``"normal"`` for half the squared error, ``w t``. One product with the Hessian of the loss
-            at zero outputs tells the weights, such as those of a mean or a mask.
-        reduction: as for ``HessianOperator``, with ``model`` and ``loss`` in the place of ``f``.
-        chunk_size: likewise.
-        sharding: likewise.
-        batches: likewise.
-        progress: likewise.
+            ``w p (1-p) t``; ``"normal"`` for half the squared error, ``w t``. The weights ``w``, such as ``1/B`` or a
+            mask, come from one product with the Hessian of the loss at zero outputs.
+        reduction: see ``HessianOperator``, with ``loss(model(x, *args), *args)`` as ``f``.
+        chunk_size: see ``HessianOperator``.
+        sharding: see ``HessianOperator``.
+        batches: see ``HessianOperator``.
+        progress: see ``HessianOperator``.
 
     Raises:
-        TypeError: as ``HessianOperator``, and when the model has no reverse derivative.
+        TypeError: as ``HessianOperator``, and if the model has no reverse derivative.
         ValueError: as ``HessianOperator``.
 
-    Cost: a linearized product is one JVP and one VJP of the model without its evaluation, less than a Hessian's.
+    Cost: a linearized product is one JVP and one VJP of the model without its evaluation, which is less than a
+        product with the Hessian.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -242,10 +247,6 @@ class GaussNewtonOperator(_ModelDataOperator):
     References: Schraudolph, Fast curvature matrix-vector products (2002), doi:10.1162/08997660260028683; Martens, New
         insights and perspectives on the natural gradient method, arXiv:1412.1193, section 8.
     """
-
-    model: Callable[..., Any] = static()
-    loss: Callable[..., Any] = static()
-    likelihood: _likelihoods.Likelihood | None = static()
 
     def __init__(
         self,
@@ -269,42 +270,43 @@ class FisherOperator(_ModelDataOperator):
     """The Fisher information matrix of the likelihood of a model, exact, sampled or empirical.
 
     The loss is ``sum_r w_r nll_r`` over rows r of the outputs (examples; tokens; entries), with the weights of a mean
-    (``w_r = 1/B`` for B rows), a sum (``w_r = 1``) or a mask. With ``J_r`` the Jacobian of a row and ``s_r`` the
-    gradient of ``nll_r`` by it, the kinds differ in the labels at which scores are taken:
+    (``w_r = 1/B`` for B rows), a sum (``w_r = 1``) or a mask. Let ``J_r`` be the Jacobian of row r and ``s_r`` the
+    score, the gradient of ``nll_r`` with respect to row r. The kinds differ in the labels at which scores are taken:
 
-    - ``"exact"``: all labels, as the model foresees them, ``F = sum_r w_r J_r' E[s_r s_r'] J_r``. Given a
-      ``likelihood``, the expectation is its closed form; with None, ``F`` is the Gauss-Newton matrix, which is the same
-      for every negative log likelihood in natural parameters.
-    - ``"sampled"``: the mean over ``num_samples`` labels of each row, drawn from the ``likelihood`` of the model; the
-      same draw in every product, whatever the parts that the data comes in. Unbiased for the exact one.
+    - ``"exact"``: the expectation over the labels under the model, ``F = sum_r w_r J_r' E[s_r s_r'] J_r``. With a
+      ``likelihood`` the expectation has its closed form. With None, ``F`` is the Gauss-Newton matrix, which equals the
+      Fisher matrix for every negative log likelihood in natural parameters.
+    - ``"sampled"``: the mean over ``num_samples`` labels per row, drawn from the ``likelihood`` of the model. Every
+      product uses the same draw, however the data is chunked, sharded or batched. It is an unbiased estimate of the
+      exact matrix.
     - ``"empirical"``: the labels of the data, ``F = (1/B) sum_b g_b g_b'`` for ``reduction="mean"``, without ``1/B``
-      for ``"sum"``, with ``g_b`` the gradient by ``x`` of the loss of example b, all its rows together: the mean of
-      outer products, not the outer product of the mean.
+      for ``"sum"``, where ``g_b`` is the gradient with respect to ``x`` of the loss of example b, all its rows
+      together: the mean of outer products, not the outer product of the mean.
 
-    For samples and the empirical kind, examples lie along the leading axis of every output; for the empirical kind,
-    the outputs of one must not enter the loss of another.
+    For ``"sampled"`` and ``"empirical"``, examples lie along the leading axis of every output. For ``"empirical"``, the
+    outputs of one example must not enter the loss of another.
 
     Args:
         model: ``model(x, *args) -> outputs``, any tree of floating arrays; compared by identity.
         loss: ``loss(outputs, *args) -> scalar``; compared by identity.
         x: the point, any tree of floating arrays.
         *args: data for both, not differentiated.
-        kind: one of the three above.
-        likelihood: ``"categorical"``, ``"bernoulli"`` or ``"normal"``, as for ``GaussNewtonOperator``.
-        key: the randomness of the samples.
-        num_samples: how many labels are drawn for each row; memory grows with it.
-        reduction: as for ``HessianOperator``, but for the empirical kind it matters for whole data too.
-        chunk_size: as for ``HessianOperator``.
-        sharding: likewise.
-        batches: likewise.
-        progress: likewise.
+        kind: ``"exact"``, ``"sampled"`` or ``"empirical"``, as above.
+        likelihood: ``"categorical"``, ``"bernoulli"`` or ``"normal"``; see ``GaussNewtonOperator``.
+        key: the random key for ``"sampled"``.
+        num_samples: the number of labels drawn for each row; memory grows with it.
+        reduction: see ``HessianOperator``; for ``"empirical"`` it matters for whole data too.
+        chunk_size: see ``HessianOperator``.
+        sharding: see ``HessianOperator``.
+        batches: see ``HessianOperator``.
+        progress: see ``HessianOperator``.
 
     Raises:
         TypeError: as ``GaussNewtonOperator``.
-        ValueError: as ``GaussNewtonOperator``, and when the samples lack their ``likelihood`` or ``key``, or an output
-            has no axis of examples.
+        ValueError: as ``GaussNewtonOperator``, and if ``"sampled"`` lacks a ``likelihood`` or ``key``, or an output has
+            no axis of examples.
 
-    Cost: as ``GaussNewtonOperator``; the samples are drawn once for each linearization.
+    Cost: as ``GaussNewtonOperator``; labels are drawn once per linearization.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -321,9 +323,6 @@ class FisherOperator(_ModelDataOperator):
         empirical Fisher approximation (2019), arXiv:1905.12558.
     """
 
-    model: Callable[..., Any] = static()
-    loss: Callable[..., Any] = static()
-    likelihood: _likelihoods.Likelihood | None = static()
     kind: FisherKind = static()
     num_samples: int = static()
     key: PRNGKeyArray | UInt32[Array, "..."] | None
@@ -347,27 +346,27 @@ class FisherOperator(_ModelDataOperator):
     ) -> None:
         _checks.check_choice("FisherOperator", "kind", kind, FisherKind)
         _checks.check_count("FisherOperator", "num_samples", num_samples, least=1)
-        sampled = kind == "sampled"
         _checks.check_sampling("FisherOperator", kind, likelihood, key)
-        first = jnp.zeros((), jnp.int32) if sampled else None  # the number of the first example of this part
+        sampled = kind == "sampled"
+        first = jnp.zeros((), jnp.int32) if sampled else None  # the index of the first example in all of the data
         set_fields(self, kind=kind, num_samples=num_samples, key=key if sampled else None, first=first)
         self._set_model(model, loss, likelihood)
         self._set_data(x, args, reduction, chunk_size, sharding, batches, progress)
         if kind == "empirical" and any(jnp.ndim(leaf) for leaf in jax.tree.leaves(args)):
             self._check_reduction(self.x, args, reduction)
 
-    def _of(self, args: tuple[Any, ...], first: Any) -> DataOperator:
-        part = super()._of(args, first)
+    def _on_part(self, args: tuple[Any, ...], first: Any) -> DataOperator:
+        part = super()._on_part(args, first)
         return part if self.first is None else replace(part, first=self.first + first)
 
-    def _on_outputs(self, outputs: Tree) -> Product:
+    def _output_matrix(self, outputs: Tree) -> Product:
         if self.kind == "exact":
-            return super()._on_outputs(outputs)
+            return super()._output_matrix(outputs)
         examples = _checks.check_outputs_of_examples("FisherOperator", outputs)
         if self.key is not None and self.first is not None:
-            family, _, weights = self._weighted_labels(outputs)
+            family, weights = self._family_and_weights(outputs)
             draws = _likelihoods.draw_scores(family, self.key, outputs, self.first, self.num_samples)
             return _likelihoods.sampled_information(family, weights, draws)
         scores = _likelihoods.loss_gradient("FisherOperator", self.loss, outputs, self.args)
-        scale = examples if self.reduction == "mean" else 1  # the scores of a mean hold 1/B, their squares 1/B^2
+        scale = examples if self.reduction == "mean" else 1  # a score of a mean has the factor 1/B, its square 1/B^2
         return lambda t: scaled(scale, _likelihoods.outer_products(scores, t))

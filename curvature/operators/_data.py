@@ -1,4 +1,4 @@
-"""Operators that are sums over data: given whole, cut into slices in one compiled loop, or as batches on the host."""
+"""Operators that are a mean or sum over data: chunked in a compiled loop, sharded over devices, or in host batches."""
 
 import dataclasses
 from abc import abstractmethod
@@ -37,18 +37,18 @@ except ImportError as error:
     _rich_error = error
 
 Reduction = Literal["mean", "sum"]
-"""Whether a loss of a batch is the mean over its examples or their sum; decides how parts of the data add up."""
+"""Whether the loss of a batch is the mean or the sum over its examples, which decides how parts of the data combine."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batches:
-    """A re-iterable of batches as part of the type of an operator, compared by identity."""
+    """A re-iterable of batches, compared by identity because it is a static field of an operator."""
 
     iterable: Iterable[Any]
     progress: bool
 
     def visit(self, function: str) -> Iterable[Any]:
-        """The batches in order, each as the args of the function, with a bar on request."""
+        """Yield the ``args`` of each batch in order, with a progress bar on request."""
         batches = rich.progress.track(self.iterable, function, transient=True) if self.progress else self.iterable
         for batch in batches:
             args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
@@ -58,9 +58,10 @@ class Batches:
 
 @register_operator
 class DataOperator(LinearOperator):
-    """A symmetric matrix, or a block of it, that is a mean or a sum over the examples of ``args``.
+    """A symmetric matrix, or a block of it, that is a mean or sum over the examples in ``args``.
 
-    A subclass defines ``_whole``, the linearized product of all of ``args`` at once.
+    A subclass defines ``_objective`` and ``_linearize_whole``, which takes all of ``args`` at once. This class chunks,
+    shards or iterates over the data and combines the products.
     """
 
     x: Tree
@@ -82,7 +83,7 @@ class DataOperator(LinearOperator):
         batches: Iterable[Any] | None,
         progress: bool,
     ) -> None:
-        """Set the fields above once they are known to be right; the block is all of the matrix."""
+        """Check the arguments and set the fields above; rows and columns select the whole matrix."""
         name = type(self).__name__
         x = _checks.check_point(name, "x", x)
         _checks.check_data(name, args)
@@ -90,7 +91,8 @@ class DataOperator(LinearOperator):
         if chunk_size is not None and batches is None:
             _checks.check_count(name, "chunk_size", chunk_size, least=1)
             _checks.check_examples(name, "args", args)
-            sharding = sharding or sharding_of_examples(args)  # the slices of what lies on several devices
+            # Sharded data is chunked on each device; a slice of the global array would gather it on all of them.
+            sharding = sharding or sharding_of_examples(args)
         if sharding is not None:
             _checks.check_sharding(name, sharding, args, batches)
         source = None
@@ -106,20 +108,20 @@ class DataOperator(LinearOperator):
         set_fields(self, sharding=sharding, rows="", columns="")
 
     @abstractmethod
-    def _whole(self) -> Product:
-        """The linearized product of all of ``args`` at once."""
+    def _linearize_whole(self) -> Product:
+        """The linearized product that takes all of ``args`` at once."""
 
     @abstractmethod
     def _objective(self) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
-        """The function ``(x, *args) -> scalar`` that the matrix is of: its name, what it is made of, and itself."""
+        """``(name, functions, fun)``: the objective ``fun(x, *args) -> scalar`` and the user's functions in it."""
 
     def _check_reduction(self, x: Tree, args: tuple[Any, ...], reduction: Reduction) -> None:
-        """Refuse data in parts whose values do not add up as the reduction says."""
+        """Refuse an objective whose value for a batch is not the mean or sum that ``reduction`` states."""
         objective, functions, fun = self._objective()
         check_reduction(type(self).__name__, (objective, reduction), functions, fun, x, args)
 
-    def _of(self, args: tuple[Any, ...], first: Any) -> "DataOperator":
-        """The operator of a part of the data, whose first example is number ``first`` of all."""
+    def _on_part(self, args: tuple[Any, ...], first: Any) -> "DataOperator":
+        """The operator for a part of the data; ``first`` is the index of its first example in all of the data."""
         return replace(self, args=args, chunk_size=None, sharding=None, batches=None)
 
     @property
@@ -131,12 +133,12 @@ class DataOperator(LinearOperator):
         return self if self.is_symmetric else replace(self, rows=self.columns, columns=self.rows)
 
     def block(self, rows: str, columns: str | None = None) -> "DataOperator":
-        """The block of two sub-trees of ``x``, of which only these are differentiated.
+        """The block of two sub-trees of ``x``; only these sub-trees are differentiated.
 
         Args:
             rows: the path of a leaf or sub-tree of ``x`` as ``jax.tree_util.keystr(path, simple=True, separator="/")``
                 spells it, such as ``"layers/0/w"``; the empty path is all of ``x``.
-            columns: that of the columns; None is that of the rows, a diagonal block.
+            columns: the path for the columns; None takes the path of the rows, which is a diagonal block.
         """
         op = replace(self, rows=rows, columns=rows if columns is None else columns)
         op._parts()
@@ -157,105 +159,100 @@ class DataOperator(LinearOperator):
         v = self._checked(v)
         if self.batches is not None or self.chunk_size is not None:
             return self.linearize()(v)
-        return self._once(v) if self.sharding is None else self._over_devices(v)
+        return self._apply_whole(v) if self.sharding is None else self._apply_sharded(v)
 
-    def _once(self, v: Tree) -> Tree:
-        """One product of all of ``args`` at once, for which nothing has to be kept."""
-        return self._whole()(v)
+    def _apply_whole(self, v: Tree) -> Tree:
+        """A single product that takes all of ``args`` at once; it does not need a linearization."""
+        return self._linearize_whole()(v)
 
     def linearize(self) -> Product:
-        """The map ``v -> A v`` from one evaluation; data in parts is evaluated afresh by every product instead."""
+        """The map ``v -> A v`` from one evaluation; chunks and batches are evaluated again in every product."""
         if self.batches is not None:
-            return lambda v: self._over_batches(_product, v)
+            return lambda v: self._sum_over_batches(DataOperator.mv, operands=(v,))
         if self.chunk_size is not None:
-            return self._over_slices if self.sharding is None else self._over_devices
+            return self._apply_chunked if self.sharding is None else self._apply_sharded
         if self.sharding is None:
-            return self._whole()
-        return jax.linearize(self._over_devices, self._parts()[1].take(self.x))[1]  # a linear map is so anywhere
+            return self._linearize_whole()
+        # The product is linear in v, so its linearization at any tree is the product itself.
+        return jax.linearize(self._apply_sharded, self._parts()[1].take(self.x))[1]
 
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
-        """As for every operator; that of batches is the sum of theirs."""
-        whole = super().as_matrix
-        return whole(chunk_size) if self.batches is None else self._over_batches(_matrix, None, chunk_size)
+        """As for every operator; with ``batches``, the mean or sum of the matrices of the batches."""
+        if self.batches is None:
+            return super().as_matrix(chunk_size)
+        return self._sum_over_batches(DataOperator.as_matrix, options=(chunk_size,))
 
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
-        """As for every operator; that of batches is the sum of theirs."""
-        whole = super().diagonal
-        return whole(chunk_size) if self.batches is None else self._over_batches(_diagonal, None, chunk_size)
+        """As for every operator; with ``batches``, the mean or sum of the diagonals of the batches."""
+        if self.batches is None:
+            return super().diagonal(chunk_size)
+        return self._sum_over_batches(DataOperator.diagonal, options=(chunk_size,))
 
     def products(self, vectors: Tree) -> Tree:
-        """The products with many vectors, along a leading axis, in one pass over the batches."""
-        return self._over_batches(_products, vectors, "auto")
+        """The products with many vectors, stacked along the leading axis; with ``batches``, in one pass over them."""
+        if self.batches is None:
+            return vmap(self.linearize(), chunk_size="auto")(vectors)
+        return self._sum_over_batches(DataOperator.products, operands=(vectors,))
 
-    def _over_slices(self, v: Tree) -> Tree:
-        """The sum over slices of the data of one size, and a last one of what is left."""
-        name, size = type(self).__name__, self.chunk_size or 1
-        examples = _checks.check_examples(name, "args", self.args)
-        slices, rest = divmod(examples, size)
+    def _apply_chunked(self, v: Tree) -> Tree:
+        """The mean or sum over chunks of ``chunk_size`` examples, and a smaller last chunk if one remains.
+
+        ``sum_over_chunks`` does not apply: it gives examples weights, which an objective of a whole batch cannot take.
+        """
+        size = self.chunk_size or 1
+        num_examples = _checks.check_examples(type(self).__name__, "args", self.args)
+        num_chunks, remainder = divmod(num_examples, size)
 
         def part(first: Any, length: int) -> Tree:
             args = jax.tree.map(
                 lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, length) if jnp.ndim(leaf) else leaf, self.args
             )
-            product = self._of(args, first)._once(v)
-            return scaled(length / examples, product) if self.reduction == "mean" else product
+            product = self._on_part(args, first)._apply_whole(v)
+            return scaled(length / num_examples, product) if self.reduction == "mean" else product
 
         def add(total: Tree, first: Array) -> tuple[Tree, None]:
             return jax.tree.map(jnp.add, total, part(first, size)), None
 
-        if not slices:
-            return part(0, rest)
-        firsts = jnp.arange(slices, dtype=jnp.int32) * size
+        if not num_chunks:
+            return part(0, remainder)
+        firsts = jnp.arange(num_chunks, dtype=jnp.int32) * size
         nothing = jax.tree.map(lambda like: zeros(like.shape, like), jax.eval_shape(lambda i: part(i, size), firsts[0]))
         total = jax.lax.scan(add, nothing, firsts)[0]
-        return jax.tree.map(jnp.add, total, part(slices * size, rest)) if rest else total
+        return jax.tree.map(jnp.add, total, part(num_chunks * size, remainder)) if remainder else total
 
-    def _over_devices(self, v: Tree) -> Tree:
-        """The mean or sum over devices of the products of their own examples, which are equally many."""
+    def _apply_sharded(self, v: Tree) -> Tree:
+        """The mean or sum over devices, each of which has the same number of examples."""
         assert self.sharding is not None
 
-        def of_device(shared: tuple[DataOperator, Tree], args: tuple[Any, ...], device: Array) -> Tree:
-            (op, v), examples = shared, _checks.check_examples(type(self).__name__, "args", args)
-            part = replace(op._of(args, device * examples), chunk_size=self.chunk_size)
+        def on_device(shared: tuple[DataOperator, Tree], args: tuple[Any, ...], device: Array) -> Tree:
+            (op, v), num_examples = shared, _checks.check_examples(type(self).__name__, "args", args)
+            part = replace(op._on_part(args, device * num_examples), chunk_size=self.chunk_size)
             return part.linearize()(v)
 
         combine = jax.lax.pmean if self.reduction == "mean" else jax.lax.psum
-        return combine_over_devices(of_device, combine, self.sharding, (replace(self, args=()), v), self.args)
+        return combine_over_devices(on_device, combine, self.sharding, (replace(self, args=()), v), self.args)
 
-    def _over_batches(self, what: Callable[..., Tree], v: Tree, chunk_size: ChunkSize = None) -> Tree:
-        """The sum over batches of ``what(op of a batch, v, chunk_size)``, in order; each is one compiled call."""
+    def _sum_over_batches(self, method: Callable[..., Tree], operands: Any = (), options: Any = ()) -> Tree:
+        """The mean or sum over batches of ``method(op, *operands, *options)``, one compiled call for each batch."""
         name = type(self).__name__
-        _checks.check_untraced(name, (self.x, v))
+        _checks.check_untraced(name, (self.x, operands))
         assert self.batches is not None
-        total, examples, batches = None, 0, 0
+        total, num_examples, num_batches = None, 0, 0
         for args in self.batches.visit(name):
-            size = _checks.check_examples(name, "batch", args)
+            batch_size = _checks.check_examples(name, "batch", args)
             self._check_reduction(self.x, args, self.reduction)
-            weight = jnp.asarray(size if self.reduction == "mean" else 1, jnp.int32)
-            op = self._of(args, jnp.asarray(examples, jnp.int32))
-            term = _weighted(op, weight, v, what, chunk_size)
+            weight = jnp.asarray(batch_size if self.reduction == "mean" else 1, jnp.int32)
+            op = self._on_part(args, jnp.asarray(num_examples, jnp.int32))
+            term = _evaluate_weighted(op, weight, operands, method, options)
             total = term if total is None else jax.tree.map(jnp.add, total, term)
-            examples, batches = examples + size, batches + 1
-        _checks.check_some_batch(name, batches)
-        return jax.tree.map(lambda leaf: leaf / examples, total) if self.reduction == "mean" else total
+            num_examples, num_batches = num_examples + batch_size, num_batches + 1
+        _checks.check_some_batch(name, num_batches)
+        return jax.tree.map(lambda leaf: leaf / num_examples, total) if self.reduction == "mean" else total
 
 
-@partial(jax.jit, static_argnames=("what", "chunk_size"))
-def _weighted(op: DataOperator, weight: Array, v: Tree, what: Callable[..., Tree], chunk_size: ChunkSize) -> Tree:
-    return scaled(weight, what(op, v, chunk_size))
-
-
-def _product(op: LinearOperator, v: Tree, chunk_size: ChunkSize) -> Tree:
-    return op.mv(v)
-
-
-def _products(op: LinearOperator, vectors: Tree, chunk_size: ChunkSize) -> Tree:
-    return vmap(op.linearize(), chunk_size=chunk_size)(vectors)
-
-
-def _matrix(op: LinearOperator, v: None, chunk_size: ChunkSize) -> Array:
-    return op.as_matrix(chunk_size)
-
-
-def _diagonal(op: LinearOperator, v: None, chunk_size: ChunkSize) -> Tree:
-    return op.diagonal(chunk_size)
+@partial(jax.jit, static_argnames=("method", "options"))
+def _evaluate_weighted(
+    op: DataOperator, weight: Array, operands: tuple[Any, ...], method: Callable[..., Tree], options: tuple[Any, ...]
+) -> Tree:
+    """One part of ``_sum_over_batches``, compiled once for all batches of the same shapes."""
+    return scaled(weight, method(op, *operands, *options))

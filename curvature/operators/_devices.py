@@ -1,4 +1,4 @@
-"""How the examples of an operator's data lie on the devices of a mesh, and sums over those devices."""
+"""Sharded data of operators: the sharding of its examples, and means or sums over devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,29 +12,24 @@ from curvature._types import Tree
 
 
 def sharding_of_examples(args: Any) -> NamedSharding | None:
-    """The layout of the leading axis of ``args`` over a mesh, if the arrays show it; under ``jit`` few do."""
+    """The sharding of the leading axis of ``args``, or None; a tracer has one only on a mesh with explicit axes."""
     for leaf in jax.tree.leaves(args):
-        sharding = getattr(leaf, "sharding", None) or jax.typeof(leaf).sharding  # a tracer has only that of its type
+        sharding = getattr(leaf, "sharding", None) or jax.typeof(leaf).sharding
         if isinstance(sharding, NamedSharding) and sharding.spec and isinstance(sharding.spec[0], str | tuple):
             return NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
     return None
 
 
-def mesh_axes(sharding: NamedSharding) -> tuple[str, ...]:
-    """The axes of the mesh over which the examples are shared out."""
-    axes = sharding.spec[0]
-    return (axes,) if isinstance(axes, str) else tuple(axes)
-
-
 def combine_over_devices(
     fun: Callable[[Tree, Any, Any], Tree], combine: Callable[..., Any], sharding: NamedSharding, shared: Tree, args: Any
 ) -> Tree:
-    """``combine``, a mean or a sum over devices, of ``fun(shared, args of the device, its number)``: one all-reduce.
+    """The mean or sum over devices of ``fun(shared, args of the device, device index)``, with one all-reduce.
 
-    ``shared`` is made to vary over the devices before ``fun`` sees it: a derivative by what all devices share would
-    be summed over them at every use of it.
+    ``combine`` is ``jax.lax.pmean`` or ``psum``. ``shared`` varies over the devices inside ``fun``: JAX would sum a
+    derivative with respect to an unvarying value over the devices at every use of that value.
     """
-    axes = mesh_axes(sharding)
+    axes = sharding.spec[0]
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)  # the axes of the mesh that shard the examples
 
     def on_device(shared: Tree, args: Any) -> Tree:
         return combine(fun(vary_like(shared, args), args, jax.lax.axis_index(axes)), axes)

@@ -1,9 +1,9 @@
-"""Whether the examples of a batch stay apart, as all that is added up over parts of a batch assumes.
+"""Tests that examples of a batch do not interact and that losses are means or sums, by trials on synthetic examples.
 
-Each question is answered by a trial on three made-up examples (see ``_trials.py``): the function on all of them
-against the function on one after the other. What a trial cannot decide - a value that is not finite, a function with
-effects - passes. A trial sees what a program does and not what it looks like: examples may meet in a maximum that
-cancels, and may not in a division by their number, or in random numbers that are drawn for the batch from one key.
+A trial evaluates a function on a batch of three synthetic examples (see ``_trials.py``) and on each example alone, and
+compares the values. Where a trial cannot decide, because a value is not finite or the function has effects, the
+function passes. A trial tests values, not the form of the program: a maximum over examples that cancels passes, and a
+division by the number of examples, or random numbers drawn from one key for the batch, do not.
 """
 
 from collections.abc import Callable
@@ -15,28 +15,30 @@ import numpy as np
 from jaxtyping import Array
 
 from curvature import _checks
+from curvature._compile_cache import cached
 from curvature._types import Tree
 from curvature.operators._mixing import find_mixing
-from curvature.operators._trials import Values, evaluated, once, point_of, rounding_of, rows_of, traced
+from curvature.operators._pytrees import structure_of
+from curvature.operators._trials import Values, evaluate_trial, key_of, rounding_of, trace_trial, with_num_examples
 from curvature.programs import _traced
 from curvature.programs._legality import Blocker
 from curvature.transforms._jacobian import gradient_of
 
-_TRIED = 3  # examples: a shift by one or two places moves all, and a mask of one of them leaves more than one
+_NUM_TRIED = 3  # examples: a shift by one or two positions moves all, and a mask of one example leaves two
 
 _MIXING = {"reduce_sum", "reduce_max", "reduce_min", "dot_general", "sort", "cumsum", "rev"}
-"""Equations that combine examples if the axis of these does not come through; others may only be unknown."""
+"""Primitives that certainly combine examples if their axis is lost; the batch rule of others may be unknown."""
 
 OutputAxes = tuple[int | None, ...]
-"""For each leaf of the outputs its axis of examples; None if the batch has a single example, all of the leaf."""
+"""The axis of examples of each leaf of the outputs; None if the batch has one example, which is all of the leaf."""
 
 
 class OutputRows:
-    """The outputs of a batch as one array of rows for each leaf: row b is the leaf for a batch of example b alone.
+    """Conversion between the outputs of a batch and rows: row b of a leaf is the leaf for a batch of example b alone.
 
     Attributes:
         one: the structure of the outputs of a batch of one.
-        axes: the axes of examples in the outputs of the whole batch.
+        axes: the axis of examples of each leaf of the outputs of the whole batch.
     """
 
     def __init__(self, function: str, whole: Tree, one: Tree, size: int) -> None:
@@ -49,7 +51,7 @@ class OutputRows:
         )
 
     def split(self, outputs: Tree) -> Tree:
-        """The rows of the outputs."""
+        """Outputs to rows."""
 
         def of_leaf(leaf: Array, axis: int | None) -> Array:
             return leaf[None] if axis is None else jnp.expand_dims(jnp.moveaxis(leaf, axis, 0), axis + 1)
@@ -57,7 +59,7 @@ class OutputRows:
         return self._map(of_leaf, outputs)
 
     def join(self, rows: Tree) -> Tree:
-        """The outputs of these rows."""
+        """Rows to outputs."""
 
         def of_leaf(leaf: Array, axis: int | None) -> Array:
             return leaf[0] if axis is None else jnp.moveaxis(jnp.squeeze(leaf, axis + 1), 0, axis)
@@ -65,7 +67,7 @@ class OutputRows:
         return self._map(of_leaf, rows)
 
     def structure(self, size: int) -> Tree:
-        """The structure of so many rows."""
+        """The structure of ``size`` rows."""
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), self.one)
 
     def _map(self, fun: Callable[[Array, int | None], Array], tree: Tree) -> Tree:
@@ -73,8 +75,8 @@ class OutputRows:
         return structure.unflatten([fun(leaf, axis) for leaf, axis in zip(leaves, self.axes, strict=True)])
 
 
-def one_by_one(fun: Callable[[tuple[Any, ...]], Any], args: tuple[Any, ...]) -> Any:
-    """``fun`` of each example as a batch of one, along a new leading axis."""
+def map_examples(fun: Callable[[tuple[Any, ...]], Any], args: tuple[Any, ...]) -> Any:
+    """``fun`` of each example as a batch of one, stacked along a new leading axis."""
     leaves, structure = jax.tree.flatten(args)
 
     def of_example(row: list[Array]) -> Any:
@@ -87,73 +89,74 @@ def one_by_one(fun: Callable[[tuple[Any, ...]], Any], args: tuple[Any, ...]) -> 
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 
-def check_model_apart(
+def check_model_examples(
     function: str, model: Callable[..., Any], x: Tree, args: tuple[Any, ...], outputs: OutputRows, size: int
 ) -> None:
-    """Refuse a model whose outputs for an example, or their derivative, depend on others or on how many there are."""
+    """Refuse a model whose outputs or derivatives for one example depend on the other examples or on their number."""
     if size == 1:
         return
-    point, batch, few = point_of(x), rows_of(args, size), rows_of(args, _TRIED)
+    point, batch, few = structure_of(x), with_num_examples(args, size), with_num_examples(args, _NUM_TRIED)
 
-    def verdict() -> Blocker | bool:
-        closed = traced(lambda x, args: _in_batch_and_alone(model, outputs, x, args), point, few)
-        values = evaluated(closed, point, few)
+    def find_mixing_of_model() -> Blocker | bool:
+        closed = trace_trial(lambda x, args: _in_batch_and_alone(model, outputs, x, args), point, few)
+        values = evaluate_trial(closed, point, few)
         if values is not None and _agree(values, rounding_of(closed)):
             return False
-        whole = traced(lambda x, args: model(x, *args), point, batch)
+        whole = trace_trial(lambda x, args: model(x, *args), point, batch)
         axes = [*[None] * len(jax.tree.leaves(x)), *(0 if leaf.ndim else None for leaf in jax.tree.leaves(batch))]
         named = find_mixing(whole, axes, size, may_sum=False)
-        if values is None:  # a sum over devices, for instance: what is known to mix is taken to do so
+        if values is None:  # no trial, for instance because of a sum over devices: refuse only what certainly mixes
             return named if named is not None and named.primitive in _MIXING else False
         return named or True
 
-    found = once((model,), (point, batch), verdict)
+    found = cached((model,), key_of("model", (point, batch)), find_mixing_of_model)
     if found is not False:
-        raise _checks.model_mixes(function, found if isinstance(found, Blocker) else None)
+        raise _checks.examples_mixed(function, "model", found if isinstance(found, Blocker) else None)
 
 
 def _in_batch_and_alone(
     model: Callable[..., Any], outputs: OutputRows, x: Tree, args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    """Outputs and a derivative of them, of the batch and of its examples one by one, which are equal if it is apart."""
+    """Outputs and a derivative for the batch, and for each example alone; equal if the examples do not interact."""
 
-    def pushed(args: tuple[Any, ...]) -> tuple[Tree, Tree]:
+    def push(args: tuple[Any, ...]) -> tuple[Tree, Tree]:
         return jax.jvp(lambda x: model(x, *args), (x,), (jax.tree.map(_waves, x),))
 
     program = _traced.trace(lambda x: (model(x, *args), None), x)
     if program.blocker("fwd") is None:
-        return tuple(map(outputs.split, pushed(args))), one_by_one(pushed, args)
-    whole, alone = outputs.split(model(x, *args)), one_by_one(lambda one: model(x, *one), args)
+        return tuple(map(outputs.split, push(args))), map_examples(push, args)
+    whole, alone = outputs.split(model(x, *args)), map_examples(lambda one: model(x, *one), args)
     if program.blocker("rev") is not None:
         return whole, alone
     w = jax.tree.map(_waves, whole)
 
-    def pulled(one: tuple[Any, ...]) -> Tree:
+    def pull(one: tuple[Any, ...]) -> Tree:
         w, *args = one
         return jax.vjp(lambda x: model(x, *args), x)[1](jax.tree.map(lambda leaf: leaf[0], w))[0]
 
     in_batch = jax.vjp(lambda x: outputs.split(model(x, *args)), x)[1](w)[0]
-    return (whole, in_batch), (alone, jax.tree.map(lambda leaf: jnp.sum(leaf, 0), one_by_one(pulled, (w, *args))))
+    return (whole, in_batch), (alone, jax.tree.map(lambda leaf: jnp.sum(leaf, 0), map_examples(pull, (w, *args))))
 
 
 def _waves(leaf: Array) -> Array:
-    """Numbers of no pattern that a program could share."""
+    """A tangent or cotangent without a symmetry that could hide an interaction."""
     return jnp.cos(1 + jnp.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype)
 
 
 # ---- the loss ------------------------------------------------------------------------------------------------------
 
 
-def check_loss_apart(
+def check_loss_examples(
     function: str, loss: Callable[..., Any], args: tuple[Any, ...], outputs: OutputRows, size: int
 ) -> None:
-    """Refuse a loss whose gradient by the outputs of an example depends on the outputs of another."""
+    """Refuse a loss whose gradient with respect to the outputs of one example depends on the outputs of another."""
     if size == 1:
         return
-    batch = rows_of(args, size)
+    batch = with_num_examples(args, size)
 
     def trial(_: Any, rows: Tree, args: tuple[Any, ...]) -> tuple[Any, Any]:
-        count = jax.tree.leaves(rows)[0].shape[0]
+        """Gradients of all examples but b, before and after the outputs of b change."""
+        num_examples = jax.tree.leaves(rows)[0].shape[0]
 
         def gradient(rows: Tree) -> Tree:
             program = _traced.trace(lambda rows: (loss(outputs.join(rows), *args), None), rows)
@@ -163,33 +166,33 @@ def check_loss_apart(
             return jax.tree.map(lambda leaf: leaf.at[b].set(leaf[b] / 2 + jnp.asarray(0.25, leaf.dtype)), rows)
 
         first = gradient(rows)
-        others = [np.delete(np.arange(count), b) for b in range(min(count, _TRIED))]
+        others = [np.delete(np.arange(num_examples), b) for b in range(min(num_examples, _NUM_TRIED))]
         before = [jax.tree.map(lambda leaf, o=o: leaf[o], first) for o in others]
         after = [jax.tree.map(lambda leaf, o=o: leaf[o], gradient(moved(b))) for b, o in enumerate(others)]
         return before, after
 
-    def verdict() -> Blocker | bool:
-        few = (), outputs.structure(_TRIED), rows_of(args, _TRIED)
+    def find_mixing_of_loss() -> Blocker | bool:
+        few = (), outputs.structure(_NUM_TRIED), with_num_examples(args, _NUM_TRIED)
         try:
-            closed = traced(trial, *few)
-        except (TypeError, ValueError, IndexError):  # it has closed over data of the whole batch
+            closed = trace_trial(trial, *few)
+        except (TypeError, ValueError, IndexError):  # the loss has closed over data of the whole batch
             few = (), outputs.structure(size), batch
-            closed = traced(trial, *few)
-        values = evaluated(closed, *few)
+            closed = trace_trial(trial, *few)
+        values = evaluate_trial(closed, *few)
         if values is None or _agree(values, rounding_of(closed)):
             return False
         rows = outputs.structure(size)
-        whole = traced(lambda rows, args: loss(outputs.join(rows), *args), rows, batch)
+        whole = trace_trial(lambda rows, args: loss(outputs.join(rows), *args), rows, batch)
         axes = [*[0] * len(jax.tree.leaves(rows)), *[None] * len(jax.tree.leaves(batch))]
         return find_mixing(whole, axes, size, may_sum=True) or True
 
-    found = once((loss,), (outputs.structure(size), batch), verdict)
+    found = cached((loss,), key_of("loss", (outputs.structure(size), batch)), find_mixing_of_loss)
     if found is not False:
-        raise _checks.loss_mixes(function, found if isinstance(found, Blocker) else None)
+        raise _checks.examples_mixed(function, "loss", found if isinstance(found, Blocker) else None)
 
 
 def _agree(values: Values, rounding: float) -> bool:
-    """Whether the first half of some arrays is the second half, but for roundings; what neither knows counts not."""
+    """Whether the first half of the arrays equals the second half up to rounding, where both are finite."""
     pairs = list(zip(values[: len(values) // 2], values[len(values) // 2 :], strict=True))
     largest = max((float(np.abs(a[np.isfinite(a)]).max(initial=0)) for a in values), default=0.0)
     for a, b in pairs:
@@ -198,7 +201,8 @@ def _agree(values: Values, rounding: float) -> bool:
             return False
         a, b = a[known], b[known]
         size = max(np.abs(a).max(initial=0), np.abs(b).max(initial=0))
-        # Half of the digits of a number may be lost to cancellation, and of a small one all below the largest.
+        # Heuristic: half of the digits of an array may be lost to cancellation, and all of its digits below 100
+        # roundings of the largest array.
         if np.abs(a - b).max(initial=0) > np.sqrt(rounding) * size + 100 * rounding * largest:
             return False
     return True
@@ -217,39 +221,39 @@ def check_reduction(
     *,
     may_be_neither: bool = False,
 ) -> None:
-    """Refuse data in parts where the value for a batch is not the mean, or the sum, of those of its examples.
+    """Refuse a function whose value for a batch is not the mean, or the sum, of its values for the examples.
 
     Args:
         function: the public name, for the error.
-        words: the name of ``fun`` in the error, and "mean" or "sum", as the user says.
-        functions: what ``fun`` is made of, by which its verdict is found again.
+        words: the name of ``fun`` in the error, and the ``reduction`` that the user states.
+        functions: the user's functions in ``fun``, the key of the cached result.
         fun: ``fun(x, *args) -> scalar``.
         x: the point.
         args: the data.
-        may_be_neither: whether a loss of other weights, such as those of a mask, is right as it is.
+        may_be_neither: whether a sum with other weights, such as a mean over a mask, is allowed.
     """  # fmt: skip
     if _checks.check_examples(function, "args", args) == 1:
         return
-    point, few = point_of(x), rows_of(args, _TRIED)
+    point, few = structure_of(x), with_num_examples(args, _NUM_TRIED)
 
     def trial(x: Tree, args: tuple[Any, ...]) -> tuple[Any, Any]:
-        return fun(x, *args), one_by_one(lambda one: fun(x, *one), args)
+        return fun(x, *args), map_examples(lambda one: fun(x, *one), args)
 
-    def verdict() -> str | None:
+    def find_reduction() -> str | None:
         try:
-            closed = traced(trial, point, few)
-        except (TypeError, ValueError, IndexError):  # it takes no batch as small as that, and cannot be tried
+            closed = trace_trial(trial, point, few)
+        except (TypeError, ValueError, IndexError):  # the function does not accept a batch this small
             return None
-        values = evaluated(closed, point, few)
+        values = evaluate_trial(closed, point, few)
         return None if values is None else _reduction_of(values, rounding_of(closed))
 
-    found = once(functions, (point, few), verdict)
+    found = cached(functions, key_of("reduction", (point, few)), find_reduction)
     if found not in (None, words[1]) and not (may_be_neither and found == "neither"):
         raise _checks.wrong_reduction(function, *words, found)
 
 
 def _reduction_of(values: Values, rounding: float) -> str | None:
-    """What the value of a batch is of its values one by one: "mean", "sum", "neither", or None if it may be both."""
+    """How the value of a batch follows from the values of its examples: mean, sum or neither; None if undecided."""
     whole, parts = values
     if not np.isfinite(whole):
         return None

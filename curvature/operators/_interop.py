@@ -1,4 +1,4 @@
-"""Operators for the solvers of other libraries."""
+"""Conversion of operators for other libraries: lineax and SciPy."""
 
 import importlib
 from functools import partial
@@ -12,27 +12,27 @@ from jaxtyping import Array, Float
 from curvature import _checks
 from curvature._trees import num_entries, ravel
 from curvature.operators._base import LinearOperator, zeros
-from curvature.operators._data import DataOperator
+from curvature.operators._streamed import is_streamed
 from curvature.transforms._chunks import vmap
 
 
 def as_lineax(op: LinearOperator) -> Any:
-    """The operator as a ``lineax.FunctionLinearOperator``, linearized, with the tag of symmetry where it is known.
+    """The operator as a ``lineax.FunctionLinearOperator``, linearized, and tagged if it is known to be symmetric.
 
-    Call it inside the ``jit`` that solves: it holds the intermediates of one point.
+    Call it inside the ``jit`` that solves: the result holds the intermediates of one point.
 
     Args:
-        op: any operator; positive definiteness is not known to it, so add ``lineax.positive_semidefinite_tag`` yourself
-            where it holds.
+        op: any operator. It does not know whether it is positive semidefinite: add
+            ``lineax.positive_semidefinite_tag`` where that holds.
 
     Returns:
         The ``lineax.FunctionLinearOperator`` on trees like ``v``.
 
     Raises:
-        ImportError: when lineax is not installed, or does not work with the JAX at hand.
-        TypeError: for an operator of batches on the host, or a multiple of the identity that has no structure.
+        ImportError: if lineax is not installed, or fails to import with the installed JAX.
+        TypeError: for an operator with ``batches``, or for ``damping(c)`` alone, which has no structure.
 
-    Cost: one linearization; then a linearized product each time.
+    Cost: one linearization; then one linearized product per product.
 
     Example:
         >>> import jax.numpy as jnp, curvature, lineax
@@ -43,7 +43,7 @@ def as_lineax(op: LinearOperator) -> Any:
     lineax: Any = None
     failure = None
     try:
-        lineax = importlib.import_module("lineax")  # not at the top: it takes more than half a second
+        lineax = importlib.import_module("lineax")  # not at the top: the import takes more than half a second
     except ImportError as error:
         failure = error
     _checks.check_extra("as_lineax", "lineax", "lineax", failure)
@@ -52,20 +52,21 @@ def as_lineax(op: LinearOperator) -> Any:
 
 
 def as_scipy(op: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
-    """The operator as a ``scipy.sparse.linalg.LinearOperator`` on vectors of NumPy.
+    """The operator as a ``scipy.sparse.linalg.LinearOperator`` on NumPy vectors.
 
-    Entries stand in the order of ``jax.flatten_util.ravel_pytree``. It takes operators of batches too.
+    Entries are in the order of ``jax.flatten_util.ravel_pytree``.
 
     Args:
-        op: any operator.
+        op: any operator, also with ``batches``.
 
     Returns:
         The m x n ``scipy.sparse.linalg.LinearOperator``, with ``matvec``, ``rmatvec``, ``matmat`` and ``rmatmat``.
 
     Raises:
-        TypeError: for a multiple of the identity that has no structure.
+        TypeError: for ``damping(c)`` alone, which has no structure.
 
-    Cost: each call evaluates the operator afresh; it compiles once for all points and data of the same shapes.
+    Cost: each call evaluates the operator without a shared linearization; it compiles once for all points and data of
+        the same shapes.
 
     Example:
         >>> import jax.numpy as jnp, curvature, scipy.sparse.linalg
@@ -77,14 +78,14 @@ def as_scipy(op: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
     dtype = np.promote_types(*(ravel(zeros(structure))[0].dtype for structure in (in_structure, out_structure)))
 
     def product(op: LinearOperator, many: bool, array: np.ndarray) -> np.ndarray:
-        array = np.asarray(array, dtype)  # SciPy's ones may be double
-        if not _on_host(op):
-            return np.asarray((_compiled_columns if many else _compiled_vector)(op, array))
-        columns = [_on_vector(op, column) for column in (array.T if many else array.reshape(1, -1))]
+        array = np.asarray(array, dtype)  # SciPy may pass double precision
+        if not any(map(is_streamed, jax.tree.leaves(op, is_leaf=is_streamed))):
+            return np.asarray((_apply_to_columns if many else _apply_to_vector)(op, array))
+        columns = [_apply(op, column) for column in (array.T if many else array.reshape(1, -1))]
         return np.stack(columns, axis=-1) if many else np.asarray(columns[0])
 
     transpose = op.T
-    linear_operator: Any = scipy.sparse.linalg.LinearOperator  # of which type checkers know the subclass's arguments
+    linear_operator: Any = scipy.sparse.linalg.LinearOperator  # type checkers know only the subclass's arguments
     return linear_operator(
         (num_entries(out_structure), num_entries(in_structure)),
         matvec=partial(product, op, False),
@@ -95,21 +96,13 @@ def as_scipy(op: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
     )
 
 
-def _on_host(op: LinearOperator) -> bool:
-    """Whether a part of the operator sums batches on the host."""
-
-    def has_batches(node: Any) -> bool:
-        return isinstance(node, DataOperator) and node.batches is not None
-
-    return any(map(has_batches, jax.tree.leaves(op, is_leaf=has_batches)))
-
-
-def _on_vector(op: LinearOperator, vector: Any) -> Float[Array, " m"]:
+def _apply(op: LinearOperator, vector: Any) -> Float[Array, " m"]:
     return ravel(op(ravel(zeros(op.in_structure()))[1](vector.reshape(-1))))[0]
 
 
-def _on_columns(op: LinearOperator, columns: Array | np.ndarray) -> Float[Array, "m k"]:
-    return vmap(partial(_on_vector, op), in_axes=1, out_axes=1)(columns)
+_apply_to_vector = jax.jit(_apply)
 
 
-_compiled_vector, _compiled_columns = jax.jit(_on_vector), jax.jit(_on_columns)
+@jax.jit
+def _apply_to_columns(op: LinearOperator, columns: Array | np.ndarray) -> Float[Array, "m k"]:
+    return vmap(partial(_apply, op), in_axes=1, out_axes=1)(columns)

@@ -1,4 +1,4 @@
-"""The Jacobian of a model and the kernel that it makes, as operators."""
+"""Jacobian and neural tangent kernel operators."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,14 +24,14 @@ from curvature.transforms._jacobian import map_basis
 
 
 def trace_model(function: str, name: str, model: Callable[..., Any], x: Tree, args: tuple[Any, ...]) -> _traced.Program:
-    """``model`` traced at ``x``, once it is known to return floating arrays."""
+    """``model`` traced at ``x``; its outputs must be floating arrays."""
     program = _traced.trace(lambda x: (model(x, *args), None), x)
     _checks.check_floating_output(function, name, program.out)
     return program
 
 
 def push_and_pull(function: str, name: str, program: _traced.Program, part: Subtree) -> tuple[Tree, Product, Product]:
-    """The outputs of a model, ``v -> J v`` and ``w -> J' w`` by a part of ``x``, all from one evaluation."""
+    """The outputs, ``v -> J v`` and ``w -> J' w`` with respect to a sub-tree of ``x``, all from one evaluation."""
     blocker = program.blocker("rev")
     if blocker is not None:
         raise _checks.no_reverse(function, name, str(blocker))
@@ -43,7 +43,7 @@ def push_and_pull(function: str, name: str, program: _traced.Program, part: Subt
     if program.blocker("fwd") is None:
         outputs, push = jax.linearize(fun, x)
         return outputs, push, _transposed(push, x)
-    outputs, vjp = jax.vjp(fun, x)  # a custom_vjp: what has no forward derivative is the transpose of the reverse one
+    outputs, vjp = jax.vjp(fun, x)  # custom_vjp has no JVP, so J is the transpose of J'
 
     def pull(w: Tree) -> Tree:
         return vjp(w)[0]
@@ -57,7 +57,7 @@ def _transposed(product: Product, like: Tree) -> Product:
 
 
 class _ModelOperator(LinearOperator):
-    """What ``JacobianOperator`` and ``NTKOperator`` share: a function, its point, its data."""
+    """The base of ``JacobianOperator`` and ``NTKOperator``: a function, its point, its data."""
 
     f: Callable[..., Any]
     x: Tree
@@ -65,8 +65,7 @@ class _ModelOperator(LinearOperator):
 
     def __init__(self, f: Callable[..., Any], x: Tree, *args: Any) -> None:
         name = type(self).__name__
-        _checks.check_callable(name, "f", f)
-        _checks.check_hashable(name, "f", f)
+        _checks.check_static_function(name, "f", f)
         _checks.check_data(name, args)
         set_fields(self, f=f, x=_checks.check_point(name, "x", x), args=args)
 
@@ -94,10 +93,10 @@ class JacobianOperator(_ModelOperator):
         *args: data for ``f``, not differentiated.
 
     Raises:
-        TypeError: when ``f`` is not callable, a leaf is not of a real floating dtype, or ``f`` has no derivative in
-            the mode that a product needs.
+        TypeError: if ``f`` is not callable, a leaf is not of a real floating dtype, or ``f`` has no derivative in the
+            mode that a product needs.
 
-    Cost: a product is one evaluation of ``f`` and about one more; a linearized one spares the evaluation.
+    Cost: a product evaluates ``f`` and costs about as much again; a linearized product does not evaluate ``f``.
 
     Example:
         >>> import jax.numpy as jnp, curvature
@@ -121,7 +120,7 @@ class JacobianOperator(_ModelOperator):
         return structure_of(self.x)
 
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
-        """As for every operator, but by rows where they are fewer than columns."""
+        """As for every operator; formed by rows (reverse mode) if there are fewer rows than columns."""
         program = self._program()
         if _modes.choose_jacobian("JacobianOperator", program, "auto") == "fwd":
             return super().as_matrix(chunk_size)
@@ -133,8 +132,8 @@ class JacobianOperator(_ModelOperator):
 class NTKOperator(_ModelOperator):
     """The empirical neural tangent kernel ``K = J J'`` of a function at ``x``, a symmetric matrix over its outputs.
 
-    With ``J[o, i] = d f_o / d x_i`` and outputs of shape (B, C), it takes and returns trees like the outputs; nothing
-    is scaled.
+    ``J[o, i] = d f_o / d x_i``. The operator takes and returns trees like the outputs of ``f``, and has no factor such
+    as ``1/B``.
 
     Args:
         f: a function ``f(x, *args)`` whose outputs are floating arrays; compared by identity.
@@ -144,7 +143,7 @@ class NTKOperator(_ModelOperator):
     Raises:
         TypeError: as ``JacobianOperator``.
 
-    Cost: a linearized product is one VJP and one JVP; a single one evaluates ``f`` first.
+    Cost: a linearized product is one VJP and one JVP; a single product evaluates ``f`` first.
 
     Example:
         >>> import jax.numpy as jnp, curvature

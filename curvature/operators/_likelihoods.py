@@ -1,4 +1,4 @@
-"""The matrix ``M`` in ``J' M J``: second derivatives of losses by the outputs, and outer products of scores."""
+"""The output matrix ``M`` of ``J' M J``: Hessians of losses, closed-form Fisher matrices, outer products of scores."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -16,23 +16,23 @@ from curvature.transforms._jacobian import gradient_of
 Loss = Callable[..., Any]
 
 Likelihood = Literal["categorical", "bernoulli", "normal"]
-"""A model's own distribution of labels, with outputs as logits (last axis), logits, means of unit variance."""
+"""The distribution of labels under the model; outputs are logits (last axis), logits, or means with unit variance."""
 
 
 def loss_hessian(function: str, loss: Loss, outputs: Tree, args: tuple[Any, ...]) -> Product:
-    """``t -> M t`` with ``M`` the Hessian of ``loss`` by the outputs, linearized."""
+    """``t -> M t``, linearized, with ``M`` the Hessian of ``loss`` with respect to the outputs."""
     program = trace_objective(function, "loss", loss, outputs, args)
     return linearize_program(program, _modes.choose_composition(function, program, "auto"))[2]
 
 
 def loss_gradient(function: str, loss: Loss, outputs: Tree, args: tuple[Any, ...]) -> Tree:
-    """The gradient of ``loss`` by the outputs."""
+    """The gradient of ``loss`` with respect to the outputs."""
     program = trace_objective(function, "loss", loss, outputs, args)
     return gradient_of(program, outputs, "rev" if program.blocker("rev") is None else "fwd")[0]
 
 
 def outer_products(scores: Tree, t: Tree) -> Tree:
-    """``d_b (d_b . t_b)`` for each example, along the leading axis of every leaf."""
+    """``d_b (d_b . t_b)`` for each example b, with ``d`` the scores; examples lie along the leading axis."""
     pairs = zip(jax.tree.leaves(scores), jax.tree.leaves(t), strict=True)
     with jax.numpy_dtype_promotion("standard"):  # leaves may differ in dtype even where users are strict
         dots = sum(jnp.sum(d * leaf, axis=range(1, d.ndim)) for d, leaf in pairs)
@@ -43,14 +43,15 @@ def outer_products(scores: Tree, t: Tree) -> Tree:
 
 
 class Family(NamedTuple):
-    """A likelihood in its natural parameters ``z``, of independent labels: one for each entry or row of them.
+    """A likelihood of independent labels in its natural parameters ``z``: a label for each entry or row of ``z``.
 
     Attributes:
-        probe: a direction at ``z = 0``; ``weight`` of the product of the loss's Hessian with it is the factor of the
-            negative log likelihood of each label in the loss.
-        information: ``z -> (t -> M t)`` with the Fisher matrix ``M`` of a label.
-        draw: minus the score at labels drawn for ``z``.
-        outer: ``s (s . t)`` for each label.
+        probe: a direction ``t`` at ``z = 0``.
+        weight: from ``H t``, with ``H`` the Hessian of the loss at ``z = 0``, to the factor in the loss of the negative
+            log likelihood of each label.
+        information: ``z -> (t -> M t)`` with ``M`` the Fisher matrix of a label.
+        draw: ``(key, z)`` to minus the score at a label drawn from the likelihood.
+        outer: ``(s, t)`` to ``s (s . t)`` for each label.
     """
 
     probe: Callable[[Array], Array]
@@ -61,7 +62,7 @@ class Family(NamedTuple):
 
 
 def _softmax_weight(column: Float[Array, "*rows V"]) -> Float[Array, "*rows 1"]:
-    """At zero logits the Hessian of a softmax cross entropy is ``(I - 11'/V) / V``, whatever the label."""
+    """At zero logits the Hessian of a softmax cross entropy is ``(I - 11'/V) / V`` for every label."""
     classes = column.shape[-1]
     return column[..., :1] * (classes**2 / max(classes - 1, 1))
 
@@ -111,13 +112,13 @@ FAMILIES = {
 
 
 def label_weights(function: str, loss: Loss, outputs: Tree, args: tuple[Any, ...], family: Family) -> Tree:
-    """The factors ``w_r`` of a loss ``sum_r w_r nll_r``, from its Hessian at zero outputs: a mean's, a mask's."""
+    """The factors ``w_r`` of a loss ``sum_r w_r nll_r``, such as ``1/B``, from the Hessian at zero outputs."""
     product = loss_hessian(function, loss, jax.tree.map(jnp.zeros_like, outputs), args)
     return jax.tree.map(family.weight, product(jax.tree.map(family.probe, outputs)))
 
 
 def information(family: Family, outputs: Tree, weights: Tree) -> Product:
-    """``t -> M t`` with ``M`` the weighted sum of the Fisher matrices of the labels by the outputs."""
+    """``t -> M t`` with ``M`` the weighted sum of the Fisher matrices of the labels with respect to the outputs."""
     leaves, structure = jax.tree.flatten(outputs)
     products = [family.information(leaf) for leaf in leaves]
 
@@ -129,7 +130,7 @@ def information(family: Family, outputs: Tree, weights: Tree) -> Product:
 
 
 def sampled_information(family: Family, weights: Tree, draws: Tree) -> Product:
-    """``information`` with the outer products of drawn scores, (num_samples, *outputs), for the Fisher matrices."""
+    """``information`` with means of outer products of ``draws``, (num_samples, *outputs), as the Fisher matrices."""
 
     def of_leaf(weight: Array, scores: Array, t: Array) -> Array:
         return weight * jnp.mean(jax.vmap(family.outer, in_axes=(0, None))(scores, t), axis=0)
@@ -138,16 +139,20 @@ def sampled_information(family: Family, weights: Tree, draws: Tree) -> Product:
 
 
 def draw_scores(family: Family, key: Array, outputs: Tree, first: Array, num_samples: int) -> Tree:
-    """Minus the scores of drawn labels, (num_samples, *outputs); that of an example depends on its number alone."""
+    """Minus the scores at drawn labels, (num_samples, *outputs).
+
+    The draw for an example depends only on ``key`` and on the index of the example, which for the first is ``first``:
+    it does not depend on how the data is chunked.
+    """
 
     def draw(key: Array, outputs: Tree) -> Tree:
         leaves, structure = jax.tree.flatten(outputs)
         keys = jax.random.split(key, len(leaves))
         return structure.unflatten([family.draw(*pair) for pair in zip(keys, leaves, strict=True)])
 
-    def draws(number: Array, outputs: Tree) -> Tree:
-        keys = jax.random.split(jax.random.fold_in(key, number), num_samples)
+    def draw_samples(index: Array, outputs: Tree) -> Tree:
+        keys = jax.random.split(jax.random.fold_in(key, index), num_samples)
         return jax.vmap(draw, in_axes=(0, None))(keys, outputs)
 
-    numbers = first + jnp.arange(jax.tree.leaves(outputs)[0].shape[0], dtype=jnp.int32)
-    return jax.vmap(draws, out_axes=1)(numbers, outputs)
+    indices = first + jnp.arange(jax.tree.leaves(outputs)[0].shape[0], dtype=jnp.int32)
+    return jax.vmap(draw_samples, out_axes=1)(indices, outputs)

@@ -1,4 +1,4 @@
-"""Operators as pytrees: which fields are data, which are part of the type."""
+"""Registration of operators as pytrees: data fields are children, static fields are part of the treedef."""
 
 import dataclasses
 from typing import Any, TypeVar, dataclass_transform
@@ -12,15 +12,16 @@ Class = TypeVar("Class", bound=type)
 
 
 def static(**options: Any) -> Any:
-    """A field of an operator that is part of its type: another value retraces."""
+    """A field that is part of the treedef of an operator: a new value retraces."""
     return dataclasses.field(metadata={"static": True}, **options)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static,))
 def register_operator(cls: Class) -> Class:
-    """Make a class of annotated fields a frozen dataclass and a pytree of those fields that are not ``static``.
+    """Make a class a frozen dataclass and register it as a pytree; its children are the fields that are not ``static``.
 
-    Unlike ``jax.tree_util.register_dataclass`` it never calls ``__init__`` again, which may take other arguments.
+    Unlike ``jax.tree_util.register_dataclass``, unflattening does not call ``__init__``, whose arguments may differ
+    from the fields and whose checks would fail on tracers.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     fields = dataclasses.fields(cls)
@@ -45,21 +46,21 @@ def _with_fields(cls: Any, **fields: Any) -> Any:
 
 
 def replace(op: Any, **changes: Any) -> Any:
-    """A copy of an operator in which some fields are others."""
+    """A copy of an operator with some fields changed, as ``dataclasses.replace`` but without calling ``__init__``."""
     return _with_fields(type(op), **{field.name: getattr(op, field.name) for field in dataclasses.fields(op)} | changes)
 
 
 def set_fields(op: Any, **fields: Any) -> None:
-    """Set the fields of a frozen operator, in an ``__init__`` of its own."""
+    """Set fields of a frozen operator; for use in ``__init__``."""
     for name, value in fields.items():
         object.__setattr__(op, name, value)
 
 
 def zeros(structure: Tree) -> Tree:
-    """Arrays of zeros with the shapes and dtypes of a structure."""
+    """A tree of zeros with the shapes and dtypes of a structure."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structure)
 
 
 def structure_of(tree: Tree) -> Tree:
-    """The shapes and dtypes of a tree of arrays."""
+    """The tree of ``jax.ShapeDtypeStruct`` of a tree of arrays."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)

@@ -1,4 +1,4 @@
-"""Stand-ins for operators on streamed data, whose products are equations that a loop on the host evaluates."""
+"""``StreamedOperator``: the placeholder of an operator with ``batches`` while a solver is traced."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,15 +16,16 @@ from curvature.operators._base import LinearOperator, register_operator, static
 from curvature.operators._data import DataOperator
 
 Structure = tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]
-"""A tree of shapes and dtypes that can be hashed: its structure and its leaves."""
+"""A hashable tree of shapes and dtypes: the treedef and the leaves."""
 
 
 @register_operator
 class StreamedOperator(LinearOperator):
-    """Stands for a ``DataOperator`` with batches while a solver is traced.
+    """The placeholder of a ``DataOperator`` with ``batches`` while a solver is traced.
 
-    Its products are single equations of the jaxpr that name the operator by its ``number``. Under ``jax.vmap`` the
-    product with many vectors is one equation too, which takes one pass over the batches.
+    A product is one equation ``streamed_product`` of the jaxpr, which names the operator by its ``number`` and which
+    ``linalg/_host_loop.py`` evaluates on the host. Under ``jax.vmap`` the product with many vectors is one equation
+    too, evaluated in one pass over the batches.
     """
 
     number: int = static()
@@ -62,31 +63,31 @@ def is_streamed(node: Any) -> bool:
     return isinstance(node, DataOperator) and node.batches is not None
 
 
-def stands_in(tree: Tree) -> bool:
-    """Whether a tree holds a ``StreamedOperator``."""
+def has_placeholder(tree: Tree) -> bool:
+    """Whether a tree contains a ``StreamedOperator``."""
     nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, StreamedOperator))
     return any(isinstance(node, StreamedOperator) for node in nodes)
 
 
 def replace_streamed(tree: Tree) -> tuple[Tree, list[DataOperator]]:
-    """The tree with stand-ins for all operators on streamed data, and those operators by their numbers."""
+    """The tree with a placeholder for each operator with ``batches``, and these operators in order of ``number``."""
     nodes, structure = jax.tree.flatten(tree, is_leaf=is_streamed)
     operators: list[DataOperator] = []
     for i, node in enumerate(nodes):
         if is_streamed(node):
-            number, rows, columns = len(operators), _frozen(node.out_structure()), _frozen(node.in_structure())
+            number, rows, columns = len(operators), _hashable(node.out_structure()), _hashable(node.in_structure())
             nodes[i] = StreamedOperator(number, rows, columns, node.is_symmetric)
             operators.append(node)
     return structure.unflatten(nodes), operators
 
 
-def _frozen(structure: Tree) -> Structure:
+def _hashable(structure: Tree) -> Structure:
     leaves, treedef = jax.tree.flatten(structure)
     return treedef, tuple(leaves)
 
 
 def evaluate_streamed(op: DataOperator, leaves: Sequence[Array], params: dict[str, Any]) -> list[Array]:
-    """What an equation of ``streamed_p`` stands for: one pass over the batches of the operator."""
+    """Evaluate one equation of ``streamed_p`` with these ``params``, in one pass over the batches of ``op``."""
     what, lanes = params["what"], params["lanes"]
     if what == "mv":
         treedef = jax.tree.structure(op.in_structure())
@@ -108,7 +109,7 @@ def _abstract(*_: Any, lanes: tuple[int, ...], out: tuple[jax.ShapeDtypeStruct, 
 
 
 def _batched(operands: Sequence[Array], axes: Sequence[Any], *, lanes: tuple[int, ...], **params: Any) -> Any:
-    """The product with one more axis of vectors, in front of the axes that there are."""
+    """The batching rule: the new axis of vectors comes before the existing ones."""
     size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
     moved = [
         jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)

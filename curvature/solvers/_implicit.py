@@ -16,12 +16,11 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, Float
 
-from curvature._numerics import rounding_level
 from curvature._sharding import vary_like
 from curvature._trees import ravel
 from curvature._types import Tree, Vector
 from curvature.linalg._solve import solve
-from curvature.linalg._subproblems import scaling
+from curvature.linalg._subproblems import pseudo_inverse, scaling
 from curvature.programs._traced import Program, trace
 from curvature.transforms._compositions import linearize_program, trace_objective
 from curvature.transforms._jacobian import map_basis
@@ -193,11 +192,5 @@ def _pseudo_inverse(matrix: Float[Array, "n n"]) -> Callable[[Vector], Vector]:
     """Of a symmetric matrix with its diagonal scaled to ones, so that the units of the variables do not matter."""
     scale = scaling(matrix)
     eigenvalues, vectors = jnp.linalg.eigh((matrix + matrix.T) / (2 * jnp.outer(scale, scale)), symmetrize_input=False)
-    nonzero = jnp.abs(eigenvalues) > rounding_level(eigenvalues)
-    multiply = functools.partial(jnp.matmul, precision="highest")
-
-    def apply(b: Vector) -> Vector:
-        coordinates = multiply(vectors.T, b / scale) / jnp.where(nonzero, eigenvalues, 1)
-        return multiply(vectors, jnp.where(nonzero, coordinates, 0)) / scale
-
-    return apply
+    inverse = pseudo_inverse(eigenvalues, vectors)
+    return lambda b: inverse(b / scale) / scale

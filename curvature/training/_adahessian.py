@@ -1,4 +1,4 @@
-"""AdaHessian: Adam with the curvature's diagonal in the place of the gradient in the second moment."""
+"""AdaHessian: Adam whose second moment averages the squared diagonal of the Hessian."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,10 +12,11 @@ from jaxtyping import Array, Int
 from curvature import _checks
 from curvature._types import Tree
 from curvature.optimizers._wrappers import wrappable
-from curvature.training._sophia import Mask
 from curvature.training._stochastic import (
     Key,
     KeyData,
+    Mask,
+    check_update,
     hutchinson,
     keep_if_finite,
     key_data,
@@ -25,6 +26,7 @@ from curvature.training._stochastic import (
     unbiased,
     wide_zeros,
     widened,
+    with_learning_rate,
 )
 
 SpatialAxes = Callable[[tuple[int, ...]], tuple[int, ...]]
@@ -36,10 +38,10 @@ class AdaHessianState(NamedTuple):
     """The state of ``scale_by_adahessian``: plain arrays, ready for a checkpoint.
 
     Attributes:
-        count: the updates so far, without those that a value that is not finite kept from being made.
-        momentum: the running mean of the gradients, not corrected for its start at zero; in single precision at least.
-        second_moment: that of the squared diagonals.
-        key: the words of the key; the probes of a step follow from them and ``count``.
+        count: the number of updates, not counting updates skipped because a value was not finite.
+        momentum: the running mean of the gradients, without bias correction, in at least single precision.
+        second_moment: the running mean of the squared diagonals, without bias correction.
+        key: the words of the key; ``key`` and ``count`` determine the probes of a step.
     """
 
     count: Int[Array, ""]
@@ -49,7 +51,7 @@ class AdaHessianState(NamedTuple):
 
 
 def kernel_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """All axes but the last two: those of space in a kernel as flax lays it out, and none of a matrix."""
+    """All axes but the last two: the spatial axes of a convolution kernel in flax's layout, none for a matrix."""
     _checks.check_shape(_NAME, shape)
     return tuple(range(len(shape) - 2))
 
@@ -70,17 +72,17 @@ def adahessian(
     """AdaHessian: ``x <- x - learning_rate (u + weight_decay x)`` with the ``u`` of ``scale_by_adahessian``.
 
     Args:
-        learning_rate: a number or an optax schedule. The steps are those of Newton's method on a separable quadratic,
-            so 0.1 is a usual size.
-        key: the randomness of the estimates.
-        b1: as for ``scale_by_adahessian``, and so are all others but the last two.
-        b2: the decay of the second moment.
-        eps: what is added to the denominator.
-        power: the power of the diagonal.
-        spatial_axes: the axes of a leaf over which the diagonal is averaged.
-        refresh_every: how many steps an estimate serves.
-        weight_decay: the decoupled decay of the parameters.
-        mask: which parameters decay, as for ``optax.add_decayed_weights``; None is all.
+        learning_rate: a number or an optax schedule. At 1, a step is the Newton step of a separable quadratic; 0.1 is
+            a usual value.
+        key: the random key of the estimates.
+        b1: the decay rate of the momentum.
+        b2: the decay rate of the second moment.
+        eps: the number added to the denominator; see ``scale_by_adahessian``.
+        power: the power of the diagonal; see ``scale_by_adahessian``.
+        spatial_axes: the axes of a leaf over which the diagonal is averaged; see ``scale_by_adahessian``.
+        refresh_every: the number of steps that use one estimate.
+        weight_decay: the decoupled weight decay.
+        mask: the parameters that decay, as for ``optax.add_decayed_weights``; None is all.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.
@@ -104,13 +106,10 @@ def adahessian(
 
     References: Yao, Gholami, Shen, Mustafa, Keutzer and Mahoney, AdaHessian (2021), arXiv:2006.00719, algorithm 1.
     """
-    _checks.check_schedule("adahessian", "learning_rate", learning_rate)
-    _checks.check_nonnegative("adahessian", "weight_decay", weight_decay)
     scale = scale_by_adahessian(
         key=key, b1=b1, b2=b2, eps=eps, power=power, spatial_axes=spatial_axes, refresh_every=refresh_every
     )
-    decay = optax.add_decayed_weights(weight_decay, mask)
-    return optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate))
+    return with_learning_rate("adahessian", scale, learning_rate, weight_decay, mask)
 
 
 def scale_by_adahessian(
@@ -129,30 +128,31 @@ def scale_by_adahessian(
 
         m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) d**2,   u = m' / (v'**(power / 2) + eps)
 
-    where ``m' = m / (1 - b1**t)`` after t terms, and ``v'`` likewise. ``H`` is what the extra argument ``hvp_fn=`` of
-    ``update`` multiplies by, which may be the Hessian, or a Gauss-Newton matrix, on another batch than the gradient's;
-    without it the Hessian of its ``value_fn=``. A gradient or an estimate that is not finite is skipped: the update is
-    zero, and the state stays.
+    where ``m' = m / (1 - b1**t)`` after t gradients, and ``v' = v / (1 - b2**s)`` after s estimates. ``H`` is the
+    matrix that the extra argument ``hvp_fn=`` of ``update`` applies: the Hessian or a Gauss-Newton matrix, possibly on
+    another batch than the gradient. Without ``hvp_fn=``, ``H`` is the Hessian of ``value_fn=``. If a gradient or an
+    estimate is not finite, the update is zero and the state is unchanged.
 
     Args:
-        key: the randomness of the estimates.
-        b1: the decay of the momentum.
-        b2: the decay of the second moment.
-        eps: what is added to the denominator, in the units of the curvature.
-        power: the power of the diagonal: 1 is Newton's, 0 momentum's.
-        spatial_axes: from the shape of a leaf the axes over which the diagonal is averaged, to vary less: by default
-            all but the last two, the space of a convolution's kernel in flax; ``lambda shape: ()`` for none.
-        refresh_every: how many steps an estimate serves.
+        key: the random key of the estimates.
+        b1: the decay rate of the momentum.
+        b2: the decay rate of the second moment.
+        eps: the number added to the denominator, in the units of the curvature.
+        power: the power of the diagonal: 1 gives Newton steps, 0 momentum.
+        spatial_axes: a function from the shape of a leaf to the axes over which the diagonal is averaged, to reduce its
+            variance. The default is all axes but the last two, the spatial axes of a convolution kernel in flax;
+            ``lambda shape: ()`` averages over none.
+        refresh_every: the number of steps that use one estimate.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` whose state is an ``AdaHessianState``. Its updates point uphill, as
-        those of optax's ``scale_by_*`` do.
+        the updates of optax's ``scale_by_*`` do.
 
     Raises:
-        TypeError: when the key is none, or ``spatial_axes`` is not callable.
-        ValueError: for a number out of range; from ``update`` when an argument is missing.
+        TypeError: if ``key`` is not a random key, or ``spatial_axes`` is not callable.
+        ValueError: for a number out of range; from ``update`` if an argument is missing.
 
-    Cost: a Hessian product every ``refresh_every`` steps, about two gradients; memory for two trees like the
+    Cost: a Hessian-vector product every ``refresh_every`` steps, about two gradients; memory for two trees like the
         parameters.
 
     Example:
@@ -206,18 +206,17 @@ def _update(
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
 ) -> tuple[Tree, Any]:
-    params = _checks.check_point(_NAME, "params", _checks.require_extra(_NAME, "params", params))
-    updates = _checks.check_direction(_NAME, "updates", updates, "params", params)
+    updates, params = check_update(_NAME, updates, params)
     product = product_of_extras(_NAME, params, hvp_fn, value_fn, extra_args)
 
-    def refreshed() -> Tree:
+    def refresh_second_moment() -> Tree:
         diagonal = hutchinson(params, key_of_step(setting.key, state.key, state.count), product)
-        squares = jax.tree.map(lambda leaf: jnp.square(_averaged(leaf, setting.spatial_axes)), widened(diagonal))
+        squares = jax.tree.map(lambda leaf: jnp.square(_block_means(leaf, setting.spatial_axes)), widened(diagonal))
         return running_mean(state.second_moment, squares, setting.b2)
 
     momentum = running_mean(state.momentum, updates, setting.b1)
     due = state.count % setting.refresh_every == 0
-    second = jax.lax.cond(due, refreshed, lambda: state.second_moment)
+    second = jax.lax.cond(due, refresh_second_moment, lambda: state.second_moment)
 
     def scaled(m: Array, v: Array, like: Array) -> Array:
         u = m / (v ** jnp.asarray(setting.power / 2, v.dtype) + jnp.asarray(setting.eps, v.dtype))
@@ -229,7 +228,7 @@ def _update(
     return keep_if_finite((momentum, second), jax.tree.map(scaled, means, squares, updates), after, state)
 
 
-def _averaged(diagonal: Array, spatial_axes: SpatialAxes) -> Array:
+def _block_means(diagonal: Array, spatial_axes: SpatialAxes) -> Array:
     """The diagonal with each entry replaced by the mean over its block."""
     axes = spatial_axes(diagonal.shape)
     return jnp.broadcast_to(jnp.mean(diagonal, axes, keepdims=True), diagonal.shape) if axes else diagonal

@@ -1,4 +1,4 @@
-"""KFAC: steps by the inverse of running Kronecker factors, of a length that the exact quadratic model chooses."""
+"""KFAC: running Kronecker factors; the learning rate and momentum minimize the exact quadratic model."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
-from curvature._numerics import norm
+from curvature._numerics import dot, matmul, norm
 from curvature._trees import ravel
 from curvature._types import Scalar, Tree, Vector
 from curvature.operators._curvature import GaussNewtonOperator
@@ -21,14 +21,16 @@ from curvature.operators.kronecker._factors import Sharing
 from curvature.operators.kronecker._operator import KroneckerOperator
 from curvature.operators.kronecker._outputs import Kind
 from curvature.optimizers._wrappers import gradient_for, is_placeholder, wrappable
-from curvature.training._damping import at_step, current, judge, judges, objective_of
+from curvature.training._damping import accept_step, at_step, damping_at, is_adaptive, objective_of
 from curvature.training._stochastic import (
     Key,
     KeyData,
+    check_update,
     keep_if_finite,
     key_data,
     key_of_step,
     running_mean,
+    sampling_key,
     wide,
     widened,
 )
@@ -40,13 +42,13 @@ class KFACState(NamedTuple):
     """The state of ``kfac``: plain arrays, ready for a checkpoint.
 
     Attributes:
-        count: the updates so far, without those that a value that is not finite kept from being made.
-        damping: the damping of the last update, or for the next one if it adapts.
-        ratio: the reduction ratio when it was last measured; 1 before.
+        count: the number of updates, not counting updates skipped because a value was not finite.
+        damping: the damping of the last update, or of the next update if it adapts.
+        ratio: the last reduction ratio that was measured; 1 before the first.
         step: the last update, for momentum.
-        factors: running means of the arrays that a ``KroneckerOperator`` holds.
-        inverse: those of its damped inverse.
-        key: the words of the key, from which and ``count`` the labels of a step follow; None where none are drawn.
+        factors: running means of the arrays of a ``KroneckerOperator``.
+        inverse: the arrays of the damped inverse of these factors.
+        key: the words of the key; ``key`` and ``count`` determine the labels of a step. None if none are drawn.
     """
 
     count: Int[Array, ""]
@@ -80,51 +82,51 @@ def kfac(
 ) -> optax.GradientTransformationExtraArgs:
     """Steps along ``-(K + damping I)^-1 g`` with running means ``K`` of Kronecker factors: an optax transformation.
 
-    The factors are those of a ``KroneckerOperator`` on the data that ``update`` is given as ``args=``, which may be
-    another batch than that of the gradient ``g``. Each new one counts ``max(1 - decay, 1/k)``, where it is number k.
+    ``K`` averages the factors of ``KroneckerOperator`` on the data that is passed to ``update`` as ``args=``, possibly
+    another batch than that of the gradient ``g``. The k-th factors have the weight ``max(1 - decay, 1/k)``.
 
-    With the direction ``d`` and the last step ``s`` the step is ``learning_rate d + momentum s``. Where no learning
-    rate is given both numbers are those that minimize the quadratic model ``g'p + p'(G + damping I) p / 2`` over
-    ``p = alpha d + mu s``, with the exact Gauss-Newton matrix ``G`` on ``args``; then nothing has to be tuned.
+    With the direction ``d`` and the last step ``s`` the step is ``learning_rate d + momentum s``. Without a learning
+    rate, both numbers minimize the quadratic model ``g'p + p'(G + damping I) p / 2`` over ``p = alpha d + mu s``, with
+    the exact Gauss-Newton matrix ``G`` on ``args``, and need no tuning.
 
-    The damping follows the quality of that model, and steps that raise the objective are refused, as by
-    ``natural_gradient``. Where a gradient, the factors of a batch, or the step are not finite, the update is zero and
-    the state stays, so that the next batch takes the place of this one.
+    The damping adapts to the quality of that model, and steps that raise the objective are rejected, as in
+    ``natural_gradient``. If a gradient, the factors of a batch, or the step is not finite, the update is zero and the
+    state is unchanged, so the next batch replaces the current one.
 
     Args:
-        model: ``model(params, *args) -> outputs``, on a batch, as for ``KroneckerOperator``.
+        model: ``model(params, *args) -> outputs`` for a batch; see ``KroneckerOperator``.
         loss: ``loss(outputs, *args) -> scalar``, the mean or the sum over examples.
-        example: a batch like those to come, of which only shapes and dtypes matter: the state depends on where the
-            model uses which leaf. A tuple, or one argument that is not a tuple.
-        learning_rate: a number or an optax schedule; None has the model choose at every step.
-        momentum: how much of the last step is repeated; without a learning rate only whether it is 0 matters.
-        damping: the first damping, in the units of the curvature; an optax schedule is followed and not adapted.
-        adapt_every: how many steps between adaptations; None takes every step and keeps the damping.
-        decay: the decay of the factors.
-        refresh_every: how many steps between new factors.
-        invert_every: how many steps between inversions, which the damping waits for too.
-        exact: whether the inverse is that of the damped product ``A x G + damping I``, or of damped factors with
-            their ``pi``: see ``KroneckerOperator.inverse``.
-        kl_limit: with a learning rate, the most that ``learning_rate**2 g'(K + damping I)^-1 g`` may be: longer steps
-            are cut. None is no limit.
-        kind: ``"exact"``, ``"sampled"`` or ``"empirical"``, as for ``KroneckerOperator``, and so are all that follow.
-            ``"sampled"`` takes one backward pass, ``"exact"`` one for each output.
-        likelihood: for ``"sampled"``, and for closed forms.
-        sharing: for weights that are used at several positions.
-        reduction: ``"mean"`` or ``"sum"``: what the loss of the batch is of those of its examples.
-        key: the randomness of ``"sampled"``.
+        example: a batch with the shapes and dtypes of later batches; its values do not matter. The structure of the
+            state depends on how the model uses its parameters. A tuple, or one argument that is not a tuple.
+        learning_rate: a number or an optax schedule; None minimizes the quadratic model at every step.
+        momentum: the factor of the last step; without a learning rate it only matters whether it is 0.
+        damping: the initial damping, in the units of the curvature; an optax schedule is followed and not adapted.
+        adapt_every: the number of steps between adaptations; None accepts every step and keeps the damping.
+        decay: the decay rate of the factors.
+        refresh_every: the number of steps between evaluations of the factors.
+        invert_every: the number of steps between inversions; a new damping takes effect at the next inversion.
+        exact: True to invert the damped product ``A x G + damping I``, False to invert damped factors with ``pi``; see
+            ``KroneckerOperator.inverse``.
+        kl_limit: with a learning rate, the upper bound of ``learning_rate**2 g'(K + damping I)^-1 g``; longer steps are
+            shortened. None is no bound.
+        kind: ``"exact"``, ``"sampled"`` or ``"empirical"``; see ``KroneckerOperator``. ``"sampled"`` takes one backward
+            pass, ``"exact"`` one for each output.
+        likelihood: for ``"sampled"`` and for closed forms; see ``KroneckerOperator``.
+        sharing: for weights that are used at several positions; see ``KroneckerOperator``.
+        reduction: whether the loss of a batch is the ``"mean"`` or the ``"sum"`` of the losses of its examples.
+        key: the random key for ``"sampled"``.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` whose state is a ``KFACState``; its
         ``update(grad, state, params, *, args, value=, value_fn=)`` returns the step.
 
     Raises:
-        TypeError: when a function is not callable, or the key is none.
+        TypeError: if a function is not callable, or ``key`` is not a random key.
         ValueError: for an unknown option, a number out of range, a missing key; from ``update`` without ``args=``.
 
-    Cost: the factors of a ``KroneckerOperator``, every ``refresh_every`` steps; an eigendecomposition of each, every
-        ``invert_every`` steps; without a learning rate two JVPs of the model at each step; every ``adapt_every`` steps
-        two evaluations of the objective, and with a learning rate a JVP.
+    Cost: the factors of a ``KroneckerOperator`` every ``refresh_every`` steps; an eigendecomposition of each factor
+        every ``invert_every`` steps; without a learning rate two JVPs of the model per step; every ``adapt_every``
+        steps two evaluations of the objective, and with a learning rate a JVP.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, curvature
@@ -146,8 +148,7 @@ def kfac(
         optimization using Kronecker-factored approximations (ICLR 2017), section 5.
     """
     for option, function in {"model": model, "loss": loss}.items():
-        _checks.check_callable(_NAME, option, function)
-        _checks.check_hashable(_NAME, option, function)
+        _checks.check_static_function(_NAME, option, function)
     for option, value in {"learning_rate": learning_rate, "damping": damping}.items():
         if value is not None:
             _checks.check_schedule(_NAME, option, value)
@@ -160,22 +161,19 @@ def kfac(
     if kl_limit is not None:
         _checks.check_positive(_NAME, "kl_limit", kl_limit)
     _checks.check_choice(_NAME, "kind", kind, Kind)
-    _checks.check_sampling(_NAME, kind, likelihood, key)
-    sampling = key if kind == "sampled" else None
-    if sampling is not None:
-        _checks.check_key(_NAME, sampling)
+    key = sampling_key(_NAME, kind, likelihood, key)
     factors = partial(KroneckerOperator, kind=kind, likelihood=likelihood, sharing=sharing, reduction=reduction)
     example = example if type(example) is tuple else (example,)
     setting = _Setting(
         model, loss, structure_of(example), learning_rate, momentum, damping, adapt_every, decay,
-        refresh_every, invert_every, exact, kl_limit, likelihood, factors, sampling,
+        refresh_every, invert_every, exact, kl_limit, likelihood, factors, key,
     )  # fmt: skip
     functions = wrappable(_NAME, partial(_init, setting), partial(_update, setting))
     return optax.GradientTransformationExtraArgs(*functions)
 
 
 class _Setting(NamedTuple):
-    """The arguments of ``kfac``; the key only where labels are drawn."""
+    """The arguments of ``kfac``; the key is None unless labels are drawn."""
 
     model: Callable[..., Any]
     loss: Callable[..., Any]
@@ -195,25 +193,28 @@ class _Setting(NamedTuple):
 
     @property
     def has_momentum(self) -> bool:
-        """Whether the last step matters; an array may be anything."""
+        """Whether the last step may matter; the value of an array may be unknown."""
         return isinstance(self.momentum, jax.Array) or self.momentum != 0
 
-    def fresh(self, params: Tree, args: tuple[Any, ...], key: Any) -> KroneckerOperator:
+    def factors_on(self, params: Tree, args: tuple[Any, ...], key: Any) -> KroneckerOperator:
         """The factors on a batch."""
         return self.operator(self.model, self.loss, params, *args, key=key)
 
-    def inverse(self, factors: KroneckerOperator, damping: Scalar) -> KroneckerOperator:
-        """Their damped inverse."""
+    def invert(self, factors: KroneckerOperator, damping: Scalar) -> KroneckerOperator:
+        """The damped inverse of the factors."""
         return factors.inverse(damping, exact=self.exact)
 
 
 def _init(setting: _Setting, params: Tree) -> Any:
     zero, dtype = jnp.asarray(0, jnp.int32), ravel(params)[0].dtype
     damping = at_step(setting.damping, zero, dtype)
-    factors: Any = damping  # for a placeholder one leaf stands for all arrays, whose number only parameters decide
+    factors: Any = damping  # for a placeholder of params one leaf represents all arrays, whose number is unknown
     inverse: Any = damping
     if not is_placeholder(params):
-        factors, inverse = map(_zeros, _structures(setting, params, setting.example, damping))
+        factors, inverse = (
+            tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(operator))
+            for operator in _structures(setting, params, setting.example, damping)
+        )
     return KFACState(
         count=zero,
         damping=damping,
@@ -225,18 +226,14 @@ def _init(setting: _Setting, params: Tree) -> Any:
     )
 
 
-def _zeros(operator: KroneckerOperator) -> tuple[Array, ...]:
-    return tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(operator))
-
-
 def _structures(
     setting: _Setting, params: Tree, args: tuple[Any, ...], damping: Scalar
 ) -> tuple[KroneckerOperator, KroneckerOperator]:
-    """The factors and their inverse, of which only shapes and dtypes are there."""
+    """The factors and their inverse, with shapes and dtypes only."""
 
     def both(params: Tree, args: tuple[Any, ...], damping: Scalar) -> tuple[KroneckerOperator, KroneckerOperator]:
-        factors = setting.fresh(params, args, setting.key)
-        return factors, setting.inverse(factors, damping)
+        factors = setting.factors_on(params, args, setting.key)
+        return factors, setting.invert(factors, damping)
 
     return jax.eval_shape(both, params, args, damping)
 
@@ -253,69 +250,70 @@ def _update(
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
 ) -> tuple[Tree, Any]:
-    params = _checks.check_point(_NAME, "params", _checks.require_extra(_NAME, "params", params))
-    updates = _checks.check_direction(_NAME, "updates", updates, "params", params)
+    updates, params = check_update(_NAME, updates, params)
     batch = _checks.require_data(_NAME, args)
-    if judges(setting.damping, setting.adapt_every):
-        gradient_for(_NAME, updates, grad)  # steps of a gradient that was changed, judged by an objective that was not
-    damping = current(setting.damping, state.damping, state.count)
-    factors, inverse = _refreshed(setting, state, params, batch, damping)
+    if is_adaptive(setting.damping, setting.adapt_every):
+        gradient_for(_NAME, updates, grad)  # the ratio would be wrong for a gradient that is not the objective's
+    damping = damping_at(setting.damping, state.damping, state.count)
+    # 1. Refresh the factors and their inverse: the direction d.
+    factors, inverse = _refresh(setting, state, params, batch, damping)
     flat, narrow = ravel(updates)
     grad, direction, last = widened((flat, -ravel(inverse.mv(updates))[0], ravel(state.step)[0]))
 
     def unravel(vector: Vector) -> Tree:
         return narrow(vector.astype(flat.dtype))
 
+    # 2. Choose the learning rate and momentum.
     quadratic = _Quadratic(setting, params, batch, unravel)
     if setting.learning_rate is None:
         vector = quadratic.minimizer(grad, direction, last, damping, setting.has_momentum)
     else:
-        rate = at_step(setting.learning_rate, state.count, grad.dtype) * _kl_cut(setting, state.count, grad, direction)
+        rate = at_step(setting.learning_rate, state.count, grad.dtype)
+        rate = rate * _kl_factor(setting.kl_limit, rate, grad, direction)
         vector = rate * direction + jnp.asarray(setting.momentum, grad.dtype) * last
     step, objective = unravel(vector), objective_of(setting.model, setting.loss, batch, value, value_fn, extra_args)
 
-    def measure() -> Scalar:
-        slope = jnp.vdot(grad, vector, precision="highest")
-        predicted = -(slope + quadratic.forms([vector])[0, 0] / 2)
+    def measure_ratio() -> Scalar:
+        predicted = -(dot(grad, vector) + quadratic.forms([vector])[0, 0] / 2)
         return objective.ratio(params, step, predicted.astype(flat.dtype))
 
-    found = judge(setting.damping, damping, state.ratio, state.count, setting.adapt_every, measure)
+    # 3. Accept or reject the step and adapt the damping.
+    found = accept_step(setting.damping, damping, state.ratio, state.count, setting.adapt_every, measure_ratio)
     step = unravel(jnp.where(found.accepted, vector, 0))
-    held = tuple(jax.tree.leaves(factors)), tuple(jax.tree.leaves(inverse))
-    after = KFACState(state.count + 1, found.damping, found.ratio, step, *held, state.key)
-    return keep_if_finite((grad, vector, held), step, after, state)
+    arrays = tuple(jax.tree.leaves(factors)), tuple(jax.tree.leaves(inverse))
+    after = KFACState(state.count + 1, found.damping, found.ratio, step, *arrays, state.key)
+    return keep_if_finite((grad, vector, arrays), step, after, state)
 
 
-def _refreshed(
+def _refresh(
     setting: _Setting, state: KFACState, params: Tree, args: tuple[Any, ...], damping: Scalar
 ) -> tuple[KroneckerOperator, KroneckerOperator]:
-    """The running factors and their inverse, each made anew when its turn comes."""
+    """The running factors every ``refresh_every`` steps, and their inverse every ``invert_every`` steps."""
     shapes, inverse_shapes = _structures(setting, params, args, damping)
     factors = jax.tree.unflatten(jax.tree.structure(shapes), state.factors)
     inverse = jax.tree.unflatten(jax.tree.structure(inverse_shapes), state.inverse)
     key = None if setting.key is None or state.key is None else key_of_step(setting.key, state.key, state.count)
 
-    def renewed() -> KroneckerOperator:
-        number = (state.count // setting.refresh_every + 1).astype(wide(damping.dtype))
-        kept = jnp.minimum(1 - 1 / number, jnp.asarray(setting.decay, number.dtype))
-        return running_mean(factors, setting.fresh(params, args, key), kept)
+    def update_mean() -> KroneckerOperator:
+        k = (state.count // setting.refresh_every + 1).astype(wide(damping.dtype))
+        decay = jnp.minimum(1 - 1 / k, jnp.asarray(setting.decay, k.dtype))
+        return running_mean(factors, setting.factors_on(params, args, key), decay)
 
-    factors = jax.lax.cond(state.count % setting.refresh_every == 0, renewed, lambda: factors)
+    factors = jax.lax.cond(state.count % setting.refresh_every == 0, update_mean, lambda: factors)
     due = state.count % setting.invert_every == 0
-    return factors, jax.lax.cond(due, setting.inverse, lambda *_: inverse, factors, damping)
+    return factors, jax.lax.cond(due, setting.invert, lambda *_: inverse, factors, damping)
 
 
-def _kl_cut(setting: _Setting, count: Int[Array, ""], grad: Vector, direction: Vector) -> Scalar:
-    """The share of a step that the limit of its divergence leaves."""
-    if setting.kl_limit is None or setting.learning_rate is None:
+def _kl_factor(kl_limit: float | Array | None, rate: Scalar, grad: Vector, direction: Vector) -> Scalar:
+    """The factor, at most 1, that bounds the estimated KL divergence of the step by ``kl_limit``."""
+    if kl_limit is None:
         return jnp.ones((), grad.dtype)
-    rate = at_step(setting.learning_rate, count, grad.dtype)
-    divergence = -(rate**2) * jnp.vdot(grad, direction, precision="highest")
-    return jnp.sqrt(jnp.minimum(1, setting.kl_limit / jnp.where(divergence > 0, divergence, 1)))
+    divergence = -(rate**2) * dot(grad, direction)
+    return jnp.sqrt(jnp.minimum(1, kl_limit / jnp.where(divergence > 0, divergence, 1)))
 
 
 class _Quadratic:
-    """The exact Gauss-Newton matrix on a batch, by its values on a few directions alone."""
+    """The quadratic model with the exact Gauss-Newton matrix on a batch, restricted to a few directions."""
 
     def __init__(
         self, setting: _Setting, params: Tree, args: tuple[Any, ...], unravel: Callable[[Vector], Tree]
@@ -327,22 +325,21 @@ class _Quadratic:
     def forms(self, directions: list[Vector]) -> Float[Array, "k k"]:
         """``u_i' G u_j = (J u_i)' M (J u_j)``, which takes no backward pass."""
         pushed = [self._push(self._unravel(u)) for u in directions]
-        weighed = [self._weigh(u) for u in pushed]
-        rows, columns = (jnp.stack([ravel(widened(u))[0] for u in trees]) for trees in (pushed, weighed))
-        return jnp.matmul(rows, columns.T, precision="highest")
+        weighted = [self._weigh(u) for u in pushed]
+        rows, columns = (jnp.stack([ravel(widened(u))[0] for u in trees]) for trees in (pushed, weighted))
+        return matmul(rows, columns.T)
 
     def minimizer(self, grad: Vector, direction: Vector, last: Vector, damping: Scalar, with_last: bool) -> Vector:
-        """The damped model's minimizer among multiples of the direction, or in the plane of it and the last step."""
+        """The minimizer of the damped model over ``alpha d``, or over ``alpha d + mu s`` with the last step ``s``."""
         basis = [_unit(direction), _unit(last)] if with_last else [_unit(direction)]
         rows = jnp.stack(basis)
-        damped = self.forms(basis) + damping.astype(grad.dtype) * jnp.matmul(rows, rows.T, precision="highest")
+        damped = self.forms(basis) + damping.astype(grad.dtype) * matmul(rows, rows.T)
         curvatures = jnp.diagonal(damped)
-        scale = 1 / jnp.sqrt(jnp.where(curvatures > 0, curvatures, 1))  # however much the curvatures differ
+        scale = 1 / jnp.sqrt(jnp.where(curvatures > 0, curvatures, 1))  # Jacobi scaling
         scaled = jnp.outer(scale, scale) * (damped + damped.T) / 2
-        inverse = jnp.linalg.pinv(scaled, hermitian=True)  # parallel, or no last step: rank 1
-        slopes = scale * jnp.matmul(rows, grad, precision="highest")
-        shares = -scale * jnp.matmul(inverse, slopes, precision="highest")
-        return jnp.matmul(shares, rows, precision="highest")  # Martens & Grosse (2015), section 7
+        inverse = jnp.linalg.pinv(scaled, hermitian=True)  # of rank 1 if s is zero or parallel to d
+        coefficients = -scale * matmul(inverse, scale * matmul(rows, grad))
+        return matmul(coefficients, rows)  # Martens & Grosse (2015), section 7
 
 
 def _unit(vector: Vector) -> Vector:

@@ -1,4 +1,4 @@
-"""The natural gradient: steps by the inverse of a damped Fisher or Gauss-Newton matrix that is never formed."""
+"""Natural gradient descent with a matrix-free Fisher or Gauss-Newton matrix; Hessian-free optimization."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
+from curvature._numerics import dot
 from curvature._trees import ravel
 from curvature._types import Scalar, Tree
 from curvature.linalg._solve import solve
@@ -16,8 +17,16 @@ from curvature.operators._base import damping as multiple_of_identity
 from curvature.operators._curvature import FisherKind, FisherOperator
 from curvature.operators._likelihoods import Likelihood
 from curvature.optimizers._wrappers import gradient_for, wrappable
-from curvature.training._damping import at_step, current, judge, judges, objective_of, predicted_decrease
-from curvature.training._stochastic import Key, KeyData, keep_if_finite, key_data, key_of_step
+from curvature.training._damping import accept_step, at_step, damping_at, is_adaptive, objective_of
+from curvature.training._stochastic import (
+    Key,
+    KeyData,
+    check_update,
+    keep_if_finite,
+    key_data,
+    key_of_step,
+    sampling_key,
+)
 
 NaturalSolver = Literal["cg", "woodbury"]
 
@@ -28,12 +37,12 @@ class NaturalGradientState(NamedTuple):
     """The state of ``natural_gradient``: plain arrays, ready for a checkpoint.
 
     Attributes:
-        count: the updates so far, without those that a gradient that is not finite kept from being made.
-        damping: the damping of the last update, or for the next one if it adapts.
-        ratio: the reduction ratio when it was last measured; 1 before.
-        num_inner_steps: the steps of the last linear solve.
-        residual: its residual relative to the gradient.
-        key: the words of the key, from which and ``count`` the labels of a step follow; None where none are drawn.
+        count: the number of updates, not counting updates skipped because a gradient was not finite.
+        damping: the damping of the last update, or of the next update if it adapts.
+        ratio: the last reduction ratio that was measured; 1 before the first.
+        num_inner_steps: the number of steps of the last linear solve.
+        residual: the residual of the last linear solve, relative to the gradient.
+        key: the words of the key; ``key`` and ``count`` determine the labels of a step. None if none are drawn.
     """
 
     count: Int[Array, ""]
@@ -60,39 +69,38 @@ def natural_gradient(
 ) -> optax.GradientTransformationExtraArgs:
     """Steps ``-learning_rate (F + damping I)^-1 g`` with the Fisher matrix ``F`` of a model: an optax transformation.
 
-    ``F`` is a ``FisherOperator`` on the data that ``update`` is given as ``args=``, which may be another batch than
-    that of the gradient ``g``. With ``kind="exact"`` it is the Gauss-Newton matrix, the solver is conjugate gradients,
-    and the method is Hessian-free optimization.
+    ``F`` is a ``FisherOperator`` on the data that is passed to ``update`` as ``args=``, possibly another batch than
+    that of the gradient ``g``. With ``kind="exact"`` and ``solver="cg"`` the method is Hessian-free optimization.
 
-    The damping follows the model's quality: every ``adapt_every`` steps the decrease of the objective is compared with
-    that of the quadratic model ``g's + s'F s / 2``. Where their ratio is above 3/4 the damping falls by the factor
-    ``(19/20)**adapt_every``, where it is below 1/4 it grows by as much, and where the objective rises the step is zero
-    and the damping grows fourfold. The objective has to be on the batch of the gradient: hand it over as ``value_fn=``
-    where that is not the batch of ``args``.
+    Every ``adapt_every`` steps the decrease of the objective is compared with that of the quadratic model
+    ``g's + s'F s / 2``. If the ratio is above 3/4, the damping is multiplied by ``(19/20)**adapt_every``; if it is
+    below 1/4, the damping is divided by that factor; if the objective rises, the step is zero and the damping is
+    multiplied by 4. The objective must be evaluated on the batch of the gradient: pass it as ``value_fn=`` if that is
+    not the batch in ``args``.
 
     Args:
         model: ``model(params, *args) -> outputs``.
         loss: ``loss(outputs, *args) -> scalar``.
         learning_rate: a number or an optax schedule; 1 is the full step.
-        damping: the first damping, in the units of ``F``; an optax schedule is followed and not adapted.
-        adapt_every: how many steps between adaptations; None takes every step and keeps the damping.
-        kind: ``"exact"``, ``"sampled"`` or ``"empirical"``, as for ``FisherOperator``.
-        likelihood: likewise; ``"sampled"`` needs it.
-        solver: ``"cg"``, or ``"woodbury"`` for an exact solution where a batch has few outputs; it needs damping.
-        rtol: the residual of the solve, relative to the norm of the gradient.
-        max_inner_steps: the most steps of the solve, whose last iterate is taken; None is 10 for each parameter.
-        key: the randomness of ``"sampled"``.
+        damping: the initial damping, in the units of ``F``; an optax schedule is followed and not adapted.
+        adapt_every: the number of steps between adaptations; None accepts every step and keeps the damping.
+        kind: ``"exact"``, ``"sampled"`` or ``"empirical"``; see ``FisherOperator``.
+        likelihood: see ``FisherOperator``; ``"sampled"`` requires it.
+        solver: ``"cg"``, or ``"woodbury"`` for an exact solution if a batch has few outputs; it requires damping.
+        rtol: the tolerance of the residual of the solve, relative to the norm of the gradient.
+        max_inner_steps: the largest number of steps of the solve; None is 10 for each parameter.
+        key: the random key for ``"sampled"``.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` whose state is a ``NaturalGradientState``; its
         ``update(grad, state, params, *, args, value=, value_fn=)`` returns the step.
 
     Raises:
-        TypeError: when a function is not callable, or the key is none.
+        TypeError: if a function is not callable, or ``key`` is not a random key.
         ValueError: for an unknown option, a number out of range, a missing key; from ``update`` without ``args=``.
 
-    Cost: a linearization of the model, and for each step of the solve a JVP and a VJP of it; every ``adapt_every``
-        steps one product and two evaluations of the objective more. For ``"woodbury"`` see ``solve``.
+    Cost: one linearization of the model, and a JVP and a VJP per step of the solve; every ``adapt_every`` steps one
+        more product and two evaluations of the objective. For ``"woodbury"`` see ``solve``.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, curvature
@@ -110,8 +118,7 @@ def natural_gradient(
         (2010); Martens, arXiv:1412.1193; Martens and Grosse, arXiv:1503.05671, section 6.5, for the damping.
     """
     for option, function in {"model": model, "loss": loss}.items():
-        _checks.check_callable(_NAME, option, function)
-        _checks.check_hashable(_NAME, option, function)
+        _checks.check_static_function(_NAME, option, function)
     for option, value in {"learning_rate": learning_rate, "damping": damping}.items():
         _checks.check_schedule(_NAME, option, value)
     if adapt_every is not None:
@@ -121,19 +128,16 @@ def natural_gradient(
     _checks.check_nonnegative(_NAME, "rtol", rtol)
     if max_inner_steps is not None:
         _checks.check_static_count(_NAME, "max_inner_steps", max_inner_steps, 1)
-    _checks.check_sampling(_NAME, kind, likelihood, key)
-    sampling = key if kind == "sampled" else None
-    if sampling is not None:
-        _checks.check_key(_NAME, sampling)
+    key = sampling_key(_NAME, kind, likelihood, key)
     setting = _Setting(
-        model, loss, learning_rate, damping, adapt_every, kind, likelihood, solver, rtol, max_inner_steps, sampling
+        model, loss, learning_rate, damping, adapt_every, kind, likelihood, solver, rtol, max_inner_steps, key
     )
     functions = wrappable(_NAME, partial(_init, setting), partial(_update, setting))
     return optax.GradientTransformationExtraArgs(*functions)
 
 
 class _Setting(NamedTuple):
-    """The arguments of ``natural_gradient``; the key only where labels are drawn."""
+    """The arguments of ``natural_gradient``; the key is None unless labels are drawn."""
 
     model: Callable[..., Any]
     loss: Callable[..., Any]
@@ -174,12 +178,11 @@ def _update(
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
 ) -> tuple[Tree, Any]:
-    params = _checks.check_point(_NAME, "params", _checks.require_extra(_NAME, "params", params))
-    updates = _checks.check_direction(_NAME, "updates", updates, "params", params)
+    updates, params = check_update(_NAME, updates, params)
     batch = _checks.require_data(_NAME, args)
-    if judges(setting.damping, setting.adapt_every):
-        gradient_for(_NAME, updates, grad)  # steps of a gradient that was changed, judged by an objective that was not
-    damping = current(setting.damping, state.damping, state.count)
+    if is_adaptive(setting.damping, setting.adapt_every):
+        gradient_for(_NAME, updates, grad)  # the ratio would be wrong for a gradient that is not the objective's
+    damping = damping_at(setting.damping, state.damping, state.count)
     op = setting.fisher(state, params, batch)
     natural, info = solve(
         op + multiple_of_identity(damping),
@@ -192,12 +195,13 @@ def _update(
     vector = -at_step(setting.learning_rate, state.count, grad.dtype) * ravel(natural)[0]
     step, objective = unravel(vector), objective_of(setting.model, setting.loss, batch, value, value_fn, extra_args)
 
-    def measure() -> Scalar:
-        return objective.ratio(params, step, predicted_decrease(grad, vector, ravel(op @ step)[0]))
+    def measure_ratio() -> Scalar:
+        predicted = -(dot(grad, vector) + dot(vector, ravel(op @ step)[0]) / 2)
+        return objective.ratio(params, step, predicted)
 
-    found = judge(setting.damping, damping, state.ratio, state.count, setting.adapt_every, measure)
-    size = jnp.linalg.norm(grad)
-    residual = info.residual_norm.astype(size.dtype) / jnp.where(size > 0, size, 1)
+    found = accept_step(setting.damping, damping, state.ratio, state.count, setting.adapt_every, measure_ratio)
+    grad_norm = jnp.linalg.norm(grad)
+    residual = info.residual_norm.astype(grad_norm.dtype) / jnp.where(grad_norm > 0, grad_norm, 1)
     after = NaturalGradientState(state.count + 1, found.damping, found.ratio, info.num_steps, residual, state.key)
-    taken = unravel(jnp.where(found.accepted, vector, 0))
-    return keep_if_finite((grad, vector), taken, after, state)
+    accepted_step = unravel(jnp.where(found.accepted, vector, 0))
+    return keep_if_finite((grad, vector), accepted_step, after, state)

@@ -1,4 +1,4 @@
-"""Sophia: momentum divided by a running diagonal of the curvature, entry by entry, and clipped."""
+"""Sophia: momentum divided by a running estimate of the curvature's diagonal, clipped entry by entry."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +16,8 @@ from curvature.optimizers._wrappers import wrappable
 from curvature.training._stochastic import (
     Key,
     KeyData,
+    Mask,
+    check_update,
     gauss_newton_bartlett,
     hutchinson,
     keep_if_finite,
@@ -24,11 +26,10 @@ from curvature.training._stochastic import (
     product_of_extras,
     running_mean,
     wide_zeros,
+    with_learning_rate,
 )
 
 DiagonalEstimator = Literal["hutchinson", "gauss-newton-bartlett"]
-Mask = Tree | Callable[[Tree], Tree]
-"""What optax takes for a mask: a tree of booleans, a prefix of one, or a function of the parameters that makes one."""
 
 _NAME = "scale_by_sophia"
 
@@ -37,12 +38,12 @@ class SophiaState(NamedTuple):
     """The state of ``scale_by_sophia``: plain arrays, ready for a checkpoint.
 
     Attributes:
-        count: the updates so far, without those that a value that is not finite kept from being made.
-        momentum: the running mean of the gradients, in single precision at least.
+        count: the number of updates, not counting updates skipped because a value was not finite.
+        momentum: the running mean of the gradients, in at least single precision.
         diagonal: the running mean of the estimates of the diagonal.
-        unclipped: the share of entries that the last update did not clip: raise ``gamma`` where it is below 0.1, lower
-            it where it is above 0.5.
-        key: the words of the key; the probes of a step follow from them and ``count``.
+        unclipped: the share of entries that the last update did not clip: raise ``gamma`` if it is below 0.1, lower
+            ``gamma`` if it is above 0.5.
+        key: the words of the key; ``key`` and ``count`` determine the probes of a step.
     """
 
     count: Int[Array, ""]
@@ -71,19 +72,19 @@ def sophia(
     """Sophia: ``x <- x - learning_rate (u + weight_decay x)`` with the clipped ``u`` of ``scale_by_sophia``.
 
     Args:
-        learning_rate: a number or an optax schedule. No entry moves by more in a step, decay apart.
-        key: the randomness of the estimates.
-        estimator: as for ``scale_by_sophia``, and so are all others but the last two.
-        model: for ``"gauss-newton-bartlett"``.
-        loss: likewise.
-        likelihood: likewise.
-        b1: the decay of the momentum.
-        b2: the decay of the diagonal.
-        gamma: what the diagonal is multiplied by.
-        eps: the least denominator.
-        refresh_every: how many steps an estimate serves.
-        weight_decay: the decoupled decay of the parameters.
-        mask: which parameters decay, as for ``optax.add_decayed_weights``; None is all.
+        learning_rate: a number or an optax schedule. Without weight decay, no entry moves by more in a step.
+        key: the random key of the estimates.
+        estimator: ``"hutchinson"`` or ``"gauss-newton-bartlett"``; see ``scale_by_sophia``.
+        model: for ``"gauss-newton-bartlett"``; see ``scale_by_sophia``.
+        loss: for ``"gauss-newton-bartlett"``; see ``scale_by_sophia``.
+        likelihood: for ``"gauss-newton-bartlett"``; see ``scale_by_sophia``.
+        b1: the decay rate of the momentum.
+        b2: the decay rate of the diagonal.
+        gamma: the factor of the diagonal.
+        eps: the smallest denominator.
+        refresh_every: the number of steps that use one estimate.
+        weight_decay: the decoupled weight decay.
+        mask: the parameters that decay, as for ``optax.add_decayed_weights``; None is all.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.
@@ -107,8 +108,6 @@ def sophia(
 
     References: Liu, Li, Hall, Liang and Ma, Sophia (2023), arXiv:2305.14342, algorithm 3.
     """
-    _checks.check_schedule("sophia", "learning_rate", learning_rate)
-    _checks.check_nonnegative("sophia", "weight_decay", weight_decay)
     scale = scale_by_sophia(
         key=key,
         estimator=estimator,
@@ -121,8 +120,7 @@ def sophia(
         eps=eps,
         refresh_every=refresh_every,
     )
-    decay = optax.add_decayed_weights(weight_decay, mask)
-    return optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate))
+    return with_learning_rate("sophia", scale, learning_rate, weight_decay, mask)
 
 
 def scale_by_sophia(
@@ -138,42 +136,45 @@ def scale_by_sophia(
     eps: float | Array = 1e-12,
     refresh_every: int = 10,
 ) -> optax.GradientTransformationExtraArgs:
-    """Divide running means of gradients by those of the curvature's diagonal, entry by entry, and clip to [-1, 1].
+    """Divide running means of gradients by running means of the curvature's diagonal, and clip entries to [-1, 1].
 
     With gradients ``g`` and, every ``refresh_every`` steps, estimates ``d`` of the diagonal:
 
         m <- b1 m + (1 - b1) g,   h <- b2 h + (1 - b2) d,   u = clip(m / max(gamma h, eps), -1, 1)
 
-    so that negative curvature, or none, leaves the sign of the momentum. A gradient or an estimate that is not finite
-    is skipped: the update is zero, and the state stays.
+    For zero or negative curvature the update is the sign of the momentum. If a gradient or an estimate is not finite,
+    the update is zero and the state is unchanged.
 
-    The curvature may be that of another batch than the gradient's, which removes a bias. ``"hutchinson"`` takes ``z *
-    (H z)`` with random signs ``z``, where ``H`` is what the extra argument ``hvp_fn=`` of ``update`` multiplies by, or
-    the Hessian of its ``value_fn=``. ``"gauss-newton-bartlett"`` squares one gradient at labels drawn from the model
-    on the extra argument ``args=``: a diagonal of the Gauss-Newton matrix, which is never negative.
+    The curvature may be evaluated on another batch than the gradient, which removes a bias. ``"hutchinson"`` estimates
+    ``d = z * (H z)`` with random signs ``z``; ``H`` is the matrix that the extra argument ``hvp_fn=`` of ``update``
+    applies, or the Hessian of ``value_fn=``. ``"gauss-newton-bartlett"`` squares one gradient at labels drawn from the
+    model on the extra argument ``args=``: it estimates the diagonal of the Gauss-Newton matrix and is never negative.
 
     Args:
-        key: the randomness of the estimates.
-        estimator: one of the two above.
-        model: for the second, ``model(params, *args) -> outputs``.
-        loss: likewise, ``loss(outputs, *args) -> scalar``, a weighted sum of negative log-likelihoods.
-        likelihood: likewise, ``"categorical"``, ``"bernoulli"`` or ``"normal"``, as for ``GaussNewtonOperator``.
-        b1: the decay of the momentum.
-        b2: the decay of the diagonal.
-        gamma: what the diagonal is multiplied by: about 0.01 for the first estimator, 0.05 for the second.
-        eps: the least denominator.
-        refresh_every: how many steps an estimate serves.
+        key: the random key of the estimates.
+        estimator: ``"hutchinson"`` or ``"gauss-newton-bartlett"``, as above.
+        model: for ``"gauss-newton-bartlett"``: ``model(params, *args) -> outputs``.
+        loss: for ``"gauss-newton-bartlett"``: ``loss(outputs, *args) -> scalar``, a weighted sum of negative log
+            likelihoods.
+        likelihood: for ``"gauss-newton-bartlett"``: ``"categorical"``, ``"bernoulli"`` or ``"normal"``; see
+            ``GaussNewtonOperator``.
+        b1: the decay rate of the momentum.
+        b2: the decay rate of the diagonal.
+        gamma: the factor of the diagonal: about 0.01 for ``"hutchinson"``, 0.05 for ``"gauss-newton-bartlett"``.
+        eps: the smallest denominator.
+        refresh_every: the number of steps that use one estimate.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` whose state is a ``SophiaState``. Its updates point uphill, as
-        those of optax's ``scale_by_*`` do.
+        the updates of optax's ``scale_by_*`` do.
 
     Raises:
-        TypeError: when the key is none, or a function is not callable.
-        ValueError: for an unknown estimator, or one without what it draws labels from, or a number out of range; from
-            ``update`` when an argument is missing.
+        TypeError: if ``key`` is not a random key, or a function is not callable.
+        ValueError: for an unknown estimator, ``"gauss-newton-bartlett"`` without model, loss and likelihood, or a
+            number out of range; from ``update`` if an argument is missing.
 
-    Cost: a Hessian product, or a gradient, every ``refresh_every`` steps; memory for two trees like the parameters.
+    Cost: a Hessian-vector product, or a gradient, every ``refresh_every`` steps; memory for two trees like the
+        parameters.
 
     Example:
         >>> import jax, jax.numpy as jnp, curvature
@@ -183,8 +184,8 @@ def scale_by_sophia(
         >>> u, state.diagonal  # 0.04 of the gradient by the diagonal: nothing to clip yet
         (Array([4.e-05, 4.e-02], dtype=float32), Array([2., 8.], dtype=float32))
 
-    References: Liu et al. (arXiv:2305.14342), algorithms 1 to 3; Gaussian probes there are signs here, whose estimate
-        varies less.
+    References: Liu et al. (arXiv:2305.14342), algorithms 1 to 3, with random signs instead of Gaussian probes, which
+        reduces the variance.
     """
     data = key_data(_NAME, key)
     _checks.check_choice(_NAME, "estimator", estimator, DiagonalEstimator)
@@ -193,18 +194,18 @@ def scale_by_sophia(
     for option, value in {"gamma": gamma, "eps": eps}.items():
         _checks.check_positive(_NAME, option, value)
     _checks.check_static_count(_NAME, "refresh_every", refresh_every, 1)
-    estimate: Callable[..., Any] = _from_products
+    estimate: Callable[..., Any] = _estimate_by_products
     if estimator == "gauss-newton-bartlett":
         _checks.check_drawn_gradient(_NAME, model, loss, likelihood)
         _checks.check_choice(_NAME, "likelihood", likelihood, Likelihood)
-        estimate = partial(_from_labels, model, loss, likelihood)
+        estimate = partial(_estimate_by_labels, model, loss, likelihood)
     setting = _Setting(estimate, key, data, b1, b2, gamma, eps, refresh_every)
     functions = wrappable(_NAME, partial(_init, setting), partial(_update, setting))
     return optax.GradientTransformationExtraArgs(*functions)
 
 
 class _Setting(NamedTuple):
-    """The arguments of ``scale_by_sophia``, those of the estimator as one function."""
+    """The arguments of ``scale_by_sophia``, with the estimator as a function."""
 
     estimate: Callable[..., Any]
     key: Key
@@ -216,14 +217,14 @@ class _Setting(NamedTuple):
     refresh_every: int
 
 
-def _from_products(
+def _estimate_by_products(
     params: Tree, key: Any, args: Any, hvp_fn: Any, value_fn: Any, extra_args: dict[str, Any]
 ) -> Callable[[], Tree]:
     product = product_of_extras(_NAME, params, hvp_fn, value_fn, extra_args)
     return lambda: hutchinson(params, key, product)
 
 
-def _from_labels(
+def _estimate_by_labels(
     model: Any, loss: Any, likelihood: Any, params: Tree, key: Any, args: Any, *_: Any
 ) -> Callable[[], Tree]:
     batch = _checks.require_data(_NAME, args)
@@ -246,8 +247,7 @@ def _update(
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
 ) -> tuple[Tree, Any]:
-    params = _checks.check_point(_NAME, "params", _checks.require_extra(_NAME, "params", params))
-    updates = _checks.check_direction(_NAME, "updates", updates, "params", params)
+    updates, params = check_update(_NAME, updates, params)
     step_key = key_of_step(setting.key, state.key, state.count)
     estimate = setting.estimate(params, step_key, args, hvp_fn, value_fn, extra_args)
     momentum = running_mean(state.momentum, updates, setting.b1)
@@ -262,11 +262,8 @@ def _update(
 
     ratios = jax.tree.map(ratio, momentum, diagonal)
     clipped = jax.tree.map(lambda leaf, like: jnp.clip(leaf, -1, 1).astype(like.dtype), ratios, updates)
-    after = SophiaState(state.count + 1, momentum, diagonal, _share_inside(ratios), state.key)
-    return keep_if_finite((momentum, diagonal), clipped, after, state)
-
-
-def _share_inside(ratios: Tree) -> Float[Array, ""]:
     leaves = jax.tree.leaves(ratios)
     inside = [jnp.sum(jnp.abs(leaf) < 1, dtype=jnp.int32).astype(jnp.float32) for leaf in leaves]
-    return sum(inside[1:], inside[0]) / max(sum(leaf.size for leaf in leaves), 1)
+    unclipped = sum(inside[1:], inside[0]) / max(sum(leaf.size for leaf in leaves), 1)
+    after = SophiaState(state.count + 1, momentum, diagonal, unclipped, state.key)
+    return keep_if_finite((momentum, diagonal), clipped, after, state)

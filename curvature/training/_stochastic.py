@@ -1,10 +1,11 @@
-"""What stochastic methods share: a key for each step, estimates of a curvature's diagonal, and running means."""
+"""Shared by the stochastic methods: random keys, estimators of the curvature's diagonal, running means."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
 from curvature import _checks
@@ -16,18 +17,51 @@ from curvature.transforms._hessian import hvp
 Key = PRNGKeyArray | UInt32[Array, "..."]
 State = TypeVar("State")
 KeyData = UInt32[Array, " words"]
-"""A key as plain integers, which any checkpoint can hold."""
+"""A key as plain integers, which every checkpoint format can hold."""
 
 
 def key_data(function: str, key: Key) -> KeyData:
-    """The words of a key of either style."""
+    """The words of a typed or raw key."""
     _checks.check_key(function, key)
     return jax.random.key_data(key)
 
 
+def sampling_key(function: str, kind: str, likelihood: str | None, key: Key | None) -> Key | None:
+    """The key for ``kind="sampled"``, checked; None for kinds that draw no labels."""
+    _checks.check_sampling(function, kind, likelihood, key)
+    if kind != "sampled":
+        return None
+    _checks.check_key(function, key)
+    return key
+
+
 def key_of_step(key: Key, data: KeyData, count: Int[Array, ""]) -> PRNGKeyArray:
-    """The key of a step, from the words in the state; ``key`` tells only how to read them."""
+    """The key of a step, from the words in the state; ``key`` only determines the implementation."""
     return jax.random.fold_in(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)), count)
+
+
+def check_update(function: str, updates: Tree, params: Tree | None) -> tuple[Tree, Tree]:
+    """The arguments ``updates`` and ``params`` of ``update``, as arrays of the same shapes and dtypes."""
+    params = _checks.check_point(function, "params", _checks.require_extra(function, "params", params))
+    return _checks.check_direction(function, "updates", updates, "params", params), params
+
+
+Mask = Tree | Callable[[Tree], Tree]
+"""A mask as optax accepts it: a tree of booleans, a prefix of one, or a function from the parameters to one."""
+
+
+def with_learning_rate(
+    function: str,
+    scale: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float | Array,
+    mask: Mask | None,
+) -> optax.GradientTransformationExtraArgs:
+    """``x <- x - learning_rate (u + weight_decay x)`` with the updates ``u`` of ``scale``."""
+    _checks.check_schedule(function, "learning_rate", learning_rate)
+    _checks.check_nonnegative(function, "weight_decay", weight_decay)
+    decay = optax.add_decayed_weights(weight_decay, mask)
+    return optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate))
 
 
 def product_of_extras(
@@ -37,7 +71,7 @@ def product_of_extras(
     value_fn: Callable[..., Any] | None,
     extra_args: dict[str, Any],
 ) -> Callable[[Tree], Tree]:
-    """The curvature products that an update was handed, or those of the Hessian of its ``value_fn``."""
+    """The ``hvp_fn=`` of an update, or the products with the Hessian of its ``value_fn=``."""
     if hvp_fn is not None:
         return hvp_fn
     fun = bind_extras(_checks.require_extra(function, "value_fn", value_fn), extra_args)
@@ -45,9 +79,9 @@ def product_of_extras(
 
 
 def hutchinson(params: Tree, key: PRNGKeyArray, hvp_fn: Callable[[Tree], Tree]) -> Tree:
-    """``z * (H z)`` for random signs ``z``, of mean ``diag H``; its variance is what else there is in a row, squared.
+    """``z * (H z)`` for random signs ``z``: mean ``diag H``, variance ``sum_(j != i) H[i, j]^2`` of entry i.
 
-    Hutchinson (1989), doi:10.1080/03610918908812806, as Bekas, Kokiopoulou and Saad (2007) use it for the diagonal.
+    Hutchinson (1989), doi:10.1080/03610918908812806; for the diagonal, Bekas, Kokiopoulou and Saad (2007).
     """
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
@@ -65,11 +99,11 @@ def gauss_newton_bartlett(
     args: tuple[Any, ...],
     key: PRNGKeyArray,
 ) -> Tree:
-    """The square of one gradient at drawn labels, whose mean is the diagonal of the Gauss-Newton matrix.
+    """The squared gradient at drawn labels, whose mean is the diagonal of the Gauss-Newton matrix.
 
-    For a loss ``sum_r w_r nll_r`` it is ``(sum_r sqrt(w_r) J_r' s_r)**2`` with the score ``s_r`` of a drawn label: the
-    scores are independent of mean zero, so only ``w_r (J_r' s_r)**2`` is left of the square in the mean. For a mean
-    over B rows it is ``B`` times the squared gradient: Liu et al. (arXiv:2305.14342), algorithm 2.
+    For a loss ``sum_r w_r nll_r`` it is ``(sum_r sqrt(w_r) J_r' s_r)**2`` with ``s_r`` the score at a drawn label. The
+    scores are independent with mean zero, so the expectation of the square is ``sum_r w_r E[(J_r' s_r)**2]``. For a
+    mean over B rows it is ``B`` times the squared gradient: Liu et al. (arXiv:2305.14342), algorithm 2.
     """
     outputs, pull = jax.vjp(lambda params: model(params, *args), params)
     _checks.check_logits(function, likelihood, outputs)
@@ -81,22 +115,22 @@ def gauss_newton_bartlett(
 
 
 def wide(dtype: Any) -> Any:
-    """The dtype to accumulate in: single precision for half, where decay rates near 1 round to 1."""
+    """The dtype to accumulate in: at least single precision, because in half precision decay rates near 1 are 1."""
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def widened(tree: Tree) -> Tree:
-    """A tree in the dtypes to accumulate in."""
+    """The tree in the dtypes to accumulate in."""
     return jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), tree)
 
 
 def wide_zeros(params: Tree) -> Tree:
-    """Running means like the parameters that have not begun."""
+    """Initial running means: zeros like the parameters, in the dtypes to accumulate in."""
     return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, wide(leaf.dtype)), params)
 
 
 def keep_if_finite(checked: Tree, step: Tree, after: State, before: State) -> tuple[Tree, State]:
-    """A step and the state after it; no step and the state before it where anything checked is NaN or infinite."""
+    """The step and the state after it; a zero step and the state before it if a checked array is not finite."""
     leaves = jax.tree.leaves(checked)
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
     step = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.zeros_like(leaf)), step)
@@ -104,7 +138,7 @@ def keep_if_finite(checked: Tree, step: Tree, after: State, before: State) -> tu
 
 
 def running_mean(mean: Tree, new: Tree, decay: Any) -> Tree:
-    """``decay mean + (1 - decay) new``, each leaf in its own dtype."""
+    """``decay mean + (1 - decay) new``; each leaf keeps its dtype."""
 
     def of_leaf(old: Array, leaf: Array) -> Array:
         kept = jnp.asarray(decay, old.dtype)
@@ -114,5 +148,5 @@ def running_mean(mean: Tree, new: Tree, decay: Any) -> Tree:
 
 
 def unbiased(mean: Tree, decay: Any, terms: Int[Array, ""]) -> Tree:
-    """A running mean that began at zero, corrected for that after so many terms."""
+    """Bias correction of a running mean that started at zero, after ``terms`` terms."""
     return jax.tree.map(lambda leaf: leaf / (1 - jnp.asarray(decay, leaf.dtype) ** terms.astype(leaf.dtype)), mean)

@@ -218,7 +218,7 @@ ERRORS = {
     ),
     "diagonal": (lambda: matrix(A).diagonal(), r"diagonal: A v is float64\[3\], expected float64\[4\] to match v"),
     "damped rectangle": (lambda: matrix(A) + curvature.damping(1.0), r"A \+ damping: A v is float64\[3\]"),
-    "damping alone": (lambda: curvature.damping(1.0).as_matrix(), r"damping: c I has no structure of its own; add it"),
+    "damping alone": (lambda: curvature.damping(1.0).as_matrix(), r"damping: c I has no structure; add it"),
     "damping's shape": (lambda: curvature.damping(1.0).out_structure(), r"damping: c I has no structure"),
     "scale": (lambda: matrix(A) * np.ones(3), r"scale \* A: an operator times an array of shape \(3,\), expected one"),
     "product of operators": (lambda: matrix(A) * matrix(B), r"expected one real number; A @ B composes"),

@@ -196,7 +196,7 @@ OTHERS = {
 }
 ERRORS = {
     "refused [2]": (ValueError, r"updates are other arrays than grad=.*Put \w+ first in the chain.*leave out grad="),
-    "refused [4]": (TypeError, r"optax.MaskedNode in the place of params\['b'\].*functions that fill in the masked"),
+    "refused [4]": (TypeError, r"optax.MaskedNode instead of params\['b'\].*functions that fill in the masked"),
     "refused [5]": (TypeError, "does not support string indexing"),
     "refused [2, 5]": ((ValueError, TypeError), "updates are other arrays than grad=|does not support string indexing"),
 }

@@ -1,1 +1,1 @@
-"""The Kronecker-factored curvature operator (KFAC, EKFAC)."""
+"""``KroneckerOperator``: Kronecker-factored curvature (KFAC, EKFAC)."""

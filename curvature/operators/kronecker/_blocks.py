@@ -1,7 +1,7 @@
-"""The diagonal blocks of a ``KroneckerOperator``, one for each leaf: in Kronecker factors, in eigenpairs, or exact.
+"""The diagonal blocks of a ``KroneckerOperator``, one per leaf: Kronecker factors, their eigenpairs, dense, diagonal.
 
-In the canonical form of ``programs/_affine.py`` a leaf is an array ``V[g, i, o]`` of groups, rows and columns, and a
-block of Kronecker factors maps it to ``sum_jp A[g, i, j] G[g, o, p] V[g, j, p]``.
+In the canonical form of ``programs/_affine.py`` a leaf is an array ``V[g, i, o]`` with g: group, i: row (input),
+o: column (output). A block of Kronecker factors maps ``V`` to ``sum_jp A[g, i, j] G[g, o, p] V[g, j, p]``.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from curvature._numerics import matmul
 from curvature._types import Scalar
 from curvature.operators._pytrees import register_operator, static
 from curvature.programs._affine import Axes
@@ -17,16 +18,16 @@ from curvature.programs._views import View
 
 Canonical = Float[Array, "groups rows columns"]
 Factor = Float[Array, "groups rows rows"] | Float[Array, "groups rows"]
-"""One symmetric matrix for each group, or its diagonal where that is all there is."""
+"""A symmetric matrix for each group, or its diagonal if the matrix is diagonal."""
 
 
 class Layout(NamedTuple):
-    """How the entries of a leaf are dealt out to groups, rows and columns.
+    """The map between a leaf and its canonical form.
 
     Attributes:
-        view: how the entries of the leaf are rearranged before they meet the data.
-        root: the shape of that view, to whose axes ``order`` refers.
-        order: the axes of the root in the order of g, i and o.
+        view: the linear map from the leaf to the array that is combined with the data.
+        root: the shape of that array.
+        order: the axes of that array in the order g, i, o.
         sizes: the sizes of g, i and o.
     """
 
@@ -36,18 +37,18 @@ class Layout(NamedTuple):
     sizes: tuple[int, int, int]
 
     def canonical(self, leaf: Array) -> Canonical:
-        """A leaf in canonical form."""
+        """The canonical form of a leaf."""
         return jnp.transpose(self.view.apply(leaf), self.order).reshape(self.sizes)
 
     def restored(self, array: Canonical) -> Array:
-        """The leaf of an array in canonical form."""
+        """The leaf with this canonical form."""
         in_order = array.reshape([self.root[axis] for axis in self.order])
         return self.view.transpose(jnp.transpose(in_order, np.argsort(self.order).tolist()))
 
 
 @register_operator
 class KroneckerBlock:
-    """``A`` times ``G`` for each group."""
+    """The Kronecker product ``A x G`` for each group."""
 
     a: Factor
     g: Float[Array, "groups columns columns"]
@@ -55,7 +56,7 @@ class KroneckerBlock:
 
     def mv(self, v: Array) -> Array:
         """The product with a leaf."""
-        return self.layout.restored(_right(_left(self.a, self.layout.canonical(v)), self.g))
+        return self.layout.restored(matmul(_apply_left(self.a, self.layout.canonical(v)), self.g))
 
     def trace(self) -> Scalar:
         """The sum of the diagonal."""
@@ -66,7 +67,7 @@ class KroneckerBlock:
         return self.layout.restored(diagonal_of(self.a)[:, :, None] * diagonal_of(self.g)[:, None, :])
 
     def eigen(self) -> "EigenBlock":
-        """The same in eigenpairs."""
+        """The same block by eigenpairs."""
         la, ua = (self.a, None) if self.a.ndim == 2 else eigenpairs(self.a)
         lg, ug = eigenpairs(self.g)
         return EigenBlock(ua, ug, la[:, :, None] * lg[:, None, :], self.layout)
@@ -76,21 +77,21 @@ class KroneckerBlock:
         return self.eigen().logdet(damping)
 
     def inverse(self, damping: Scalar, exact: bool) -> "KroneckerBlock | EigenBlock":
-        """``(A x G + damping I)^-1``, or that of damped factors."""
+        """``(A x G + damping I)^-1``, or the product of the inverses of damped factors if not ``exact``."""
         if exact:
             return self.eigen().inverse(damping, exact)
         mean_a, mean_g = jnp.mean(diagonal_of(self.a), 1), jnp.mean(diagonal_of(self.g), 1)
-        known = (mean_a > 0) & (mean_g > 0)  # or else the block is zero, and pi may be anything
-        pi = jnp.sqrt(jnp.where(known, mean_a, 1)) / jnp.sqrt(jnp.where(known, mean_g, 1))
-        a = jnp.where(jnp.expand_dims(known, range(1, self.a.ndim)), self.a, 0)
-        g = jnp.where(known[:, None, None], self.g, 0)
+        nonzero = (mean_a > 0) & (mean_g > 0)  # a zero block has no pi; 1 serves
+        pi = jnp.sqrt(jnp.where(nonzero, mean_a, 1)) / jnp.sqrt(jnp.where(nonzero, mean_g, 1))
+        a = jnp.where(jnp.expand_dims(nonzero, range(1, self.a.ndim)), self.a, 0)
+        g = jnp.where(nonzero[:, None, None], self.g, 0)
         root = jnp.sqrt(damping)  # Martens & Grosse (2015), section 6.3
         return KroneckerBlock(_inverse(a, root * pi), _inverse(g, root / pi), self.layout)
 
 
 @register_operator
 class EigenBlock:
-    """``(U_A x U_G) diag(eigenvalues) (U_A x U_G)'`` for each group; ``basis_a`` is None for the identity."""
+    """``(U_A x U_G) diag(eigenvalues) (U_A x U_G)'`` for each group; ``basis_a=None`` means ``U_A = I``."""
 
     basis_a: Float[Array, "groups rows rows"] | None
     basis_g: Float[Array, "groups columns columns"]
@@ -99,11 +100,10 @@ class EigenBlock:
 
     def mv(self, v: Array) -> Array:
         """The product with a leaf."""
-        turned = None if self.basis_a is None else _transposed(self.basis_a)
-        coordinates = _right(_left(turned, self.layout.canonical(v)), self.basis_g)
-        return self.layout.restored(
-            _right(_left(self.basis_a, self.eigenvalues * coordinates), _transposed(self.basis_g))
-        )
+        transposed = None if self.basis_a is None else self.basis_a.mT
+        coordinates = matmul(_apply_left(transposed, self.layout.canonical(v)), self.basis_g)  # U_A' V U_G
+        scaled = _apply_left(self.basis_a, self.eigenvalues * coordinates)
+        return self.layout.restored(matmul(scaled, self.basis_g.mT))
 
     def trace(self) -> Scalar:
         """The sum of the diagonal."""
@@ -112,27 +112,27 @@ class EigenBlock:
     def diagonal(self) -> Array:
         """The diagonal, shaped like the leaf."""
         squares = None if self.basis_a is None else self.basis_a**2
-        return self.layout.restored(_right(_left(squares, self.eigenvalues), _transposed(self.basis_g**2)))
+        return self.layout.restored(matmul(_apply_left(squares, self.eigenvalues), (self.basis_g**2).mT))
 
     def logdet(self, damping: Scalar) -> Scalar:
         """``log det(block + damping I)``."""
         return jnp.sum(jnp.log(self.eigenvalues + damping))
 
     def inverse(self, damping: Scalar, exact: bool) -> "EigenBlock":
-        """``(block + damping I)^-1``; it is exact in any case."""
+        """``(block + damping I)^-1``, exact for both values of ``exact``."""
         return EigenBlock(self.basis_a, self.basis_g, 1 / (self.eigenvalues + damping), self.layout)
 
 
 @register_operator
 class DenseBlock:
-    """A block as a matrix of all entries of the leaf."""
+    """A dense block: the matrix over all entries of the leaf."""
 
     matrix: Float[Array, "n n"]
     shape: tuple[int, ...] = static()
 
     def mv(self, v: Array) -> Array:
         """The product with a leaf."""
-        return jnp.matmul(self.matrix, v.reshape(-1), precision="highest").reshape(self.shape)
+        return matmul(self.matrix, v.reshape(-1)).reshape(self.shape)
 
     def trace(self) -> Scalar:
         """The sum of the diagonal."""
@@ -147,13 +147,13 @@ class DenseBlock:
         return jnp.sum(jnp.log(eigenpairs(self.matrix[None])[0] + damping))
 
     def inverse(self, damping: Scalar, exact: bool) -> "DenseBlock":
-        """``(block + damping I)^-1``; it is exact in any case."""
+        """``(block + damping I)^-1``, exact for both values of ``exact``."""
         return DenseBlock(_inverse(self.matrix[None], damping[None])[0], self.shape)
 
 
 @register_operator
 class DiagonalBlock:
-    """The diagonal of a block, shaped like the leaf, for the block."""
+    """A block approximated by its diagonal, shaped like the leaf."""
 
     entries: Float[Array, "*leaf"]
 
@@ -174,7 +174,7 @@ class DiagonalBlock:
         return jnp.sum(jnp.log(self.entries + damping))
 
     def inverse(self, damping: Scalar, exact: bool) -> "DiagonalBlock":
-        """``(block + damping I)^-1``; it is exact in any case."""
+        """``(block + damping I)^-1``, exact for both values of ``exact``."""
         return DiagonalBlock(1 / (self.entries + damping))
 
 
@@ -191,7 +191,7 @@ def eigenpairs(
 ) -> tuple[Float[Array, "groups n"], Float[Array, "groups n n"]]:
     """The eigenvalues of positive semidefinite matrices, and their eigenvectors as columns."""
     eigenvalues, vectors = jnp.linalg.eigh(matrices)
-    return jnp.maximum(eigenvalues, 0), vectors  # rounding can leave them just below
+    return jnp.maximum(eigenvalues, 0), vectors  # rounding can make zero eigenvalues slightly negative
 
 
 def _inverse(factor: Factor, damping: Float[Array, "groups"]) -> Factor:
@@ -199,20 +199,11 @@ def _inverse(factor: Factor, damping: Float[Array, "groups"]) -> Factor:
     if factor.ndim == 2:
         return 1 / (factor + damping[:, None])
     eigenvalues, vectors = eigenpairs(factor)
-    return jnp.matmul(vectors / (eigenvalues + damping[:, None])[:, None, :], _transposed(vectors), precision="highest")
+    return matmul(vectors / (eigenvalues + damping[:, None])[:, None, :], vectors.mT)
 
 
-def _left(factor: Factor | None, v: Canonical) -> Canonical:
-    """``factor V``; None is the identity."""
+def _apply_left(factor: Factor | None, v: Canonical) -> Canonical:
+    """``factor V``; None is the identity, and a factor of rank 2 holds diagonals."""
     if factor is None:
         return v
-    return factor[:, :, None] * v if factor.ndim == 2 else jnp.matmul(factor, v, precision="highest")
-
-
-def _right(v: Canonical, factor: Float[Array, "groups columns columns"]) -> Canonical:
-    """``V factor``."""
-    return jnp.matmul(v, factor, precision="highest")
-
-
-def _transposed(matrices: Array) -> Array:
-    return jnp.swapaxes(matrices, 1, 2)
+    return factor[:, :, None] * v if factor.ndim == 2 else matmul(factor, v)

@@ -1,8 +1,9 @@
-"""The examples of a model one by one: where its parameters meet the data, and what comes back there from its outputs.
+"""Per-example inputs and cotangents of a model at its taps, for Kronecker factors.
 
-Sent back is ``w``, a vector like the outputs, as the gradient of ``<w, outputs>``; the loss comes in only by the choice
-of the vectors. So the taps are those of ``<w, outputs>``, in which ``w`` is data. The model is evaluated on batches of
-one, of which it is known beforehand that their outputs are those of the whole batch; the loss on the whole batch only.
+For each example, vectors ``w`` like the outputs are backpropagated as gradients of ``<w, outputs>``; the loss only
+determines the vectors. So the taps are the ones of ``<w, outputs>``, in which ``w`` is data. The model is evaluated on
+batches of one example, after a check that their outputs equal the outputs of the whole batch. The loss is evaluated on
+the whole batch only.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,28 +17,28 @@ from curvature import _checks
 from curvature._sharding import gathered
 from curvature._trees import ravel
 from curvature._types import Objective, Tree
-from curvature.operators._interactions import OutputRows, check_loss_apart, check_model_apart, check_reduction
+from curvature.operators._interactions import OutputRows, check_loss_examples, check_model_examples, check_reduction
 from curvature.operators.kronecker._outputs import OutputSide
 from curvature.programs._jaxprs import Environment
 from curvature.programs._taps import trace_taps
 from curvature.transforms._clipped_grad import formed_gradient
 from curvature.transforms._per_example_norms import formed_gradients
 
-Known = tuple[Any, Any]
-"""What one example leaves at the sites: their inputs, and for each column the cotangents of their outputs."""
+Captured = tuple[Any, Any]
+"""For one example the inputs at the sites, and for each column ``w_c`` the cotangents of the outputs of the sites."""
 
 
-class Examples:
-    """A model on batches of one example, and the loss of all of them.
+class ExampleTaps:
+    """A model on batches of one example, and the factors of its output Hessians.
 
     Attributes:
         size: the number of examples.
         rows: the leaves of the arguments that have an axis of examples.
         leaves: the leaves of the parameters.
-        taps: where they meet the data; None where the model has no reverse mode.
-        sites: those of the taps.
-        side: for each example what its columns are made from.
-        shares: how much each example counts in means over examples: all the same, but nothing without curvature.
+        taps: where the parameters are combined with the data; None if the model has no reverse mode.
+        sites: the sites of the taps.
+        side: for each example the array from which its columns are formed.
+        shares: the weight of each example in means over examples: equal, but zero for examples without curvature.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class Examples:
         kind.check(name, one)
         _checks.check_scalar_output(name, "loss", jax.eval_shape(lambda outputs: loss(outputs, *args), whole))
         outputs = OutputRows(name, whole, one, self.size)
-        check_model_apart(name, model, x, args, outputs, self.size)
-        check_loss_apart(name, loss, args, outputs, self.size)
+        check_model_examples(name, model, x, args, outputs, self.size)
+        check_loss_examples(name, loss, args, outputs, self.size)
 
         def of_rows(_: Any, rows: Tree, *args: Any) -> Array:
             return loss(outputs.join(rows), *args)
@@ -91,26 +92,26 @@ class Examples:
         return self._structure.unflatten([next(rows)[None] if is_row else next(others) for is_row in self._is_row])
 
     def _probe(self, x: Tree, row: Sequence[Array], shared: Sequence[Array], w: Tree, zero: Tree) -> Array:
-        """``<w, outputs>``; the zero makes outputs of parameters alone meet the data, as a bias does."""
+        """``<w, outputs + 0>``; adding zero as data gives a site to outputs that depend on parameters alone."""
         outputs = self._model(x, *self._args(row, shared))
         entries = jax.tree.map(lambda w, out, zero: w * (out + zero), w, outputs, zero)
         return jnp.sum(ravel(entries)[0])
 
-    def known(self, place: Array, row: Sequence[Array], side: Any, weight: Array) -> Known:
-        """What example number ``place`` leaves at the sites; without taps its gradients take the cotangents' place."""
-        key = None if self._key is None else jax.random.fold_in(self._key, place)
+    def capture(self, index: Array, row: Sequence[Array], side: Any, weight: Array) -> Captured:
+        """Inputs and cotangents of example number ``index``; without taps, None and its gradients."""
+        key = None if self._key is None else jax.random.fold_in(self._key, index)
         columns, unravel = self._kind.columns(side, key), ravel(self._zero)[1]
 
-        def of_column(column: Float[Array, " outputs"]) -> Known:
-            rest = row, self._shared, unravel(column), self._zero
+        def of_column(column: Float[Array, " outputs"]) -> Captured:
+            data = row, self._shared, unravel(column), self._zero
             if self.taps is None:
-                return None, jax.tree.leaves(formed_gradient(self._name, self._probe, self._x, rest))
-            return self.taps.cotangents(self._values, jax.tree.leaves(rest))
+                return None, jax.tree.leaves(formed_gradient(self._name, self._probe, self._x, data))
+            return self.taps.cotangents(self._values, jax.tree.leaves(data))
 
         return jax.vmap(of_column, out_axes=(None, 0))(columns * weight.astype(columns.dtype))
 
     def gradients(self, chosen: Sequence[int]) -> Callable[[Any, Any], list[Array]]:
-        """From the inputs and cotangents of one example and one column to the gradients of some leaves, formed."""
+        """The map from the inputs and cotangents of one example and column to the gradients of the chosen leaves."""
         if self.taps is None:
             return lambda _, gradients: [gradients[k] for k in chosen]
         of_parts = formed_gradients(self.taps, self._values, self.leaves, chosen)

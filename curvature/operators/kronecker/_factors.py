@@ -1,4 +1,4 @@
-"""Which rule each leaf follows, and the sums over examples that its block is made of."""
+"""Kronecker factors: the rule for the block of each leaf, and the sums over examples that form it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ from curvature.operators.kronecker._blocks import (
     KroneckerBlock,
     Layout,
 )
-from curvature.operators.kronecker._examples import Examples
+from curvature.operators.kronecker._examples import ExampleTaps
 from curvature.programs._affine import Lookup
 from curvature.programs._tap_gradients import all_axes, factors
 from curvature.programs._taps import Site, Taps
@@ -27,31 +27,34 @@ from curvature.transforms._per_example_norms import accumulator
 
 Sharing = Literal["expand", "reduce"]
 Sums = dict[int, Any]
-"""For some leaves, by number, what is summed over the examples."""
+"""From the number of a leaf to its sums over examples."""
 
-_EXACT_BLOCK = 512  # the most entries of a leaf that follows no rule and still has its exact block: ours
+# Heuristic: leaves without Kronecker factors get their exact block up to this number of entries (1 MiB in float32).
+_EXACT_BLOCK = 512
 
 
 class Rule(NamedTuple):
-    """How the block of one leaf is found.
+    """How the block of one leaf is formed.
 
     Attributes:
         form: Kronecker factors, the exact block, its exact diagonal, or zero.
-        uses: the numbers of the sites where the leaf meets the data; for Kronecker factors only.
-        told: the rule in words.
+        uses: the numbers of the sites where the leaf is combined with data; only for Kronecker factors.
+        description: the rule in words.
     """
 
     form: Literal["kronecker", "block", "diagonal", "zero"]
     uses: tuple[int, ...]
-    told: str
+    description: str
 
 
 class Use(NamedTuple):
-    """All uses of a leaf in canonical form, their positions side by side, for each example b of a chunk.
+    """The inputs and cotangents at all uses of a leaf in canonical form, concatenated along the positions.
+
+    The indices are b: example of a chunk, c: column ``w_c``, g: group, s: position, i: input, o: output.
 
     Attributes:
         a: inputs, of shape (b, g, s, i), or a ``Lookup`` of shape (b, g, s).
-        d: cotangents for each column c, of shape (b, c, g, s, o).
+        d: cotangents, of shape (b, c, g, s, o).
     """
 
     a: Any
@@ -59,7 +62,7 @@ class Use(NamedTuple):
 
 
 def rules_of(taps: Taps | None, leaves: Sequence[Array], sharing: Sharing) -> list[Rule]:
-    """For each leaf its rule."""
+    """The rule of each leaf."""
     if taps is None:
         return [_exact(leaf, "the model has no taps") for leaf in leaves]
     return [_rule(taps, k, leaf, sharing) for k, leaf in enumerate(leaves)]
@@ -80,7 +83,7 @@ def _rule(taps: Taps, k: int, leaf: Array, sharing: Sharing) -> Rule:
         return _exact(leaf, "its uses have no layout in common")
     if not (sites[0].form.rows or sites[0].form.columns):
         return _exact(leaf, "it scales, entry by entry")
-    return Rule("kronecker", uses, _told(sites, sharing))
+    return Rule("kronecker", uses, _describe(sites, sharing))
 
 
 def _exact(leaf: Array, why: str) -> Rule:
@@ -89,7 +92,7 @@ def _exact(leaf: Array, why: str) -> Rule:
     return Rule("diagonal", (), f"exact diagonal of {leaf.size} entries: {why}")
 
 
-def _told(sites: Sequence[Site], sharing: Sharing) -> str:
+def _describe(sites: Sequence[Site], sharing: Sharing) -> str:
     groups, _, rows, columns = sites[0].sizes
     positions, lookup = sum(site.sizes[1] for site in sites), all(map(_is_lookup, sites))
     text = f"Kronecker factors {rows} x {rows}{' (diagonal)' if lookup else ''} and {columns} x {columns}"
@@ -104,79 +107,83 @@ def _is_lookup(site: Site) -> bool:
 
 
 def build_blocks(
-    examples: Examples, rules: Sequence[Rule], sharing: Sharing, corrected: bool, chunk_size: ChunkSize
+    examples: ExampleTaps, rules: Sequence[Rule], sharing: Sharing, corrected: bool, chunk_size: ChunkSize
 ) -> list[Block]:
-    """The block of each leaf; eigenvalues ``corrected`` for EKFAC."""
+    """The block of each leaf; ``corrected`` replaces the eigenvalues as in EKFAC."""
     dtype = accumulator(examples.leaves)
-    sums = _Pass(examples, rules, sharing, dtype)
+    sums = _ChunkSums(examples, rules, sharing, dtype)
     formed = [
         leaf.size for leaf, rule in zip(examples.leaves, rules, strict=True) if rule.form in ("block", "diagonal")
     ]
-    first = _sum(examples, sum(formed), sums.factors_and_exact, chunk_size, dtype)
+    first = _sum_over_examples(examples, sum(formed), sums.factors_and_exact, chunk_size, dtype)
     blocks: dict[int, Block] = {}
-    spectral: dict[int, EigenBlock] = {}
+    eigen_blocks: dict[int, EigenBlock] = {}
     for k, (leaf, rule) in enumerate(zip(examples.leaves, rules, strict=True)):
         if rule.form == "kronecker":
             a, g = first[k]
             block = KroneckerBlock(a, g, _layout(examples, examples.sites[rule.uses[0]]))
             blocks[k] = block
             if corrected:
-                spectral[k] = block.eigen()
+                eigen_blocks[k] = block.eigen()
         elif rule.form == "block":
             blocks[k] = DenseBlock(first[k], leaf.shape)
         else:
             blocks[k] = DiagonalBlock(first[k] if k in first else jnp.zeros(leaf.shape, dtype))
-    if spectral:
-        formed = [leaf.size for leaf, rule in zip(examples.leaves, rules, strict=True) if _is_shared(examples, rule)]
-        spectra = _sum(examples, max(formed, default=0), sums.spectra(spectral), chunk_size, dtype)
-        blocks |= {k: replace(block, eigenvalues=spectra[k]) for k, block in spectral.items()}
+    if eigen_blocks:
+        formed = [
+            leaf.size
+            for leaf, rule in zip(examples.leaves, rules, strict=True)
+            if not _has_one_position([examples.sites[n] for n in rule.uses])
+        ]
+        spectra = _sum_over_examples(examples, max(formed, default=0), sums.spectra(eigen_blocks), chunk_size, dtype)
+        blocks |= {k: replace(block, eigenvalues=spectra[k]) for k, block in eigen_blocks.items()}
     return [blocks[k] for k in range(len(rules))]
 
 
-def _layout(examples: Examples, site: Site) -> Layout:
+def _layout(examples: ExampleTaps, site: Site) -> Layout:
     assert examples.taps is not None, "only taps have sites"
     root, (groups, _, rows, columns) = site.origins[0].root, site.sizes
     order = all_axes(site.axes, root.aval.ndim)
     return Layout(examples.taps.views[root], root.aval.shape, order, (groups, rows, columns))
 
 
-def _sum(
-    examples: Examples, formed: int, of_chunk: Callable[[Any, Any, Array], Sums], chunk_size: ChunkSize, dtype: Any
+def _has_one_position(sites: Sequence[Site]) -> bool:
+    """Whether the gradient of an example is one outer product, so that EKFAC need not form it."""
+    return not any(map(_is_lookup, sites)) and sum(site.sizes[1] for site in sites) <= 1
+
+
+def _sum_over_examples(
+    examples: ExampleTaps, formed: int, of_chunk: Callable[[Any, Any, Array], Sums], chunk_size: ChunkSize, dtype: Any
 ) -> Sums:
-    """The sums over all examples of what a chunk's inputs and cotangents make, ``formed`` entries at least for each."""
+    """The sum of ``of_chunk(inputs, cotangents, shares)`` over chunks; it forms ``formed`` entries per example."""
 
     def of_part(part: tuple[Array, list[Array], Any, Array], weights: Array) -> Sums:
-        places, rows, sides, shares = part
-        captured, d = jax.vmap(examples.known)(places, rows, sides, weights)
+        indices, rows, sides, shares = part
+        captured, d = jax.vmap(examples.capture)(indices, rows, sides, weights)
         return of_chunk(captured, d, weights * shares.astype(dtype))
 
-    one, side = jax.tree.map(lambda leaf: leaf[0], (examples.rows, examples.side))
-    known = jax.eval_shape(lambda *lane: jax.tree.leaves(examples.known(*lane)), 0, one, side, jnp.ones((), dtype))
-    bytes_known = sum(leaf.size * leaf.dtype.itemsize for leaf in known)
-    chunks = num_batch_chunks(examples.size, chunk_size, bytes_known + dtype.itemsize * formed, least=1)
+    row, side = jax.tree.map(lambda leaf: leaf[0], (examples.rows, examples.side))
+    captured = jax.eval_shape(lambda *lane: jax.tree.leaves(examples.capture(*lane)), 0, row, side, jnp.ones((), dtype))
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in captured) + dtype.itemsize * formed
+    chunks = num_batch_chunks(examples.size, chunk_size, num_bytes, least=1)
     lanes = jnp.arange(examples.size), examples.rows, examples.side, examples.shares
     return sum_over_chunks(of_part, lanes, chunks, dtype)
 
 
-def _is_shared(examples: Examples, rule: Rule) -> bool:
-    """Whether the gradient of an example has no factors of one position, and is formed for EKFAC."""
-    sites = [examples.sites[n] for n in rule.uses]
-    return any(map(_is_lookup, sites)) or sum(site.sizes[1] for site in sites) > 1
+class _ChunkSums:
+    """The sums over the examples of one chunk, from their inputs and cotangents."""
 
-
-class _Pass:
-    """What one pass over the examples adds up, from the inputs and cotangents of a chunk of them."""
-
-    def __init__(self, examples: Examples, rules: Sequence[Rule], sharing: Sharing, dtype: Any) -> None:
+    def __init__(self, examples: ExampleTaps, rules: Sequence[Rule], sharing: Sharing, dtype: Any) -> None:
         self.examples, self.rules, self.sharing, self.dtype = examples, rules, sharing, dtype
 
     def factors_and_exact(self, captured: Any, d: Any, shares: Array) -> Sums:
-        """Sums of ``A`` and ``G``, of outer products and of squares of gradients, by the rule of each leaf."""
+        """For each leaf by its rule: ``A`` and ``G``, or sums of outer products or squares of gradients."""
         sums: Sums = {}
         for k, rule in enumerate(self.rules):
             if rule.form == "kronecker":
                 use = self._use(rule, captured, d)
-                use = _reduced(use) if self.sharing == "reduce" else use
+                if self.sharing == "reduce" and not isinstance(use.a, Lookup):  # the factor of a lookup stays diagonal
+                    use = Use(jnp.mean(use.a, 2, keepdims=True), jnp.sum(use.d, 3, keepdims=True))
                 sums[k] = _input_factor(use, shares), _einsum("bcgso,bcgsp->gop", use.d, use.d)
         chosen = [k for k, rule in enumerate(self.rules) if rule.form in ("block", "diagonal")]
         if chosen:
@@ -184,7 +191,7 @@ class _Pass:
         return sums
 
     def spectra(self, blocks: dict[int, EigenBlock]) -> Callable[[Any, Any, Array], Sums]:
-        """Sums of the squares of gradients in the eigenbases."""
+        """Sums of the squared gradients in the eigenbases of the blocks."""
 
         def of_chunk(captured: Any, d: Any, _: Array) -> Sums:
             return {k: _spectrum(self._use(self.rules[k], captured, d), block) for k, block in blocks.items()}
@@ -192,7 +199,7 @@ class _Pass:
         return of_chunk
 
     def _use(self, rule: Rule, captured: Any, d: Any) -> Use:
-        """What is known at the sites of a leaf."""
+        """The inputs and cotangents at the sites of a leaf."""
 
         def at_site(n: int) -> tuple[Any, Array]:
             site = self.examples.sites[n]
@@ -200,11 +207,11 @@ class _Pass:
             return jax.vmap(columns)(captured[n], d[n][0])
 
         inputs, cotangents = zip(*map(at_site, rule.uses), strict=True)
-        together = jnp.concatenate([d.astype(self.dtype) for d in cotangents], 3)
+        all_cotangents = jnp.concatenate([d.astype(self.dtype) for d in cotangents], 3)
         if all(isinstance(a, Lookup) for a in inputs):
-            return Use(Lookup(jnp.concatenate([a.rows for a in inputs], 2), inputs[0].size), together)
+            return Use(Lookup(jnp.concatenate([a.rows for a in inputs], 2), inputs[0].size), all_cotangents)
         dense = [a.one_hot(self.dtype) if isinstance(a, Lookup) else a.astype(self.dtype) for a in inputs]
-        return Use(jnp.concatenate(dense, 2), together)
+        return Use(jnp.concatenate(dense, 2), all_cotangents)
 
     def _exact(self, chosen: list[int], captured: Any, d: Any) -> Sums:
         gradients = jax.vmap(jax.vmap(self.examples.gradients(chosen), (None, 0)))
@@ -225,7 +232,7 @@ class _Pass:
 
 
 def _over_columns(fun: Callable[[Any, Array], Any], d: Any, entries: int, dtype: Any) -> Any:
-    """The sum over the columns of ``d``, of shape (b, c, ...), where so many entries are formed for each b and c."""
+    """The sum over chunks of columns of ``d``, of shape (b, c, ...); ``fun`` forms ``entries`` for each b and c."""
     batch, columns = jax.tree.leaves(d)[0].shape[:2]
     chunks = num_batch_chunks(columns, "auto", batch * entries * dtype.itemsize, least=1)
     return sum_over_chunks(fun, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), d), chunks, dtype)
@@ -235,15 +242,8 @@ def _einsum(formula: str, *operands: Array) -> Array:
     return jnp.einsum(formula, *operands, precision="highest")
 
 
-def _reduced(use: Use) -> Use:
-    """Inputs averaged and cotangents summed over positions; a lookup stays as it is, to keep its factor diagonal."""
-    if isinstance(use.a, Lookup):
-        return use
-    return Use(jnp.mean(use.a, 2, keepdims=True), jnp.sum(use.d, 3, keepdims=True))
-
-
 def _input_factor(use: Use, shares: Array) -> Factor:
-    """``A[g] = sum_b share_b (1/S) sum_s a a'``: of a lookup the diagonal, which is all there is."""
+    """``A[g] = sum_b share_b (1/S) sum_s a a'``; only the diagonal for a lookup, whose factor is diagonal."""
     if not isinstance(use.a, Lookup):
         weighted = use.a * (shares / use.a.shape[2])[:, None, None, None]
         return _einsum("bgsi,bgsj->gij", weighted, use.a)
@@ -253,14 +253,14 @@ def _input_factor(use: Use, shares: Array) -> Factor:
 
 
 def _rows_to_drop(lookup: Lookup) -> Array:
-    """Its rows, out of range where there is none."""
+    """The rows of a lookup; negative ones, which pick no row, become out of range for ``mode="drop"``."""
     return jnp.where(lookup.rows < 0, lookup.size, lookup.rows)
 
 
 def _spectrum(use: Use, block: EigenBlock) -> Array:
-    """``sum_bc (sum_s a[b, g, s, i] d[b, c, g, s, o])**2`` of inputs and cotangents in the eigenbases."""
-    a = use.a if block.basis_a is None else _einsum("bgsi,gij->bgsj", use.a, block.basis_a)
-    use = Use(a, _einsum("bcgso,gop->bcgsp", use.d, block.basis_g))
+    """``sum_bc (sum_s a[b, g, s, i] d[b, c, g, s, o])**2`` with inputs and cotangents in the eigenbases."""
+    a = use.a if block.basis_a is None else _einsum("bgsi,gij->bgsj", use.a, block.basis_a)  # j: input eigenvector
+    use = Use(a, _einsum("bcgso,gop->bcgsp", use.d, block.basis_g))  # p: output eigenvector
     _, _, groups, positions, columns = use.d.shape
     if positions == 1 and not isinstance(use.a, Lookup):
         return _einsum("bgi,bgo->gio", use.a[:, :, 0] ** 2, jnp.sum(use.d[:, :, :, 0] ** 2, 1))
@@ -268,7 +268,7 @@ def _spectrum(use: Use, block: EigenBlock) -> Array:
 
     def of_columns(d: Array, counted: Array) -> Array:  # d is (c, b, g, s, o)
         if isinstance(use.a, Lookup):
-            formed = jax.vmap(lambda d: _scattered(_rows_to_drop(use.a), rows, d))(d)
+            formed = jax.vmap(lambda d: _scatter_rows(_rows_to_drop(use.a), rows, d))(d)
         else:
             formed = _einsum("bgsi,cbgso->cbgio", use.a, d)
         return _einsum("cbgio,c->gio", formed**2, counted)
@@ -276,8 +276,8 @@ def _spectrum(use: Use, block: EigenBlock) -> Array:
     return _over_columns(of_columns, use.d, groups * rows * columns, use.d.dtype)
 
 
-def _scattered(rows: Array, size: int, d: Array) -> Array:
-    """``(b, g, s, o)`` to ``(b, g, size, o)``: the cotangents added up in the rows that they belong to."""
+def _scatter_rows(rows: Array, size: int, d: Array) -> Array:
+    """Add the cotangents, of shape (b, g, s, o), to the rows that they belong to, of shape (b, g, size, o)."""
 
     def of_group(rows: Array, d: Array) -> Array:
         return jnp.zeros((size, d.shape[1]), d.dtype).at[rows].add(d, mode="drop")

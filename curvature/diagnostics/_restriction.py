@@ -1,4 +1,4 @@
-"""A function along lines through a point: compiled once for all directions, steps relative to the point's entries."""
+"""The restriction of a function to lines through a point, compiled once for all directions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,11 +16,11 @@ from curvature.transforms import _modes
 from curvature.transforms._hessian import hvp
 from curvature.transforms._jacobian import gradient_of
 
-_WIDER = 1e-3  # of the largest entry of a leaf, or of one: how far an entry moves whose own size shows nothing
+_WIDER = 1e-3  # Heuristic: a tiny entry moves by at least this share of the largest entry of its leaf, or of 1
 
 
 def scales_of(x: Tree) -> Tree:
-    """How far each entry may move: its own size; the largest of its leaf where it is zero, and 1 where all are."""
+    """The unit of each entry: its absolute value; if it is zero, the largest in its leaf, or 1 if all are zero."""
 
     def of_leaf(leaf: Array) -> Array:
         largest = jnp.max(jnp.abs(leaf), initial=0)
@@ -31,7 +31,7 @@ def scales_of(x: Tree) -> Tree:
 
 
 class Line:
-    """``z -> fun(x + scales * z)`` for vectors ``z``, its gradient and products at 0 and along lines through 0."""
+    """``z -> fun(x + scales * z)`` for vectors ``z``: values and gradients along lines through 0, derivatives at 0."""
 
     def __init__(self, fun: Objective, x: Tree, order: int) -> None:
         """Trace ``fun`` at ``x`` and choose its modes."""
@@ -71,7 +71,7 @@ class Line:
         raise IndexError(i)
 
     def wider(self, i: int) -> float:
-        """By how much farther entry ``i`` moves where its own size is too small to show anything; 1 if it is not."""
+        """The factor by which entry ``i`` moves farther if its size is tiny in its leaf; 1 if it is not."""
         _, start, stop = next(span for span in self.leaves if span[1] <= i < span[2])
         return max(_WIDER * max(float(np.max(self.scales[start:stop])), 1.0) / self.scales[i], 1.0)
 
@@ -100,16 +100,16 @@ class Line:
         return plus, minus
 
     def gradients(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The gradients there, along axis 0."""
+        """The gradients at ``h`` and at ``-h`` for each step, along axis 0."""
         plus, minus = np.split(np.asarray(self._gradients_along(self._direction(direction)), np.float64), 2)
         return plus, minus
 
     def product(self, direction: np.ndarray) -> np.ndarray:
-        """The Hessian at 0 times a direction, by the composition that ``auto`` takes."""
+        """The Hessian at 0 times a direction, by the composition that ``auto`` chooses."""
         return np.asarray(self._product(self._direction(direction)), np.float64)
 
     def products_by(self, modes: Sequence[str], direction: np.ndarray) -> dict[str, np.ndarray]:
-        """The same by several compositions."""
+        """The Hessian at 0 times a direction, by several compositions."""
         products = self._jit(lambda v: {mode: self._hvp(v, mode) for mode in modes})(self._direction(direction))
         return {mode: np.asarray(product, np.float64) for mode, product in products.items()}
 

@@ -1,4 +1,4 @@
-"""Verdicts: two sides of an identity, the tolerance between them, and a sentence about where they differ."""
+"""Verdicts of ``check_derivatives``: comparison of two sides of an identity, its tolerance, and a sentence."""
 
 import functools
 import itertools
@@ -8,20 +8,20 @@ from dataclasses import replace
 import numpy as np
 
 from curvature.diagnostics import _differences
-from curvature.diagnostics._line import Line
 from curvature.diagnostics._reports import DerivativeCheck, Verdict
+from curvature.diagnostics._restriction import Line
 from curvature.programs._pushforward import asymmetric_rule
 
-_SAFETY = 20  # times the error that the differences estimate of themselves
-_CANCELED = 64  # roundings of f, or of the gradient, that its derivative may be left with
-ROUGH = 1e-2  # a tolerance beyond this share of the scale decides nothing
+_SAFETY = 20  # Heuristic: differences may be off by this multiple of their error estimate
+_CANCELED = 64  # Heuristic: a derivative may be off by this number of roundings of f, or of the gradient
+ROUGH = 1e-2  # Heuristic: a tolerance beyond this share of the scale makes a check inconclusive
 _SEVERITY: tuple[Verdict, ...] = ("passed", "inconclusive", "wrong", "kink", "not finite")
 
 
 def worst(name: str, labels: Sequence[str], checks: Sequence[DerivativeCheck]) -> DerivativeCheck:
-    """The one of several checks that says most, along a coordinate if it can.
+    """The most severe of several checks, renamed; a failing coordinate direction comes before a random direction.
 
-    At a kink or a NaN there is nothing that the others can be wrong of.
+    A kink or a NaN is more severe than a wrong value: no derivative exists there to be wrong.
     """
 
     def weight(pair: tuple[str, DerivativeCheck]) -> tuple[int, bool, float]:
@@ -33,7 +33,7 @@ def worst(name: str, labels: Sequence[str], checks: Sequence[DerivativeCheck]) -
 
 
 def blame_kink(check: DerivativeCheck, kinked: DerivativeCheck, what: str) -> DerivativeCheck:
-    """``check``, excused if it fails where ``kinked`` has found that there is no derivative to be right about."""
+    """``check``, with the verdict "kink" if it failed and ``kinked`` has found a kink, where no derivative exists."""
     if check.verdict not in ("wrong", "inconclusive") or kinked.verdict != "kink":
         return check
     return replace(check, verdict="kink", sentence=f"{check.sentence[:-1]}: {what} has a kink at x.")
@@ -51,8 +51,8 @@ def first_order(
     """``g'd`` against differences of f along ``d``."""
     estimate = _differences.first_derivative(plus, minus, center, line.eps)
     kink = _differences.has_kink(plus, minus, center, line.eps)
-    told = f"d f / d {label}" if label.startswith("x") else f"the derivative of f along {label}"
-    return _judge_form(line, direction, gradient, estimate, kink, center, (told, _unit(line, label, direction)))
+    name = f"d f / d {label}" if label.startswith("x") else f"the derivative of f along {label}"
+    return _compare_form(line, direction, gradient, estimate, kink, center, (name, _unit(line, label, direction)))
 
 
 def second_order(
@@ -67,8 +67,8 @@ def second_order(
     """``H d`` against differences of the gradient along ``d``, entry by entry."""
     estimate = _differences.first_derivative(plus, minus, gradient, line.eps)
     kink = _differences.has_kink(plus, minus, gradient, line.eps)
-    tell = functools.partial(_tell_second, line, label, direction)
-    return _judge(line, product, estimate, kink, np.abs(gradient), np.linalg.norm(product), tell)
+    name_entry = functools.partial(_name_second, line, label, direction)
+    return _compare(line, product, estimate, kink, np.abs(gradient), np.linalg.norm(product), name_entry)
 
 
 def curvature(
@@ -83,82 +83,86 @@ def curvature(
     """``d'Hd`` against second differences of f along ``d``."""
     estimate = _differences.second_derivative(plus, minus, center, line.eps)
     kink = _differences.has_kink(plus, minus, center, line.eps)
-    told = f"d^2 f / d {label}^2" if label.startswith("x") else f"v'Hv for {label}"
-    return _judge_form(line, direction, product, estimate, kink, center, (told, _unit(line, label, direction) ** 2))
+    name = f"d^2 f / d {label}^2" if label.startswith("x") else f"v'Hv for {label}"
+    return _compare_form(line, direction, product, estimate, kink, center, (name, _unit(line, label, direction) ** 2))
 
 
 def _unit(line: Line, label: str, direction: np.ndarray) -> float:
-    """How far a coordinate's direction moves its entry of ``x``; 1 for a random direction."""
+    """The distance by which a coordinate direction moves its entry of ``x``; 1 for a random direction."""
     return float(line.scales[np.argmax(direction)] * np.max(direction)) if label.startswith("x") else 1.0
 
 
-def _judge_form(
+def _compare_form(
     line: Line,
     direction: np.ndarray,
     covector: np.ndarray,
     estimate: _differences.Estimate,
     kink: bool,
     center: np.ndarray,
-    told: tuple[str, float],
+    name_and_unit: tuple[str, float],
 ) -> DerivativeCheck:
-    """Hold one number, a covector times the direction, against an estimate of a derivative of f."""
+    """Compare one number, a covector times the direction, with an estimate of a derivative of f."""
     floor = np.linalg.norm(covector) * np.linalg.norm(direction)
     size = np.asarray(np.abs(center))
-    return _judge(line, np.asarray(covector @ direction), estimate, kink, size, floor, lambda _: told)
+    return _compare(line, np.asarray(covector @ direction), estimate, kink, size, floor, lambda _: name_and_unit)
 
 
-def _judge(
+def _compare(
     line: Line,
     derivative: np.ndarray,
     estimate: _differences.Estimate,
     kink: bool,
     size: np.ndarray,
     norm: float | np.floating,
-    tell: Callable[[int], tuple[str, float]],
+    name_entry: Callable[[int], tuple[str, float]],
 ) -> DerivativeCheck:
-    """Hold derivatives against estimates; the worst entry gives the error, the tolerance and the sentence."""
+    """Compare derivatives with estimates; the worst entry gives the error, the tolerance and the sentence.
+
+    ``name_entry`` returns the name and unit of an entry for the sentence.
+    """
     derivative, value, error, scale, size = map(np.ravel, np.broadcast_arrays(derivative, *estimate, size))
     largest = np.maximum(np.abs(derivative), np.abs(value))
     allowed = _SAFETY * error + line.eps**0.375 * largest + line.eps**0.6 * norm + _CANCELED * line.eps * size
-    off = np.abs(derivative - value)
+    difference = np.abs(derivative - value)
     scale = np.maximum(np.maximum(largest, scale), norm)
-    ratio = np.where(np.isfinite(derivative), off / np.where(allowed > 0, allowed, 1.0), np.inf)
+    ratio = np.where(np.isfinite(derivative), difference / np.where(allowed > 0, allowed, 1.0), np.inf)
     ratio = np.where(np.isnan(ratio), 0.0, ratio)
     i = int(np.argmax(ratio))
     rough = ~np.isfinite(value) | ((allowed > ROUGH * scale) & (allowed > 1e-6 * np.max(size)))
-    what, unit = tell(i)
+    what, unit = name_entry(i)
     sides = f"{what} is {derivative[i] / unit:.10g}, differences give {value[i] / unit:.10g} +- {error[i] / unit:.1e}"
     verdict: Verdict = "passed"
     sentence = ""
     if not np.isfinite(derivative).all():
         i = int(np.argmin(np.isfinite(derivative)))
-        verdict, sentence = "not finite", f"{tell(i)[0]} is {derivative[i]}."
+        verdict, sentence = "not finite", f"{name_entry(i)[0]} is {derivative[i]}."
     elif kink:
         verdict, sentence = "kink", f"{sides}: its one-sided limits differ there, so the derivative does not exist."
     elif ratio[i] > 1:
         verdict, sentence = "wrong", f"{sides}."
     elif rough.any():
         i = int(np.argmax(rough))
-        verdict, sentence = "inconclusive", f"{tell(i)[0]}: f is too rough, or not finite, close to x for differences."
-    at = scale[i] if scale[i] > 0 else 1.0
-    return DerivativeCheck("", verdict, float(off[i] / at), float(allowed[i] / at), sentence)
+        what = name_entry(i)[0]
+        verdict, sentence = "inconclusive", f"{what}: f is too rough, or not finite, close to x for differences."
+    scale_at = scale[i] if scale[i] > 0 else 1.0
+    return DerivativeCheck("", verdict, float(difference[i] / scale_at), float(allowed[i] / scale_at), sentence)
 
 
 def agreement(name: str, results: Mapping[str, np.ndarray], line: Line, size: float) -> DerivativeCheck:
-    """One derivative by several modes; ``size`` is that of what it is the derivative of."""
+    """Whether several modes agree on a derivative; ``size`` is the magnitude of the function that is differentiated."""
     tolerance = line.eps**0.5
     if not all(np.isfinite(result).all() for result in results.values()):
         bad = [mode for mode, result in results.items() if not np.isfinite(result).all()]
         good = [mode for mode in results if mode not in bad]
         sentence = f"{', '.join(bad)} gives NaN or infinity" + (f" where {', '.join(good)} does not." if good else ".")
         return DerivativeCheck(name, "not finite", np.inf, tolerance, sentence)
-    apart = [
+    differences = [
         (_relative(one - other, max(np.linalg.norm(one), np.linalg.norm(other)) + _floor(line, size)), first, second)
         for (first, one), (second, other) in itertools.combinations(results.items(), 2)
     ]
-    if not apart:
+    if not differences:
         return DerivativeCheck(name, "passed", 0.0, tolerance)
-    error, first, second = max(apart)
+    error, first, second = max(differences)
     sentence = f"{first} and {second} differ by {error:.1e} of the norm." if error > tolerance else ""
     return DerivativeCheck(name, "wrong" if error > tolerance else "passed", error, tolerance, sentence)
 
@@ -166,12 +170,12 @@ def agreement(name: str, results: Mapping[str, np.ndarray], line: Line, size: fl
 def assembled(
     line: Line, label: str, direction: np.ndarray, of_taps: np.ndarray, product: np.ndarray, size: float
 ) -> DerivativeCheck:
-    """The assembled Hessian times a direction against ``H v`` by the composition that ``auto`` takes for products."""
+    """The assembled Hessian times a direction against ``H v`` by the composition that ``auto`` chooses for products."""
     check = agreement("", {"taps": of_taps, line.composition: product}, line, size)
     if check.verdict != "wrong":
         return check
     i = int(np.argmax(np.abs(of_taps - product)))
-    what, unit = _tell_second(line, label, direction, i)
+    what, unit = _name_second(line, label, direction, i)
     sentence = (
         f"{what} is {of_taps[i] / unit:.10g} in the assembled Hessian ('taps', which curvature.hessian returns) and "
         f"{product[i] / unit:.10g} by {line.composition}."
@@ -179,8 +183,8 @@ def assembled(
     return replace(check, sentence=sentence)
 
 
-def _tell_second(line: Line, label: str, direction: np.ndarray, i: int) -> tuple[str, float]:
-    """What entry ``i`` of a product with the Hessian is called, and its unit."""
+def _name_second(line: Line, label: str, direction: np.ndarray, i: int) -> tuple[str, float]:
+    """The name of entry ``i`` of a product with the Hessian, and its unit."""
     entry = line.entry_name(i)
     if label.startswith("x"):
         return f"d^2 f / d {entry} d {label}", line.scales[i] * _unit(line, label, direction)
@@ -188,7 +192,7 @@ def _tell_second(line: Line, label: str, direction: np.ndarray, i: int) -> tuple
 
 
 def blame_rule(symmetric: DerivativeCheck, line: Line) -> DerivativeCheck:
-    """The check of symmetry, with the custom rule that a matrix without symmetry comes from."""
+    """The check of symmetry; if it failed, the sentence names the custom rule that may be wrong."""
     jaxpr = line.program.jaxpr
     rule = None if jaxpr is None or symmetric.verdict != "wrong" else asymmetric_rule(jaxpr.jaxpr)
     if rule is None:
@@ -203,7 +207,7 @@ def blame_rule(symmetric: DerivativeCheck, line: Line) -> DerivativeCheck:
 def symmetry(
     line: Line, labels: Sequence[str], directions: np.ndarray, products: np.ndarray, size: float
 ) -> DerivativeCheck:
-    """``u'Hv = v'Hu`` for all pairs of directions; ``size`` is that of the gradient."""
+    """``u'Hv = v'Hu`` for all pairs of directions; ``size`` is the norm of the gradient."""
     name, tolerance = "H is symmetric", line.eps**0.5
     if not np.isfinite(products).all():
         return DerivativeCheck(name, "not finite", np.inf, tolerance, "H v has NaN or infinity.")
@@ -222,19 +226,19 @@ def symmetry(
 
 
 def linearity(line: Line, pair: np.ndarray, size: float) -> DerivativeCheck:
-    """``H(2u - 3v) = 2Hu - 3Hv``; ``size`` is that of the gradient."""
+    """``H(2u - 3v) = 2Hu - 3Hv``; ``size`` is the norm of the gradient."""
     name, tolerance = "H v is linear in v", line.eps**0.5
     of_u, of_v = 2 * line.product(pair[0]), 3 * line.product(pair[1])
-    together = line.product(2 * pair[0] - 3 * pair[1])
-    if not np.isfinite(np.concatenate([of_u, of_v, together])).all():
+    of_sum = line.product(2 * pair[0] - 3 * pair[1])
+    if not np.isfinite(np.concatenate([of_u, of_v, of_sum])).all():
         return DerivativeCheck(name, "not finite", np.inf, tolerance, "H v has NaN or infinity.")
-    error = _relative(together - (of_u - of_v), np.linalg.norm(of_u) + np.linalg.norm(of_v) + _floor(line, size))
+    error = _relative(of_sum - (of_u - of_v), np.linalg.norm(of_u) + np.linalg.norm(of_v) + _floor(line, size))
     sentence = f"H(2u - 3v) differs from 2Hu - 3Hv by {error:.1e} of their norms." if error > tolerance else ""
     return DerivativeCheck(name, "wrong" if error > tolerance else "passed", error, tolerance, sentence)
 
 
 def _floor(line: Line, size: float) -> float:
-    """Below this norm a derivative is rounding: ``sqrt(eps)`` times it is some roundings of what it was made from."""
+    """A derivative below this norm is rounding: ``sqrt(eps)`` times it is ``_CANCELED`` roundings of ``size``."""
     return _CANCELED * line.eps**0.5 * size
 
 
