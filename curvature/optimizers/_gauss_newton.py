@@ -12,7 +12,14 @@ from curvature._types import Status, Tree, Vector
 from curvature.optimizers._forcing import first_norm, inner_solve
 from curvature.optimizers._line_search import search_values
 from curvature.optimizers._method import Unevaluated, trial_status, unevaluated
-from curvature.optimizers._residual_method import Request, ResidualMethod, curvature_if, residual_method, scaled_local
+from curvature.optimizers._residual_method import (
+    Request,
+    ResidualMethod,
+    curvature_if,
+    decrement_of,
+    residual_method,
+    scaled_local,
+)
 from curvature.optimizers._residuals import Linearized, where_positive
 from curvature.optimizers._trust_region import steihaug
 
@@ -48,7 +55,8 @@ def gauss_newton(solver: GaussNewtonSolver = "exact") -> ResidualMethod:
     The direction is the least-squares solution of ``J s = -r``, the shortest in variables scaled by the norms of the
     columns of ``J`` where there are many. The step is cut from 1 until the sum falls by ``1e-4`` of what the slope
     promises, give or take the rounding of the sum. Fast close to a solution with small residuals; far from one, or
-    where ``J`` loses rank, ``levenberg_marquardt`` is the safe choice.
+    where ``J`` loses rank, ``levenberg_marquardt`` is the safe choice. Where ``least_squares`` asks for the Newton
+    decrement and the Hessian is positive, the direction is Newton's.
 
     Use it where ``optax.lbfgs()`` stands: ``update(grad, state, params, value=, grad=, value_fn=, residual_fn=)``; see
     ``levenberg_marquardt``.
@@ -87,9 +95,11 @@ def gauss_newton(solver: GaussNewtonSolver = "exact") -> ResidualMethod:
         local = scaled_local(linear, scale)
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
-        curvature = curvature_if(request.decrement, linear)
+        curvature = curvature_if(jnp.asarray(False), request.decrement, linear)
         if solver == "exact":
             direction = _solution(linear)
+            if curvature is not None:
+                direction = jnp.where(curvature.helps(), scale * curvature.newton.step, direction)
         else:
             infinity = jnp.full_like(size, jnp.inf)
             inner = inner_solve(local, size, first, None)
@@ -101,7 +111,7 @@ def gauss_newton(solver: GaussNewtonSolver = "exact") -> ResidualMethod:
             step_size=jnp.where(request.shorter, _SHORTER * state.step_size, 1) * last.step_size,
             num_trials=last.count,
             grad_norm=first,
-            decrement=jnp.full_like(size, jnp.inf) if curvature is None else curvature.decrement,
+            decrement=decrement_of(curvature, size),
             status=trial_status(last.accepted, last.value, slope),
         )
 
@@ -122,6 +132,6 @@ def _init(x: Vector, params: Tree) -> GaussNewtonState:
 def _solution(linear: Linearized) -> Vector:
     """The shortest least-squares solution of ``J s = -r`` in the variables scaled by the norms of columns."""
     assert linear.factors is not None
-    _, values, vectors, coordinates = linear.factors
+    values, vectors, coordinates = linear.factors.values, linear.factors.vectors, linear.factors.coordinates
     kept = values > 0
     return -jnp.matmul(vectors, jnp.where(kept, coordinates / jnp.where(kept, values, 1), 0), precision="highest")

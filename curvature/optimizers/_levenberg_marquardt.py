@@ -10,14 +10,16 @@ from jaxtyping import Array, Bool, Float, Int
 from curvature import _checks
 from curvature._numerics import norm
 from curvature._types import Scalar, Status, Tree, Vector
-from curvature.linalg._subproblems import QuadraticModel, RegionStep, factor_model, solve_region
+from curvature.linalg._subproblems import QuadraticModel, RegionStep, solve_region
 from curvature.optimizers._forcing import first_norm, inner_solve
-from curvature.optimizers._method import Local, Unevaluated, trial_status, unevaluated
+from curvature.optimizers._method import Local, Unevaluated, choose, trial_status, unevaluated
+from curvature.optimizers._residual_hessian import hessian_in, hessian_model
 from curvature.optimizers._residual_method import (
     Curvature,
     Request,
     ResidualMethod,
     curvature_if,
+    decrement_of,
     residual_method,
     scaled_local,
 )
@@ -90,7 +92,9 @@ def levenberg_marquardt(
 
     ``"exact"`` replaces ``J'J`` by the whole Hessian ``J'J + sum_i r_i H_i`` for as long as that would have foreseen
     the last change of the sum better: Gauss-Newton is right where residuals are small, and slow or astray where they
-    are large and curved.
+    are large and curved. Where ``least_squares`` asks for the Newton decrement, because steps lead nowhere or ``J`` has
+    lost rank, the step is Newton's if the Hessian is positive, cut at the radius; if not, ``"exact"`` minimizes the
+    quadratic model with the whole Hessian.
 
     Use it where ``optax.lbfgs()`` stands: ``update(grad, state, params, value=, grad=, value_fn=, residual_fn=)``
     returns the step to an accepted point. ``residual_fn(params)`` returns the residuals, any tree of floating arrays;
@@ -173,11 +177,12 @@ def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | Array | N
         second_order = state.second_order
         if subproblem == "exact":
             second_order = jnp.where(request.shorter, second_order, _second_is_better(linear, state))
-        curvature = curvature_if(second_order | request.decrement, linear)
+        curvature = curvature_if(second_order, request.decrement, linear)
         if subproblem == "cg":
             solver = steihaug(local, inner_solve(local, size, first, None), radius)
         else:
-            solver = _factored(linear, local, scale, subproblem, second_order, curvature)
+            by_second = second_order | (request.decrement & (subproblem == "exact"))
+            solver = _factored(linear, scale, subproblem, by_second, curvature)
         last = search_radius(local, solver, radius)
         accepted = last.ratio >= ACCEPT
         return jnp.where(accepted, last.step / scale, 0), state._replace(
@@ -185,7 +190,7 @@ def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | Array | N
             scale=largest,
             second_order=second_order,
             last=_last_step(linear, local, scale, last),
-            decrement=jnp.full_like(radius, jnp.inf) if curvature is None else curvature.decrement,
+            decrement=decrement_of(curvature, size),
             num_trials=last.count,
             num_inner_steps=last.inner_steps,
             grad_norm=first,
@@ -223,7 +228,7 @@ def _second_is_better(linear: Linearized, state: LevenbergMarquardtState) -> Boo
     order, and the mean of the slopes at both ends misses it by ``-t / 12``. So twice the error of that mean stands for
     the error of a Hessian that was not evaluated. A change within rounding changes no opinion.
     """
-    if linear.hessian is None or linear.residual.size < linear.x.size:
+    if linear.second_order is None or linear.residual.size < linear.x.size:
         return state.second_order
     last = state.last
     slopes = (last.slope + jnp.vdot(linear.grad, last.step, precision="highest")) / 2
@@ -233,37 +238,41 @@ def _second_is_better(linear: Linearized, state: LevenbergMarquardtState) -> Boo
 
 
 def _factored(
-    linear: Linearized,
-    local: Local,
-    scale: Vector,
-    subproblem: str,
-    second_order: Bool[Array, ""],
-    curvature: Curvature | None,
+    linear: Linearized, scale: Vector, subproblem: str, by_second: Bool[Array, ""], curvature: Curvature | None
 ) -> Solver:
-    """The subproblem in the singular vectors of the scaled Jacobian: each radius takes O(n^2)."""
+    """The subproblem in the eigenvectors of its matrix: each radius takes O(n^2)."""
     assert linear.factors is not None
     factors = linear.factors
 
     def by_jacobian() -> tuple[QuadraticModel, Scalar]:
-        return region_model(factors, scale)
+        model, peak = region_model(factors, scale)
+        unseen = (scale.size - model.eigenvalues.size, 0)  # where residuals are fewer than variables
+        vectors = jnp.pad(model.vectors, ((0, 0), unseen))
+        return QuadraticModel(jnp.pad(model.eigenvalues, unseen), vectors, jnp.pad(model.gradient, unseen)), peak
 
     def by_hessian() -> tuple[QuadraticModel, Scalar]:
         assert curvature is not None
-        matrix = curvature.hessian / scale[:, None] / scale[None]
-        return factor_model(matrix, local.grad), jnp.ones_like(local.value)
+        return hessian_model(hessian_in(linear, curvature.second, scale)), jnp.ones_like(linear.value)
 
-    if subproblem == "exact" and curvature is not None and factors.values.size == scale.size:
-        model, peak = jax.lax.cond(second_order, by_hessian, by_jacobian)
-    else:
-        model, peak = by_jacobian()
+    model, peak = by_jacobian() if curvature is None else jax.lax.cond(by_second, by_hessian, by_jacobian)
     solve = _dogleg if subproblem == "dogleg" else solve_region
     none = jnp.asarray(0, jnp.int32)
 
     def solver(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
         region = solve(model, radius)
-        return region._replace(predicted=peak * (peak * region.predicted)), none
+        region = region._replace(predicted=peak * (peak * region.predicted))
+        return region if curvature is None else _newton_within(curvature, scale, radius, region), none
 
     return Solver(none, solver)
+
+
+def _newton_within(curvature: Curvature, scale: Vector, radius: Scalar, otherwise: RegionStep) -> RegionStep:
+    """Newton's step where it is known, cut at the radius: it keeps what the eigenvectors of the whole matrix lose."""
+    step = scale * curvature.newton.step
+    length = norm(step)
+    share = jnp.minimum(radius / where_positive(length), 1)
+    newton = RegionStep(share * step, share * (2 - share) * curvature.newton.predicted, length > radius)
+    return choose(curvature.helps(), newton, otherwise)
 
 
 def _dogleg(model: QuadraticModel, radius: Scalar) -> RegionStep:

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from curvature import _checks
 from curvature._trees import ravel
 from curvature._types import Matrix, Scalar, Tree, Vector
 from curvature.optimizers._method import Local, WithStatus, at_start, bind_extras, is_finite, unless_lost
-from curvature.optimizers._residuals import Linearized, linearize_residuals, newton_decrement
+from curvature.optimizers._residual_hessian import Newton, newton
+from curvature.optimizers._residuals import Linearized, SecondOrder, linearize_residuals
 from curvature.optimizers._wrappers import gradient_for, wrappable
 from curvature.transforms._jacobian import map_basis
 
@@ -73,27 +74,36 @@ def residual_method(
 
 
 class Curvature(NamedTuple):
-    """The Hessian of the sum and the Newton decrement; zero and infinite where they were not wanted."""
+    """Second derivatives and what Newton's method makes of them; zero where they were not wanted."""
 
-    hessian: Float[Array, "n n"]
-    decrement: Scalar
+    second: SecondOrder
+    newton: Newton
+
+    def helps(self) -> Bool[Array, ""]:
+        """Whether Newton's method was asked for and has a step."""
+        return jnp.isfinite(self.newton.decrement)
 
 
-def curvature_if(wanted: Bool[Array, ""], linear: Linearized) -> Curvature | None:
-    """The Hessian and the decrement where they are ``wanted``; None where ``residuals`` has no second derivatives."""
-    if linear.hessian is None:
+def curvature_if(wanted: Bool[Array, ""], tested: Bool[Array, ""], linear: Linearized) -> Curvature | None:
+    """Second derivatives where ``wanted`` or ``tested``, and then Newton's step; None where there are none."""
+    if linear.second_order is None:
         return None
-    matrix = linear.hessian
-    size = linear.x.size
+    second_order = linear.second_order
+    nowhere = Newton(jnp.zeros_like(linear.x), jnp.zeros_like(linear.value), jnp.full_like(linear.value, jnp.inf))
 
     def evaluate() -> Curvature:
-        hessian = matrix()
-        return Curvature(hessian, newton_decrement(linear, hessian))
+        second = second_order(tested)
+        return Curvature(second, jax.lax.cond(tested, lambda: newton(linear, second), lambda: nowhere))
 
     def nothing() -> Curvature:
-        return Curvature(jnp.zeros_like(linear.x, shape=(size, size)), jnp.full_like(linear.value, jnp.inf))
+        return Curvature(SecondOrder.none(linear.x), nowhere)
 
-    return jax.lax.cond(wanted, evaluate, nothing)
+    return jax.lax.cond(wanted | tested, evaluate, nothing)
+
+
+def decrement_of(curvature: Curvature | None, like: Scalar) -> Scalar:
+    """The Newton decrement; infinite where there is none."""
+    return jnp.full_like(like, jnp.inf) if curvature is None else curvature.newton.decrement
 
 
 def scaled_local(linear: Linearized, scale: Vector) -> Local:

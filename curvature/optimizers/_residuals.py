@@ -9,13 +9,14 @@ from jaxtyping import Array, Bool, Float
 
 from curvature import _checks
 from curvature._numerics import norm, rounding_level
+from curvature._sharding import vary_like
 from curvature._trees import num_entries, ravel, select
 from curvature._types import Scalar, Tree, Vector
 from curvature.linalg._subproblems import QuadraticModel
 from curvature.operators._base import matrix_of_products
 from curvature.operators._jacobian_operators import push_and_pull
 from curvature.optimizers._method import noise_of
-from curvature.optimizers._robust import half_sum, weigh
+from curvature.optimizers._robust import Weighted, half_sum, weigh
 from curvature.programs._traced import Program, trace
 from curvature.transforms._hessian import linearize_grad
 from curvature.transforms._jacobian import map_basis
@@ -24,7 +25,9 @@ from curvature.transforms._modes import choose_jacobian
 Matrix = Float[Array, "m n"]
 Product = Callable[[Array], Array]
 
-_LOST = 2  # heuristic: singular values, and gradients beside the residuals, of 2 n roundings are zero
+LOST = 2  # heuristic: singular values, and gradients beside the residuals, of 2 n roundings are zero
+_SAMPLES = 3  # random signs by which the norm of a second derivative is estimated: rarely too small by a factor of 10
+_NUM_COEFFICIENTS = 2 + 2 * _SAMPLES
 _PROBES = 8  # random rows by which the norms of columns are estimated where no column is formed
 
 
@@ -35,6 +38,18 @@ class Factors(NamedTuple):
     values: Float[Array, " k"]
     vectors: Float[Array, "n k"]
     coordinates: Float[Array, " k"]  # U' r
+    left: Float[Array, "m k"]  # U
+
+    def jacobian(self) -> Matrix:
+        """``J`` without what is lost in rounding."""
+        return _matmul(self.left * self.values[None], self.vectors.T) * self.columns[None]
+
+    def leave(self, vector: Array) -> Array:
+        """What the range of ``J`` leaves of a vector."""
+        left = jnp.where(self.values > 0, self.left, 0)
+        for _ in range(2):  # the second time takes what rounding of the first has left
+            vector = vector - _matmul(left, _matmul(left.T, vector))
+        return vector
 
     def inverse_root(self) -> tuple[Float[Array, "n k"], Bool[Array, " n"]]:
         """A matrix ``B`` with ``B B'`` the pseudo-inverse of ``J'J``, and which variables ``J`` determines."""
@@ -45,11 +60,35 @@ class Factors(NamedTuple):
         return scaled / where_positive(self.columns)[:, None], seen
 
 
+class SecondOrder(NamedTuple):
+    """Sums ``sum_i c_i H_i`` of the Hessians of the residuals, for the coefficients that a convergence test needs.
+
+    ``matrix`` is what the Hessian of the value has beside ``J'J``, with ``c = r``. It is small beside the terms that it
+    sums where the residuals are orthogonal to their second derivatives, so that its rounding is measured: ``noise``
+    has the rounding of ``r``, of random sign. ``bends`` have random signs, and ``leaving`` what the range of ``J``
+    leaves of those: ``v'(sum_i c_i H_i)v`` samples the norm of the second derivative of the residuals along ``v``, and
+    of its part that no step can make up for.
+    """
+
+    matrix: Float[Array, "n n"]
+    noise: Float[Array, "n n"]
+    bends: Float[Array, "k n n"]
+    leaving: Float[Array, "k n n"]
+
+    @classmethod
+    def none(cls, x: Vector) -> "SecondOrder":
+        """Zeros, where nothing is evaluated."""
+        square = (x.size, x.size)
+        zero, zeros = jnp.zeros_like(x, shape=square), jnp.zeros_like(x, shape=(_SAMPLES, *square))
+        return cls(zero, zero, zeros, zeros)
+
+
 class Linearized(NamedTuple):
     """Residuals around a point, in flat vectors of at least single precision, their rows weighted by the loss.
 
-    ``factors`` has the Jacobian where it is formed, and ``hessian`` evaluates the Hessian ``J'J + sum_i r_i H_i`` of
-    the value, where ``residuals`` has second derivatives too; ``push`` and ``pull`` are products with the Jacobian.
+    ``factors`` has the Jacobian where it is formed, and ``second_order(tested)`` evaluates sums of second derivatives,
+    those beyond ``matrix`` where they are ``tested``, if ``residuals`` has any; ``push`` and ``pull`` are products with
+    the Jacobian.
     """
 
     x: Vector
@@ -60,7 +99,7 @@ class Linearized(NamedTuple):
     grad: Vector
     columns: Vector  # the norms of the columns of J, estimated where J is not formed; those of zero columns are zero
     factors: Factors | None
-    hessian: Callable[[], Float[Array, "n n"]] | None
+    second_order: Callable[[Bool[Array, ""]], SecondOrder] | None
     push: Product
     pull: Product
     value_after: Callable[[Vector], Scalar]
@@ -81,7 +120,8 @@ def linearize_residuals(
     point, unravel = ravel(x)
     out, push, pull, matrix = (_dense_map if dense else _linear_map)(function, program)
     scale = jnp.asarray(scale, point.dtype)
-    value, weights, residual = weigh(flat(out, point.dtype), loss, scale)
+    weighted = weigh(flat(out, point.dtype), loss, scale)
+    value, weights, residual = weighted.value, weighted.weights, weighted.residual
     factors = None if matrix is None else factor(weights[:, None] * matrix, residual)
     columns = _estimated_columns(pull, weights) if factors is None else factors.columns
 
@@ -97,7 +137,7 @@ def linearize_residuals(
         grad=pull(weights * residual),
         columns=columns,
         factors=factors,
-        hessian=_hessian(program, value_at, point) if dense else None,
+        second_order=None if factors is None else _second_order(program, flat(out, point.dtype), weighted, factors),
         push=lambda v: weights * push(v),
         pull=lambda w: pull(weights * w),
         value_after=lambda step: value_at(point + step),
@@ -112,56 +152,50 @@ def weighted_jacobian(
     return weigh(flat(out, matrix.dtype), loss, scale).weights[:, None] * matrix
 
 
-def _hessian(
-    program: Program, value_at: Callable[[Vector], Scalar], point: Vector
-) -> Callable[[], Float[Array, "n n"]] | None:
-    """The Hessian of the value, where forward mode can be applied twice; by the cheapest composition."""
+def _second_order(
+    program: Program, residual: Array, weighted: Weighted, factors: Factors
+) -> Callable[[Bool[Array, ""]], SecondOrder] | None:
+    """The Hessians of ``c'r(x)`` for fixed ``c``, one after the other; None where ``residuals`` has none."""
     if program.jaxpr is None or program.composition_blocker("fwd_over_fwd") is not None:
         return None
+    point, unravel = ravel(program.x)
+    shape = (_NUM_COEFFICIENTS, point.size, point.size)
 
-    def matrix() -> Float[Array, "n n"]:
-        product = linearize_grad(value_at, point)[2]
-        rows = map_basis(product, point, None)
+    def hessian(coefficients: Array) -> Float[Array, "n n"]:
+        def combination(x: Vector) -> Scalar:
+            return jnp.vdot(coefficients, flat(program.fun(unravel(x))[0], point.dtype), precision="highest")
+
+        rows = map_basis(linearize_grad(combination, point)[2], point, None)
         return (rows + rows.T) / 2
 
-    return matrix
+    def evaluate(tested: Bool[Array, ""]) -> SecondOrder:
+        coefficients = _coefficients(residual, point, weighted, factors)
+        hessians = jax.lax.fori_loop(
+            0,
+            jnp.where(tested, _NUM_COEFFICIENTS, 1),
+            lambda i, hessians: hessians.at[i].set(hessian(coefficients[i])),
+            vary_like(jnp.zeros(shape, point.dtype), coefficients),
+        )
+        matrix = hessians[0]
+        if weighted.excess is not None:
+            rows = factors.jacobian()
+            excess = jnp.where(weighted.weights > 0, weighted.excess / where_positive(weighted.weights) ** 2, 0)
+            matrix += _matmul(rows.T, excess[:, None] * rows)
+        return SecondOrder(matrix, hessians[1], hessians[2::2], hessians[3::2])
+
+    return evaluate
 
 
-def newton_decrement(linear: Linearized, hessian: Float[Array, "n n"]) -> Scalar:
-    """``sqrt(g' B^-1 g)`` for the gradient ``g`` and the Hessian ``B``; infinite unless ``B`` is positive.
-
-    Half its square is the decrease that Newton's method expects, so that it compares with ``norm(r)`` in any units of
-    the variables and of the residuals, as ``offset`` does, which it equals where the residuals are linear. But it
-    needs no rank of ``J``: near the minimizer 0 of ``x^2 + 5`` any ``J = 2x`` spans the residuals, while
-    ``g^2 / B = 10 x^2``. Where the sum rises to a plateau it curves down along some direction, and the decrement is
-    infinite.
-
-    The variables are scaled by ``sqrt(norm(J_k)^2 + abs(S_kk))`` with ``S = B - J'J``, which cancellation between the
-    two does not make small. Along directions in which curvature and gradient are both lost in rounding, ``J`` decides,
-    whose singular values are known where their squares are not: ``offset`` is what they leave.
-    """
-    squares = linear.columns**2
-    scale = where_positive(jnp.sqrt(squares + jnp.abs(jnp.diagonal(hessian) - squares)))
-    eigenvalues, vectors = jnp.linalg.eigh(hessian / scale[:, None] / scale[None], symmetrize_input=False)
-    gradient = _matmul(vectors.T, linear.grad / scale)
-    eps = jnp.finfo(gradient.dtype).eps
-    positive = eigenvalues > rounding_level(eigenvalues)
-    flat = ~positive & (eigenvalues >= -rounding_level(eigenvalues))
-    lost = flat & (jnp.abs(gradient) <= _LOST * gradient.size * eps * norm(linear.residual))
-    decrement = norm(jnp.where(positive, gradient / jnp.sqrt(jnp.where(positive, eigenvalues, 1)), 0))
-    left_over = _offset_along(linear, jnp.where(flat, vectors, 0) / scale[:, None])
-    return jnp.where(jnp.all(positive | lost), jnp.hypot(decrement, left_over), jnp.inf)
-
-
-def _offset_along(linear: Linearized, directions: Float[Array, "n n"]) -> Scalar:
-    """``offset`` with variables that move along these directions only, of norm one where the columns of ``J`` are."""
-    if linear.factors is None:
-        return jnp.zeros_like(linear.value)
-    columns, values, vectors, coordinates = linear.factors
-    images = values[:, None] * _matmul(vectors.T, columns[:, None] * directions)
-    left, sizes, _ = jnp.linalg.svd(images, full_matrices=False)
-    kept = sizes > _LOST * directions.shape[0] * jnp.finfo(sizes.dtype).eps * values[0]
-    return norm(jnp.where(kept, _matmul(left.T, coordinates), 0))
+def _coefficients(residual: Array, x: Vector, weighted: Weighted, factors: Factors) -> Float[Array, "k m"]:
+    """Of ``SecondOrder``, in the order in which they are evaluated."""
+    eps = jnp.finfo(x.dtype).eps
+    signs = jax.random.rademacher(jax.random.key(0), (1 + _SAMPLES, residual.size), x.dtype)
+    weights = weighted.weights
+    rounding = jnp.abs(residual) + _matmul(jnp.abs(factors.jacobian()), jnp.abs(x)) / where_positive(weights)
+    rows = [weighted.slope * residual, weighted.slope * signs[0] * eps * rounding]
+    for sign in signs[1:]:
+        rows += [weights * sign, weights * factors.leave(sign)]
+    return jnp.stack(rows)
 
 
 def flat(tree: Tree, dtype: Any) -> Array:
@@ -233,9 +267,9 @@ def factor(matrix: Matrix, residual: Array) -> Factors:
     """
     columns = _column_norms(matrix)
     left, values, right = jnp.linalg.svd(matrix / where_positive(columns)[None], full_matrices=False)
-    kept = values > _LOST * matrix.shape[1] * jnp.finfo(matrix.dtype).eps * values[0]
+    kept = values > LOST * matrix.shape[1] * jnp.finfo(matrix.dtype).eps * values[0]
     coordinates = jnp.where(kept, _matmul(left.T, residual), 0)
-    return Factors(columns, jnp.where(kept, values, 0), right.T, coordinates)
+    return Factors(columns, jnp.where(kept, values, 0), right.T, coordinates, left)
 
 
 def where_positive(norms: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -35,6 +35,8 @@ class Weighted(NamedTuple):
     value: Scalar  # scale^2 sum rho(r^2 / scale^2) / 2
     weights: Residual  # the square roots of the curvatures, by which the rows of the Jacobian are multiplied
     residual: Residual
+    slope: Residual  # rho'
+    excess: Residual | None  # the curvature less the square of the weight, where that is not zero throughout
 
 
 def half_sum(residual: Residual, loss: str, scale: Scalar) -> Scalar:
@@ -55,7 +57,7 @@ def weigh(residual: Residual, loss: str, scale: Scalar) -> Weighted:
     """
     value = half_sum(residual, loss, scale)
     if loss == "linear":
-        return Weighted(value, jnp.ones_like(residual), residual)
+        return Weighted(value, jnp.ones_like(residual), residual, jnp.ones_like(residual), None)
     z = (residual / scale) ** 2
     ones = jnp.ones_like(z)
 
@@ -64,7 +66,8 @@ def weigh(residual: Residual, loss: str, scale: Scalar) -> Weighted:
 
     slope, bend = jax.jvp(slope_of, (z,), (ones,))
     curvature, least = slope + 2 * z * bend, _LEAST_CURVATURE * slope
-    curvature = jnp.where(curvature > least, curvature, least)  # of a NaN, where z is too large, the least
-    flat = curvature == 0
-    weights = jnp.where(flat, 0, jnp.sqrt(jnp.where(flat, 1, curvature)))
-    return Weighted(value, weights, residual * slope / jnp.where(flat, 1, weights))
+    raised = jnp.where(curvature > least, curvature, least)  # of a NaN, where z is too large, the least
+    flat = raised == 0
+    weights = jnp.where(flat, 0, jnp.sqrt(jnp.where(flat, 1, raised)))
+    excess = jnp.where(curvature <= least, curvature - least, 0)
+    return Weighted(value, weights, residual * slope / jnp.where(flat, 1, weights), slope, excess)

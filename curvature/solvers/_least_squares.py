@@ -39,6 +39,7 @@ _METHODS: dict[str, Callable[[bool], ResidualMethod]] = {
 }
 _DENSE_VARIABLES, _DENSE_ENTRIES = 500, 2**24  # up to here the Jacobian is formed
 _PATIENCE = 10  # steps without a lower sum or a smaller offset, beyond rounding, before a method has stalled
+_PERSISTENCE = 100  # heuristic: as many where the sum curves down, so that there is a way on, however level it is
 
 
 class Limits(NamedTuple):
@@ -230,7 +231,7 @@ def run(
 
         def update(loop: _Loop) -> _Loop:
             updates, state = update_fn(None, loop.state, loop.x, linearized=linear, request=request)
-            return _moved(loop, point, updates, state, allowed)
+            return _moved(loop, point, updates, state, allowed, request)
 
         finite = _is_finite(point)
         loop = jax.lax.cond((loop.status == Status.RUNNING) & finite, update, lambda loop: loop, loop)
@@ -288,17 +289,22 @@ def _point(x: Tree, linear: Linearized) -> _Point:
     )
 
 
-def _moved(loop: _Loop, point: _Point, updates: Tree, state: Any, allowed: Scalar) -> _Loop:
-    """The loop after an update, which stays where the decrement says that the point has converged."""
+def _moved(loop: _Loop, point: _Point, updates: Tree, state: Any, allowed: Scalar, request: Request) -> _Loop:
+    """The loop after an update, which stays where the decrement says that the point has converged.
+
+    An update that found no step ends the solve only if it evaluated the decrement: else the next one does.
+    """
     converged = state.decrement <= allowed
     moved = (state.status == Status.RUNNING) & ~converged
+    again = (state.status == Status.STALLED) & ~request.decrement & ~converged
+    status = jnp.where(again, Status.RUNNING, state.status)
     return loop._replace(
         x=choose(converged, loop.x, optax.apply_updates(loop.x, updates)),
         before=loop.x,
         taken_back=jnp.zeros_like(loop.taken_back),
         state=state,
         best=choose(converged, point, loop.best),
-        status=jnp.where(converged, Status.CONVERGED, state.status).astype(jnp.int32),
+        status=jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32),
         num_steps=loop.num_steps + moved.astype(jnp.int32),
     )
 
@@ -321,7 +327,7 @@ def _allowed(loop: _Loop, point: _Point, linear: Linearized, limits: Limits) -> 
 
 def _loses_rank(linear: Linearized) -> Bool[Array, ""]:
     """Whether the Jacobian has directions that are lost in rounding, where only the Hessian can say what they do."""
-    if linear.factors is None or linear.hessian is None:
+    if linear.factors is None or linear.second_order is None:
         return jnp.zeros_like(linear.value, bool)
     return jnp.any(linear.factors.values == 0)
 
@@ -342,7 +348,8 @@ def _judge(loop: _Loop, point: _Point, converged: Bool[Array, ""], limits: Limit
     idle_steps = jnp.where(better, 0, loop.idle_steps + jnp.where(loop.taken_back, 0, 1))
 
     status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
-    status = jnp.where(idle_steps >= _PATIENCE, Status.STALLED, status)
+    curves_down = (loop.idle_steps > 0) & jnp.isinf(loop.state.decrement)
+    status = jnp.where(idle_steps >= jnp.where(curves_down, _PERSISTENCE, _PATIENCE), Status.STALLED, status)
     status = jnp.where(first & ~finite, Status.NONFINITE_START, status)
     status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
     tolerance = jnp.where(first, limits.rtol * point.offset, loop.tolerance)
