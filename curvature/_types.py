@@ -57,6 +57,8 @@ class Status(enum.IntEnum):
     NONFINITE = 4
     UNBOUNDED = 5
     NEGATIVE_CURVATURE = 6
+    SETTLED = 7
+    NO_MINIMUM = 8
 
     @property
     def message(self) -> str:
@@ -74,6 +76,8 @@ _MESSAGES = {
     Status.NONFINITE: "A NaN or an infinity appeared; the best finite point is returned.",
     Status.UNBOUNDED: "The objective falls to minus infinity; the lowest finite point is returned.",
     Status.NEGATIVE_CURVATURE: "The operator is not positive definite; the direction that shows it is returned.",
+    Status.SETTLED: "The value no longer falls by more than its rounding, and the convergence test does not hold.",
+    Status.NO_MINIMUM: "The value does not rise again along x - x0 however far: no minimum was found that way.",
 }
 
 
@@ -112,7 +116,7 @@ class MinimizeResult:
 
     @property
     def success(self) -> Bool[Array, "*lanes"]:
-        """Whether ``max|grad| <= gtol + rtol * max|grad at x0|`` at ``x``; with bounds, of projected gradients."""
+        """Whether the convergence test of ``minimize`` holds at ``x``."""
         return self.status == Status.CONVERGED
 
     @property

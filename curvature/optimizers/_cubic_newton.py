@@ -108,14 +108,31 @@ def _init(x: Vector, params: Tree) -> CubicNewtonState:
 def _step(state: CubicNewtonState, local: Local) -> tuple[Vector, CubicNewtonState]:
     local, d = resolved(local)
     size = norm(local.grad)
+    length, unit = jnp.frexp(first_length(local, size))[1], jnp.frexp(size)[1]
+    local = _in_units(local, length, unit)
+    size = jnp.ldexp(size, -unit)
     first = size / first_length(local, size) ** 2  # where there is no curvature the first step is that long
-    weight = jnp.where(state.weight > 0, state.weight, first)
+    weight = jnp.where(state.weight > 0, jnp.ldexp(jnp.ldexp(state.weight, length - unit), length), first)
     last = _search_weight(local, factor_model(local.hessian(), local.grad), weight)
     accepted = last.ratio >= _ACCEPT
-    return jnp.where(accepted, last.step / d, 0), state._replace(
-        weight=_next_weight(last, size),
+    return jnp.where(accepted, jnp.ldexp(last.step, length) / d, 0), state._replace(
+        weight=jnp.ldexp(jnp.ldexp(_next_weight(last, size), unit - length), -length),
         num_trials=last.count,
         status=trial_status(accepted, last.value, last.predicted),
+    )
+
+
+def _in_units(local: Local, length: Array, unit: Array) -> Local:
+    """The objective in units of ``2^length`` of ``x`` and ``2^unit`` of the gradient, in which no power overflows."""
+    to_value = lambda value: jnp.ldexp(jnp.ldexp(value, -unit), -length)  # noqa: E731
+    return local._replace(
+        x=jnp.ldexp(local.x, -length),
+        value=to_value(local.value),
+        noise=to_value(local.noise),
+        grad=jnp.ldexp(local.grad, -unit),
+        hvp=lambda v: jnp.ldexp(local.hvp(v), length - unit),
+        hessian=lambda: jnp.ldexp(local.hessian(), length - unit),
+        value_after=lambda step: to_value(local.value_after(jnp.ldexp(step, length))),
     )
 
 

@@ -57,18 +57,18 @@ class ValueSearch(NamedTuple):
     best_size: Scalar
     best_value: Scalar
     accepted: Bool[Array, ""]
+    is_unbounded: Bool[Array, ""]  # whether a trial was minus infinity
     count: Int[Array, ""]
 
 
 def search_values(local: Local, direction: Vector, slope: Scalar, grows: Bool[Array, ""] | bool = False) -> ValueSearch:
     """From the full step down to one of sufficient decrease, N&W (3.4), or, where it ``grows``, up while that pays.
 
-    Only the value is evaluated at each trial.
+    Only the value is evaluated at each trial. A trial at minus infinity is too long.
     """
 
     def running(search: ValueSearch) -> Bool[Array, ""]:
-        hopeless = jnp.isnan(slope) | (search.value == -jnp.inf)
-        return (search.count == 0) | (~search.accepted & ~hopeless & (search.count < MAX_TRIALS))
+        return (search.count == 0) | (~search.accepted & ~jnp.isnan(slope) & (search.count < MAX_TRIALS))
 
     def attempt(search: ValueSearch) -> ValueSearch:
         grown = search.best_size > 0
@@ -84,11 +84,12 @@ def search_values(local: Local, direction: Vector, slope: Scalar, grows: Bool[Ar
             best_size=jnp.where(growing, size, search.best_size),
             best_value=jnp.where(growing, value, search.best_value),
             accepted=(lower | grown) & ~growing,
+            is_unbounded=search.is_unbounded | (value == -jnp.inf),
             count=search.count + 1,
         )
 
     zero = jnp.zeros_like(slope)
-    start = ValueSearch(zero + 1, local.value, zero, local.value, zero > 0, jnp.zeros_like(zero, jnp.int32))
+    start = ValueSearch(zero + 1, local.value, zero, local.value, zero > 0, zero > 0, jnp.zeros_like(zero, jnp.int32))
     return jax.lax.while_loop(running, attempt, start)
 
 

@@ -359,9 +359,11 @@ def shrink_factor(value: Scalar, slope: Scalar, trial: Scalar) -> Scalar:
 
 def trial_status(accepted: Bool[Array, ""], trial: Scalar, model: Scalar) -> Int[Array, ""]:
     """The status of an update from its last trial value and from what the model promised for it."""
-    failed = jnp.where(jnp.isnan(model), Status.NONFINITE, Status.STALLED)
-    failed = jnp.where(trial == -jnp.inf, Status.UNBOUNDED, failed)
-    return jnp.where(accepted, Status.RUNNING, failed).astype(jnp.int32)
+    running, stalled, nonfinite, unbounded = map(
+        np.int32, (Status.RUNNING, Status.STALLED, Status.NONFINITE, Status.UNBOUNDED)
+    )
+    failed = jax.lax.select(trial == -jnp.inf, unbounded, jax.lax.select(jnp.isnan(model), nonfinite, stalled))
+    return jax.lax.select(accepted, jnp.asarray(running), failed)
 
 
 def choose(condition: Bool[Array, " *shape"], new: Any, old: Any) -> Any:

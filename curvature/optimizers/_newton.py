@@ -82,5 +82,5 @@ def _step(state: NewtonState, local: Local) -> tuple[Vector, NewtonState]:
     return jnp.where(last.accepted, last.step_size * direction, 0), state._replace(
         step_size=last.step_size,
         num_trials=last.count,
-        status=trial_status(last.accepted, last.value, slope),
+        status=trial_status(last.accepted, jnp.where(last.is_unbounded, -jnp.inf, last.value), slope),
     )

@@ -130,7 +130,7 @@ def _step(max_inner_steps: int | None, state: NewtonCGState, local: Local) -> tu
         num_trials=last.count,
         num_inner_steps=num_inner_steps,
         grad_norm=first,
-        status=trial_status(last.accepted, last.value, slope),
+        status=trial_status(last.accepted, jnp.where(last.is_unbounded, -jnp.inf, last.value), slope),
     )
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from curvature import _checks
 from curvature._compile_cache import compiled
 from curvature._types import MinimizeResult, Objective, Status, Tree
-from curvature.solvers._loop import Limits, Loop, is_running, start_loop, stepper
+from curvature.solvers._loop import Limits, Loop, may_step, settle, start_loop, stepper
 from curvature.solvers._methods import Method, resolve
 from curvature.solvers._minimize import limits_of
 from curvature.solvers._progress import Watch
@@ -168,13 +168,17 @@ def _advance(
 
     def advance(loop: Loop, mapped: list[Array]) -> Loop:
         args = _args_of(layout, mapped, data.shared)
-        step = stepper(lambda x: fun(x, *args), args, limits, transformation, hessian)
+
+        def value_fn(x: Tree) -> Any:
+            return fun(x, *args)
+
+        step = stepper(value_fn, args, limits, transformation, hessian)
         _, loop = jax.lax.while_loop(
-            lambda carry: is_running(carry[1]) & (carry[0] < _BLOCK),
+            lambda carry: may_step(carry[1]) & (carry[0] < _BLOCK),
             lambda carry: (carry[0] + 1, step(carry[1])),
             (jnp.zeros_like(loop.status), loop),
         )
-        return loop
+        return settle(value_fn, limits)(loop)
 
     return jax.vmap(advance)(loop, data.mapped)
 

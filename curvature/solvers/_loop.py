@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from curvature._numerics import norm
 from curvature._trees import ravel
 from curvature._types import Status, Tree
-from curvature.optimizers._bounds import Box, projected_gradient_norm
+from curvature.optimizers._bounds import Box, around, downhill, projected_gradient_norm
 from curvature.optimizers._method import (
     MAX_TRIALS,
     FirstOrder,
@@ -24,6 +24,7 @@ from curvature.optimizers._method import (
     noise_of,
     value_and_grad,
 )
+from curvature.optimizers._stationary import examine
 from curvature.programs._traced import Program
 from curvature.solvers._progress import Watch, observe
 from curvature.transforms._compositions import linearize_program, trace_objective
@@ -33,6 +34,7 @@ _PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond roun
 _WINDOWS = (100, 500)  # steps that together must halve the gradient or lower the value by more than their roundings,
 _ROUNDINGS = 100  # which are so many: in the long window those of the largest value seen
 _RETREAT = 0.25  # the share that is left of a step to a point where a method can do nothing
+_INTERVAL = 64  # steps that lower the value until the best point is examined nevertheless
 _SHARES = (10, 2)  # of all steps taken, the windows of a long solve: slow convergence is none the less convergence
 
 
@@ -58,6 +60,7 @@ class Limits(NamedTuple):
     gtol: Float[Array, ""]
     rtol: Float[Array, ""]
     max_steps: Int[Array, ""]
+    to_rounding: Bool[Array, ""]  # whether a point that is stationary to rounding has converged
 
 
 class Point(NamedTuple):
@@ -88,6 +91,17 @@ class Origin(NamedTuple):
     num_cuts: Int[Array, ""]
 
 
+class Check(NamedTuple):
+    """When the best point is examined.
+
+    Whether that is due, at which step it was last, and how many steps later it may be again: 0 after the end.
+    """
+
+    due: Bool[Array, ""]
+    num_steps: Int[Array, ""]
+    wait: Int[Array, ""]
+
+
 class Loop(NamedTuple):
     """Where a solve stands: ``minimize`` carries it from step to step, ``minimize_batched`` from block to block."""
 
@@ -99,6 +113,8 @@ class Loop(NamedTuple):
     idle_steps: Int[Array, ""]
     mark: Mark
     status: Int[Array, ""]
+    start: Tree
+    check: Check
     watch: Watch = Watch()
     origin: Origin | None = None  # for methods whose trials are values alone
 
@@ -106,6 +122,30 @@ class Loop(NamedTuple):
 def is_running(loop: Loop) -> Bool[Array, ""]:
     """Whether the loop has not ended yet."""
     return loop.status == Status.RUNNING
+
+
+def may_step(loop: Loop) -> Bool[Array, ""]:
+    """Whether the loop can go on without ``settle``."""
+    return is_running(loop) & ~loop.check.due
+
+
+def settle(value_fn: Callable[[Tree], Any], limits: Limits, box: Box | None = None) -> Callable[[Loop], Loop]:
+    """Examine the best point where that is due, or where a solve without an absolute tolerance has ended."""
+
+    def check(loop: Loop) -> Loop:
+        due, num_steps, wait = loop.check
+        running = is_running(loop)
+        wanted = limits.to_rounding & (due | ~running) & (wait > 0)
+        is_stuck = (loop.status == Status.STALLED) | (loop.status == Status.SETTLED)
+        is_stationary, drifts = examine(value_fn, loop.start, loop.best, box, wanted, is_stuck)
+        status = _status_if(is_stationary, Status.CONVERGED, loop.status)
+        return loop._replace(
+            status=_status_if(drifts, Status.NO_MINIMUM, status),
+            num_steps=choose(due & is_stationary, num_steps, loop.num_steps),  # an update since then was in vain
+            check=Check(due & ~due, num_steps, choose(running, choose(due, 2 * wait, wait), np.int32(0))),
+        )
+
+    return check
 
 
 def stepper(
@@ -172,7 +212,7 @@ def _cut_step(loop: Loop, origin: Origin, point: Point, after: Loop) -> Loop:
         origin=Origin(
             choose(rejected, origin.x, loop.x),
             choose(rejected, origin.value, point.value + point.noise),
-            jnp.where(rejected, origin.num_cuts + 1, 0),
+            (origin.num_cuts + 1) * rejected.astype(jnp.int32),
         ),
     )
 
@@ -199,6 +239,8 @@ def start_loop(
         idle_steps=zero,
         mark=Mark(never, never, jnp.zeros_like(never), jnp.zeros_like(never, jnp.int32)),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
+        start=x0,
+        check=Check(jnp.zeros_like(zero, bool), zero, zero + 1),
         watch=watch,
     )
     if isinstance(transformation, SecondOrder):
@@ -206,7 +248,7 @@ def start_loop(
     if isinstance(transformation, FirstOrder):
         stored = jax.lax.stop_gradient(Stored(*evaluate("minimize", value_fn, x0), x0))
         loop = loop._replace(state=loop.state._replace(stored=stored))
-        point = _seen(loop, _stored_point(loop), callback, box)
+        point = _seen(loop, _stored_point(loop), limits, callback, box)
         loop = _observed(_begin(loop, point, limits), point)
     return loop
 
@@ -215,15 +257,21 @@ def _arrive(
     loop: Loop, point: Point, limits: Limits, has_status: bool, callback: Callable[..., None] | None, box: Box | None
 ) -> Loop:
     """Judge the point that the loop stands at, and tell those who watch, unless it ended on the way there."""
-    point = _seen(loop, point, callback, box)
+    point = _seen(loop, point, limits, callback, box)
     judged = _judge(loop, point, limits, has_status)
-    return _observed(judged._replace(status=jnp.where(is_running(loop), judged.status, loop.status)), point)
+    return _observed(judged._replace(status=choose(is_running(loop), judged.status, loop.status)), point)
 
 
-def _seen(loop: Loop, point: Point, callback: Callable[..., None] | None, box: Box | None) -> Point:
-    """The point with the gradient that counts within bounds; the callback is told of it."""
+def _seen(loop: Loop, point: Point, limits: Limits, callback: Callable[..., None] | None, box: Box | None) -> Point:
+    """The point with the gradient that counts within bounds, which is then passed to the callback.
+
+    Its clipped form is in units of ``x`` as well, and depends on the units of the objective. So it serves the absolute
+    tolerance alone.
+    """
     if box is not None:
-        grad_norm = projected_gradient_norm(box, point.x, point.grad)
+        free = downhill(around(box, point.x), ravel(point.grad)[0])
+        clipped = projected_gradient_norm(box, point.x, point.grad)
+        grad_norm = jnp.where(limits.to_rounding, jnp.max(jnp.abs(free)), clipped)
         point = point._replace(grad_norm=grad_norm.astype(point.grad_norm.dtype))
     if callback is not None:
         told = MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state)
@@ -312,26 +360,33 @@ def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
     is the curvature known along the way that the method has come, and what is left is a valley its model cannot see.
     """
     first = loop.best.value == jnp.inf
-    tolerance = loop.tolerance + jnp.where(first, limits.rtol * point.grad_norm, 0)
+    tolerance = choose(first, loop.tolerance + limits.rtol * point.grad_norm, loop.tolerance)
     finite = jnp.isfinite(point.value) & jnp.isfinite(point.grad_norm)
     converged = finite & (point.grad_norm <= tolerance)
 
-    noise = jnp.where(first, 0, loop.best.noise)
-    lower = point.value < loop.best.value - noise
-    flatter = (point.value <= loop.best.value + noise) & (point.grad_norm < loop.best.grad_norm)
+    lower = first | (point.value < loop.best.value - loop.best.noise)  # without a best point both are infinite
+    flatter = (point.value <= loop.best.value + loop.best.noise) & (point.grad_norm < loop.best.grad_norm)
     better = finite & (lower | flatter)
-    best = choose(better | converged | first, point, loop.best)
-    idle_steps = jnp.where(better, 0, loop.idle_steps + 1)
+    later = (point.value <= loop.best.value) & (point.grad_norm <= 2 * loop.best.grad_norm)  # gains that both hide
+    best = choose(better | converged | first | (finite & later), point, loop.best)
+    idle_steps = choose(better, np.int32(0), loop.idle_steps + 1)
     mark = _mark(loop, point)
 
-    status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
+    status = _status_if(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
     if has_status:
         windows = jnp.maximum(np.array(_WINDOWS, np.int32), jax.lax.div(loop.num_steps, np.array(_SHARES, np.int32)))
         stuck = (idle_steps >= _PATIENCE) | jnp.any(loop.num_steps - mark.num_steps >= windows)
-        status = jnp.where(stuck, Status.STALLED, status)
-    status = jnp.where(finite, status, jnp.where(first, Status.NONFINITE_START, Status.NONFINITE))
-    status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
-    return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, mark=mark, status=status)
+        status = _status_if(stuck, _status_if(limits.to_rounding, Status.SETTLED, Status.STALLED), status)
+    status = choose(finite, status, _status_if(first, Status.NONFINITE_START, Status.NONFINITE))
+    status = _status_if(converged, Status.CONVERGED, status)
+    since = loop.num_steps - loop.check.num_steps
+    due = limits.to_rounding & (since >= choose(lower, np.int32(_INTERVAL), loop.check.wait))
+    check = loop.check._replace(due=due, num_steps=choose(due, loop.num_steps, loop.check.num_steps))
+    return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, mark=mark, status=status, check=check)
+
+
+def _status_if(condition: Bool[Array, ""], status: Any, other: Any) -> Int[Array, ""]:
+    return choose(condition, *(jnp.asarray(one, jnp.int32) for one in (status, other)))
 
 
 def _mark(loop: Loop, point: Point) -> Mark:

@@ -18,7 +18,7 @@ from curvature._types import MinimizeResult, Objective, Tree
 from curvature.optimizers._bounds import Box, box_of, rest_on_bounds
 from curvature.solvers._bounded import Resolved, resolve_bounded, start_within
 from curvature.solvers._implicit import implicit_minimizer, lift, trace_from
-from curvature.solvers._loop import Limits, MinimizeStep, Point, is_running, start_loop, stepper
+from curvature.solvers._loop import Limits, MinimizeStep, Point, is_running, may_step, settle, start_loop, stepper
 from curvature.solvers._methods import DENSE_ENTRIES, Method, resolve
 from curvature.solvers._progress import close, start_watch
 from curvature.transforms._compositions import trace_objective
@@ -41,8 +41,18 @@ def minimize(
 ) -> MinimizeResult:
     """Minimize ``fun(x, *args)`` from ``x0`` in one compiled loop.
 
-    Converged means ``max|grad| <= gtol + rtol * max|grad at x0|`` at the returned point, and nothing else is called
-    success. The program is compiled once for each ``fun``, ``hessian``, ``callback``, method and shape, functions being
+    Converged means, with ``gtol``, that ``max|grad| <= gtol + rtol * max|grad at x0|`` at the returned point. Without
+    ``gtol`` it means that the point is stationary to rounding: for each entry ``i`` of the gradient::
+
+        |grad f(x)_i| <= max_c |grad f(x + 16 eps max(|x|, sqrt(eps) |x0|) c)_i - grad f(x)_i|
+
+    with ``eps`` the rounding unit, over four vectors ``c`` of factors between -1 and 1, and with 64 for 16 where no
+    further step is found. So other units of ``f`` or ``x`` change nothing but the units. The test is made where a step
+    has not lowered the value by more than its rounding, and every 64 steps besides. Nothing else is called success.
+    Where the value settles and the test fails, the status is ``SETTLED``. Where the value does not rise again half as
+    far from ``x0`` again, it is ``NO_MINIMUM``, as for separable classes in logistic regression.
+
+    The program is compiled once for each ``fun``, ``hessian``, ``callback``, method and shape, functions being
     told apart as objects, as ``jit`` does; data, tolerances and ``max_steps`` are operands. It runs under ``jit`` and
     under ``vmap``, where each lane stops by itself with a status of its own. Inside ``shard_map`` each device minimizes
     what ``fun`` gives there; what ``psum`` has summed over devices they minimize together.
@@ -60,16 +70,18 @@ def minimize(
         method: ``"trust-exact"``, ``"trust-region"`` (by conjugate gradients), ``"newton"``, ``"newton-cg"``,
             ``"cubic-newton"``, ``"bfgs"``, ``"l-bfgs"``, ``"sr1"``, any optax transformation of gradients, or
             ``"auto"``: exact up to 100 entries, by conjugate gradients beyond.
-        gtol: the absolute tolerance; ``None`` is the square root of the rounding unit of ``x0``: 1.5e-8 in double
-            precision, 3.5e-4 in single.
-        rtol: the tolerance relative to the first gradient; with ``gtol=0`` it makes the test independent of scale.
+        gtol: the absolute tolerance, in units of the gradient; ``None`` asks for a point that is stationary to
+            rounding.
+        rtol: the tolerance relative to the first gradient: another test that does not depend on the scale of ``fun``,
+            which a start far away loosens.
         max_steps: the most steps.
         hessian: ``hessian(x, *args)`` forms the Hessian, as ``curvature.hessian(fun)`` would, for the methods that form
             one; then ``fun`` needs no second derivative. Make it once: a new one compiles anew.
         bounds: ``(lower, upper)``, each a tree like ``x0`` or a prefix of one, where a number stands for all entries
             below it; ``None`` and infinities are no bound. ``x0`` is projected into the box, which no iterate and no
             trial point leaves, and converged means that the projected gradient passes,
-            ``max|P(x - grad) - x| <= gtol + rtol * (the same at x0)``. For ``"trust-exact"``, ``"trust-region"`` and
+            ``max|P(x - grad) - x| <= gtol + rtol * (the same at x0)``, or without ``gtol`` the gradient without the
+            entries that point out of the box at a bound. For ``"trust-exact"``, ``"trust-region"`` and
             ``"auto"``, which become ``projected_newton``, and ``"l-bfgs"``, which becomes ``lbfgsb``. Bounds are
             operands too.
         callback: called on the host with a ``MinimizeStep`` at every iterate, the first and the last included. Not for
@@ -91,7 +103,8 @@ def minimize(
             ``hessian`` or ``bounds``, bounds do not match ``x0`` or cross, or a number is out of range.
 
     Cost: for each step one linearization of the gradient and what the method adds; the objective is evaluated once
-        more for each point the method tries. The optax transformations take a gradient a step, or none where a line
+        more for each point the method tries. Without ``gtol`` each test takes up to 7 gradients, and mostly one where
+        it fails. The optax transformations take a gradient a step, or none where a line
         search has stored it. Of derivatives: one factorization of the Hessian, or beyond 1,000 entries one iterative
         solve for each direction; nothing before they are asked for.
 
@@ -131,20 +144,23 @@ def minimize(
 
 
 def limits_of(function: str, x0: Tree, gtol: ArrayLike | None, rtol: ArrayLike, max_steps: ArrayLike) -> Limits:
-    """The limits, checked; ``gtol=None`` is the square root of the rounding unit."""
-    dtype, rounding_unit = _of_vector(*(leaf.dtype for leaf in jax.tree.leaves(x0)))
+    """The limits, checked; without ``gtol`` a point converges that is stationary to rounding."""
+    dtype = _of_vector(*(leaf.dtype for leaf in jax.tree.leaves(x0)))
+    to_rounding = gtol is None
     if gtol is None:
-        gtol = rounding_unit**0.5
+        gtol = 0.0
     plain = all(type(number) in (int, float) for number in (gtol, rtol, max_steps))
     build: Any = _limits_once if plain else _limits  # arrays cannot be looked up
-    return build(function, dtype, gtol, rtol, max_steps)
+    return build(function, dtype, gtol, rtol, max_steps, to_rounding)
 
 
-def _limits(function: str, dtype: Any, gtol: ArrayLike, rtol: ArrayLike, max_steps: ArrayLike) -> Limits:
+def _limits(
+    function: str, dtype: Any, gtol: ArrayLike, rtol: ArrayLike, max_steps: ArrayLike, to_rounding: bool
+) -> Limits:
     for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
         _checks.check_nonnegative(function, name, tolerance)
     _checks.check_count(function, "max_steps", max_steps)
-    return Limits(_operand(gtol, dtype), _operand(rtol, dtype), _operand(max_steps, jnp.int32))
+    return Limits(_operand(gtol, dtype), _operand(rtol, dtype), _operand(max_steps, jnp.int32), np.bool_(to_rounding))
 
 
 _limits_once = functools.lru_cache(typed=True)(_limits)  # numbers are mostly those of the call before
@@ -156,11 +172,11 @@ def _operand(number: ArrayLike, dtype: Any) -> Any:
 
 
 @functools.cache
-def _of_vector(*dtypes: Any) -> tuple[Any, float]:
-    """The dtype of ``ravel(x)`` by those of the leaves, and the rounding unit of the coarsest of them."""
+def _of_vector(*dtypes: Any) -> Any:
+    """The dtype of ``ravel(x)`` by those of the leaves."""
     with jax.numpy_dtype_promotion("standard"):
         dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
-    return jnp.dtype(dtype), max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    return jnp.dtype(dtype)
 
 
 def _run(
@@ -189,7 +205,8 @@ def _run(
     watch = start_watch(limits.gtol, history_length, progress)
     start = start_loop(value_fn, x0, limits, transformation, watch, callback, walls)
     start = vary_like(start, x0)  # what is counted in a step varies as the step does, and so from the start
-    loop = jax.lax.while_loop(is_running, advance, start)
+    check = settle(value_fn, limits, walls)
+    loop = jax.lax.while_loop(is_running, lambda loop: check(jax.lax.while_loop(may_step, advance, loop)), start)
     best, watch = loop.best, loop.watch
     close(watch, loop.num_steps, best.value, best.grad_norm, loop.tolerance)
     if box is None:

@@ -95,4 +95,5 @@ def _line(step: int, value: float, grad_norm: float, start_norm: float, toleranc
     elif 0 < tolerance < start_norm < math.inf and grad_norm < math.inf:
         share = min(max(math.log(start_norm / grad_norm) / math.log(start_norm / tolerance), 0.0), 1.0)
     bar = "#" * round(_WIDTH * share)
-    return f"[{bar:-<{_WIDTH}}] step {step:6}  value {value:13.6e}  max|grad| {grad_norm:.1e} of {tolerance:.1e}"
+    goal = f" of {tolerance:.1e}" if tolerance > 0 else ""  # without one the solve ends by rounding
+    return f"[{bar:-<{_WIDTH}}] step {step:6}  value {value:13.6e}  max|grad| {grad_norm:.1e}{goal}"

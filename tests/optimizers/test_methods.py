@@ -98,8 +98,9 @@ def test_quasi_newton_methods_take_one_gradient_a_trial(method):
 
     trials = []
     result = curvature.minimize(
-        counted, jnp.array([-1.2, 1.0]), method=method, callback=lambda step: trials.append(int(step.state.num_trials))
-    )
+        counted, jnp.array([-1.2, 1.0]), method=method, gtol=1e-8,
+        callback=lambda step: trials.append(int(step.state.num_trials)),
+    )  # fmt: skip
     jax.effects_barrier()
     assert result.success
     assert len(calls) == 1 + sum(trials)

@@ -66,6 +66,90 @@ def test_other_units_change_nothing_but_the_units(method, factor, unit, start, d
     np.testing.assert_allclose(other.x / unit, plain.x, rtol=1e-3)
 
 
+def warped(x, factor, unit, offset):
+    """A curved valley whose value at the minimizer is ``offset``, in units of the value and of ``x``."""
+    x = x / unit
+    return factor * (10 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2 + jnp.log(1 + (x[2] - 3) ** 2) + offset)
+
+
+@pytest.mark.parametrize(("method", "bounds"), [(m, None) for m in METHODS] + [(m, 0.75) for m in BOUNDED])
+def test_without_an_absolute_tolerance_other_units_change_no_status(method, bounds, dtype):
+    tiny, huge = (1e-22, 1e22) if dtype == jnp.float32 else (1e-90, 1e90)
+    for offset in (0.0, 0.7, -3e3):
+        steps = []
+        for factor, unit in [(1, 1), (tiny, 1), (3e-5, 1), (huge, 1), (1, 1e-9), (1, 7e8)]:
+            start = unit * jnp.array([-1.2, 1.0, 0.5], dtype)
+            box = None if bounds is None else (None, unit * jnp.array([bounds, jnp.inf, jnp.inf], dtype))
+            args = tuple(jnp.asarray(number, dtype) for number in (factor, unit, offset))
+            result = curvature.minimize(warped, start, args, method=method, bounds=box)
+            assert result.success, (offset, factor, unit, Status(int(result.status)))
+            first, rtol = 1.0 if bounds is None else bounds, 2e-3 if dtype == jnp.float32 else 1e-7
+            np.testing.assert_allclose(result.x / unit, [first, first**2, 3], rtol=rtol)
+            steps.append(int(result.num_steps))
+        assert max(steps) - min(steps) <= 4 + max(steps) // 8, steps  # roundings differ, and the ends with them
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_start_at_the_rounded_minimizer_has_converged(method, dtype):
+    fun = lambda x: jnp.sum(jnp.exp(x) - 3 * x) + jnp.prod(x - float(np.log(3)))
+    result = curvature.minimize(fun, jnp.full(3, np.log(3), dtype), method=method)
+    assert result.success
+    assert result.num_steps <= 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_variables_in_other_units_are_each_stationary(method, dtype):
+    # the rounding of the steep variable makes a gradient a million times that of the other
+    fun = lambda x: 0.5 * ((x[0] - 1) ** 2 + 1e10 * (x[1] - 0.01) ** 2) + 7
+    result = curvature.minimize(fun, jnp.array([50, 0.02], dtype), method=method)
+    assert result.success
+    np.testing.assert_allclose(result.x, [1, 0.01], rtol=100 * float(jnp.finfo(dtype).eps))
+
+
+def separated(w, inputs, labels):
+    return jnp.mean(jnp.logaddexp(0.0, -labels * (inputs @ w)))
+
+
+@pytest.mark.parametrize(("method", "bounds"), [(m, None) for m in METHODS] + [(m, WIDE) for m in BOUNDED])
+def test_separated_classes_have_no_minimum(method, bounds, dtype):
+    inputs = np.random.default_rng(0).normal(size=(30, 2))
+    data = jnp.asarray(inputs, dtype), jnp.asarray(np.sign(inputs @ [1.0, -2.0]), dtype)
+    result = curvature.minimize(separated, jnp.zeros(2, dtype), data, method=method, bounds=bounds)
+    assert not result.success
+    if dtype == jnp.float32:  # in double precision the value falls for a thousand steps
+        assert result.status == Status.NO_MINIMUM
+    assert jnp.all(data[1] * (data[0] @ result.x) > 0)  # the way x - x0 separates them
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_value_that_levels_off_has_no_minimum_and_an_edge_or_a_valley_has_one(method, dtype):
+    solve = lambda fun, start: curvature.minimize(fun, jnp.array(start, dtype), method=method)
+    assert solve(lambda x: jnp.sum(jnp.tanh(x)), [0.0, 0.3]).status == Status.NO_MINIMUM
+    assert solve(lambda x: jnp.sum(jnp.maximum(0, 1 - x) ** 2), [0.0, -3.0]).success
+    assert solve(lambda x: (x[0] + 2 * x[1] - 3) ** 2 + 1, [5.0, 7.0]).success
+
+
+@pytest.mark.parametrize("method", BOUNDED)
+def test_a_minimum_at_a_bound_is_one(method, dtype):
+    result = curvature.minimize(lambda x: jnp.sum(jnp.tanh(x)), jnp.zeros(2, dtype), method=method, bounds=(-5.0, None))
+    assert result.success
+    np.testing.assert_array_equal(result.x, -5)
+
+
+def tnc38(x):
+    """SciPy's test of TNC, after CUTE: least at ones, where it is 0."""
+    valleys = 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2 + 90 * (x[3] - x[2] ** 2) ** 2 + (1 - x[2]) ** 2
+    return 1e-5 * (valleys + 10.1 * ((x[1] - 1) ** 2 + (x[3] - 1) ** 2) + 19.8 * (x[1] - 1) * (x[3] - 1))
+
+
+@pytest.mark.parametrize(("method", "bounds"), [(m, None) for m in METHODS] + [(m, (-10.0, 10.0)) for m in BOUNDED])
+def test_a_small_scale_of_the_value_hides_no_valley(method, bounds, dtype):
+    start = jnp.array([-3, -1, -3, -1], dtype)
+    result = curvature.minimize(tnc38, start, method=method, bounds=bounds)
+    assert result.success
+    np.testing.assert_allclose(result.x, 1, rtol=2e-3 if dtype == jnp.float32 else 1e-8)
+
+
 @pytest.mark.parametrize("method", ["bfgs", "l-bfgs"])
 def test_minus_infinity_ends_at_the_lowest_finite_point_seen(method, dtype):
     result = curvature.minimize(lambda x: -jnp.sum(jnp.exp(x)), jnp.zeros(2, dtype), method=method)
@@ -77,6 +161,16 @@ def test_minus_infinity_ends_at_the_lowest_finite_point_seen(method, dtype):
 
 
 @pytest.mark.thin
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("start", [[1.0], [1.0, 2.0], [0.3]])
+def test_a_pole_is_left_below_the_start_and_is_no_minimum(method, start, dtype):
+    # from 1 Newton's step leads to the pole itself, where the value is minus infinity
+    result = curvature.minimize(lambda x: jnp.sum(jnp.log(x**2)), jnp.array(start, dtype), method=method)
+    assert result.status in (Status.UNBOUNDED, Status.SETTLED, Status.STALLED)
+    assert result.value < -40
+    np.testing.assert_allclose(result.value, np.sum(np.log(np.asarray(result.x, float) ** 2)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("start", [1.0, 0.3])
 def test_a_kink_is_called_no_nan(method, start, dtype):

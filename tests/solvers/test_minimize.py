@@ -29,9 +29,7 @@ methods = pytest.mark.parametrize("method", METHODS)
 def test_classical_problems(problem, method, dtype):
     result = curvature.minimize(problem.fun, jnp.asarray(problem.start, dtype), method=method)
     single = dtype == jnp.float32
-    # In single precision the gradient next to the minimizer of Brown's function is 1e-2: to converge is to hit it.
-    unreachable = single and problem.name == "brown_badly_scaled" and result.status == Status.STALLED
-    assert unreachable or result.status == Status.CONVERGED
+    assert result.status == Status.CONVERGED
     assert result.x.dtype == result.value.dtype == result.grad.dtype == dtype
     scale = np.maximum(np.abs(problem.minimizer), 1e-6 if problem.name == "brown_badly_scaled" else 1)
     error = np.max(np.abs(np.asarray(result.x, float) - problem.minimizer) / scale)
@@ -39,7 +37,8 @@ def test_classical_problems(problem, method, dtype):
     assert result.num_steps <= 70
     eps = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(result.value, problem.fun(result.x), rtol=1e-4, atol=eps**1.5)
-    assert unreachable or jnp.max(jnp.abs(result.grad)) <= eps**0.5
+    # One rounding of x at the minimizer of Brown's function changes the gradient by eps * 1e12 * 2e-6.
+    assert jnp.max(jnp.abs(result.grad)) <= (16 * eps * 2e6 if problem.name == "brown_badly_scaled" else eps**0.5)
 
 
 @methods
@@ -91,7 +90,7 @@ def test_one_linearization_a_step_and_no_hessian_at_a_rejected_point(method):
     trials = []
     start = jnp.array([-1.2, 1.0])
     result = curvature.minimize(
-        observed, start, method=method, hessian=None if method == "trust-region" else observed_hessian,
+        observed, start, method=method, hessian=None if method == "trust-region" else observed_hessian, gtol=1e-8,
         callback=lambda step: trials.append(int(step.state.num_trials)),
     )  # fmt: skip
     jax.block_until_ready(result)
@@ -324,7 +323,7 @@ def test_the_objective_may_differ_from_its_point_in_precision(method):
         np.testing.assert_allclose(np.asarray(result.x, float), data, atol=0.05)
 
 
-@pytest.mark.parametrize(("method", "most"), [("trust-exact", 620), ("bfgs", 640), ("l-bfgs", 700)])
+@pytest.mark.parametrize(("method", "most"), [("trust-exact", 705), ("bfgs", 700), ("l-bfgs", 755)])
 def test_the_program_stays_small(method, most):
     # what the first call of a small problem takes is compilation, which goes by the number of operations
     def count(jaxpr):

@@ -1,0 +1,125 @@
+"""Test of stationarity to rounding, and of descent that goes on toward infinity."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from curvature._sharding import vary_like
+from curvature._trees import ravel
+from curvature._types import Scalar, Tree, Vector
+from curvature.optimizers._bounds import Box, around, downhill, project
+from curvature.optimizers._method import choose, evaluate
+
+_ROUNDINGS = 16  # by which each entry of x moves; fewer would be hard to tell from the rounding of the gradient
+_LENIENCE = 4.0  # where no step is found that could do better
+_PROBES = 4  # vectors of factors: in one of them the terms of a row of the Hessian may cancel
+_HOPELESS = 64.0  # a gradient so many times the change in the first probes is not worth the others
+_ANGLE = 1.88  # radians; the cosines of its multiples differ from entry to entry and from probe to probe
+_CLEAR = 100  # so many times its rounding, the value must have fallen for a slope on the way to say something
+_POINTS = _PROBES + 3  # and on the way from the start: the start, three quarters of it, and half as far again
+
+
+class Verdict(NamedTuple):
+    """Whether a point is stationary to rounding, and whether the way to it leads on without end."""
+
+    is_stationary: Bool[Array, ""]
+    drifts: Bool[Array, ""]
+
+
+class _Examination(NamedTuple):
+    count: Scalar  # of the points evaluated
+    passes: Bool[Array, ""]
+    spread: Vector  # the largest change of each entry of the gradient over the probes
+    peak: Scalar  # the highest value over the probes
+    value: Scalar  # at the last point
+    slope: Scalar  # along the way, at the last point
+    vanishes: Bool[Array, ""]  # the slope, from a high point before the last to the last
+    drifts: Bool[Array, ""]
+
+
+def examine(
+    value_fn: Callable[[Tree], Any],
+    start: Tree,
+    point: Any,
+    box: Box | None,
+    wanted: Bool[Array, ""],
+    is_last: Bool[Array, ""],
+) -> Verdict:
+    """Evaluate the gradient close to a point, and, if the point is stationary or the last, along the way to it.
+
+    The point is stationary to rounding if no entry of its gradient exceeds the largest change of that entry as ``x``
+    moves to ``x + 16 eps max(|x|, sqrt(eps) |x0|) c``, for four vectors ``c`` of factors between -1 and 1. The maximum
+    gives a scale to an entry whose minimizer is zero. The changes include the rounding of the gradient itself, and they
+    follow the units of the objective and of each variable. At the last point, from which no step led on, four times
+    these changes are allowed: directions of large curvature can keep a method from using the others to the end.
+
+    At a pole such as that of ``log(abs(x))`` the gradient changes sign as well; there the value rises, over a probe, by
+    more than ``sqrt(eps)`` of what it rises half as far again from ``x0``.
+
+    The objective drifts if half as far again from ``x0``, at ``x + (x - x0) / 2``, the value is no higher, beyond
+    rounding, and if the slope along this way had fallen below ``eps^(1/4)`` of the first one at three quarters of it.
+    Without the second condition a minimizer at the edge of a flat set would count. Where the value fell by little more
+    than its rounding, the slopes are rounding too.
+    """
+    x, unravel = ravel(point.x)
+    x0 = ravel(start)[0]
+    grad = ravel(point.grad)[0]
+    size, reach, way = jnp.abs(grad), _reach(point, start), x - x0
+    if box is not None:  # entries that a bound holds stay there
+        free = downhill(around(box, point.x), grad)
+        size, reach = jnp.abs(free), jnp.where(free == grad, reach, 0)
+    angles = _ANGLE * jnp.arange(1, x.size + 1, dtype=x.dtype)
+    level, high = point.value + point.noise, point.value + _CLEAR * point.noise
+    flat = float(jnp.finfo(x.dtype).eps) ** 0.5
+    vanishing = flat**0.5
+    real = x.dtype.type
+
+    def running(last: _Examination) -> Bool[Array, ""]:
+        return last.passes & (last.count < _POINTS)
+
+    def evaluate_next(last: _Examination) -> _Examination:
+        is_probe, count = last.count < _PROBES, last.count + 1
+        share = 0.75 * (last.count - _PROBES)
+        moved = unravel(choose(is_probe, x + reach * jnp.cos(angles * count), x0 + share * way))
+        goes_on: Any = True
+        if box is not None:
+            moved = project(box, moved)
+            goes_on = jnp.any(ravel(moved)[0] != x)  # else the bounds end the way
+        value, new = evaluate("minimize", value_fn, moved)
+        value, new = value.astype(level.dtype), ravel(new)[0]
+        spread = choose(is_probe, jnp.maximum(last.spread, jnp.abs(new - grad)), last.spread)
+        slope = jnp.abs(jnp.vdot(new, way, precision="highest"))
+        factor = jax.lax.select(count < _PROBES, real(_HOPELESS), real(1))
+        return _Examination(
+            count=count,
+            passes=jnp.all(size <= factor * spread) | is_last,
+            spread=spread,
+            peak=choose(is_probe, jnp.maximum(last.peak, value), last.peak),
+            value=value,
+            slope=slope,
+            vanishes=(last.value > high) & (slope < vanishing * last.slope),
+            drifts=last.vanishes & (value <= level) & goes_on,
+        )
+
+    zero, no = np.zeros((), x.dtype), np.zeros((), bool)
+    first = _Examination(zero, wanted, jnp.zeros_like(x), point.value, point.value, zero, no, no)
+    last = jax.lax.while_loop(running, evaluate_next, vary_like(jax.tree.map(jnp.asarray, first), (point, start)))
+    lenience = jax.lax.select(is_last, real(_LENIENCE), real(1))
+    is_pole = last.peak > level + flat * jnp.maximum(last.value - point.value, 0)
+    is_stationary = last.passes & jnp.all(size <= lenience * last.spread) & ~is_pole
+    return Verdict(is_stationary, last.passes & last.drifts)
+
+
+def _reach(point: Any, start: Tree) -> Vector:
+    """How far each entry moves in a probe, in roundings of its dtype or of that of the objective."""
+    least = float(jnp.finfo(point.value.dtype).eps)
+
+    def leaf(x: Array, x0: Array) -> Array:
+        eps = max(float(jnp.finfo(x.dtype).eps), least)
+        return (_ROUNDINGS * eps) * jnp.maximum(jnp.abs(x), eps**0.5 * jnp.abs(x0))
+
+    return ravel(jax.tree.map(leaf, point.x, start))[0]
