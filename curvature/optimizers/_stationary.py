@@ -105,7 +105,8 @@ def examine(
             drifts=last.vanishes & (value <= level) & goes_on,
         )
 
-    zero, no = np.zeros((), x.dtype), np.zeros((), bool)
+    zero: Any = np.zeros((), x.dtype)
+    no: Any = np.zeros((), bool)
     first = _Examination(zero, wanted, jnp.zeros_like(x), point.value, point.value, zero, no, no)
     last = jax.lax.while_loop(running, evaluate_next, vary_like(jax.tree.map(jnp.asarray, first), (point, start)))
     lenience = jax.lax.select(is_last, real(_LENIENCE), real(1))

@@ -160,7 +160,9 @@ def _limits(
     for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
         _checks.check_nonnegative(function, name, tolerance)
     _checks.check_count(function, "max_steps", max_steps)
-    return Limits(_operand(gtol, dtype), _operand(rtol, dtype), _operand(max_steps, jnp.int32), np.bool_(to_rounding))
+    return Limits(
+        _operand(gtol, dtype), _operand(rtol, dtype), _operand(max_steps, jnp.int32), _operand(to_rounding, bool)
+    )
 
 
 _limits_once = functools.lru_cache(typed=True)(_limits)  # numbers are mostly those of the call before
