@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from curvature import types as types
+from curvature._compile_cache import clear_caches as clear_caches
 from curvature._types import MinimizeResult as MinimizeResult
 from curvature._types import Status as Status
 from curvature.diagnostics._check_derivatives import check_derivatives as check_derivatives

@@ -34,6 +34,29 @@ _PROGRAMS_FOR: dict[Any, Callable[..., Any]] = {}
 _MAX_PROGRAMS = 1000  # Heuristic: more than one session needs; keys that hold numbers could grow without bound.
 
 
+def clear_caches() -> None:
+    """Drop every program that ``curvature`` keeps: compiled solves and compiled eager calls.
+
+    A program is kept under the functions that it was compiled for, as long as they live, and at most 1,000 programs of
+    eager calls. So there is seldom a need to call this. What ``jax.jit`` keeps is dropped by ``jax.clear_caches``.
+
+    Returns:
+        Nothing.
+
+    Raises:
+        Nothing.
+
+    Cost: the next call of each function traces and compiles.
+
+    Example:
+        >>> import jax.numpy as jnp, curvature
+        >>> result = curvature.minimize(lambda x: jnp.sum((x - 1) ** 2), jnp.zeros(2))
+        >>> curvature.clear_caches()
+    """
+    _RESULTS.clear()
+    _PROGRAMS_FOR.clear()
+
+
 def is_traced() -> bool:
     """Whether the caller runs inside ``jit``, ``vmap``, ``grad`` or another transformation."""
     return get_opaque_trace_state() != _UNTRACED

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from curvature import _checks
+from curvature._compile_cache import cached
 from curvature._trees import ravel
 from curvature._types import Objective, Tree
 from curvature.optimizers._bounds import box_of, flat, project
@@ -166,18 +167,9 @@ def _telling(callback: Callable[..., Any], x0: Tree, result_type: type) -> Calla
     return by_name if set(inspect.signature(callback).parameters) == {"intermediate_result"} else by_position
 
 
-# A cache and nothing else, as that of minimize.
-_PROGRAMS: weakref.WeakKeyDictionary[Objective, _Programs] = weakref.WeakKeyDictionary()
-
-
 def _programs(fun: Objective) -> _Programs:
-    """The compiled derivatives of an objective, found again as long as it lives."""
-    try:
-        if fun not in _PROGRAMS:
-            _PROGRAMS[fun] = _compile(weakref.ref(fun))
-        return _PROGRAMS[fun]
-    except TypeError:  # not hashable, or not weakly referable
-        return _compile(lambda: fun)
+    """The compiled derivatives of an objective, in the cache of compiled solves."""
+    return cached((fun,), _compile, lambda: _compile(weakref.ref(fun)), otherwise=lambda: _compile(lambda: fun))
 
 
 def _compile(reference: Callable[[], Any]) -> _Programs:

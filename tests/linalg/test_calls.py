@@ -172,3 +172,28 @@ def test_transformations_are_as_before():
     assert_close(jacobian, jnp.linalg.inv(matrix), roundings=1e3)
     by_matrix = jax.jvp(lambda m: solve(m, B), (matrix,), (jnp.eye(3),))[1]
     assert_close(by_matrix, -want / jnp.diagonal(matrix), roundings=1e3)
+
+
+def test_cleared_caches_compile_again():
+    traces = []
+
+    def fun(x):
+        traces.append(x)
+        return jnp.sum((x - 1) ** 2)
+
+    def traces_of(call):
+        before = len(traces)
+        call()
+        return len(traces) - before
+
+    calls = [
+        lambda: curvature.minimize(fun, jnp.zeros(2)),
+        lambda: curvature.cg(curvature.HessianOperator(fun, jnp.zeros(2)), jnp.ones(2)),
+        lambda: curvature.scipy_minimize(fun, jnp.zeros(2)),
+    ]
+    for call in calls:
+        call()
+    assert traces_of(calls[0]) == 0
+    assert traces_of(calls[2]) == 0
+    curvature.clear_caches()
+    assert all(traces_of(call) > 0 for call in calls)
