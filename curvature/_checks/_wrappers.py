@@ -26,7 +26,7 @@ def masked_params(function: str, method: str, paths: list[str], failure: Excepti
 
 
 def check_shape(function: str, shape: Any) -> None:
-    """Refuse anything but a shape: ``optax.inject_hyperparams`` calls every function among the hyperparameters with the step."""
+    """Refuse anything but a shape: ``optax.inject_hyperparams`` calls each function among them with the step instead."""
     if not isinstance(shape, tuple):
         raise TypeError(
             f"{function}: spatial_axes was called with {shape!r}, expected the shape of a leaf; name it in the "
