@@ -10,8 +10,9 @@ from jaxtyping import Array, PRNGKeyArray
 from curvature import _checks, _trees
 from curvature._types import HessianMode, Objective, Tree
 from curvature.diagnostics import _verdicts
+from curvature.diagnostics._differences import Samples
 from curvature.diagnostics._reports import DerivativeCheck, DerivativeReport
-from curvature.diagnostics._restriction import Line, scales_of
+from curvature.diagnostics._restriction import Direction, Line, scales_of
 from curvature.programs import _traced
 from curvature.transforms._blocks import matrix_view
 from curvature.transforms._hessian import hessian, hvp
@@ -90,9 +91,9 @@ def check_derivatives(
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
         key = jax.random.key(0) if key is None else key
         line, fun, wide_x = _line(f, args, x, order, remarks)
-        labels, directions = _directions(line, num_directions, key)
+        directions = _directions(line, num_directions, key)
         matrix = _assembled(fun, wide_x, line, remarks) if order == 2 and own.is_scalar else None
-        checks = _compare(line, labels, directions, order, matrix)
+        checks = _compare(line, directions, order, matrix)
     found = [f"{what}: {', '.join(paths)}" for what, paths in nonfinite.items()]
     verdict = "not finite" if nonfinite else "passed"
     finite = DerivativeCheck("finite values", verdict, float(len(nonfinite)), 0.0, "; ".join(found))
@@ -151,86 +152,74 @@ def _assembled(fun: Objective, x: Tree, line: Line, remarks: list[str]) -> np.nd
     return line.scales[:, None] * matrix * line.scales
 
 
-def _directions(line: Line, num_directions: int, key: Array) -> tuple[list[str], np.ndarray]:
-    """The labels of the directions, and the directions as rows, in units of the scales of ``x``."""
+def _directions(line: Line, num_directions: int, key: Array) -> list[Direction]:
+    """Random directions, and all coordinates or a random direction in each leaf."""
     n = line.size
     random = np.asarray(jax.random.normal(key, (num_directions + _MOST_LEAVES, n), jnp.float64))
-    labels, rows = [f"random direction {i}" for i in range(num_directions)], list(random[:num_directions])
+    directions = [Direction(f"random direction {i}", random[i]) for i in range(num_directions)]
     if n <= _MOST_COORDINATES:
-        return [*labels, *map(line.entry_name, range(n))], np.stack([*rows, *np.eye(n)])
+        return directions + [Direction(line.entry_name(i), row) for i, row in enumerate(np.eye(n))]
     for (path, start, stop), row in zip(line.leaves[:_MOST_LEAVES], random[num_directions:], strict=False):
-        labels.append(f"a random direction in {path}")
-        rows.append(np.where((np.arange(n) >= start) & (np.arange(n) < stop), row, 0.0))
-    return labels, np.stack(rows)
+        vector = np.where((np.arange(n) >= start) & (np.arange(n) < stop), row, 0.0)
+        directions.append(Direction(f"a random direction in {path}", vector))
+    return directions
 
 
-def _compare(
-    line: Line, labels: list[str], directions: np.ndarray, order: int, matrix: np.ndarray | None
-) -> list[DerivativeCheck]:
+def _compare(line: Line, directions: list[Direction], order: int, matrix: np.ndarray | None) -> list[DerivativeCheck]:
     """All checks except the check for NaN; ``matrix`` is the assembled Hessian, if there is one."""
     center, gradient = line.center()
-    first, sides, directions = _along_all(line, labels, directions, order)
-    checks = [_verdicts.worst("first derivatives: differences of f", labels, first)]
+    first, values, directions = _along_all(line, directions, order)
+    checks = [_verdicts.worst("first derivatives: differences of f", directions, first)]
     few = line.size <= _MOST_FORWARD
     modes = [m for m in ("rev", "fwd") if line.program.blocker(m) is None and (few or m == line.gradient_mode)]
     checks.append(_verdicts.agreement("gradient: modes agree", line.gradients_by(modes), line, float(abs(center))))
     if order == 1:
         return checks
-    products = np.stack([line.product(direction) for direction in directions])
-    along = [line.gradients(direction) for direction in directions]
-    of_values = [
-        _verdicts.curvature(line, label, direction, product, center, *values)
-        for label, direction, product, values in zip(labels, directions, products, sides, strict=True)
-    ]
-    by_values = _verdicts.worst("second derivatives: second differences of f", labels, of_values)
-    by_gradient = _by_gradient("second derivatives", line, labels, directions, products, gradient, along)
+    vectors = np.stack([direction.vector for direction in directions])
+    products = np.stack([line.product(vector) for vector in vectors])
+    gradients = [Samples(*line.gradients(vector), gradient) for vector in vectors]
+    triples = zip(directions, products, values, strict=True)
+    of_values = [_verdicts.curvature(line, *triple) for triple in triples]
+    by_values = _verdicts.worst("second derivatives: second differences of f", directions, of_values)
+    by_gradient = _by_gradient("second derivatives", line, directions, products, gradients)
     by_gradient = _verdicts.blame_kink(by_gradient, checks[0], "f")
     checks.append(by_gradient)
     checks.append(_verdicts.blame_kink(_verdicts.blame_kink(by_values, checks[0], "f"), by_gradient, "the gradient"))
     size = float(np.linalg.norm(gradient))
-    checks += _identities(line, labels, directions, products, size)
+    checks += _identities(line, directions, products, size)
     if matrix is None:
         return checks
-    of_taps = directions @ matrix.T
-    by_taps = [_verdicts.assembled(line, *row, size) for row in zip(labels, directions, of_taps, products, strict=True)]
-    checks.append(_verdicts.worst("assembled Hessian: agrees with H v", labels, by_taps))
-    differences = _by_gradient("assembled Hessian", line, labels, directions, of_taps, gradient, along)
+    of_taps = vectors @ matrix.T
+    by_taps = [_verdicts.assembled(line, *row, size) for row in zip(directions, of_taps, products, strict=True)]
+    checks.append(_verdicts.worst("assembled Hessian: agrees with H v", directions, by_taps))
+    differences = _by_gradient("assembled Hessian", line, directions, of_taps, gradients)
     return [*checks, _verdicts.blame_kink(differences, checks[0], "f")]
 
 
 def _by_gradient(
-    name: str,
-    line: Line,
-    labels: list[str],
-    directions: np.ndarray,
-    products: np.ndarray,
-    gradient: np.ndarray,
-    along: list[tuple[np.ndarray, np.ndarray]],
+    name: str, line: Line, directions: list[Direction], products: np.ndarray, gradients: list[Samples]
 ) -> DerivativeCheck:
     """Compare products with the Hessian with differences of the gradient."""
-    found = [
-        _verdicts.second_order(line, label, direction, product, gradient, *gradients)
-        for label, direction, product, gradients in zip(labels, directions, products, along, strict=True)
-    ]
-    return _verdicts.worst(f"{name}: differences of the gradient", labels, found)
+    triples = zip(directions, products, gradients, strict=True)
+    found = [_verdicts.second_order(line, *triple) for triple in triples]
+    return _verdicts.worst(f"{name}: differences of the gradient", directions, found)
 
 
-def _identities(
-    line: Line, labels: list[str], directions: np.ndarray, products: np.ndarray, size: float
-) -> list[DerivativeCheck]:
+def _identities(line: Line, directions: list[Direction], products: np.ndarray, size: float) -> list[DerivativeCheck]:
     """Agreement of the modes, symmetry and linearity; ``size`` is the norm of the gradient."""
     few = line.size <= _MOST_FORWARD
-    probes = directions[:2] if len(directions) > 1 else np.stack([directions[0], -2 * directions[0]])
+    vectors = [direction.vector for direction in directions]
+    probes = np.stack(vectors[:2] if len(vectors) > 1 else [vectors[0], -2 * vectors[0]])
     legal = [m for m in _COMPOSITIONS if line.program.composition_blocker(m) is None]
     legal = [m for m in legal if few or m != "fwd_over_fwd" or legal == [m]]
     agree = _verdicts.agreement("H v: modes agree", line.products_by(legal, probes[0]), line, size)
-    symmetric = _verdicts.blame_rule(_verdicts.symmetry(line, labels, directions, products, size), line)
+    symmetric = _verdicts.blame_rule(_verdicts.symmetry(line, directions, products, size), line)
     return [agree, symmetric, _verdicts.linearity(line, probes, size)]
 
 
 def _along_all(
-    line: Line, labels: list[str], directions: np.ndarray, order: int
-) -> tuple[list[DerivativeCheck], list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    line: Line, directions: list[Direction], order: int
+) -> tuple[list[DerivativeCheck], list[Samples], list[Direction]]:
     """The check of the first derivative and the values along each direction, and the directions that were used.
 
     If an entry is far smaller than the others of its leaf, steps of its size may change ``f`` by less than rounding.
@@ -239,24 +228,25 @@ def _along_all(
     center, gradient = line.center()
     product = line.product if order == 2 else None
 
-    def look(label: str, direction: np.ndarray) -> tuple[float, DerivativeCheck, tuple[np.ndarray, np.ndarray]]:
-        plus, minus = line.values(direction)
-        check = _verdicts.first_order(line, label, direction, gradient, center, plus, minus)
+    def evaluate(direction: Direction) -> tuple[float, DerivativeCheck, Samples]:
+        values = Samples(*line.values(direction.vector), center)
+        check = _verdicts.first_order(line, direction, gradient, values)
         if product is None:
-            return check.tolerance, check, (plus, minus)
-        curved = _verdicts.curvature(line, label, direction, product(direction), center, plus, minus)
-        return max(check.tolerance, curved.tolerance), check, (plus, minus)
+            return check.tolerance, check, values
+        second = _verdicts.curvature(line, direction, product(direction.vector), values)
+        return max(check.tolerance, second.tolerance), check, values
 
-    checks, sides, chosen = [], [], []
-    for label, direction in zip(labels, directions, strict=True):
-        seen = look(label, direction)
-        wider = line.wider(int(np.argmax(direction))) if label.startswith("x") else 1.0
-        if wider > 1 and seen[0] > _verdicts.ROUGH and (farther := look(label, wider * direction))[0] < seen[0]:
-            seen, direction = farther, wider * direction
-        checks.append(seen[1])
-        sides.append(seen[2])
+    checks, values, chosen = [], [], []
+    for direction in directions:
+        found = evaluate(direction)
+        factor = line.wider(int(np.argmax(direction.vector))) if direction.is_coordinate else 1.0
+        longer = Direction(direction.label, factor * direction.vector)
+        if factor > 1 and found[0] > _verdicts.ROUGH and (wider := evaluate(longer))[0] < found[0]:
+            found, direction = wider, longer
+        checks.append(found[1])
+        values.append(found[2])
         chosen.append(direction)
-    return checks, sides, np.stack(chosen)
+    return checks, values, chosen
 
 
 def _nonfinite(fun: Objective, x: Tree, order: int) -> dict[str, tuple[str, ...]]:

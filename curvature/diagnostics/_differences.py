@@ -10,6 +10,14 @@ STEPS = 2.0 ** -np.arange(3, 19)
 _COLUMNS = 5  # Heuristic: further columns of the tableau only accumulate rounding
 
 
+class Samples(NamedTuple):
+    """Values of a function ``phi`` along a line: at ``h`` and at ``-h`` for each step along axis 0, and at 0."""
+
+    plus: np.ndarray
+    minus: np.ndarray
+    center: np.ndarray
+
+
 class Estimate(NamedTuple):
     """Arrays of one shape: the derivative, an estimate of its error, and its magnitude over the largest steps."""
 
@@ -18,26 +26,25 @@ class Estimate(NamedTuple):
     scale: np.ndarray
 
 
-def first_derivative(plus: np.ndarray, minus: np.ndarray, center: np.ndarray, eps: float) -> Estimate:
-    """``d/dt phi(t)`` at 0 from ``phi(h)`` and ``phi(-h)`` along axis 0, and ``phi(0)``, with rounding unit ``eps``."""
-    differences = (plus - minus) / (2 * _column(STEPS, center))
-    return _extrapolate(differences, plus, minus, center, eps, order=1)
+def first_derivative(samples: Samples, eps: float) -> Estimate:
+    """``d/dt phi(t)`` at 0 from samples with the rounding unit ``eps``."""
+    differences = (samples.plus - samples.minus) / (2 * _column(STEPS, samples.center))
+    return _extrapolate(differences, samples, eps, order=1)
 
 
-def second_derivative(plus: np.ndarray, minus: np.ndarray, center: np.ndarray, eps: float) -> Estimate:
-    """``d^2/dt^2 phi(t)`` at 0 from ``phi(h)`` and ``phi(-h)`` along axis 0, and ``phi(0)``."""
-    differences = (plus - 2 * center + minus) / _column(STEPS, center) ** 2
-    return _extrapolate(differences, plus, minus, center, eps, order=2)
+def second_derivative(samples: Samples, eps: float) -> Estimate:
+    """``d^2/dt^2 phi(t)`` at 0 from samples with the rounding unit ``eps``."""
+    differences = (samples.plus - 2 * samples.center + samples.minus) / _column(STEPS, samples.center) ** 2
+    return _extrapolate(differences, samples, eps, order=2)
 
 
 def _column(steps: np.ndarray, center: np.ndarray) -> np.ndarray:
     return steps.reshape(-1, *[1] * center.ndim)
 
 
-def _extrapolate(
-    differences: np.ndarray, plus: np.ndarray, minus: np.ndarray, center: np.ndarray, eps: float, order: int
-) -> Estimate:
+def _extrapolate(differences: np.ndarray, samples: Samples, eps: float, order: int) -> Estimate:
     """Richardson's tableau for a series in h^2; for each entry the element with the smallest error estimate."""
+    plus, minus, center = samples
     steps = _column(STEPS, center)
     sizes = np.maximum(np.maximum(np.abs(plus), np.abs(minus)), np.abs(center))
     roundings = eps * np.fmax.reduce(np.where(np.isfinite(sizes), sizes, 0.0)) * 2**order / steps**order
@@ -62,8 +69,9 @@ def _extrapolate(
     return Estimate(value, error, scale)
 
 
-def has_kink(plus: np.ndarray, minus: np.ndarray, center: np.ndarray, eps: float) -> bool:
+def has_kink(samples: Samples, eps: float) -> bool:
     """Whether one-sided derivatives differ in any entry: then ``phi(h) - 2 phi(0) + phi(-h)`` is O(h), not O(h^2)."""
+    plus, minus, center = samples
     steps = _column(STEPS, center)
     bend = (plus - 2 * center + minus) / steps
     slope = np.maximum(np.abs(plus - center), np.abs(minus - center)) / steps

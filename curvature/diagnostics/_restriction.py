@@ -1,7 +1,7 @@
 """The restriction of a function to lines through a point, compiled once for all directions."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,18 @@ def scales_of(x: Tree) -> Tree:
         return jnp.where(leaf == 0, of_zeros, jnp.abs(leaf))
 
     return jax.tree.map(of_leaf, x)
+
+
+class Direction(NamedTuple):
+    """A direction with its name, in units of the scales of ``x``: a coordinate, or a random direction."""
+
+    label: str
+    vector: np.ndarray
+
+    @property
+    def is_coordinate(self) -> bool:
+        """Whether it moves one entry of ``x``, whose name is then the label."""
+        return self.label.startswith("x")
 
 
 class Line:
@@ -69,6 +81,11 @@ class Line:
             if start <= i < stop:
                 return path
         raise IndexError(i)
+
+    def unit(self, direction: Direction) -> float:
+        """The distance by which a coordinate direction moves its entry of ``x``; 1 for a random direction."""
+        vector = direction.vector
+        return float(self.scales[np.argmax(vector)] * np.max(vector)) if direction.is_coordinate else 1.0
 
     def wider(self, i: int) -> float:
         """The factor by which entry ``i`` moves farther if its size is tiny in its leaf; 1 if it is not."""

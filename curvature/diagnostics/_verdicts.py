@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from curvature.diagnostics import _differences
+from curvature.diagnostics._differences import Estimate, Samples
 from curvature.diagnostics._reports import DerivativeCheck, Verdict
-from curvature.diagnostics._restriction import Line
+from curvature.diagnostics._restriction import Direction, Line
 from curvature.programs._pushforward import asymmetric_rule
 
 _SAFETY = 20  # Heuristic: differences may be off by this multiple of their error estimate
@@ -18,18 +19,18 @@ ROUGH = 1e-2  # Heuristic: a tolerance beyond this share of the scale makes a ch
 _SEVERITY: tuple[Verdict, ...] = ("passed", "inconclusive", "wrong", "kink", "not finite")
 
 
-def worst(name: str, labels: Sequence[str], checks: Sequence[DerivativeCheck]) -> DerivativeCheck:
+def worst(name: str, directions: Sequence[Direction], checks: Sequence[DerivativeCheck]) -> DerivativeCheck:
     """The most severe of several checks, renamed; a failing coordinate direction comes before a random direction.
 
     A kink or a NaN is more severe than a wrong value: no derivative exists there to be wrong.
     """
 
-    def weight(pair: tuple[str, DerivativeCheck]) -> tuple[int, bool, float]:
-        label, check = pair
+    def weight(pair: tuple[Direction, DerivativeCheck]) -> tuple[int, bool, float]:
+        direction, check = pair
         ratio = check.error / check.tolerance if check.tolerance else check.error
-        return _SEVERITY.index(check.verdict), label.startswith("x") and check.verdict != "passed", ratio
+        return _SEVERITY.index(check.verdict), direction.is_coordinate and check.verdict != "passed", ratio
 
-    return replace(max(zip(labels, checks, strict=True), key=weight)[1], name=name)
+    return replace(max(zip(directions, checks, strict=True), key=weight)[1], name=name)
 
 
 def blame_kink(check: DerivativeCheck, kinked: DerivativeCheck, what: str) -> DerivativeCheck:
@@ -39,80 +40,47 @@ def blame_kink(check: DerivativeCheck, kinked: DerivativeCheck, what: str) -> De
     return replace(check, verdict="kink", sentence=f"{check.sentence[:-1]}: {what} has a kink at x.")
 
 
-def first_order(
-    line: Line,
-    label: str,
-    direction: np.ndarray,
-    gradient: np.ndarray,
-    center: np.ndarray,
-    plus: np.ndarray,
-    minus: np.ndarray,
-) -> DerivativeCheck:
+def first_order(line: Line, direction: Direction, gradient: np.ndarray, values: Samples) -> DerivativeCheck:
     """``g'd`` against differences of f along ``d``."""
-    estimate = _differences.first_derivative(plus, minus, center, line.eps)
-    kink = _differences.has_kink(plus, minus, center, line.eps)
-    name = f"d f / d {label}" if label.startswith("x") else f"the derivative of f along {label}"
-    return _compare_form(line, direction, gradient, estimate, kink, center, (name, _unit(line, label, direction)))
+    label = direction.label
+    name = f"d f / d {label}" if direction.is_coordinate else f"the derivative of f along {label}"
+    estimate = _differences.first_derivative(values, line.eps)
+    return _compare_form(line, direction, gradient, estimate, values, (name, line.unit(direction)))
 
 
-def second_order(
-    line: Line,
-    label: str,
-    direction: np.ndarray,
-    product: np.ndarray,
-    gradient: np.ndarray,
-    plus: np.ndarray,
-    minus: np.ndarray,
-) -> DerivativeCheck:
+def second_order(line: Line, direction: Direction, product: np.ndarray, gradients: Samples) -> DerivativeCheck:
     """``H d`` against differences of the gradient along ``d``, entry by entry."""
-    estimate = _differences.first_derivative(plus, minus, gradient, line.eps)
-    kink = _differences.has_kink(plus, minus, gradient, line.eps)
-    name_entry = functools.partial(_name_second, line, label, direction)
-    return _compare(line, product, estimate, kink, np.abs(gradient), np.linalg.norm(product), name_entry)
+    estimate = _differences.first_derivative(gradients, line.eps)
+    name_entry = functools.partial(_name_second, line, direction)
+    return _compare(line, product, estimate, gradients, np.linalg.norm(product), name_entry)
 
 
-def curvature(
-    line: Line,
-    label: str,
-    direction: np.ndarray,
-    product: np.ndarray,
-    center: np.ndarray,
-    plus: np.ndarray,
-    minus: np.ndarray,
-) -> DerivativeCheck:
+def curvature(line: Line, direction: Direction, product: np.ndarray, values: Samples) -> DerivativeCheck:
     """``d'Hd`` against second differences of f along ``d``."""
-    estimate = _differences.second_derivative(plus, minus, center, line.eps)
-    kink = _differences.has_kink(plus, minus, center, line.eps)
-    name = f"d^2 f / d {label}^2" if label.startswith("x") else f"v'Hv for {label}"
-    return _compare_form(line, direction, product, estimate, kink, center, (name, _unit(line, label, direction) ** 2))
-
-
-def _unit(line: Line, label: str, direction: np.ndarray) -> float:
-    """The distance by which a coordinate direction moves its entry of ``x``; 1 for a random direction."""
-    return float(line.scales[np.argmax(direction)] * np.max(direction)) if label.startswith("x") else 1.0
+    label = direction.label
+    name = f"d^2 f / d {label}^2" if direction.is_coordinate else f"v'Hv for {label}"
+    estimate = _differences.second_derivative(values, line.eps)
+    return _compare_form(line, direction, product, estimate, values, (name, line.unit(direction) ** 2))
 
 
 def _compare_form(
     line: Line,
-    direction: np.ndarray,
+    direction: Direction,
     covector: np.ndarray,
-    estimate: _differences.Estimate,
-    kink: bool,
-    center: np.ndarray,
+    estimate: Estimate,
+    values: Samples,
     name_and_unit: tuple[str, float],
 ) -> DerivativeCheck:
     """Compare one number, a covector times the direction, with an estimate of a derivative of f."""
-    floor = np.linalg.norm(covector) * np.linalg.norm(direction)
-    size = np.asarray(np.abs(center))
-    return _compare(line, np.asarray(covector @ direction), estimate, kink, size, floor, lambda _: name_and_unit)
+    floor = np.linalg.norm(covector) * np.linalg.norm(direction.vector)
+    return _compare(line, np.asarray(covector @ direction.vector), estimate, values, floor, lambda _: name_and_unit)
 
 
 def _compare(
     line: Line,
     derivative: np.ndarray,
-    estimate: _differences.Estimate,
-    kink: bool,
-    size: np.ndarray,
+    estimate: Estimate,
+    samples: Samples,
     norm: float | np.floating,
     name_entry: Callable[[int], tuple[str, float]],
 ) -> DerivativeCheck:
@@ -120,6 +88,7 @@ def _compare(
 
     ``name_entry`` returns the name and unit of an entry for the sentence.
     """
+    kink, size = _differences.has_kink(samples, line.eps), np.abs(samples.center)
     derivative, value, error, scale, size = map(np.ravel, np.broadcast_arrays(derivative, *estimate, size))
     largest = np.maximum(np.abs(derivative), np.abs(value))
     allowed = _SAFETY * error + line.eps**0.375 * largest + line.eps**0.6 * norm + _CANCELED * line.eps * size
@@ -168,14 +137,14 @@ def agreement(name: str, results: Mapping[str, np.ndarray], line: Line, size: fl
 
 
 def assembled(
-    line: Line, label: str, direction: np.ndarray, of_taps: np.ndarray, product: np.ndarray, size: float
+    line: Line, direction: Direction, of_taps: np.ndarray, product: np.ndarray, size: float
 ) -> DerivativeCheck:
     """The assembled Hessian times a direction against ``H v`` by the composition that ``auto`` chooses for products."""
     check = agreement("", {"taps": of_taps, line.composition: product}, line, size)
     if check.verdict != "wrong":
         return check
     i = int(np.argmax(np.abs(of_taps - product)))
-    what, unit = _name_second(line, label, direction, i)
+    what, unit = _name_second(line, direction, i)
     sentence = (
         f"{what} is {of_taps[i] / unit:.10g} in the assembled Hessian ('taps', which curvature.hessian returns) and "
         f"{product[i] / unit:.10g} by {line.composition}."
@@ -183,12 +152,12 @@ def assembled(
     return replace(check, sentence=sentence)
 
 
-def _name_second(line: Line, label: str, direction: np.ndarray, i: int) -> tuple[str, float]:
+def _name_second(line: Line, direction: Direction, i: int) -> tuple[str, float]:
     """The name of entry ``i`` of a product with the Hessian, and its unit."""
     entry = line.entry_name(i)
-    if label.startswith("x"):
-        return f"d^2 f / d {entry} d {label}", line.scales[i] * _unit(line, label, direction)
-    return f"the entry {entry} of H v for {label}", line.scales[i]
+    if direction.is_coordinate:
+        return f"d^2 f / d {entry} d {direction.label}", line.scales[i] * line.unit(direction)
+    return f"the entry {entry} of H v for {direction.label}", line.scales[i]
 
 
 def blame_rule(symmetric: DerivativeCheck, line: Line) -> DerivativeCheck:
@@ -204,24 +173,23 @@ def blame_rule(symmetric: DerivativeCheck, line: Line) -> DerivativeCheck:
     return replace(symmetric, sentence=sentence)
 
 
-def symmetry(
-    line: Line, labels: Sequence[str], directions: np.ndarray, products: np.ndarray, size: float
-) -> DerivativeCheck:
+def symmetry(line: Line, directions: Sequence[Direction], products: np.ndarray, size: float) -> DerivativeCheck:
     """``u'Hv = v'Hu`` for all pairs of directions; ``size`` is the norm of the gradient."""
     name, tolerance = "H is symmetric", line.eps**0.5
     if not np.isfinite(products).all():
         return DerivativeCheck(name, "not finite", np.inf, tolerance, "H v has NaN or infinity.")
-    forms = directions @ products.T
-    reach = np.outer(np.linalg.norm(directions, axis=1), np.linalg.norm(products, axis=1) + _floor(line, size))
+    vectors = np.stack([direction.vector for direction in directions])
+    forms = vectors @ products.T
+    reach = np.outer(np.linalg.norm(vectors, axis=1), np.linalg.norm(products, axis=1) + _floor(line, size))
     reach = np.maximum(reach, reach.T)
     ratio = np.abs(forms - forms.T) / np.where(reach > 0, reach, 1.0)
     i, j = (int(k) for k in np.unravel_index(np.argmax(ratio), ratio.shape))
     error = float(ratio[i, j])
     if error <= tolerance:
         return DerivativeCheck(name, "passed", error, tolerance)
-    units = [_unit(line, labels[k], directions[k]) for k in (i, j)]
-    one, other = forms[i, j] / np.prod(units), forms[j, i] / np.prod(units)
-    sentence = f"with u: {labels[i]} and v: {labels[j]}, u'Hv is {one:.10g} and v'Hu is {other:.10g}."
+    u, v = directions[i], directions[j]
+    one, other = (form / (line.unit(u) * line.unit(v)) for form in (forms[i, j], forms[j, i]))
+    sentence = f"with u: {u.label} and v: {v.label}, u'Hv is {one:.10g} and v'Hu is {other:.10g}."
     return DerivativeCheck(name, "wrong", error, tolerance, sentence)
 
 
