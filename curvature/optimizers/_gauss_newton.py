@@ -95,7 +95,7 @@ def gauss_newton(solver: GaussNewtonSolver = "exact") -> ResidualMethod:
         local = scaled_local(linear, scale)
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
-        curvature = curvature_if(jnp.asarray(False), request.decrement, linear)
+        curvature = curvature_if(jnp.asarray(False), request, linear)
         if solver == "exact":
             direction = _solution(linear)
             if curvature is not None:

@@ -177,7 +177,7 @@ def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | Array | N
         second_order = state.second_order
         if subproblem == "exact":
             second_order = jnp.where(request.shorter, second_order, _second_is_better(linear, state))
-        curvature = curvature_if(second_order, request.decrement, linear)
+        curvature = curvature_if(second_order, request, linear)
         if subproblem == "cg":
             solver = steihaug(local, inner_solve(local, size, first, None), radius)
         else:

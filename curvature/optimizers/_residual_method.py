@@ -24,10 +24,12 @@ class Request(NamedTuple):
     Attributes:
         decrement: whether to evaluate the Newton decrement at the point, whose Hessian the step may not need.
         shorter: whether the last step has been taken back, because derivatives are not finite where it led.
+        deferred: whether the decrement is left to another program, for which the driver stops where it asks for it.
     """
 
     decrement: Bool[Array, ""]
     shorter: Bool[Array, ""]
+    deferred: bool = False
 
 
 class ResidualMethod(WithStatus):
@@ -84,11 +86,11 @@ class Curvature(NamedTuple):
         return jnp.isfinite(self.newton.decrement)
 
 
-def curvature_if(wanted: Bool[Array, ""], tested: Bool[Array, ""], linear: Linearized) -> Curvature | None:
-    """Second derivatives where ``wanted`` or ``tested``, and then Newton's step; None where there are none."""
+def curvature_if(wanted: Bool[Array, ""], request: Request, linear: Linearized) -> Curvature | None:
+    """Second derivatives where ``wanted`` or the decrement is, and then Newton's step; None where there are none."""
     if linear.second_order is None:
         return None
-    second_order = linear.second_order
+    second_order, tested = linear.second_order, request.decrement
     nowhere = Newton(jnp.zeros_like(linear.x), jnp.zeros_like(linear.value), jnp.full_like(linear.value, jnp.inf))
 
     def evaluate() -> Curvature:
@@ -98,6 +100,8 @@ def curvature_if(wanted: Bool[Array, ""], tested: Bool[Array, ""], linear: Linea
     def nothing() -> Curvature:
         return Curvature(SecondOrder.none(linear.x), nowhere)
 
+    if request.deferred:
+        return jax.lax.cond(wanted, lambda: Curvature(second_order(None), nowhere), nothing)
     return jax.lax.cond(wanted | tested, evaluate, nothing)
 
 

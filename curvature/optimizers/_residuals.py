@@ -87,8 +87,8 @@ class Linearized(NamedTuple):
     """Residuals around a point, in flat vectors of at least single precision, their rows weighted by the loss.
 
     ``factors`` has the Jacobian where it is formed, and ``second_order(tested)`` evaluates sums of second derivatives,
-    those beyond ``matrix`` where they are ``tested``, if ``residuals`` has any; ``push`` and ``pull`` are products with
-    the Jacobian.
+    those beyond ``matrix`` where they are ``tested`` (None: never), if ``residuals`` has any; ``push`` and ``pull`` are
+    products with the Jacobian.
     """
 
     x: Vector
@@ -99,7 +99,7 @@ class Linearized(NamedTuple):
     grad: Vector
     columns: Vector  # the norms of the columns of J, estimated where J is not formed; those of zero columns are zero
     factors: Factors | None
-    second_order: Callable[[Bool[Array, ""]], SecondOrder] | None
+    second_order: Callable[[Bool[Array, ""] | None], SecondOrder] | None
     push: Product
     pull: Product
     value_after: Callable[[Vector], Scalar]
@@ -154,7 +154,7 @@ def weighted_jacobian(
 
 def _second_order(
     program: Program, residual: Array, weighted: Weighted, factors: Factors
-) -> Callable[[Bool[Array, ""]], SecondOrder] | None:
+) -> Callable[[Bool[Array, ""] | None], SecondOrder] | None:
     """The Hessians of ``c'r(x)`` for fixed ``c``, one after the other; None where ``residuals`` has none."""
     if program.jaxpr is None or program.composition_blocker("fwd_over_fwd") is not None:
         return None
@@ -168,14 +168,17 @@ def _second_order(
         rows = map_basis(linearize_grad(combination, point)[2], point, None)
         return (rows + rows.T) / 2
 
-    def evaluate(tested: Bool[Array, ""]) -> SecondOrder:
-        coefficients = _coefficients(residual, point, weighted, factors)
-        hessians = jax.lax.fori_loop(
-            0,
-            jnp.where(tested, _NUM_COEFFICIENTS, 1),
-            lambda i, hessians: hessians.at[i].set(hessian(coefficients[i])),
-            vary_like(jnp.zeros(shape, point.dtype), coefficients),
-        )
+    def evaluate(tested: Bool[Array, ""] | None) -> SecondOrder:
+        if tested is None:
+            hessians = jnp.zeros(shape, point.dtype).at[0].set(hessian(weighted.slope * residual))
+        else:
+            coefficients = _coefficients(residual, point, weighted, factors)
+            hessians = jax.lax.fori_loop(
+                0,
+                jnp.where(tested, _NUM_COEFFICIENTS, 1),
+                lambda i, hessians: hessians.at[i].set(hessian(coefficients[i])),
+                vary_like(jnp.zeros(shape, point.dtype), coefficients),
+            )
         matrix = hessians[0]
         if weighted.excess is not None:
             rows = factors.jacobian()

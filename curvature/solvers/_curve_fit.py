@@ -11,7 +11,7 @@ from curvature import _checks
 from curvature._compile_cache import compiled
 from curvature._types import Tree
 from curvature.optimizers._robust import Loss
-from curvature.solvers._least_squares import Limits, check_limits, run
+from curvature.solvers._least_squares import Limits, check_limits, run, run_in_two
 
 
 def curve_fit(
@@ -63,18 +63,27 @@ def curve_fit(
     p0 = _checks.check_start("curve_fit", "p0", p0)
     _checks.check_data("curve_fit", (xdata,))
     limits = check_limits("curve_fit", p0, "levenberg-marquardt", loss, f_scale, None, 0.0, max_steps)
-    return compiled(_fit, model, (p0, xdata, ydata))(p0, xdata, ydata, limits, loss=loss)
+    return run_in_two(compiled(_fit, model, (p0, xdata, ydata)), (p0, xdata, ydata, limits), loss=loss)
 
 
 def _fit(
-    model: Callable[..., Array], p0: Tree, xdata: Tree, ydata: Array, limits: Limits, *, loss: Loss
-) -> tuple[Tree, Float[Array, "n n"]]:
+    model: Callable[..., Array],
+    p0: Tree,
+    xdata: Tree,
+    ydata: Array,
+    limits: Limits,
+    resumed: Any,
+    *,
+    loss: Loss,
+    deferred: bool,
+) -> tuple[tuple[Tree, Float[Array, "n n"]], Any]:
     def residuals(params: Tree, xdata: Tree, ydata: Array) -> Array:
         predictions = model(params, xdata)
         _checks.check_predictions("curve_fit", predictions, ydata)
         return predictions - ydata
 
-    fit: Any = run(residuals, p0, (xdata, ydata), limits, method="levenberg-marquardt", loss=loss)
+    data = xdata, ydata
+    fit, loop = run(residuals, p0, data, limits, resumed, method="levenberg-marquardt", loss=loss, deferred=deferred)
     covariance = fit.covariance()
     covariance = jnp.where(jnp.any(jnp.isinf(covariance)), jnp.inf, covariance)
-    return fit.x, jnp.where(fit.success, covariance, jnp.nan)
+    return (fit.x, jnp.where(fit.success, covariance, jnp.nan)), loop

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._compile_cache import compiled
+from curvature._compile_cache import compiled, is_traced
 from curvature._numerics import norm
 from curvature._sharding import vary_like
 from curvature._trees import num_entries, ravel
@@ -72,6 +72,7 @@ class _Loop(NamedTuple):
     num_steps: Int[Array, ""]
     idle_steps: Int[Array, ""]
     status: Int[Array, ""]
+    is_deferred: Bool[Array, ""]  # whether the next update needs the decrement, which this program does without
 
 
 def least_squares(
@@ -160,7 +161,22 @@ def least_squares(
     x0 = _checks.check_start("least_squares", "x0", x0)
     args = _checks.check_data("least_squares", args)
     limits = check_limits("least_squares", x0, method, loss, f_scale, gtol, rtol, max_steps)
-    return compiled(run, residuals, (x0, args))(x0, args, limits, method=method, loss=loss)
+    return run_in_two(compiled(run, residuals, (x0, args)), (x0, args, limits), method=method, loss=loss)
+
+
+def run_in_two(program: Callable[..., Any], operands: tuple[Any, ...], **how: Any) -> Any:
+    """The result of ``program``, which compiles the Newton decrement only if the solve asks for it.
+
+    Most fits end without, and the decrement takes half of a compilation. So an eager call first runs a program without
+    the decrement; if that stops where the decrement is asked for, the whole program continues from there. Inside
+    another transformation there is only the whole program. Both take the same steps.
+    """
+    if is_traced():
+        return program(*operands, None, deferred=False, **how)[0]
+    result, loop = program(*operands, None, deferred=True, **how)
+    if int(loop.status) != Status.RUNNING:
+        return result
+    return program(*operands, loop, deferred=False, **how)[0]
 
 
 def check_limits(
@@ -189,13 +205,17 @@ def run(
     x0: Tree,
     args: tuple[Any, ...],
     limits: Limits,
+    resumed: _Loop | None,
     *,
     method: str | ResidualMethod,
     loss: Loss,
-) -> LeastSquaresResult:
-    """The loop itself; data and limits are operands, so that new ones find the program they need.
+    deferred: bool,
+) -> tuple[LeastSquaresResult, _Loop]:
+    """The loop itself, from the start or where another program has stopped, and where it ends.
 
-    Derivatives are taken of the solution, so nothing that goes through the loop has any.
+    If the decrement is ``deferred``, it stops before the first update that needs it, with the status RUNNING.
+    Data and limits are operands, so that new ones find the program they need. Derivatives are taken of the solution, so
+    nothing that goes through the loop has any.
     """
     program, x0 = trace_from(lambda x: trace_residuals("least_squares", lambda x: residuals(x, *args), x), x0)
     num_residuals = num_entries(program.out)
@@ -220,26 +240,33 @@ def run(
     def linearize(x: Tree) -> Linearized:
         return linearize_residuals("least_squares", residual_fn, x, loss=loss, scale=limits.f_scale, dense=dense)
 
-    def advance(loop: _Loop) -> _Loop:
-        linear = linearize(loop.x)
+    def advance(before: _Loop) -> _Loop:
+        linear, loop = linearize(before.x), before
         point = _point(loop.x, linear)
         allowed = _allowed(loop, point, linear, limits)
         flat = point.offset <= allowed
         doubtful = flat & _loses_rank(linear)
         loop = _judge(loop, point, flat & ~doubtful, limits)
-        request = Request(decrement=doubtful | (loop.idle_steps > 0), shorter=loop.taken_back)
+        request = Request(doubtful | (loop.idle_steps > 0), loop.taken_back, deferred)
 
         def update(loop: _Loop) -> _Loop:
             updates, state = update_fn(None, loop.state, loop.x, linearized=linear, request=request)
             return _moved(loop, point, updates, state, allowed, request)
 
-        finite = _is_finite(point)
-        loop = jax.lax.cond((loop.status == Status.RUNNING) & finite, update, lambda loop: loop, loop)
-        return jax.lax.cond((loop.status == Status.RUNNING) & ~finite, _take_back, lambda loop: loop, loop)
+        running, finite = loop.status == Status.RUNNING, _is_finite(point)
+        loop = jax.lax.cond(running & finite, update, lambda loop: loop, loop)
+        loop = jax.lax.cond((loop.status == Status.RUNNING) & ~finite, _take_back, lambda loop: loop, loop)
+        if not deferred or linear.second_order is None:
+            return loop
+        missing = running & finite & request.decrement
+        return choose(missing, before._replace(is_deferred=missing), loop)
 
-    start = _start(transformation.init(x0), jax.eval_shape(lambda x: _point(x, linearize(x)), x0), x0, limits)
-    start = vary_like(start, x0)  # what is counted in a step varies as the step does, and so from the start
-    loop = jax.lax.while_loop(lambda loop: loop.status == Status.RUNNING, advance, start)
+    start = resumed
+    if start is None:
+        start = _start(transformation.init(x0), jax.eval_shape(lambda x: _point(x, linearize(x)), x0), x0, limits)
+        start = vary_like(start, x0)  # what is counted in a step varies as the step does, and so from the start
+    start = start._replace(is_deferred=jnp.zeros_like(start.is_deferred))
+    loop = jax.lax.while_loop(lambda loop: (loop.status == Status.RUNNING) & ~loop.is_deferred, advance, start)
     best = loop.best
     degrees = num_residuals - num_entries(x0)
     x, value = implicit_minimizer(cost, scaled, best.x, best.value)
@@ -248,7 +275,7 @@ def run(
     if best.root is not None:
         root, determined = best.root
         root = jnp.where(determined[:, None], root_at(jacobian, root, x, scaled), jnp.inf)
-    return LeastSquaresResult(x, value, found, best.grad, loop.num_steps, loop.status, root, degrees)
+    return LeastSquaresResult(x, value, found, best.grad, loop.num_steps, loop.status, root, degrees), loop
 
 
 def _resolve(method: str | ResidualMethod, num_residuals: int, n: int) -> ResidualMethod:
@@ -273,6 +300,7 @@ def _start(state: Any, shapes: _Point, x0: Tree, limits: Limits) -> _Loop:
         num_steps=zero,
         idle_steps=zero,
         status=jnp.asarray(Status.RUNNING, jnp.int32),
+        is_deferred=jnp.asarray(False),
     )
 
 

@@ -10,6 +10,7 @@ import scipy.optimize
 import curvature
 from benchmarks.mgh import PROBLEMS
 from curvature import Status
+from curvature.optimizers import _residual_method
 from curvature.optimizers._residual_method import Request
 from tests.oracles import assert_close
 
@@ -451,3 +452,23 @@ def test_gauss_newton_takes_steps_back_too(solver):
     fit = curvature.least_squares(residuals, jnp.array([-0.7]), method=curvature.gauss_newton(solver))
     assert fit.success
     np.testing.assert_allclose(fit.x, 0, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["linear", "huber"])
+def test_the_decrement_is_compiled_only_for_fits_that_ask_for_it(monkeypatch, loss):
+    traced, newton = [], _residual_method.newton
+    monkeypatch.setattr(_residual_method, "newton", lambda *args: traced.append(args) or newton(*args))
+    t = jnp.linspace(0.0, 2.0, 9)
+
+    def decay(p, y):
+        return p[0] * jnp.exp(-p[1] * t) - y
+
+    fit = curvature.least_squares(decay, jnp.ones(2), 2 * jnp.exp(-0.5 * t), loss=loss)
+    assert fit.status == Status.CONVERGED
+    assert not traced
+    # Where the residuals do not reach zero the Jacobian vanishes at the minimizer, and only the Hessian can tell.
+    fit = curvature.least_squares(lambda x: x**2 + 5, jnp.ones(1), loss=loss)
+    assert fit.status == Status.CONVERGED
+    assert traced
+    steps = jax.jit(lambda x: curvature.least_squares(lambda x: x**2 + 5, x, loss=loss).num_steps)(jnp.ones(1))
+    assert fit.num_steps == steps  # one program or two: the same solve
