@@ -16,6 +16,7 @@ from curvature.optimizers._method import (
     SecondOrder,
     Unevaluated,
     first_length,
+    hides,
     resolved,
     second_order,
     trial_status,
@@ -108,31 +109,35 @@ def _init(x: Vector, params: Tree) -> CubicNewtonState:
 def _step(state: CubicNewtonState, local: Local) -> tuple[Vector, CubicNewtonState]:
     local, d = resolved(local)
     size = norm(local.grad)
-    length, unit = jnp.frexp(first_length(local, size))[1], jnp.frexp(size)[1]
-    local = _in_units(local, length, unit)
-    size = jnp.ldexp(size, -unit)
+    length, unit = _power_of_two(first_length(local, size)), _power_of_two(size)
+    local, size = _in_units(local, length, unit), size / unit
     first = size / first_length(local, size) ** 2  # where there is no curvature the first step is that long
-    weight = jnp.where(state.weight > 0, jnp.ldexp(jnp.ldexp(state.weight, length - unit), length), first)
+    weight = jnp.where(state.weight > 0, state.weight * (length / unit) * length, first)
     last = _search_weight(local, factor_model(local.hessian(), local.grad), weight)
     accepted = last.ratio >= _ACCEPT
-    return jnp.where(accepted, jnp.ldexp(last.step, length) / d, 0), state._replace(
-        weight=jnp.ldexp(jnp.ldexp(_next_weight(last, size), unit - length), -length),
+    return jnp.where(accepted, length * last.step / d, 0), state._replace(
+        weight=_next_weight(last, size) * (unit / length) / length,
         num_trials=last.count,
         status=trial_status(accepted, last.value, last.predicted),
     )
 
 
-def _in_units(local: Local, length: Array, unit: Array) -> Local:
-    """The objective in units of ``2^length`` of ``x`` and ``2^unit`` of the gradient, in which no power overflows."""
-    to_value = lambda value: jnp.ldexp(jnp.ldexp(value, -unit), -length)  # noqa: E731
+def _power_of_two(size: Scalar) -> Scalar:
+    """The power of two next to a number, by which all divisions are exact; 1 for none."""
+    share = jnp.frexp(size)[0]
+    return jnp.where((share > 0) & jnp.isfinite(size), size / jnp.where(share > 0, share, 1), 1)
+
+
+def _in_units(local: Local, length: Scalar, unit: Scalar) -> Local:
+    """The objective in these units of ``x`` and of the gradient, in which no third power overflows."""
     return local._replace(
-        x=jnp.ldexp(local.x, -length),
-        value=to_value(local.value),
-        noise=to_value(local.noise),
-        grad=jnp.ldexp(local.grad, -unit),
-        hvp=lambda v: jnp.ldexp(local.hvp(v), length - unit),
-        hessian=lambda: jnp.ldexp(local.hessian(), length - unit),
-        value_after=lambda step: to_value(local.value_after(jnp.ldexp(step, length))),
+        x=local.x / length,
+        value=local.value / unit / length,
+        noise=local.noise / unit / length,
+        grad=local.grad / unit,
+        hvp=lambda v: local.hvp(v) * (length / unit),
+        hessian=lambda: local.hessian() * (length / unit),
+        value_after=lambda step: local.value_after(length * step) / unit / length,
     )
 
 
@@ -151,6 +156,7 @@ def _search_weight(local: Local, model: QuadraticModel, weight: Scalar) -> _Tria
         cubic = weight * length * length * length / 3
         ratio = (local.value - value + noise) / (jnp.maximum(predicted - cubic, 0) + noise)
         ratio = jnp.where(jnp.isfinite(value), ratio, -jnp.inf).astype(weight.dtype)
+        ratio = jnp.where(hides(local, step, value), 1, ratio)
         lipschitz = 3 * (value - local.value + predicted) / jnp.where(length > 0, length, 1) ** 3
         return _Trial(weight, step, value, predicted, lipschitz, ratio, trial.count + 1)
 

@@ -21,6 +21,7 @@ from curvature.optimizers._method import (
     choose,
     first_length,
     first_order_update,
+    hides,
     nothing_stored,
     shrink_factor,
     trial_status,
@@ -192,6 +193,7 @@ def _search_radius(box: Box, memory: LBFGSBMemory, radius: Scalar, is_guess: Boo
         ratio = (slope.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
         finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
         ratio = jnp.where(finite, ratio, -jnp.inf).astype(radius.dtype)
+        ratio = jnp.where(hides(slope, step, value), 1, ratio)
         trial = Trial(radius, step, value, predicted, on_boundary, ratio, last.count + 1, inner_steps)
         learned = _remember(tried.memory, product, step, grad - slope.grad)
         return _Tried(trial, grad, choose(ratio > -_FAR, learned, tried.memory))

@@ -15,6 +15,7 @@ from curvature.optimizers._method import (
     choose,
     evaluate,
     first_length,
+    hides,
     search_status,
     shrink_factor,
 )
@@ -75,7 +76,10 @@ def search_values(local: Local, direction: Vector, slope: Scalar, grows: Bool[Ar
         shrunk = search.step_size * shrink_factor(local.value, search.step_size * slope, search.value)
         size = jnp.where(search.count == 0, search.step_size, jnp.where(grown, 2 * search.step_size, shrunk))
         value = local.value_after(size * direction)
-        lower = jnp.isfinite(value) & (value <= local.value + _ARMIJO * size * slope + local.noise)
+        is_unbounded = search.is_unbounded | (value == -jnp.inf)
+        noise = jnp.where(is_unbounded, -local.noise, local.noise)  # where the value ends, steps within it are no gain
+        lower = jnp.isfinite(value) & (value <= local.value + _ARMIJO * size * slope + noise)
+        lower |= hides(local, size * direction, value)
         growing = grows & lower & (value < search.best_value) & (grown | (search.count == 0))
         growing = growing & (search.count + 1 < MAX_TRIALS)
         return ValueSearch(
@@ -84,7 +88,7 @@ def search_values(local: Local, direction: Vector, slope: Scalar, grows: Bool[Ar
             best_size=jnp.where(growing, size, search.best_size),
             best_value=jnp.where(growing, value, search.best_value),
             accepted=(lower | grown) & ~growing,
-            is_unbounded=search.is_unbounded | (value == -jnp.inf),
+            is_unbounded=is_unbounded,
             count=search.count + 1,
         )
 
@@ -104,7 +108,7 @@ class LinePoint(NamedTuple):
 class LineSearch(NamedTuple):
     """Where the search stands. All of ``low`` is too short a step, all of ``high`` too long a one.
 
-    Where the value is minus infinity, ``is_unbounded`` says so and the search ends.
+    A trial at minus infinity is too long; ``is_unbounded`` says that there was one.
     """
 
     low: LinePoint
@@ -137,8 +141,7 @@ def wolfe_search(local: Slope, direction: Vector, is_guess: Bool[Array, ""]) -> 
     search = LineSearch(start, beyond, trial, local.grad, local.grad, no, no, zero)
 
     def running(search: LineSearch) -> Bool[Array, ""]:
-        hopeless = ~(slope < 0) | search.is_unbounded
-        return ~search.accepted & ~hopeless & (search.count < MAX_TRIALS)
+        return ~search.accepted & (slope < 0) & (search.count < MAX_TRIALS)
 
     search = jax.lax.while_loop(running, lambda search: _attempt(search, local, direction, start, is_guess), search)
     rescued = (search.low.t > 0) & (search.low.value < local.value)
@@ -189,7 +192,7 @@ def descend(local: Slope, direction: Vector, remembers: Bool[Array, ""]) -> Desc
         pair=pair,
         expected=-trial.t * jnp.vdot(pair.step, pair.factor * local.grad, precision="highest"),  # as B s = -t g
         fresh=fresh,
-        status=jnp.where(search.is_unbounded, Status.UNBOUNDED, status).astype(jnp.int32),
+        status=jnp.where(search.is_unbounded & ~accepted, Status.UNBOUNDED, status).astype(jnp.int32),
         search=search,
     )
 
@@ -197,7 +200,8 @@ def descend(local: Slope, direction: Vector, remembers: Bool[Array, ""]) -> Desc
 def first_step(local: Slope) -> Vector:
     """The step of steepest descent, whose direction says nothing of its length."""
     size = norm(local.grad)
-    return -first_length(local, size) * (local.grad / jnp.where(size > 0, size, 1))
+    inverse = jax.lax.rsqrt(jnp.where(size > 0, size, 1))  # of a large norm the reciprocal would be flushed to zero
+    return -first_length(local, size) * (local.grad * inverse * inverse)
 
 
 def pair_of(step: Vector, change: Vector) -> Pair:
@@ -232,7 +236,8 @@ def _attempt(
     high = choose(long, trial, search.high)
     following = _next_trial(search.low, low, high, search.count, local.noise)
     trial = trial._replace(t=choose(accepted, t, following))
-    return LineSearch(low, high, trial, grad, grad_low, accepted, value == -jnp.inf, search.count + 1)
+    is_unbounded = search.is_unbounded | (value == -jnp.inf)
+    return LineSearch(low, high, trial, grad, grad_low, accepted, is_unbounded, search.count + 1)
 
 
 def _next_trial(before: LinePoint, low: LinePoint, high: LinePoint, count: Int[Array, ""], noise: Scalar) -> Scalar:

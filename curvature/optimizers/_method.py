@@ -346,6 +346,16 @@ def noise_of(value: Scalar) -> Scalar:
     return _NOISE * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
 
+def hides(local: Slope | Local, step: Vector, value: Scalar) -> Bool[Array, ""]:
+    """Whether the value is the same after a step so short that the difference may be lost inside the objective.
+
+    ``log(1 + r^2)`` is 0 for every ``abs(r) < sqrt(eps)``, and the rounding of 0 says nothing of it. Such a step
+    is to be judged by the gradient it leads to, and so is accepted: of at most ``sqrt(eps) norm(x)``.
+    """
+    root = float(jnp.finfo(step.dtype).eps) ** 0.5
+    return (value == local.value) & (norm(step) <= root * norm(local.x))
+
+
 def shrink_factor(value: Scalar, slope: Scalar, trial: Scalar) -> Scalar:
     """The share of a rejected step to try next: the minimizer of the parabola through what is known along it.
 

@@ -18,6 +18,7 @@ from curvature.optimizers._method import (
     Stored,
     first_length,
     first_order,
+    hides,
     nothing_stored,
     search_status,
     shortest_radius,
@@ -165,7 +166,7 @@ def _attempt(trial: _Trial, local: Slope, is_guess: Bool[Array, ""]) -> _Trial:
     value, grad = local.value_and_grad_after(step)
     finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
     ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
-    ratio = jnp.where(finite, ratio, -jnp.inf)
+    ratio = jnp.where(hides(local, step, value), 1, jnp.where(finite, ratio, -jnp.inf))
     near = ratio > -_FAR
     hessian, learned = _learn(trial.hessian, trial.num_updates, pair_of(step, grad - local.grad))
     learned = learned & near

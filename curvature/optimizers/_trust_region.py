@@ -22,6 +22,7 @@ from curvature.optimizers._method import (
     Unevaluated,
     choose,
     first_length,
+    hides,
     resolved,
     second_order,
     shortest_radius,
@@ -271,6 +272,7 @@ def search_radius(
         value = local.value_after(step)
         ratio = (local.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
         ratio = jnp.where(jnp.isfinite(value), ratio, -jnp.inf).astype(radius.dtype)
+        ratio = jnp.where(hides(local, step, value), 1, ratio)
         inner_steps += last.inner_steps
         trial = Trial(radius, step, value, predicted, on_boundary, ratio, last.count + 1, inner_steps)
         return _judge(trial, last, local, is_fair, grows)

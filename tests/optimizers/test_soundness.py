@@ -157,7 +157,7 @@ def test_minus_infinity_ends_at_the_lowest_finite_point_seen(method, dtype):
     assert jnp.isfinite(result.value)
     assert result.value < -1e10
     assert result.num_steps > 0
-    np.testing.assert_array_equal(result.value, -jnp.sum(jnp.exp(result.x)))
+    np.testing.assert_allclose(float(result.value), -np.sum(np.exp(np.asarray(result.x, "f8"))), rtol=1e-5)
 
 
 @pytest.mark.thin
@@ -169,6 +169,15 @@ def test_a_pole_is_left_below_the_start_and_is_no_minimum(method, start, dtype):
     assert result.status in (Status.UNBOUNDED, Status.SETTLED, Status.STALLED)
     assert result.value < -40
     np.testing.assert_allclose(result.value, np.sum(np.log(np.asarray(result.x, float) ** 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "bounds"), [(m, None) for m in METHODS] + [(m, WIDE) for m in BOUNDED])
+def test_a_value_that_is_lost_inside_the_objective_leaves_the_gradient(method, bounds, dtype):
+    # the value is exactly 0 within sqrt(eps) of 2, so the last digits of x come from the gradient alone
+    fun = lambda x: jnp.sum(jnp.log(1 + (x - 2) ** 2))
+    result = curvature.minimize(fun, jnp.array([-1.5, 0.4], dtype), method=method, bounds=bounds)
+    assert result.success
+    np.testing.assert_allclose(result.x, 2, rtol=100 * float(jnp.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("method", METHODS)
