@@ -18,11 +18,7 @@ Function = Callable[..., Any]
 
 def scalar(points: int) -> Flat:
     """``exp(sin(x)) tanh(x)``, entry by entry."""
-
-    def build(ops: operations.Operations) -> Function:
-        return lambda x: ops.exp(ops.sin(x)) * ops.tanh(x)
-
-    return Flat(build, np.linspace(-2, 2, points) + 0.3)
+    return Flat(lambda ops: lambda x: ops.exp(ops.sin(x)) * ops.tanh(x), np.linspace(-2, 2, points) + 0.3)
 
 
 def network(points: int, width: int = 32) -> Flat:
@@ -37,9 +33,8 @@ def network(points: int, width: int = 32) -> Flat:
 
     rng = np.random.default_rng(1)
     shapes = ((width,), (width,), (width, width), (width,))
-    return Flat(
-        build, np.linspace(-2, 2, points), tuple(rng.normal(size=s) / np.sqrt(s[0] if s[1:] else 1) for s in shapes)
-    )
+    data = tuple(rng.normal(size=s) / np.sqrt(s[0] if s[1:] else 1) for s in shapes)
+    return Flat(build, np.linspace(-2, 2, points), data)
 
 
 def nest(step: Callable[[Function], Function], order: int, fun: Function) -> Function:
@@ -52,27 +47,23 @@ def nest(step: Callable[[Function], Function], order: int, fun: Function) -> Fun
 def contestants(flat: Flat, order: int, choice: Choice, *, compiled: bool) -> Iterator[Contestant]:
     """Ours and JAX's, compiled and not; then the others, nested as deep.
 
-    Args:
-        flat: a function that acts entry by entry, so that the gradient of its sum holds its derivatives.
-        order: of the derivative.
-        choice: what the command line asked for.
-        compiled: whether ``torch.compile``, which takes many seconds to start, is among them.
+    The function acts entry by entry, so that the gradient of its sum holds its derivatives; ``compiled`` adds
+    ``torch.compile``, which takes many seconds to start.
     """
     fun, args = flat.build(operations.for_jax()), tuple(jnp.asarray(a, float) for a in (flat.x, *flat.data))
     yield Contestant("curvature.directional_derivatives", "curvature", partial(_ours, fun, order), args)
     yield Contestant("jax, nested jvp", "jax", nest(_forward, order, fun), args)
     yield Contestant("jax, nested grad", "jax", nest(_reverse, order, fun), args)
     yield Contestant("jax, nested jvp, not compiled", "jax", make=partial(_eager, nest(_forward, order, fun), args))
-    for name, step in {"nested autograd.grad": _torch_graph, "nested func.grad": _torch_reverse,
-                       "nested func.jvp": _torch_forward}.items():  # fmt: skip
-        way = partial(_nested, step, order)
-        make = partial(torch_ways.start, flat, way, choice)
-        yield Contestant(f"torch, {name}", "torch", make=make, read=torch_ways.read)
+    steps = {"autograd.grad": _torch_graph, "func.grad": _torch_reverse, "func.jvp": _torch_forward}
+    for name, step in steps.items():
+        make = partial(torch_ways.start, flat, partial(_nested, step, order), choice)
+        yield Contestant(f"torch, nested {name}", "torch", make=make, read=torch_ways.read)
     if compiled:
         make = partial(torch_ways.start, flat, partial(_nested, _torch_forward, order), choice, compiled=True)
         yield Contestant("torch.compile, nested func.jvp", "torch", make=make, read=torch_ways.read)
-    for execution in ("XLA",) if choice.quick else ("eager", "tf.function", "XLA"):
-        make = partial(tensorflow_ways.start, flat, partial(_nested, _tapes, order), choice, execution)
+    for execution in ("XLA",) if choice.quick else tensorflow_ways.EXECUTIONS:
+        make = partial(tensorflow_ways.start, flat, partial(_nested, tensorflow_ways.gradient, order), choice, execution)
         yield Contestant(f"tensorflow, nested GradientTape, {execution}", "tensorflow", make=make)
     make = partial(autograd_ways.start, flat, partial(_nested, _elementwise, order), choice)
     yield Contestant("autograd, nested elementwise_grad", "autograd", make=make)
@@ -121,10 +112,6 @@ def _torch_reverse(torch: Any, fun: Function) -> Function:
 
 def _torch_forward(torch: Any, fun: Function) -> Function:
     return lambda x: torch.func.jvp(fun, (x,), (torch.ones_like(x),))[1]
-
-
-def _tapes(tf: Any, fun: Function) -> Function:
-    return tensorflow_ways.gradient(tf, fun)  # of a vector: the gradient of its sum
 
 
 def _elementwise(autograd: Any, fun: Function) -> Function:
