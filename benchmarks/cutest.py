@@ -94,7 +94,9 @@ def load_problems(max_n: int) -> list[tuple[str, Any, float | None]]:
 
 def in_dtype(tree: Any, dtype: Any) -> Any:
     """The floating leaves of a tree in a precision."""
-    return jax.tree.map(lambda a: jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a, tree)
+    return jax.tree.map(
+        lambda a: jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a, tree
+    )
 
 
 def solve(name: str, problem: Any, best: float | None, method: str, options: argparse.Namespace) -> Run:

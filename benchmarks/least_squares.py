@@ -156,7 +156,9 @@ def run(solver: str, problems: list[Problem], report: Callable[[str], Any]) -> O
         tried = [(problem, found[problem.name][k]) for problem in problems if problem.name in found]
         solved = [fit for problem, fit in tried if is_solved(problem, fit)]
         rest = [(problem, fit) for problem, fit in tried if not is_solved(problem, fit)]
-        said = [f"{p.name}{f' (success claimed at {fit.value:.6g})' if fit.success else ''}" for p, fit in rest] + raised
+        said = [
+            f"{p.name}{f' (success claimed at {fit.value:.6g})' if fit.success else ''}" for p, fit in rest
+        ] + raised
         metrics = {
             "solved": len(solved), "of": len(problems), "elsewhere": sum(bool(fit.success) for _, fit in rest),
             "steps": float(statistics.median(fit.steps for fit in solved)) if solved else None,

@@ -1,4 +1,4 @@
-"""Products with curvature matrices in double precision, each from its definition: what operators are checked against."""
+"""Products with curvature matrices in double precision, each from its definition, to check operators."""
 
 from collections.abc import Callable
 from typing import Any

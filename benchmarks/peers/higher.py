@@ -63,7 +63,9 @@ def contestants(flat: Flat, order: int, choice: Choice, *, compiled: bool) -> It
         make = partial(torch_ways.start, flat, partial(_nested, _torch_forward, order), choice, compiled=True)
         yield Contestant("torch.compile, nested func.jvp", "torch", make=make, read=torch_ways.read)
     for execution in ("XLA",) if choice.quick else tensorflow_ways.EXECUTIONS:
-        make = partial(tensorflow_ways.start, flat, partial(_nested, tensorflow_ways.gradient, order), choice, execution)
+        make = partial(
+            tensorflow_ways.start, flat, partial(_nested, tensorflow_ways.gradient, order), choice, execution
+        )
         yield Contestant(f"tensorflow, nested GradientTape, {execution}", "tensorflow", make=make)
     make = partial(autograd_ways.start, flat, partial(_nested, _elementwise, order), choice)
     yield Contestant("autograd, nested elementwise_grad", "autograd", make=make)

@@ -25,9 +25,7 @@ def problem(model: Model) -> tuple[Function, dict[str, jax.Array], tuple[jax.Arr
     return lambda p, *batch: model.loss(ops, p, *batch), params, tuple(jnp.asarray(a, float) for a in model.batch)
 
 
-def reference(
-    model: Model, derivative: str, inner: Function = jax.grad, outer: Function = jax.jacfwd
-) -> np.ndarray:
+def reference(model: Model, derivative: str, inner: Function = jax.grad, outer: Function = jax.jacfwd) -> np.ndarray:
     """The trusted answer, laid out flat, in double precision, by one plain composition."""
     with jax.enable_x64(True):
         loss = model.flat_loss(operations.for_jax())

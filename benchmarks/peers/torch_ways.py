@@ -268,9 +268,7 @@ def laplacians(formula: Callable[..., Any], points: np.ndarray, params: Mapping[
     def make(way: Function) -> Task:
         torch = library(peers.num_cores())
         x, p = torch.as_tensor(points), {name: torch.as_tensor(value) for name, value in params.items()}
-        return without_graph(
-            lambda: torch.func.vmap(lambda x: way(torch, lambda x: formula(torch, x, p), x))(x)
-        )
+        return without_graph(lambda: torch.func.vmap(lambda x: way(torch, lambda x: formula(torch, x, p), x))(x))
 
     ways = {"torch.func, trace of hessian": by_trace, "torch.func, jvp of jvp": by_directions}
     return [Contestant(n, "torch", make=functools.partial(make, way), only_cpu=True) for n, way in ways.items()]

@@ -36,7 +36,9 @@ def short_lines(id: str, outcome: Outcome, *, brief: bool = True) -> list[Render
         said.append(screen)
     said += [Text(f"  {outcome.caption}")] if outcome.caption and not brief else []
     noted = ("wrong", "failed") if brief else ("ok", *_LOOKS)
-    said += [Text(f"  {r.name}: {r.note}", _LOOKS.get(r.status, "")) for r in outcome.rows if r.status in noted and r.note]
+    said += [
+        Text(f"  {r.name}: {r.note}", _LOOKS.get(r.status, "")) for r in outcome.rows if r.status in noted and r.note
+    ]
     for claim in outcome.claims:
         if not claim.holds:
             said.append(Text(f"  FAILS  {claim.text}", "bold red"))
@@ -75,13 +77,13 @@ def render(
         loader=jinja2.FileSystemLoader(_FOLDER), autoescape=name.endswith(".html"), trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {
-        "anchor": lambda text: re.sub(r"[^\w.-]+", "-", text), "picture": plots.data_uri,
-        "cell": lambda text: re.sub(r"[\n|]", lambda found: "\\|" if found[0] == "|" else " ", text).replace("<", "&lt;"),
-    }  # fmt: skip
+    environment.filters |= {"anchor": lambda text: re.sub(r"[^\w.-]+", "-", text), "picture": plots.data_uri}
+    environment.filters["cell"] = lambda text: text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
+    named = {name: {s: getattr(SUITES.get(s), name, "") for s in results.suites()} for name in ("TITLE", "QUESTION")}
     return environment.get_template(name).render(
         results=results, comparison=comparison, headlines=headlines or [], facts=facts, tables=tables, compare=compare,
-        suites=SUITES, ours=OURS, roofline=plots.roofline(results),
+        titles={suite: title or suite for suite, title in named["TITLE"].items()}, questions=named["QUESTION"],
+        ours=OURS, roofline=plots.roofline(results),
     )  # fmt: skip
 
 
@@ -94,5 +96,5 @@ def _print_changes(screen: Console, comparison: compare.Comparison) -> None:
             table.add_column(head, justify="left" if i < 3 else "right")
         for change in comparison.changes:
             look = {"slower": "yellow", "faster": "green", "status": "bold red"}.get(change.kind, "")
-            table.add_row(*map(escape, change.cells()), style=look)
+            table.add_row(*map(escape, change.cells), style=look)
         screen.print(table)

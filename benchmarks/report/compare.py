@@ -31,6 +31,7 @@ class Change:
     after: str = ""
     factor: float | None = None
 
+    @property
     def cells(self) -> list[str]:
         """The cells below ``HEADS``."""
         factor = "" if self.factor is None else f"{self.factor:.2f}"
@@ -141,6 +142,8 @@ def _differences(old: Results, new: Results) -> Iterator[str]:
         ("Packages", packages[1], *packages),
         ("The options", new.options, old.options, new.options),
     ):
-        moved = [f"{key} {before.get(key)} \u2192 {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+        moved = [
+            f"{key} {before.get(key)} \u2192 {after.get(key)}" for key in keys if before.get(key) != after.get(key)
+        ]
         if moved:
             yield f"{what} differ: {'; '.join(moved)}."

@@ -28,7 +28,7 @@ _MARKERS = "sD^vPXp"
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _LIBRARIES = [peer for peer in peers.PACKAGES if peer != OURS]  # the same color and marker in every picture
 _SIZE = 10  # points, of all text
-_LABEL = 0.19  # inches of one line of the legend
+_LABEL = 0.2  # inches of one line of the legend
 
 
 def draw(plot: Plot) -> Figure | None:
@@ -38,10 +38,10 @@ def draw(plot: Plot) -> Figure | None:
     if not lines:
         return None
     labels = [textwrap.fill(line.label, 36, break_on_hyphens=False) for line, _, _ in lines]
-    height = max(4.0, 0.6 + _LABEL * sum(1 + label.count("\n") for label in labels))
+    height = max(4.0, 0.7 + _LABEL * sum(1 + label.count("\n") for label in labels))
     figure = Figure((9.0, height), layout="constrained")
     axes = figure.add_subplot()
-    for (line, x, y), look, label in zip(lines, _looks([line for line, _, _ in lines]), labels, strict=True):
+    for (_, x, y), look, label in zip(lines, _looks([line for line, _, _ in lines]), labels, strict=True):
         axes.plot(x, y, label=label, **look)
     _prepare(axes, plot)
     ends = sorted(axes.get_lines(), key=lambda line: -_last(line.get_ydata()))
@@ -105,7 +105,7 @@ def tick(value: float) -> str:
 
 
 def _looks(lines: list[Line]) -> list[dict[str, Any]]:
-    """How each line is drawn; ours is thick and below the others, ideals are thin and above, so that none hides another."""
+    """How each line is drawn: ours thick and below the others, ideals thin and above, so that none hides another."""
     seen: Counter[str | None] = Counter()
     others = itertools.count(len(_LIBRARIES))
     found = []
@@ -190,7 +190,9 @@ def _solved(row: list[float]) -> tuple[int, float]:
 
 def _of_library(races: Outcomes, axis: str, peer: str) -> Line | None:
     """The fastest time of a library over a size."""
-    rows = sorted((o.sizes[axis], 1e3 * row.metrics["seconds"]) for o in races.values() if (row := reading.fastest(o, peer)))
+    rows = sorted(
+        (o.sizes[axis], 1e3 * row.metrics["seconds"]) for o in races.values() if (row := reading.fastest(o, peer))
+    )
     return Line(peer, [x for x, _ in rows], [y for _, y in rows], library=peer) if len(rows) > 1 else None
 
 

@@ -29,7 +29,10 @@ def table(outcome: Outcome, rates: Mapping[str, float] | None = None, *, brief: 
     rows = facts.by_time(outcome)
     # A column for each metric that no race has, in the order they first appear.
     names = dict.fromkeys(name for row in rows for name in row.metrics if name not in facts.RACE)
-    columns = [*_of_races(rates or {}, brief), *((head(n), lambda row, n=n: value(n, row.metrics.get(n))) for n in names)]
+    columns = [
+        *_of_races(rates or {}, brief),
+        *((head(n), lambda row, n=n: value(n, row.metrics.get(n))) for n in names),
+    ]
     columns = [column for column in columns if any(column[1](row) for row in rows)][: _BRIEF if brief else None]
     return Table([head for head, _ in columns], [(row, [cell(row) for _, cell in columns]) for row in rows])
 

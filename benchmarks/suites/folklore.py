@@ -79,7 +79,9 @@ def plots(outcomes: Outcomes) -> list[Plot]:
     found = []
     for name, _, points, _ in HIGHER:
         title = f"Derivatives of a {name} of one variable at {points:,} points"
-        found += over(of_higher(outcomes, name, points), "order", f"higher-{name}-{points}", title, "order", x_log=False)
+        found += over(
+            of_higher(outcomes, name, points), "order", f"higher-{name}-{points}", title, "order", x_log=False
+        )
     return found
 
 

@@ -58,7 +58,9 @@ class Problem:
 
 def chosen(choice: Choice) -> list[Problem]:
     """A few of Moré, Garbow and Hillstrom for a quick run; else of CUTEst, or the former where that is absent."""
-    squares = [Problem(p.name, "mgh", len(p.start), min(p.minima), functools.partial(_squares, p)) for p in mgh.PROBLEMS]
+    squares = [
+        Problem(p.name, "mgh", len(p.start), min(p.minima), functools.partial(_squares, p)) for p in mgh.PROBLEMS
+    ]
     if choice.quick:
         return [problem for problem in squares if problem.name in QUICK]
     if not peers.is_installed("sif2jax"):
@@ -93,9 +95,7 @@ def cases(choice: Choice) -> Iterator[Case]:
         yield Study(id, f"{problem.name}, {problem.n} variables", problem.source, study, {"n": problem.n})
 
 
-def run(
-    problem: Problem, solvers: Sequence[Solver], quick: bool, report: Callable[[str], Any], **how: Any
-) -> Outcome:
+def run(problem: Problem, solvers: Sequence[Solver], quick: bool, report: Callable[[str], Any], **how: Any) -> Outcome:
     """Let each solve it once, judge the answers, and let those that were right take turns."""
     fun, x0, args = problem.load()
     value_and_grad = jax.jit(jax.value_and_grad(fun))
