@@ -55,7 +55,6 @@ def main() -> None:
 
 
 def fight(ours: str, theirs: str, problems: list[Any], seconds: float, rounds: int) -> Iterator[tuple[str, Outcome]]:
-    """The problems one after the other, until the time is up."""
     end, pair = time.perf_counter() + seconds, (solvers.ours(ours), solvers.of_scipy(theirs))
     for name, problem, best in problems:
         if time.perf_counter() > end:
@@ -65,7 +64,6 @@ def fight(ours: str, theirs: str, problems: list[Any], seconds: float, rounds: i
 
 
 def line(name: str, ours: Row, theirs: Row) -> str:
-    """One problem."""
     if "seconds" not in ours.metrics or "seconds" not in theirs.metrics:
         return f"{name:12} not solved by both: {ours.note or 'ours did'}; {theirs.note or 'SciPy did'}"
     fastest = theirs.metrics["low"] / ours.metrics["low"]

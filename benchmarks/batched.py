@@ -34,7 +34,6 @@ QUESTION = "What does a batch of small problems gain?"
 
 
 def rosenbrock(x: jax.Array, _: Any = None) -> jax.Array:
-    """The chained function."""
     return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
 
 
@@ -44,7 +43,6 @@ def starts(spread: np.ndarray) -> jax.Array:
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    """The batch from random starts, and one of which a tenth needs many more steps than the others."""
     lanes, sample = (200, 10) if choice.quick else (LANES, SCIPY_LANES)
     how: dict[str, Any] = {"budget": 0.5 if choice.quick else 3.0, "rounds": 3}
     yield Race(
@@ -131,12 +129,10 @@ def by_jaxopt() -> Callable[[jax.Array], Any]:
 
 
 def steepest(points: Any) -> float:
-    """The largest entry of all gradients, recomputed."""
     return float(jnp.max(jnp.abs(jax.jit(jax.vmap(jax.grad(rosenbrock)))(jnp.asarray(points)))))
 
 
 def speedup(outcome: Outcome) -> list[Claim]:
-    """Of the fastest of ours over the fastest of SciPy's methods."""
     ours, theirs = (number(fastest(outcome, peer), "seconds") for peer in (OURS, "scipy"))
     if ours is None or theirs is None:
         return []
@@ -145,7 +141,6 @@ def speedup(outcome: Outcome) -> list[Claim]:
 
 
 def gain(outcome: Outcome) -> list[Claim]:
-    """Of ``minimize_batched`` over ``vmap``."""
     slow, fast = (seconds(outcome, name) for name in (VMAP, BATCHED))
     if slow is None or fast is None:
         return []
@@ -154,7 +149,6 @@ def gain(outcome: Outcome) -> list[Claim]:
 
 
 def findings(outcomes: Outcomes) -> list[Finding]:
-    """How the ways compare, fastest first."""
     outcome = outcomes.get(ROSENBROCKS)
     if outcome is None or not outcome.rows:
         return [Finding(QUESTION, "It was not run.")]

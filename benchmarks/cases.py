@@ -34,7 +34,6 @@ class Choice:
         return {"budget": quick if self.quick else full, "rounds": 3 if self.quick else 20}
 
     def tolerance(self, single: float = 1e-4) -> float:
-        """Of an answer, relative to the largest entry of the reference."""
         return single if self.dtype == "float32" else 1e-9
 
 
@@ -152,7 +151,6 @@ class Outcome:
     seconds: float = 0.0
 
     def row(self, name: str) -> Row | None:
-        """The row of that name, if its answer was right."""
         return next((row for row in self.rows if row.name == name and row.status == "ok"), None)
 
     def to_json(self) -> dict[str, Any]:

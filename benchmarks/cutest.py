@@ -47,7 +47,6 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    """Run the methods over the problems, and print a line for each failure and a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
@@ -78,7 +77,6 @@ def main() -> None:
 
 
 def known() -> dict[str, dict[str, Any]]:
-    """The number of variables and the best value known to us, by name."""
     return json.loads(Path(__file__).with_name("cutest_n50_best.json").read_text())["problems"]
 
 
@@ -93,14 +91,12 @@ def load_problems(max_n: int) -> list[tuple[str, Any, float | None]]:
 
 
 def in_dtype(tree: Any, dtype: Any) -> Any:
-    """The floating leaves of a tree in a precision."""
     return jax.tree.map(
         lambda a: jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a, tree
     )
 
 
 def solve(name: str, problem: Any, best: float | None, method: str, options: argparse.Namespace) -> Run:
-    """One problem from its own start, traced, compiled and run."""
     dtype = jnp.dtype(options.dtype)
     x0, args = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), problem.y0), in_dtype(problem.args, dtype)
 
@@ -135,12 +131,10 @@ def solve(name: str, problem: Any, best: float | None, method: str, options: arg
 
 
 def largest(tree: Any) -> float:
-    """The largest entry in absolute value."""
     return max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
 
 
 def summary(method: str, runs: list[Run]) -> str:
-    """The counts and the cost of one method, in one line."""
     solved = [run for run in runs if run.solved]
     false = [run.name for run in runs if run.status == Status.CONVERGED and run.solved is False]
     steps = statistics.median(run.steps for run in solved) if solved else 0

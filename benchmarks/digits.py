@@ -73,7 +73,6 @@ def regression_params() -> Params:
 
 
 def network_params() -> Params:
-    """64-16-10, in the usual random scale."""
     first, last = jax.random.split(jax.random.key(0))
     return {
         "first": {"weights": jax.random.normal(first, (64, HIDDEN)) / 8, "bias": jnp.zeros(HIDDEN)},
@@ -82,7 +81,6 @@ def network_params() -> Params:
 
 
 def data() -> tuple[jax.Array, jax.Array]:
-    """The images and their labels."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -162,7 +160,6 @@ def by_jaxopt(objective: Any, start: Any, batch: Any) -> Callable[[], Any]:
 
 
 def claims(outcome: Outcome) -> list[Claim]:
-    """How near to the minimum exact Newton ends, and the share of scikit-learn's times that it takes."""
     names = [row.name for row in outcome.rows if row.peer == "scikit-learn" and row.status == "ok"]
     found = [claim for name in names for claim in at_most(outcome, "curvature newton", name, WANTED_SHARE)]
     gap = number(outcome.row("curvature newton"), "error")
@@ -173,7 +170,6 @@ def claims(outcome: Outcome) -> list[Claim]:
 
 
 def findings(outcomes: Outcomes) -> list[Finding]:
-    """Who reaches the minimum first."""
     question = "Is exact Newton faster than scikit-learn at logistic regression?"
     outcome = outcomes.get(ID)
     timed = [] if outcome is None else [row for row in outcome.rows if row.status == "ok"]

@@ -86,8 +86,6 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
 
 
 def compile_solve(problem: Problem, method: str) -> Any:
-    """The whole solve as a compiled program of the start and the data."""
-
     def solve(x0: Any, args: tuple[Any, ...]) -> curvature.MinimizeResult:
         return curvature.minimize(problem.fun, x0, args, method=method, max_steps=MAX_STEPS)
 
@@ -137,7 +135,6 @@ def memory(names: list[str], methods: list[str], report: Callable[[str], Any]) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run it all, or what the command line picks."""
     from benchmarks import session  # and with it the libraries of the report, which the tests of solvers do without
 
     parser = argparse.ArgumentParser(description=__doc__)

@@ -49,8 +49,6 @@ Solve = Callable[[np.ndarray], Fit]
 
 
 def ours(problem: Problem) -> Solve:
-    """curvature.least_squares with all its defaults."""
-
     def solve(x0: np.ndarray) -> Fit:
         fit = curvature.least_squares(problem.residuals, x0)
         return Fit(2 * float(fit.value), Status(int(fit.status)) == Status.CONVERGED, int(fit.num_steps))
@@ -74,7 +72,6 @@ def minpack(residuals: Callable[..., Any], jacobian: Callable[..., Any], x0: np.
 
 
 def scipy_lm(problem: Problem) -> Solve:
-    """MINPACK on compiled residuals."""
     residuals, jacobian = jax.jit(problem.residuals), jax.jit(jax.jacfwd(problem.residuals))
 
     def solve(x0: np.ndarray) -> Fit:
@@ -85,7 +82,6 @@ def scipy_lm(problem: Problem) -> Solve:
 
 
 def optimistix_lm(problem: Problem) -> Solve:
-    """Levenberg-Marquardt of optimistix, with tolerances of 1e-10."""
     import optimistix
 
     solver = optimistix.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
@@ -113,7 +109,6 @@ SOLVERS: dict[str, tuple[str, Callable[[Problem], Solve]]] = {
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    """A study for each solver, with a row for each distance of the start."""
     problems = [problem for problem in PROBLEMS if not choice.quick or problem.name in QUICK]
     yield from studies(SOLVERS, problems)
 
@@ -126,7 +121,6 @@ def studies(solvers: Iterable[str], problems: list[Problem]) -> Iterator[Study]:
 
 
 def run_starts(solve: Solve, problem: Problem) -> list[Fit]:
-    """The problem from each of its starts."""
     x0 = np.array(problem.start)
     return [solve(factor * x0 if x0.any() else np.full_like(x0, factor if factor > 1 else 0)) for factor in FACTORS]
 
@@ -168,7 +162,6 @@ def run(solver: str, problems: list[Problem], report: Callable[[str], Any]) -> O
 
 
 def claims(rows: list[Row], number: int) -> list[Claim]:
-    """All from x0, most from far."""
     near, far = rows[0].metrics["solved"], rows[1].metrics["solved"]
     found = [Claim(f"curvature solves {near} of {number} from x0", near == number, correctness=True)]
     if number == len(PROBLEMS):  # a share of a handful says nothing
@@ -177,7 +170,6 @@ def claims(rows: list[Row], number: int) -> list[Claim]:
 
 
 def findings(outcomes: Outcomes) -> list[Finding]:
-    """The counts of all solvers side by side."""
     found, said = part(outcomes, "optimizers/least-squares/"), []
     for id, outcome in found.items():
         rows = [row for row in outcome.rows if row.status == "ok"]
@@ -224,7 +216,6 @@ def sum_of_sif2jax(name: str | None, n: int) -> Callable[[Any], Any] | None:
 
 
 def main() -> int:
-    """Run the solvers over the problems and starts, and say what holds."""
     from benchmarks import session  # which imports the suites, and they this module
 
     parser = argparse.ArgumentParser(description=__doc__)

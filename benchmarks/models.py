@@ -63,12 +63,10 @@ class Model:
         return {n: rng.normal(size=s) / math.sqrt(math.prod(s[:-1]) or 1) for n, s in self.shapes.items()}
 
     def direction(self) -> dict[str, np.ndarray]:
-        """A fixed random direction among the parameters."""
         rng = np.random.default_rng(7)
         return {name: rng.normal(size=shape) for name, shape in self.shapes.items()}
 
     def unpack(self, ops: Operations, flat: Array) -> dict[str, Array]:
-        """The parameters by name, from a flat vector, in any library."""
         params, start = {}, 0
         for name, shape in self.shapes.items():
             params[name] = ops.reshape(flat[start : start + math.prod(shape)], shape)
@@ -76,11 +74,9 @@ class Model:
         return params
 
     def pack(self, params: Params) -> np.ndarray:
-        """The flat vector, in the order of ``shapes``."""
         return np.concatenate([np.ravel(params[name]) for name in self.shapes])
 
     def flat_loss(self, ops: Operations) -> Callable[..., Array]:
-        """The loss of a flat vector of parameters and a batch."""
         return lambda flat, *batch: self.loss(ops, self.unpack(ops, flat), *batch)
 
 
@@ -90,8 +86,6 @@ def cross_entropy(ops: Operations, logits: Array, targets: Array) -> Array:
 
 
 def classifier(name: str, title: str, shapes: Mapping[str, tuple[int, ...]], outputs, batch, layers=()) -> Model:
-    """A model whose loss is the cross entropy of its outputs."""
-
     def loss(ops: Operations, p: Params, x: Array, y: Array) -> Array:
         return cross_entropy(ops, outputs(ops, p, x), y)
 
@@ -99,13 +93,10 @@ def classifier(name: str, title: str, shapes: Mapping[str, tuple[int, ...]], out
 
 
 def one_hot(examples: int, classes: int) -> np.ndarray:
-    """Labels in turn."""
     return np.eye(classes)[np.arange(examples) % classes]
 
 
 def logistic(inputs: int = 200, examples: int = 1000) -> Model:
-    """Logistic regression with a ridge."""
-
     def loss(ops: Operations, p: Params, x: Array, y: Array) -> Array:
         z = ops.einsum("bi,i->b", x, p["w"])
         # log(1 + exp(-yz)), where a logsumexp of two does not overflow
@@ -139,7 +130,6 @@ def pooled(ops: Operations, images: Array) -> Array:
 
 
 def mlp(sizes: tuple[int, ...] = (20, 32, 10), examples: int = 256) -> Model:
-    """A tanh network with biases that classifies."""
     shapes: dict[str, tuple[int, ...]] = {}
     for i, (rows, columns) in enumerate(itertools.pairwise(sizes)):
         shapes |= {f"w{i}": (rows, columns), f"b{i}": (columns,)}

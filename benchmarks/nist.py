@@ -100,7 +100,6 @@ COMPILED = {model: (jax.jit(residuals), jax.jit(jax.jacfwd(residuals))) for mode
 
 
 def load() -> dict[str, Dataset]:
-    """The datasets by name."""
     stored = json.loads(Path(__file__).with_name("nist_strd.json").read_text())["datasets"]
     found = {}
     for name, entry in sorted(stored.items(), key=lambda item: item[0].lower()):
@@ -119,14 +118,11 @@ def agreement(found: Any, certified: Any) -> float:
 
 
 def compared(data: Dataset, success: bool, steps: int, x: Any, deviations: Any, sum_of_squares: Any) -> Fit:
-    """A fit with the digits that agree."""
     pairs = ((x, data.parameters), (deviations, data.deviations), (sum_of_squares, data.sum_of_squares))
     return Fit(success, steps, *(agreement(*pair) for pair in pairs))
 
 
 def ours(method: str) -> Callable[[Dataset, np.ndarray], Fit]:
-    """curvature.least_squares with all its defaults."""
-
     def fit(data: Dataset, start: np.ndarray) -> Fit:
         found = curvature.least_squares(RESIDUALS[data.model], start, (data.x, data.y), method=method)
         success = Status(int(found.status)) == Status.CONVERGED
@@ -170,7 +166,6 @@ def run(names: list[str], chosen: list[Dataset], report: Callable[[str], Any]) -
 
 
 def claims(found: Mapping[str, Fits]) -> list[Claim]:
-    """Each claim, with what was measured of it and the fits that fall short."""
     solved = {name: [key for key, fit in rows.items() if fit.parameters >= WANTED] for name, rows in found.items()}
     said = []
     for name, rows in found.items():
@@ -191,7 +186,6 @@ def claims(found: Mapping[str, Fits]) -> list[Claim]:
 
 
 def main() -> int:
-    """Fit everything, print what agrees, and say what holds."""
     from benchmarks import session  # and with it the libraries of the report, which the tests of solvers do without
 
     parser = argparse.ArgumentParser(description=__doc__)

@@ -13,23 +13,19 @@ AXES = {"seconds": ("time", "ms", 1e3), "temporary_bytes": ("temporaries", "MiB"
 
 
 def part(outcomes: Outcomes, prefix: str) -> dict[str, Outcome]:
-    """The outcomes whose ids begin so."""
     return {id: outcome for id, outcome in outcomes.items() if id.startswith(prefix)}
 
 
 def number(row: Row | None, metric: str) -> float | None:
-    """A metric, if it was measured."""
     value = None if row is None else row.metrics.get(metric)
     return float(value) if isinstance(value, int | float) else None
 
 
 def seconds(outcome: Outcome, name: str) -> float | None:
-    """The median time of a row that was right."""
     return number(outcome.row(name), "seconds")
 
 
 def timed(outcome: Outcome, name: str) -> Row | None:
-    """The row of that name, of a right answer or a floor."""
     return next((row for row in outcome.rows if row.name == name and row.status in ("ok", "floor")), None)
 
 
@@ -40,7 +36,6 @@ def share(outcome: Outcome, name: str, of: str, metric: str = "seconds") -> floa
 
 
 def shares(outcomes: Outcomes, name: str, of: str, metric: str = "seconds") -> list[float]:
-    """The shares of all outcomes that have both rows."""
     return [value for outcome in outcomes.values() if (value := share(outcome, name, of, metric)) is not None]
 
 
@@ -55,23 +50,17 @@ def at_most(outcome: Outcome, name: str, of: str, wanted: float, metric: str = "
 
 
 def fastest(outcome: Outcome, peer: str) -> Row | None:
-    """The fastest right row of a library."""
     rows = [row for row in outcome.rows if row.peer == peer and row.status == "ok" and number(row, "seconds")]
     return min(rows, key=lambda row: number(row, "seconds") or 0.0, default=None)
 
 
 def ratio_of_fastest(outcome: Outcome, peer: str, to: str = OURS) -> float | None:
-    """The fastest time of one library over that of another."""
     a, b = (number(fastest(outcome, name), "seconds") for name in (peer, to))
     return a / b if a is not None and b else None
 
 
 def others(outcomes: Outcomes) -> list[str]:
-    """The other libraries that have rows, in the order of their first."""
     return list(dict.fromkeys(row.peer for outcome in outcomes.values() for row in outcome.rows if row.peer != OURS))
-
-
-# ---- plots -----------------------------------------------------------------------------------------------------------
 
 
 def curves(outcomes: Outcomes, axis: str, metric: str = "seconds", scale: float = 1.0) -> list[Line]:
@@ -99,9 +88,6 @@ def over(
     what, unit, scale = AXES[metric]
     lines = curves(outcomes, axis, metric, scale)
     return [Plot(name, title, label, f"{what}, {unit}", lines, x_log=x_log)] if lines else []
-
-
-# ---- findings --------------------------------------------------------------------------------------------------------
 
 
 def spread(values: Iterable[float | None]) -> str:
@@ -133,5 +119,4 @@ def comparison(outcome: Outcome) -> str:
 
 
 def compared(question: str, outcomes: Outcomes) -> Finding:
-    """The comparisons of all outcomes."""
     return Finding(question, " ".join(map(comparison, outcomes.values())) or MISSING)

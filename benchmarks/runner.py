@@ -89,7 +89,6 @@ def start(contestant: Contestant) -> tuple[Timing, Callable[[], Any], Any]:
 
 
 def arrays(answer: Any) -> list[np.ndarray]:
-    """The leaves of an answer, on the host, in double precision."""
     return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(answer)]
 
 
@@ -112,7 +111,6 @@ def distance(answer: np.ndarray, reference: np.ndarray) -> float:
 
 
 def fill(row: Row, contestant: Contestant, compiled: Timing, timed: Timing) -> None:
-    """Record what the turns have shown."""
     if timed.error is not None:
         row.status, row.note = "failed", timed.error
         return

@@ -98,7 +98,6 @@ def begin(file: Path, choice: Choice, suites: list[str] | None, *, fresh: bool) 
 def go(
     screen: Console, found: Results, chosen: list[tuple[str, Case]], choice: Choice, file: Path, journal: Journal
 ) -> None:
-    """Run the cases without an outcome, one after the other."""
     todo = [(suite, case) for suite, case in chosen if case.id not in found.outcomes]
     done = len(chosen) - len(todo)
     if done:

@@ -168,18 +168,13 @@ def _turn(call: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def clock(call: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call returns, when it is there, and the seconds until then."""
     start = time.perf_counter()
     result = jax.block_until_ready(call())
     return result, time.perf_counter() - start
 
 
 def first_line(error: Exception) -> str:
-    """The type of an exception, and the first line of its message."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
-# ---- tables for the terminal -----------------------------------------------------------------------------------------
 
 
 def share(row: Row, pieces: int) -> Row:

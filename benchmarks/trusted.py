@@ -19,7 +19,6 @@ def as_numbers(array: Any) -> jax.Array:
 
 
 def numbers(model: Model) -> tuple[Params, Params, tuple[jax.Array, ...]]:
-    """Parameters, a direction among them and the batch."""
     params, v = (jax.tree.map(as_numbers, tree) for tree in (model.params(), model.direction()))
     return params, v, tuple(map(as_numbers, model.batch))
 
@@ -32,7 +31,6 @@ def in_double(product: Callable[..., Any], model: Model) -> Any:
 
 
 def hessian(model: Model, p: Params, v: Params, *batch: jax.Array) -> Params:
-    """Forward over reverse."""
     ops = operations.for_jax()
     return jax.jvp(jax.grad(lambda p: model.loss(ops, p, *batch)), (p,), (v,))[1]
 
@@ -64,12 +62,8 @@ def empirical_fisher(model: Model, p: Params, v: Params, *batch: jax.Array) -> P
 
 
 def fisher_form(model: Model, p: Params, v: Params, *batch: jax.Array) -> jax.Array:
-    """``v' F v`` with the exact Fisher matrix."""
     product = gauss_newton(model, p, v, *batch)
     return sum((jnp.sum(product[name] * v[name]) for name in v), jnp.zeros(()))
-
-
-# ---- Kronecker factors -----------------------------------------------------------------------------------------------
 
 
 def kronecker(model: Model, p: Params, v: Params, x: jax.Array, _: jax.Array, *, way: str) -> Params:
@@ -125,7 +119,6 @@ def patches(images: jax.Array) -> jax.Array:
 
 
 def factors(a: jax.Array, g: jax.Array, reduce: bool) -> tuple[jax.Array, jax.Array]:
-    """The two Kronecker factors."""
     count, places = a.shape[:2]
     if reduce:
         a, g, places = jnp.mean(a, axis=1, keepdims=True), jnp.sum(g, axis=2, keepdims=True), 1
@@ -134,7 +127,6 @@ def factors(a: jax.Array, g: jax.Array, reduce: bool) -> tuple[jax.Array, jax.Ar
 
 
 def factored(a: jax.Array, g: jax.Array, v: jax.Array, reduce: bool) -> jax.Array:
-    """A product with the Kronecker product."""
     left, right = factors(a, g, reduce)
     return left @ v @ right
 

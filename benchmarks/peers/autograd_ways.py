@@ -15,7 +15,6 @@ Way = Callable[[Any, Function], Function]  # from the module and ``fun(x)`` to a
 
 
 def contestants(flat: Flat, derivative: str, choice: Choice) -> Iterator[Contestant]:
-    """Each way to a derivative, a key of ``WAYS``."""
     pieces = PRODUCTS if derivative == "products" else 1
     for name, way in WAYS[derivative].items():
         yield Contestant(name, "autograd", make=functools.partial(start, flat, way, choice), pieces=pieces)
@@ -32,12 +31,10 @@ def start(flat: Flat, way: Way, choice: Choice) -> Task:
 
 
 def of_x(name: str) -> Way:
-    """A function of the module that takes no direction."""
     return lambda autograd, fun: lambda x, v: getattr(autograd, name)(fun)(x)
 
 
 def each_fresh(autograd: Any, fun: Function) -> Function:
-    """The products one after the other, each from the beginning."""
     product = autograd.hessian_vector_product(fun)
     return lambda x, vs: np.stack([product(x, v) for v in vs])
 

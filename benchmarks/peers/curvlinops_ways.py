@@ -46,7 +46,6 @@ def contestant(model: Model, dtype: str, what: str, num_samples: int = 1) -> Con
 
 
 def operator(model: Model, dtype: str, what: str, num_samples: int) -> Any:
-    """The operator of the mean cross entropy over one batch."""
     import curvlinops
     import torch
 
@@ -85,9 +84,6 @@ def as_formula(model: Model, dtype: Any) -> Any:
     return Formula()
 
 
-# ---- a layered network as a module, for KFAC -------------------------------------------------------------------------
-
-
 def as_module(model: Model, dtype: Any) -> Any:
     """The network out of ``Linear``, ``Conv2d``, ``Tanh`` and ``AvgPool2d``, with its parameters."""
     import torch
@@ -109,7 +105,6 @@ def as_module(model: Model, dtype: Any) -> Any:
 
 
 def leaves_for_module(model: Model, tree: Arrays) -> list[np.ndarray]:
-    """A tree like the parameters in the order and layout of the module."""
     found = []
     for layer in model.layers:
         weight = tree[layer.weight]
@@ -121,7 +116,6 @@ def leaves_for_module(model: Model, tree: Arrays) -> list[np.ndarray]:
 
 
 def leaves_of_module(model: Model, leaves: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of ``leaves_for_module``."""
     found: dict[str, np.ndarray] = {}
     for layer, weight, bias in zip(model.layers, leaves[::2], leaves[1::2], strict=True):
         weight = weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T

@@ -17,7 +17,6 @@ Function = Callable[..., Any]
 
 
 def scalar(points: int) -> Flat:
-    """``exp(sin(x)) tanh(x)``, entry by entry."""
     return Flat(lambda ops: lambda x: ops.exp(ops.sin(x)) * ops.tanh(x), np.linspace(-2, 2, points) + 0.3)
 
 
@@ -38,7 +37,6 @@ def network(points: int, width: int = 32) -> Flat:
 
 
 def nest(step: Callable[[Function], Function], order: int, fun: Function) -> Function:
-    """``step`` applied so many times."""
     for _ in range(order):
         fun = step(fun)
     return fun

@@ -19,7 +19,6 @@ MOST_PASSES = 1000  # through the function: a composition that takes more has lo
 
 
 def problem(model: Model) -> tuple[Function, dict[str, jax.Array], tuple[jax.Array, ...]]:
-    """The loss by parameters and batch, and the two, in the precision JAX is set to."""
     ops = operations.for_jax()
     params = {name: jnp.asarray(value, float) for name, value in model.params().items()}
     return lambda p, *batch: model.loss(ops, p, *batch), params, tuple(jnp.asarray(a, float) for a in model.batch)
@@ -42,12 +41,10 @@ def reference(model: Model, derivative: str, inner: Function = jax.grad, outer: 
 
 
 def flat_rows(model: Model) -> Callable[[Any], np.ndarray]:
-    """Reads a tree like the parameters, with a leading axis, as rows."""
     return lambda tree: np.concatenate([np.reshape(tree[a], (len(tree[a]), -1)) for a in model.shapes], axis=1)
 
 
 def flat_matrix(model: Model) -> Callable[[Any], np.ndarray]:
-    """Reads a Hessian, a tree of trees like the parameters, as a matrix."""
     sizes = {name: int(np.prod(shape)) for name, shape in model.shapes.items()}
     return lambda blocks: np.block([[np.reshape(blocks[a][b], (sizes[a], sizes[b])) for b in sizes] for a in sizes])
 
@@ -68,7 +65,6 @@ def gradients(model: Model, loss: Function, x: Any, batch: tuple[Any, ...]) -> I
 
 
 def hvps(model: Model, loss: Function, x: Any, batch: tuple[Any, ...]) -> Iterator[Contestant]:
-    """The four compositions of two derivatives."""
     v = {name: jnp.asarray(value, float) for name, value in model.direction().items()}
 
     def along(x: Any, v: Any, *batch: Any) -> Any:
@@ -86,7 +82,6 @@ def hvps(model: Model, loss: Function, x: Any, batch: tuple[Any, ...]) -> Iterat
 
 
 def products(model: Model, loss: Function, x: Any, batch: tuple[Any, ...]) -> Iterator[Contestant]:
-    """``PRODUCTS`` of them in a row at one point."""
     rows = jnp.asarray(directions(model.num_parameters), float)
     vs = jax.vmap(lambda row: model.unpack(operations.for_jax(), row))(rows)
 
@@ -124,7 +119,6 @@ WAYS = {"gradient": gradients, "hvp": hvps, "products": products, "hessian": hes
 
 
 def of_one(loss: Function) -> Function:
-    """The loss of one example, without a batch axis."""
     return lambda x, *example: loss(x, *(part[None] for part in example))
 
 
@@ -135,7 +129,6 @@ def forward_over_reverse(loss: Function, x: Any, v: Any, *batch: Any) -> Any:
 def named(
     ways: dict[str, Function], args: tuple[Any, ...], read: Callable[[Any], Any] = lambda a: a, pieces: int = 1
 ) -> Iterator[Contestant]:
-    """The contestants, whose names begin with those of their libraries."""
     for name, way in ways.items():
         peer = "curvature" if name.startswith("curvature") else "jax"
         yield Contestant(name, peer, way, args, read=read, pieces=pieces)

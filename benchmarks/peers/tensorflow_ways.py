@@ -77,8 +77,6 @@ jacobian = functools.partial(by_one_tape, "jacobian")
 
 
 def forward_over_reverse(tf: TensorFlow, fun: Function) -> Function:
-    """An accumulator around a tape."""
-
     def product(x: Any, v: Any) -> Any:
         with tf.autodiff.ForwardAccumulator(x, v) as accumulator:
             found = gradient(tf, fun)(x)

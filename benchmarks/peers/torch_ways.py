@@ -69,12 +69,7 @@ def read(answer: Any) -> np.ndarray:
     return answer.detach().cpu().numpy()
 
 
-# ---- derivatives of a flat function ----------------------------------------------------------------------------------
-
-
 def backward(torch: Torch, fun: Function) -> Function:
-    """The gradient as every training loop takes it."""
-
     def gradient(x: Any, v: Any) -> Any:
         x = x.detach().requires_grad_()
         return torch.autograd.grad(fun(x), x)[0]
@@ -108,7 +103,6 @@ def forward_over_reverse(torch: Torch, fun: Function) -> Function:
 
 
 def in_a_loop(torch: Torch, fun: Function) -> Function:
-    """The products one after the other, each from the beginning."""
     product = forward_over_reverse(torch, fun)
     return lambda x, vs: torch.stack([product(x, v) for v in vs])
 
@@ -177,9 +171,6 @@ COMPILED = {
 }
 
 
-# ---- everything per example, from ``vmap`` over the derivative of one example ----------------------------------------
-
-
 def tensors(tree: Any, dtype: str) -> Any:
     """A dictionary or tuple of arrays; integers stay what they are."""
     torch = library(peers.num_cores())
@@ -213,7 +204,6 @@ def per_example(name: str, model: Model, dtype: str, what: str, max_norm: float 
 
 
 def per_example_functions(model: Model, max_norm: float) -> dict[str, Function]:
-    """By what they give, functions of parameters and a batch."""
     import torch
 
     ops = operations.for_torch()
@@ -245,9 +235,6 @@ def per_example_functions(model: Model, max_norm: float) -> dict[str, Function]:
         "norms": lambda p, *batch: norms_of(gradients(p, *batch)), "clipped mean": clipped, "moments": moments,
         "gradients": gradients, "Hessians": each(torch.func.hessian(loss)),
     }  # fmt: skip
-
-
-# ---- Laplacians ------------------------------------------------------------------------------------------------------
 
 
 def laplacians(formula: Callable[..., Any], points: np.ndarray, params: Mapping[str, np.ndarray]) -> list[Contestant]:

@@ -72,7 +72,6 @@ def write(results: Results, output: Path, old: Results | None, screen: Console) 
 def render(
     name: str, results: Results, comparison: compare.Comparison | None = None, headlines: list[plots.Plot] | None = None
 ) -> str:
-    """A template, filled from a run."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER), autoescape=name.endswith(".html"), trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,

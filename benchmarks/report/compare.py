@@ -33,7 +33,6 @@ class Change:
 
     @property
     def cells(self) -> list[str]:
-        """The cells below ``HEADS``."""
         factor = "" if self.factor is None else f"{self.factor:.2f}"
         return [self.kind, self.id, self.name, self.before, self.after, factor]
 
@@ -57,7 +56,6 @@ class Comparison:
     commits: tuple[str, str]
 
     def lines(self) -> list[str]:
-        """What stands above the table."""
         said = [f"From commit {self.commits[0] or 'unknown'} to {self.commits[1] or 'unknown'}."]
         if self.machine is None:
             said.append("No row of an unchanged peer is in both runs: times are compared as measured.")
@@ -70,7 +68,6 @@ class Comparison:
 
 
 def compare(old: Results, new: Results) -> Comparison:
-    """Compare a run with an earlier one."""
     both = list(_pairs(old, new))
     versions = old.environment["packages"], new.environment["packages"]
     unchanged = [
@@ -88,7 +85,6 @@ def compare(old: Results, new: Results) -> Comparison:
 
 
 def _pairs(old: Results, new: Results) -> Iterator[tuple[str, Row, Row]]:
-    """The rows that both runs have."""
     for id, outcome in new.outcomes.items():
         before = {row.name: row for row in old.outcomes.get(id, Outcome()).rows}
         yield from ((id, before[row.name], row) for row in outcome.rows if row.name in before)

@@ -20,7 +20,6 @@ NOTES: dict[str, dict[str, Any]] = tomllib.loads(Path(suites.__file__).with_name
 
 
 def number(row: Row, name: str) -> float | None:
-    """A metric of a row, if it is there and finite."""
     value = row.metrics.get(name)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -33,7 +32,6 @@ def by_time(outcome: Outcome) -> list[Row]:
 
 
 def timed(rows: Iterable[Row]) -> list[Row]:
-    """The rows whose answers were right and which have a ratio to ours."""
     return [row for row in rows if row.status == "ok" and number(row, "ratio") and number(row, "seconds")]
 
 
@@ -71,7 +69,6 @@ class Behind:
 
     @property
     def note(self) -> str:
-        """Why, where the suite knows, and what the two rows say."""
         reasons = NOTES.get(self.id.split("/")[0], {}).get("reasons", [])
         why = [why for case, row, why in reasons if self.id.startswith(case) and self.peer.name.startswith(row)]
         if self.ours.shares_program_with(self.peer):
@@ -81,7 +78,6 @@ class Behind:
 
 
 def behind(outcomes: Outcomes) -> list[Behind]:
-    """Every row of a peer that ours is behind, the worst first."""
     found = [
         Behind(id, outcome.title, row, own)
         for id, outcome in outcomes.items()
@@ -146,9 +142,6 @@ def rates(results: Results, suite: str) -> dict[str, float]:
     return results.rates.get(dtype, {})
 
 
-# ---- what the suites draw and conclude -------------------------------------------------------------------------------
-
-
 def findings(suite: str, outcomes: Outcomes) -> list[Finding]:
     """What a suite concludes from the outcomes of a run; one that cannot conclude must not cost the report.
 
@@ -170,8 +163,6 @@ def findings(suite: str, outcomes: Outcomes) -> list[Finding]:
 
 
 def plots(suite: str, outcomes: Outcomes) -> list[Plot]:
-    """What a suite draws."""
-
     def of_notes() -> list[Plot]:
         entries = [dict(entry) for entry in NOTES.get(suite, {}).get("plots", [])]
         return [p for entry in entries for p in reading.over(reading.part(outcomes, entry.pop("cases")), **entry)]
@@ -187,11 +178,7 @@ def _ask(suite: str, name: str, outcomes: Outcomes, of_notes: Any, instead: Any)
         return [instead(f"The {name} of this suite could not be made: {type(error).__name__}: {error}")]
 
 
-# ---- sentences -------------------------------------------------------------------------------------------------------
-
-
 def scope(results: Results) -> str:
-    """Which run this is."""
     options = results.options
     dtype = options["dtype"]
     own = {suite: getattr(suites.SUITES.get(suite), "DTYPE", dtype) for suite in results.suites()}
@@ -204,7 +191,6 @@ def scope(results: Results) -> str:
 
 
 def environment(results: Results) -> list[list[str]]:
-    """The machine and the packages, as names and values."""
     here = results.environment
     packages: Mapping[str, str | None] = here["packages"]
     rates = [
@@ -226,7 +212,6 @@ def environment(results: Results) -> list[list[str]]:
 
 
 def summary(results: Results) -> str:
-    """The run in one sentence."""
     outcomes = results.outcomes
     found = [(outcome, own) for outcome in outcomes.values() if (own := ours(outcome))]
     if not found:
@@ -257,7 +242,6 @@ NOT_LATE = "In no row: no right answer of another library came over 5% sooner, b
 
 
 def late(outcomes: Outcomes) -> list[list[str]]:
-    """The cells of the table that ``LATE`` heads."""
     lines = []
     for entry in behind(outcomes):
         ms = [digits(1e3 * row.metrics["seconds"], 5) for row in (entry.peer, entry.ours)]
@@ -266,7 +250,6 @@ def late(outcomes: Outcomes) -> list[list[str]]:
 
 
 def late_by_reason(outcomes: Outcomes) -> dict[str, list[str]]:
-    """The rows that ours is behind, by the note that they share."""
     found: dict[str, list[str]] = {}
     for id, name, ratio, *_, note in late(outcomes):
         found.setdefault(note, []).append(f"`{id}` {name} {ratio}")
@@ -274,5 +257,4 @@ def late_by_reason(outcomes: Outcomes) -> dict[str, list[str]]:
 
 
 def failing(outcomes: Outcomes) -> list[tuple[str, str]]:
-    """The claims that do not hold, with the ids of their cases."""
     return [(id, claim.text) for id, o in outcomes.items() for claim in o.claims if not claim.holds]

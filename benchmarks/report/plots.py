@@ -57,7 +57,6 @@ def _last(values: Any) -> float:
 
 
 def _points(line: Line, plot: Plot) -> tuple[np.ndarray, np.ndarray]:
-    """The coordinates, with a gap where a logarithm has none."""
     found = []
     for values, log in ((line.x, plot.x_log), (line.y, plot.y_log)):
         array = np.array([math.nan if v is None else v for v in values], float)
@@ -131,14 +130,12 @@ def _looks(lines: list[Line]) -> list[dict[str, Any]]:
 
 
 def _library(line: Line) -> str | None:
-    """The library that a line names, or that its label begins with."""
     names = sorted(peers.PACKAGES, key=len, reverse=True)
     found = next((peer for peer in names if line.label.lower().startswith(peer)), None)
     return line.library if line.library in peers.PACKAGES else found
 
 
 def svg(figure: Figure, name: str) -> bytes:
-    """The figure on white, the same bytes for the same figure."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -150,9 +147,6 @@ def data_uri(plot: Plot) -> str:
     figure = draw(plot)
     encoded = "" if figure is None else base64.b64encode(svg(figure, plot.name)).decode()
     return f"data:image/svg+xml;base64,{encoded}" if encoded else ""
-
-
-# ---- the pictures of a whole run -------------------------------------------------------------------------------------
 
 
 def headlines(outcomes: Outcomes) -> list[Plot]:
@@ -183,13 +177,11 @@ def headlines(outcomes: Outcomes) -> list[Plot]:
 
 
 def _solved(row: list[float]) -> tuple[int, float]:
-    """How many, and then how fast."""
     times = [math.log(cost) for cost in row if math.isfinite(cost)]
     return len(times), -sum(times)
 
 
 def _of_library(races: Outcomes, axis: str, peer: str) -> Line | None:
-    """The fastest time of a library over a size."""
     rows = sorted(
         (o.sizes[axis], 1e3 * row.metrics["seconds"]) for o in races.values() if (row := reading.fastest(o, peer))
     )

@@ -65,7 +65,6 @@ def _quartiles(row: Row) -> str:
 
 
 def _share(row: Row, work: str, roof: float | None) -> str:
-    """What part of a roof a row reached, in percent."""
     amount, seconds = facts.number(row, work), facts.number(row, "seconds")
     if not amount or not seconds or not roof:
         return ""
@@ -74,7 +73,6 @@ def _share(row: Row, work: str, roof: float | None) -> str:
 
 
 def _exponent(number: float | None) -> str:
-    """A number of which only the order of magnitude matters."""
     return "" if number is None else f"{number:.0e}".replace("-", MINUS) if number else "0"
 
 
@@ -87,7 +85,6 @@ def head(metric: str) -> str:
 
 
 def value(metric: str, number: Any) -> str:
-    """A metric of a study, in the unit of its head."""
     if number is None or isinstance(number, str):
         return number or ""
     if isinstance(number, bool):

@@ -29,7 +29,6 @@ Function = Callable[..., Any]
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    """Eigenvalues of a Hessian, the density of another, a definite and an indefinite system."""
     network = partial(mlp, *(((20, 24, 16, 10), 128) if choice.quick else ((64, 200, 32, 10), 256)))
     n = network().num_parameters
     id, title = f"operators/eigenvalues/mlp/n={n}", f"Ten largest eigenvalues of a Hessian, {n:,} parameters"
@@ -56,9 +55,6 @@ def cases(choice: Choice) -> Iterator[Case]:
             WANTED_SOLUTION, {"n": n}, budget=1.0,
             caption=f"Each iterates to {RTOL:.0e} in its own sense of it; curvature.solve chooses its method.",
         )  # fmt: skip
-
-
-# ---- eigenvalues -----------------------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +89,6 @@ _products: list[None] = []
 
 
 def hessian(model: Model) -> curvature.HessianOperator:
-    """The Hessian of the loss, in the precision JAX is set to."""
     ops = operations.for_jax()
     params, _, batch = trusted.numbers(model)
     return curvature.HessianOperator(lambda p, *batch: model.loss(ops, p, *batch), params, *batch)
@@ -141,7 +136,6 @@ def eigenvalue_contestants(model: Model) -> Iterator[Contestant]:
 
 
 def arpack(operator: Any) -> np.ndarray:
-    """The largest eigenvalues in falling order, by SciPy."""
     import scipy.sparse.linalg
 
     start = np.random.default_rng(0).normal(size=operator.shape[0]).astype(operator.dtype)
@@ -150,13 +144,11 @@ def arpack(operator: Any) -> np.ndarray:
 
 
 def scipy_eigenvalues(model: Model) -> np.ndarray:
-    """In double precision."""
     with jax.enable_x64(True):
         return arpack(curvature.as_scipy(hessian(model)))
 
 
 def counting(operator: Any) -> Any:
-    """The operator, which counts its products too."""
     import scipy.sparse.linalg
 
     def product(v: np.ndarray) -> np.ndarray:
@@ -165,9 +157,6 @@ def counting(operator: Any) -> Any:
 
     counted: Any = scipy.sparse.linalg.LinearOperator
     return counted(operator.shape, matvec=product, dtype=operator.dtype)
-
-
-# ---- the spectral density --------------------------------------------------------------------------------------------
 
 
 def density(report: Callable[[str], Any]) -> Outcome:
@@ -196,7 +185,6 @@ def density(report: Callable[[str], Any]) -> Outcome:
 
 
 def density_claims(grid: np.ndarray, estimate: np.ndarray, error: np.ndarray, exact: np.ndarray) -> list[Claim]:
-    """It is a density, near the exact one, and honest about how near."""
     integral = float(np.trapezoid(estimate, grid))
     distance = float(np.trapezoid(np.abs(estimate - exact), grid)) / 2
     within = float(np.mean(np.abs(estimate - exact) <= 4 * error + 1e-3 * exact.max()))
@@ -221,7 +209,6 @@ def hessian_of_squares() -> curvature.HessianOperator:
 
 
 def plots(outcomes: Outcomes) -> list[Plot]:
-    """The estimated and the exact spectral density."""
     found = []
     for outcome in part(outcomes, "operators/density/").values():
         if outcome.series:
@@ -229,9 +216,6 @@ def plots(outcomes: Outcomes) -> list[Plot]:
             lines = [Line("curvature.spectral_density", grid, estimate), Line("all eigenvalues", grid, exact, "dashed")]
             found.append(Plot("density", outcome.title, "eigenvalue", "density", lines, x_log=False, y_log=False))
     return found
-
-
-# ---- solves ----------------------------------------------------------------------------------------------------------
 
 
 def ours(*names: str, wrap: Function = lambda op: op) -> dict[str, Function]:
@@ -247,7 +231,6 @@ def peer_of(name: str) -> str:
 
 
 def race_of(ways: dict[str, Function], args: tuple[Any, Any]) -> Iterator[Contestant]:
-    """Contestants that begin with the names of their libraries."""
     for name, way in ways.items():
         yield Contestant(name, peer_of(name), way, args)
 
@@ -264,7 +247,6 @@ def system(model: Model) -> tuple[Any, Any]:
 
 
 def definite_contestants(model: Model) -> Iterator[Contestant]:
-    """Conjugate gradients of everyone, and our other methods."""
     args = system(model)
 
     def by_lineax(op: Any, b: Any) -> Any:
@@ -296,7 +278,6 @@ def by_scipy(method: str, op: Any, b: Any) -> Contestant:
 
 
 def definite_reference(model: Model) -> Any:
-    """The dense matrix, factored in double precision."""
     with jax.enable_x64(True):
         op, b = system(model)
         vector, unravel = jax.flatten_util.ravel_pytree(b)
@@ -304,7 +285,6 @@ def definite_reference(model: Model) -> Any:
 
 
 def indefinite(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix with eigenvalues of both signs, and a right-hand side."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
     values = np.linspace(1, 10, size) * np.where(np.arange(size) % 3, 1, -1)

@@ -151,7 +151,6 @@ def curve_plots(name: str, outcome: Outcome) -> Iterator[Plot]:
 
 
 def curve_findings(outcomes: Outcomes) -> Iterator[Finding]:
-    """Who comes close to the minimum first."""
     said = []
     for id, outcome in part(outcomes, PREFIX).items():
         if outcome.series:
@@ -169,8 +168,6 @@ def curve_findings(outcomes: Outcomes) -> Iterator[Finding]:
         question = f"Who is first within {CLOSE:.0e} of the way to the minimum, all data in every step?"
         yield Finding(question, " ".join(said))
 
-
-# ---- training on mini-batches ----------------------------------------------------------------------------------------
 
 BATCH, WIDTH = 256, 32
 EPOCHS = {True: 4, False: 30}
@@ -191,7 +188,6 @@ class Method(NamedTuple):
 
 
 def model(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """The logits of a batch."""
     for layer in params[:-1]:
         images = jnp.tanh(images @ layer["weights"] + layer["bias"])
     return images @ params[-1]["weights"] + params[-1]["bias"]
@@ -206,7 +202,6 @@ def objective(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def random_params() -> list[dict[str, jax.Array]]:
-    """Weights in the usual scale."""
     rng = np.random.default_rng(0)
     return [
         {"weights": jnp.asarray(rng.normal(size=(rows, columns)) / rows**0.5), "bias": jnp.zeros(columns)}
@@ -215,7 +210,6 @@ def random_params() -> list[dict[str, jax.Array]]:
 
 
 def methods() -> dict[str, Method]:
-    """The contestants by name."""
     key, kind = jax.random.key(0), {"likelihood": "categorical"}
     example = jax.ShapeDtypeStruct((2, 64), jnp.float64), jax.ShapeDtypeStruct((2,), jnp.int32)
     sampled = {"estimator": "gauss-newton-bartlett", "gamma": 0.05, "model": model, "loss": mean_loss} | kind
@@ -285,7 +279,6 @@ def train(epoch: Callable[..., Any], method: Method, rate: float, epochs: int, d
 
 
 def plots(outcomes: Outcomes) -> list[Plot]:
-    """The curves, and the training loss against epochs and against seconds."""
     found = [plot for id, o in part(outcomes, PREFIX).items() if o.series
              for plot in curve_plots(id.removeprefix(PREFIX), o)]  # fmt: skip
     outcome = outcomes.get(TRAINING, Outcome())
@@ -299,7 +292,6 @@ def plots(outcomes: Outcomes) -> list[Plot]:
 
 
 def findings(outcomes: Outcomes) -> list[Finding]:
-    """The curves, and of training the losses at the end, and when each passes the last one of Adam."""
     question = "Do second-order methods train a network faster than Adam?"
     outcome = outcomes.get(TRAINING, Outcome())
     adam = outcome.series.get("optax.adam")

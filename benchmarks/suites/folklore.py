@@ -60,7 +60,6 @@ def cases(choice: Choice) -> Iterator[Case]:
 
 
 def of_model(choice: Choice, id: str, model: Model, derivative: str, names: Sequence[str]) -> Race:
-    """A derivative of a model, by the ways of those names."""
     n, everybody = model.num_parameters, partial(everyone.of_model, model, derivative, choice, compiled=False)
     return Race(
         f"folklore/{id}/{model.name}/n={n}", f"{derivative}, {model.title}, {n:,} parameters", model.name,
@@ -70,12 +69,10 @@ def of_model(choice: Choice, id: str, model: Model, derivative: str, names: Sequ
 
 
 def only(make: Callable[[], Iterator[Contestant]], names: Sequence[str]) -> list[Contestant]:
-    """The contestants of those names."""
     return [contestant for contestant in make() if contestant.name in names]
 
 
 def plots(outcomes: Outcomes) -> list[Plot]:
-    """Time by the order of the derivative."""
     found = []
     for name, _, points, _ in HIGHER:
         title = f"Derivatives of a {name} of one variable at {points:,} points"
@@ -90,7 +87,6 @@ def of_higher(outcomes: Outcomes, name: str, points: int) -> dict[str, Outcome]:
 
 
 def findings(outcomes: Outcomes) -> list[Finding]:
-    """A verdict on each saying of which a case ran."""
     sayings = {
         "order": ("Forward over reverse is the fastest way to second derivatives", order_sentences),
         "higher": (f"JAX computes higher derivatives orders of magnitude ({MAGNITUDES} times) faster than PyTorch or "
@@ -107,7 +103,6 @@ def findings(outcomes: Outcomes) -> list[Finding]:
 
 
 def order_sentences(races: Outcomes) -> Iterator[str]:
-    """Time, and temporary memory where XLA reports it."""
     pairs = {
         ("Hessian products in JAX", "hvp"): ("jax, reverse over reverse", "jax, forward over reverse"),
         ("Hessian products in torch.func", "hvp"): ("torch.func, reverse over reverse",
@@ -143,7 +138,6 @@ def higher_sentences(outcomes: Outcomes) -> Iterator[str]:
 
 
 def shape_sentences(races: Outcomes) -> Iterator[str]:
-    """Which mode is faster at each shape, and by how much."""
     for library, pair in modes.BOTH.items():
         for race in races.values():
             if ratio := share(race, *pair):
@@ -154,7 +148,6 @@ def shape_sentences(races: Outcomes) -> Iterator[str]:
 
 
 def vectorized_sentences(races: Outcomes) -> Iterator[str]:
-    """Functorch's Hessian against the loop."""
     for race in races.values():
         found = {name: r for name in VECTORIZED_ROWS if name != LOOP and (r := share(race, LOOP, name))}
         listed = ", ".join(f"{digits(ratio)} times that of {name}" for name, ratio in found.items())

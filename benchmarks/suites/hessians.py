@@ -32,7 +32,6 @@ NETWORKS: tuple[tuple[tuple[int, ...], int, float | None, float | None, bool, di
 
 
 def networks(choice: Choice) -> Iterator[Race]:
-    """The Hessians, in a full run."""
     for sizes, examples, speedup, memory, mean, how in () if choice.quick else NETWORKS:
         made = tanh_network(sizes, examples, **how)
         n, name = made.num_parameters, f"network-{'-'.join(map(str, sizes))}"
@@ -56,7 +55,6 @@ def network_ways(made: Model) -> Iterator[Contestant]:
 
 
 def network_claims(speedup: float | None, memory: float | None, mean: bool, outcome: Outcome) -> list[Claim]:
-    """Each promise about one network, with what was measured of it."""
     wanted = [(way, speedup, memory) for way in WAYS]
     wanted += [("curvature.mean_hessian", MEAN_SPEEDUP, MEAN_MEMORY)] if mean else []
     found = []
@@ -72,8 +70,6 @@ def network_claims(speedup: float | None, memory: float | None, mean: bool, outc
     return found + (at_most(outcome, "curvature.mean_hessian", PRODUCT, MEAN_PRODUCTS) if mean else [])
 
 
-# ---- the diagonal ----------------------------------------------------------------------------------------------------
-
 DIAGONALS = {"small": (16, 32, 32, 1), "large": (64, 132, 86, 1)}  # 1,568 parameters, and too many for the matrix
 CHUNK = 64
 WANTED_BYTES = 2**28  # of temporaries on the large network, where the matrix takes 1.6 GB
@@ -81,7 +77,6 @@ DIAGONAL = "curvature.hessian_diagonal"
 
 
 def diagonals(choice: Choice) -> Iterator[Race]:
-    """A small network, and one whose Hessian does not fit."""
     for name, sizes in () if choice.quick else DIAGONALS.items():
         made = tanh_network(sizes, 64)
         n = made.num_parameters
@@ -93,7 +88,6 @@ def diagonals(choice: Choice) -> Iterator[Race]:
 
 
 def diagonal_ways(made: Model, *, small: bool) -> Iterator[Contestant]:
-    """Dense ways where they fit, products in chunks where they do not."""
     loss, x, batch = jax_ways.problem(made)
     flat_loss = made.flat_loss(operations.for_jax())
     flat = jnp.asarray(made.pack(made.params()), float)
@@ -115,7 +109,6 @@ def diagonal_ways(made: Model, *, small: bool) -> Iterator[Contestant]:
 
 
 def in_chunks(loss: Any, flat: jax.Array, *batch: jax.Array) -> jax.Array:
-    """Products in chunks, of each of which one entry is kept."""
     push = jax.linearize(lambda flat: jax.grad(loss)(flat, *batch), flat)[1]
     entries = jnp.arange(flat.size)
     return jax.lax.map(lambda i: push(jnp.zeros_like(flat).at[i].set(1.0))[i], entries, batch_size=CHUNK)
@@ -128,7 +121,6 @@ def diagonal_reference(made: Model) -> np.ndarray:
 
 
 def diagonal_claims(outcome: Outcome) -> list[Claim]:
-    """As fast as any other way, in bounded memory."""
     names = [row.name for row in outcome.rows if row.name != DIAGONAL]
     factors = [factor for name in names if (factor := share(outcome, name, DIAGONAL)) is not None]
     least, memory = min(factors, default=math.nan), number(outcome.row(DIAGONAL), "temporary_bytes")

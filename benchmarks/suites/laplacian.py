@@ -49,8 +49,6 @@ def dense(activation: Function) -> Function:
 
 
 def scanned(np: Any, x: Any, params: Params) -> Any:
-    """The tanh network, with its hidden layers in a scan."""
-
     def layer(hidden: Any, weights: tuple[Any, Any]) -> tuple[Any, None]:
         return jnp.tanh(hidden @ weights[0] + weights[1]), None
 
@@ -68,7 +66,6 @@ NETWORKS: dict[str, Function] = {
 
 
 def problem(sizes: Sizes) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Random points and parameters."""
     inputs, width, layers, points = sizes
     rng = np.random.default_rng(0)
     params = {
@@ -100,7 +97,6 @@ def cases(choice: Choice) -> Iterator[Case]:
 
 
 def network_case(choice: Choice, name: str, sizes: Sizes, kind: str, claims: Function) -> Race:
-    """The Laplacian of one network at all points."""
     return Race(
         f"laplacian/{kind}/{name}/d={sizes.inputs}",
         f"Laplacian by {sizes.inputs} inputs at {sizes.points} points, {name.replace('-', ' ')}, "
@@ -133,7 +129,6 @@ def by_jvp(function: Function, x: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def by_jet(function: Function, x: jax.Array, v: jax.Array) -> jax.Array:
-    """The second Taylor coefficient."""
     from jax.experimental import jet
 
     return jet.jet(function, (x,), ([v, jnp.zeros_like(v)],))[1][1]
@@ -148,7 +143,6 @@ WAYS: dict[str, tuple[str, Function]] = {
 
 
 def contestants(name: str, sizes: Sizes, choice: Choice) -> Iterator[Contestant]:
-    """Every way for one network, and the floor."""
     points, params = problem(sizes)
     args = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), (points, params))
     network = NETWORKS[name]
@@ -187,7 +181,6 @@ def residual_loss(way: Function, points: jax.Array, params: Params) -> jax.Array
 
 
 def pinn_contestants(sizes: Sizes) -> Iterator[Contestant]:
-    """Reverse mode over each Laplacian."""
     args = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), problem(sizes))
     for title, (peer, way) in WAYS.items():
         yield Contestant(title, peer, jax.grad(partial(residual_loss, way), argnums=1), args)

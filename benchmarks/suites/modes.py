@@ -23,13 +23,11 @@ QUESTION = "Forward or reverse, and in which order; and by which library?"
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    """Jacobians by shape, the models' derivatives by size, what forbids a mode, and what we promise."""
     for make in (jacobians, derivatives, forbidden, hessians.networks, hessians.diagonals):
         yield from make(choice)
 
 
 def model_race(choice: Choice, model: Model, derivative: str, contestants: Any, **options: Any) -> Race:
-    """A race for a derivative of a model."""
     n, batch = model.num_parameters, len(model.batch[0])
     kept = {
         "id": f"modes/{derivative}/{model.name}/n={n}/batch={batch}",
@@ -39,8 +37,6 @@ def model_race(choice: Choice, model: Model, derivative: str, contestants: Any, 
     }  # fmt: skip
     return Race(model=model.name, contestants=contestants, **(kept | choice.effort() | options))
 
-
-# ---- what "auto" promises --------------------------------------------------------------------------------------------
 
 REGRET = 1.1  # time of ours over that of the best composition of JAX's transformations
 
@@ -65,7 +61,6 @@ def _low(row: Row) -> float:
 
 
 def regret_finding(outcomes: Outcomes) -> list[Finding]:
-    """How many of these claims hold, and those that do not."""
     mark = f"(wanted: at most {REGRET} times)"
     every = [(id, claim) for id, outcome in outcomes.items() for claim in outcome.claims if mark in claim.text]
     failed = [f"{id}: {claim.text}" for id, claim in every if not claim.holds]
@@ -74,8 +69,6 @@ def regret_finding(outcomes: Outcomes) -> list[Finding]:
     )
     return [Finding('Is what "auto" takes the best composition by hand?', answer)] if every else []
 
-
-# ---- Jacobians, tall, square and wide --------------------------------------------------------------------------------
 
 RATIOS = (1 / 64, 1 / 16, 1 / 4, 1 / 2.25, 1, 2.25, 4, 16, 64)  # m/n, at the same m n
 QUICK_RATIOS = (1 / 64, 1 / 4, 1, 4, 64)
@@ -101,7 +94,6 @@ def function(m: int, n: int) -> Flat:
 
 
 def jacobians(choice: Choice) -> Iterator[Race]:
-    """A race for each shape."""
     entries, ratios = (2**14, QUICK_RATIOS) if choice.quick else (2**16, RATIOS)
     tall = [round(math.sqrt(entries * ratio)) for ratio in ratios]
     squares = () if choice.quick else GROWTH_OF_SQUARES
@@ -110,7 +102,6 @@ def jacobians(choice: Choice) -> Iterator[Race]:
 
 
 def jacobian_race(choice: Choice, id: str, m: int, n: int, **options: Any) -> Race:
-    """One shape."""
     flat, title = function(m, n), f"Jacobian of {m} outputs by {n} inputs"
     contestants, reference = partial(jacobian_ways, flat, choice), partial(jacobian_reference, flat)
     kept = {"contestants": contestants, "claims": partial(regret, "Jacobian")} | choice.effort() | options
@@ -120,7 +111,6 @@ def jacobian_race(choice: Choice, id: str, m: int, n: int, **options: Any) -> Ra
 
 
 def jacobian_ways(flat: Flat, choice: Choice) -> Iterator[Contestant]:
-    """Ours chooses; the others are given a mode."""
     fun = flat.build(operations.for_jax())
     args = tuple(jnp.asarray(array, float) for array in (flat.x, *flat.data))
     ways = {"curvature.jacobian": curvature.jacobian, "jax.jacfwd": jax.jacfwd, "jax.jacrev": jax.jacrev}
@@ -129,7 +119,6 @@ def jacobian_ways(flat: Flat, choice: Choice) -> Iterator[Contestant]:
 
 
 def jacobian_reference(flat: Flat) -> np.ndarray:
-    """In double precision, by whichever mode takes fewer passes."""
     with jax.enable_x64(True):
         args = tuple(jnp.asarray(array) for array in (flat.x, *flat.data))
         wide = flat.data[1].shape[1] < flat.x.size
@@ -158,7 +147,6 @@ def of_ratios(outcomes: Outcomes) -> dict[str, Outcome]:
 
 
 def jacobian_finding(outcomes: Outcomes) -> list[Finding]:
-    """The crossover of each library."""
     races, sentences = of_ratios(outcomes), []
     ordered = sorted(races.values(), key=lambda race: race.sizes["m/n"])
     for library, (forward, reverse) in BOTH.items():
@@ -174,7 +162,6 @@ def jacobian_finding(outcomes: Outcomes) -> list[Finding]:
 
 
 def jacobian_plots(outcomes: Outcomes) -> list[Plot]:
-    """Time against m/n, and against n where m = n."""
     races = of_ratios(outcomes)
     square = {id: o for id, o in part(outcomes, "modes/jacobian/").items() if o.sizes["m"] == o.sizes["n"]}
     found = {library: crossover(races, *modes) for library, modes in BOTH.items()}
@@ -183,8 +170,6 @@ def jacobian_plots(outcomes: Outcomes) -> list[Plot]:
     plots = over(races, "m/n", "jacobian-crossover", title, "outputs over inputs, m/n")
     return plots + over(square, "n", "jacobian-square", "Square Jacobians", "inputs n = outputs m")
 
-
-# ---- derivatives of the models ---------------------------------------------------------------------------------------
 
 WORDS = {
     "gradient": "Gradient",
@@ -256,9 +241,6 @@ def library_findings(outcomes: Outcomes) -> Iterator[Finding]:
             yield Finding(f"{word}: which library?", answer if said else MISSING)
 
 
-# ---- two functions that forbid some of the compositions --------------------------------------------------------------
-
-
 @jax.custom_vjp
 def _softsign(x: jax.Array) -> jax.Array:
     return x / (1 + jnp.abs(x))
@@ -311,10 +293,8 @@ def forbidden(choice: Choice) -> Iterator[Race]:
 
 
 def plots(outcomes: Outcomes) -> list[Plot]:
-    """The crossover first, then growth."""
     return jacobian_plots(outcomes) + growth_plots(outcomes)
 
 
 def findings(outcomes: Outcomes) -> list[Finding]:
-    """Modes, then libraries."""
     return [*jacobian_finding(outcomes), *regret_finding(outcomes), *library_findings(outcomes)]

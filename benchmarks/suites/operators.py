@@ -55,7 +55,6 @@ REFERENCES: dict[str, Function] = {
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    """Products with each operator on each network, then eigenvalues, the spectral density and solves."""
     quick: list[tuple[Callable[[], Model], tuple[str, ...]]] = [
         (partial(mlp, (64, 128, 128, 10), 256), ("hessian", "gauss-newton", "fisher-empirical", "expand")),
         (partial(pooling, (8, 16), 16, 16), ("expand",)),
@@ -75,7 +74,6 @@ def cases(choice: Choice) -> Iterator[Case]:
 
 
 def case(choice: Choice, make: Callable[[], Model], what: str) -> Race:
-    """One matrix of one network."""
     model = make()
     n, count = model.num_parameters, len(model.batch[0])
     small = n < 1000 and what != "ekfac"
@@ -133,15 +131,10 @@ class Pieces:
         return curvature.FisherOperator(self.model, self.loss, p, *batch, **options)
 
     def kronecker(self, p: Any, *batch: Any, **options: Any) -> Any:
-        """Kronecker factors of the exact Fisher matrix."""
         return curvature.KroneckerOperator(self.model, self.loss, p, *batch, likelihood="categorical", **options)
 
 
-# ---- the contestants of each matrix ----------------------------------------------------------------------------------
-
-
 def contestants(network: Model, what: str, dtype: str) -> Iterator[Contestant]:
-    """Those of ours and of JAX, then curvlinops, where it has the operator, and the gradient."""
     pieces = Pieces(network)
     if what in curvlinops_ways.KRONECKER:
         yield from kronecker(pieces, what)
@@ -177,8 +170,6 @@ def gauss_newton(pieces: Pieces) -> Iterator[Contestant]:
 
 
 def empirical(pieces: Pieces) -> Iterator[Contestant]:
-    """The operator, and the product with the gradients of all examples."""
-
     def by_hand(p: Any, v: Any, *batch: Any) -> Any:
         g = jax.vmap(lambda *example: jax.grad(of_one(pieces.objective))(p, *example))(*batch)
         inner = sum(jnp.tensordot(g[name], v[name], v[name].ndim) for name in g) / len(batch[0])
@@ -213,9 +204,6 @@ def kronecker(pieces: Pieces, way: str) -> Iterator[Contestant]:
     yield pieces.product(f"{KRONECKER}, with its factors", make)
 
 
-# ---- what is claimed, drawn and concluded ----------------------------------------------------------------------------
-
-
 def claims(what: str, n: int, outcome: Outcome) -> list[Claim]:
     """What a product in a row saves, what Gauss-Newton saves, and the memory of products of a large network."""
     found: list[Claim] = []
@@ -245,7 +233,6 @@ def plots(outcomes: Outcomes) -> list[Plot]:
 
 
 def findings(outcomes: Outcomes) -> list[Finding]:
-    """Products in gradients, curvlinops, and what was found by products."""
     products = {id: outcome for id, outcome in outcomes.items() if id.split("/")[1] in TITLES}
     names = (HESSIAN, HESSIAN + IN_A_ROW, GAUSS_NEWTON, GAUSS_NEWTON + IN_A_ROW, FISHER, KRONECKER)
     costs = [

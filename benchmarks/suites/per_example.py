@@ -37,7 +37,6 @@ Make = Callable[[int], Model]
 
 
 def perceptron(batch: int) -> Model:
-    """The sizes of a classifier of digits."""
     return mlp((784, 256, 10), batch)
 
 
@@ -46,12 +45,10 @@ def convolutional(batch: int) -> Model:
 
 
 def transformer(batch: int) -> Model:
-    """One block with four heads on 64 tokens."""
     return language_model(examples=batch, head=32)
 
 
 def small(batch: int) -> Model:
-    """A perceptron whose Hessians fit into memory, one for each example."""
     return mlp((20, 16, 5), batch)
 
 
@@ -100,7 +97,6 @@ def contestants(make: Make, batch: int, what: str, dtype: str) -> Iterator[Conte
 
 
 def by_curvature(loss: Function, max_norm: float) -> dict[str, Function]:
-    """Each quantity by the function made for it."""
     return {
         "norms": curvature.per_example_grad_norm(loss),
         "clipped mean": curvature.clipped_grad(loss, max_norm),
@@ -141,11 +137,7 @@ def variance(mean: Any, second: Any) -> Any:
 
 
 def norms_of(gradients: Any) -> jax.Array:
-    """The norm of each example's gradient, over all leaves."""
     return jnp.sqrt(sum(jnp.sum(leaf**2, axis=range(1, leaf.ndim)) for leaf in jax.tree.leaves(gradients)))
-
-
-# ---- the trusted answers: in double precision, example by example ----------------------------------------------------
 
 
 def over_examples(make: Make, batch: int, function: Function) -> Any:
@@ -164,7 +156,6 @@ def reference(make: Make, batch: int, what: str) -> Any:
 
 
 def with_norm(make: Make, batch: int) -> Function:
-    """The gradient of one example, and its norm."""
     gradient = jax.grad(of_one(loss_of(make(batch))))
 
     def of_example(params: Any, *example: Any) -> Any:
@@ -198,12 +189,8 @@ def sums(make: Make, batch: int) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=2)
 def median_norm(make: Make, batch: int) -> float:
-    """A norm that clips one half of the examples."""
     of_example = with_norm(make, batch)
     return float(np.median(over_examples(make, batch, lambda params, *example: of_example(params, *example)[1])))
-
-
-# ---- what is claimed, drawn and concluded ----------------------------------------------------------------------------
 
 
 def claims(what: str, model: str, batch: int, outcome: Outcome) -> list[Claim]:
@@ -217,7 +204,6 @@ def claims(what: str, model: str, batch: int, outcome: Outcome) -> list[Claim]:
 
 
 def plots(outcomes: Outcomes) -> list[Plot]:
-    """Time and temporary memory over the batch, for each quantity of the perceptron."""
     found = []
     for what in BY_GRADIENTS:
         name = what.replace(" ", "-")
@@ -229,7 +215,6 @@ def plots(outcomes: Outcomes) -> list[Plot]:
 
 
 def findings(outcomes: Outcomes) -> list[Finding]:
-    """What the norms cost in gradients."""
     costs = [
         f"{outcome.title}: {cost:.2f} gradients, {there:.2f} by vmap(grad)."
         for outcome in part(outcomes, "per_example/norms/").values()

@@ -81,13 +81,11 @@ def _cutest(name: str) -> tuple[Callable[..., Any], jax.Array, Any]:
 
 
 def flattened(problem: Any) -> tuple[Callable[..., Any], jax.Array, Any]:
-    """A problem of sif2jax as an objective of a flat vector."""
     x0, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.asarray(leaf, float), problem.y0))
     return lambda x, args: problem.objective(unravel(x), args), x0, problem.args
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    """A study for each objective."""
     for problem in chosen(choice):
         solvers = [solver for solver in SOLVERS if solver.quick or not choice.quick]
         id = f"optimizers/{problem.source}/{problem.name.replace(' ', '-').replace(',', '')}"
@@ -156,9 +154,6 @@ def judge(row: Row, answer: Answer, best: float | None, value: Any, grad: Any) -
         row.note = f"ends at {end:.6g}, {'stationary' if stationary else 'not stationary'}"
 
 
-# ---- profiles --------------------------------------------------------------------------------------------------------
-
-
 def performance_profile(costs: Costs) -> dict[str, Curve]:
     """The share of the problems that each solver solves at no more than ``tau`` times the least cost of all solvers.
 
@@ -188,9 +183,6 @@ def data_profile(costs: Costs) -> dict[str, Curve]:
     return found
 
 
-# ---- what all studies say together -----------------------------------------------------------------------------------
-
-
 def select(outcomes: Outcomes) -> dict[str, Outcome]:
     """The outcomes of this part that have rows: those of CUTEst, or else the others."""
     of_sources = [
@@ -213,7 +205,6 @@ def _cost(row: Row | None, measure: str) -> float:
 
 
 def plots(outcomes: Outcomes) -> list[Plot]:
-    """Profiles by time and by evaluations, and what each solver costs where it solves."""
     outcomes = select(outcomes)
     if not outcomes:
         return []
@@ -256,7 +247,6 @@ def _area(curve: Curve) -> float:
 
 
 def findings(outcomes: Outcomes) -> list[Finding]:
-    """Who solves how many and claims what, and what a compiled loop gains over SciPy's."""
     outcomes = select(outcomes)
     if not outcomes:
         return [Finding("Which minimizer solves most?", "No objective was run.")]
@@ -270,7 +260,6 @@ def findings(outcomes: Outcomes) -> list[Finding]:
 
 
 def _counts(outcomes: Outcomes) -> str:
-    """Solved and false successes of each solver, most solved first."""
     said = []
     for name in costs(outcomes, "seconds"):
         rows = [row for outcome in outcomes.values() for row in outcome.rows if row.name == name]

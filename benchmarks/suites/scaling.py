@@ -59,7 +59,6 @@ def study(work: str, choice: Choice, report: Callable[[str], Any]) -> Outcome:
 
 
 def row(entry: dict[str, Any], one: float) -> Row:
-    """A line for one count of devices."""
     metrics = {
         "devices": entry["devices"], "examples": entry["examples"], OF_ONE: entry["seconds"] / one,
         "seconds": entry["seconds"], "temporary_bytes": entry["temporary_bytes"], "all-reduces": entry["all_reduces"],
@@ -85,7 +84,6 @@ def run_worker(work: str, count: int, choice: Choice) -> list[dict[str, Any]] | 
 
 
 def curves(outcome: Outcome) -> dict[str, Line]:
-    """Contestant and kind -> time over devices."""
     found: dict[str, Line] = {}
     for row in outcome.rows:
         if row.status == "ok":
@@ -108,7 +106,6 @@ def plots(outcomes: Outcomes) -> list[Plot]:
 
 
 def findings(outcomes: Outcomes) -> list[Finding]:
-    """What splitting cost and saved at the largest count."""
     lines = [line for outcome in part(outcomes, "scaling/").values() for line in curves(outcome).values()]
     ours = [line for line in lines if line.label.startswith("curvature")]
     said = [f"{line.label} on {line.x[-1]:.0f} devices: {line.y[-1]:.2f} times the {OF_ONE}." for line in ours]

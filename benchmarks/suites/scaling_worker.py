@@ -86,7 +86,6 @@ def batched(lanes: int) -> Iterator[Work]:
 
 
 def spread_over(devices: list[Any], work: Work) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
-    """The function, and its arguments put where they belong."""
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     whole, parts = PartitionSpec(), PartitionSpec("data")
     everywhere, split = NamedSharding(mesh, whole), NamedSharding(mesh, parts)
@@ -102,7 +101,6 @@ def tolerance(work: Work) -> float:
 
 
 def measure_work(name: str, count: int) -> list[dict[str, Any]]:
-    """Strong and weak, every contestant, in turns."""
     lanes = name == "minimize-batched"
     devices, size = jax.devices()[:count], LANES if lanes else EXAMPLES
     calls, entries = {}, {}

@@ -64,13 +64,10 @@ def compiled(run: Callable[..., Any], *args: Any) -> Call:
 
 
 def largest(tree: Any) -> jax.Array:
-    """The largest entry in absolute value."""
     return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def ours(method: str, **options: Any) -> Solver:
-    """A method of ``minimize``."""
-
     def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
         how = {"method": method, "gtol": GTOL, "max_steps": MAX_STEPS}
         return compiled(lambda x0, args: curvature.minimize(fun, x0, (args,), **how), x0, args)

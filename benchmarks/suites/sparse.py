@@ -28,12 +28,10 @@ Vector = np.ndarray
 
 
 def rosenbrock(x: jax.Array) -> jax.Array:
-    """The chain of Rosenbrock's valleys."""
     return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
 
 
 def rosenbrock_hessian(x: Vector) -> Sparse:
-    """Three diagonals."""
     diagonal = np.zeros(x.size)
     diagonal[:-1] += 1200 * x[:-1] ** 2 - 400 * x[1:] + 2
     diagonal[1:] += 200
@@ -41,7 +39,6 @@ def rosenbrock_hessian(x: Vector) -> Sparse:
 
 
 def membrane(x: jax.Array) -> jax.Array:
-    """Fourth powers of the slopes along the edges of a square grid."""
     grid = x.reshape(round(x.size**0.5), -1)
     return jnp.sum((grid[1:] - grid[:-1]) ** 4) + jnp.sum((grid[:, 1:] - grid[:, :-1]) ** 4)
 
@@ -56,13 +53,11 @@ def membrane_hessian(x: Vector) -> Sparse:
 
 
 def broyden(x: jax.Array) -> jax.Array:
-    """Broyden's tridiagonal equations."""
     left, right = jnp.concatenate([jnp.zeros(1), x[:-1]]), jnp.concatenate([x[1:], jnp.zeros(1)])
     return (3 - 2 * x) * x - left - 2 * right + 1
 
 
 def broyden_jacobian(x: Vector) -> Sparse:
-    """Three diagonals."""
     ones = np.ones(x.size - 1)
     return scipy.sparse.diags_array([-ones, 3 - 4 * x, -2 * ones], offsets=[-1, 0, 1]).tocsr()
 
@@ -76,7 +71,6 @@ PROBLEMS: dict[str, tuple[str, Callable[[jax.Array], jax.Array], Callable[[Vecto
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    """A chain and a grid for Hessians, a band for Jacobians, each over growing size."""
     for name, (order, _, closed_form) in PROBLEMS.items():
         full = (100, 1000, 10_000, 100_000, 1_000_000)
         squares = (100, 900, 10_000, 99_856, 1_000_000)  # for the grid
@@ -90,7 +84,6 @@ def cases(choice: Choice) -> Iterator[Case]:
 
 
 def point(size: int) -> Vector:
-    """A random point."""
     return np.random.default_rng(0).normal(size=size)
 
 
@@ -135,7 +128,6 @@ def canonical(matrix: Any) -> tuple[Vector, Vector, Vector]:
 
 
 def of_bcoo(found: Any) -> tuple[Vector, Vector, Vector]:
-    """The entries of a ``BCOO``."""
     rows, columns = np.asarray(found.indices).T
     return canonical(scipy.sparse.coo_array((np.asarray(found.data), (rows, columns)), shape=found.shape))
 
