@@ -99,12 +99,15 @@ def spread(values: Iterable[float | None]) -> str:
     return f"{low} times" if low == high else f"{low} to {high} times"
 
 
-def ratios(question: str, outcomes: Outcomes, pairs: Mapping[str, tuple[str, str]]) -> list[Finding]:
-    """How many times as long one row takes as another, over all outcomes, for each label of a pair.
-
-    The list is empty where no outcome is there.
-    """
-    said = [f"{label}: {spread(found)}" for label, pair in pairs.items() if (found := shares(outcomes, *pair))]
+def ratios(
+    question: str, outcomes: Outcomes, pairs: Mapping[str, tuple[str, str]], metric: str = "seconds"
+) -> list[Finding]:
+    """How many times as much one row takes as another, for each label of a pair; empty without outcomes."""
+    said = [
+        f"{label}: {spread(found)} (above 1 in {sum(ratio > 1 for ratio in found)} of {len(found)})"
+        for label, pair in pairs.items()
+        if (found := shares(outcomes, *pair, metric))
+    ]
     return [Finding(question, "; ".join(said) + "." if said else MISSING)] if outcomes else []
 
 

@@ -156,7 +156,7 @@ def findings(suite: str, outcomes: Outcomes) -> list[Finding]:
             if not pairs:
                 found.append(reading.compared(entry["question"], chosen))
             else:
-                found += reading.ratios(entry["question"], chosen, pairs)
+                found += reading.ratios(entry["question"], chosen, pairs, entry.get("metric", "seconds"))
         return found
 
     return _ask(suite, "findings", outcomes, of_notes, lambda why: Finding("(no findings)", why))

@@ -1,124 +1,155 @@
-"""What is said of automatic differentiation, put to the test: each saying with the rows that confirm or refute it."""
+"""What is said of automatic differentiation: derivatives of high order here, the other sayings from the rows of modes.
 
-from collections.abc import Callable, Iterator, Sequence
+The functions act entry by entry on many values of one variable, so that the gradient of the sum holds the derivatives.
+"""
+
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import curvature
 from benchmarks.cases import Case, Choice, Contestant, Finding, Outcome, Outcomes, Plot, Race
-from benchmarks.models import MODELS, Model, mlp
-from benchmarks.peers import everyone, higher, jax_ways
-from benchmarks.reading import MISSING, over, part, ratio_of_fastest, share, shares, spread
+from benchmarks.peers import autograd_ways, operations, tensorflow_ways, torch_ways
+from benchmarks.peers.flat import Flat
+from benchmarks.peers.jax_ways import named
+from benchmarks.reading import over, part, ratio_of_fastest, share, spread
 from benchmarks.suites import modes
 from benchmarks.timing import digits
 
 TITLE = "Folklore"
 QUESTION = "Which of the things that everybody says are so?"
-
-ORDERED = ("mlp", "transformer", "neural-ode", "logistic", "convolutional", "pinn")  # a quick run takes the first
-SHAPES = ((8, 512), (64, 64), (512, 8))  # (outputs, inputs): wide, square, tall
-VECTORIZED = (((10, 8, 4), 64), ((20, 32, 10), 256), ((32, 64, 10), 256))  # a quick run takes the first
-# Function, points, and the orders that a quick run takes; a full one takes all up to MOST.
-HIGHER: tuple[tuple[str, Callable[[int], Any], int, tuple[int, ...]], ...] = (
-    ("scalar", higher.scalar, 1, (1, 5)),
-    ("scalar", higher.scalar, 100_000, (5,)),
-    ("network", higher.network, 256, (3,)),
-)
 MOST = 5
 MAGNITUDES = 100  # "orders of magnitude", in the plural
 
-ORDER_ROWS = (
-    "curvature.hvp", "jax, forward over reverse", "jax, reverse over reverse", "torch.func, forward over reverse",
-    "torch.func, reverse over reverse", "curvature.hessian", "jax.hessian", "jax.jacrev of jax.grad",
-    "torch.func.hessian",
-)  # fmt: skip
-LOOP = "torch.autograd.functional.hessian"
-VECTORIZED_ROWS = ("curvature.hessian", "jax.hessian", "torch.func.hessian", LOOP, f"{LOOP}, vectorized")
-SHAPE_ROWS = ("curvature.jacobian", "jax.jacfwd", "jax.jacrev", "torch.func.jacfwd", "torch.func.jacrev")
+Function = Callable[..., Any]
+
+
+def scalar(points: int) -> Flat:
+    return Flat(lambda ops: lambda x: ops.exp(ops.sin(x)) * ops.tanh(x), np.linspace(-2, 2, points) + 0.3)
+
+
+def network(points: int, width: int = 32) -> Flat:
+    """A tanh network of one input, as of a PINN, whose points are a batch."""
+
+    def build(ops: operations.Operations) -> Function:
+        def fun(x: Any, w0: Any, b0: Any, w1: Any, w2: Any) -> Any:
+            hidden = ops.tanh(ops.einsum("b,j->bj", x, w0) + b0)
+            return ops.einsum("bj,j->b", ops.tanh(ops.einsum("bi,ij->bj", hidden, w1)), w2)
+
+        return fun
+
+    rng = np.random.default_rng(1)
+    shapes = ((width,), (width,), (width, width), (width,))
+    data = tuple(rng.normal(size=s) / np.sqrt(s[0] if s[1:] else 1) for s in shapes)
+    return Flat(build, np.linspace(-2, 2, points), data)
+
+
+# Function, points, and the orders that a quick run takes; a full one takes all up to MOST.
+HIGHER: tuple[tuple[str, Callable[[int], Flat], int, tuple[int, ...]], ...] = (
+    ("scalar", scalar, 1, (1, 5)),
+    ("scalar", scalar, 100_000, (5,)),
+    ("network", network, 256, (3,)),
+)
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    """The order of a product, the order of a derivative, the shape of a Jacobian, and the vectorized Hessian."""
-    few = choice.quick and not choice.models
-    for name in filter(choice.wants, ORDERED[:1] if few else ORDERED):
-        for derivative in ("hvp",) if few else ("hvp", "hessian"):
-            yield of_model(choice, f"order/{derivative}", MODELS[name](), derivative, ORDER_ROWS)
     for name, make, points, orders in HIGHER:
         for order in orders if choice.quick else range(1, MOST + 1):
             flat = make(points)
             yield Race(
                 f"folklore/higher/{name}/points={points}/order={order}",
                 f"derivative of order {order} of a {name} of one variable at {points:,} points", name,
-                partial(higher.contestants, flat, order, choice, compiled=not choice.quick),
-                partial(higher.reference, flat, order), choice.tolerance(), {"order": order, "points": points},
-                **choice.effort(),
+                partial(contestants, flat, order, choice), partial(reference, flat, order), choice.tolerance(),
+                {"order": order, "points": points}, **choice.effort(),
             )  # fmt: skip
-    for m, n in SHAPES:
-        ways = partial(only, partial(modes.jacobian_ways, modes.function(m, n), choice), SHAPE_ROWS)
-        yield modes.jacobian_race(choice, "folklore/shape", m, n, contestants=ways, claims=lambda outcome: [])
-    for sizes, examples in VECTORIZED[:1] if choice.quick else VECTORIZED:
-        yield of_model(choice, "vectorized/hessian", mlp(sizes, examples), "hessian", VECTORIZED_ROWS)
 
 
-def of_model(choice: Choice, id: str, model: Model, derivative: str, names: Sequence[str]) -> Race:
-    n, everybody = model.num_parameters, partial(everyone.of_model, model, derivative, choice, compiled=False)
-    return Race(
-        f"folklore/{id}/{model.name}/n={n}", f"{derivative}, {model.title}, {n:,} parameters", model.name,
-        partial(only, everybody, names), partial(jax_ways.reference, model, derivative), choice.tolerance(), {"n": n},
-        **choice.effort(),
-    )  # fmt: skip
+def nest(step: Callable[[Function], Function], order: int, fun: Function) -> Function:
+    for _ in range(order):
+        fun = step(fun)
+    return fun
 
 
-def only(make: Callable[[], Iterator[Contestant]], names: Sequence[str]) -> list[Contestant]:
-    return [contestant for contestant in make() if contestant.name in names]
+def forward(fun: Function) -> Function:
+    return lambda x, *data: jax.jvp(lambda x: fun(x, *data), (x,), (jnp.ones_like(x),))[1]
 
 
-def plots(outcomes: Outcomes) -> list[Plot]:
-    found = []
-    for name, _, points, _ in HIGHER:
-        title = f"Derivatives of a {name} of one variable at {points:,} points"
-        found += over(
-            of_higher(outcomes, name, points), "order", f"higher-{name}-{points}", title, "order", x_log=False
-        )
-    return found
+def torch_graph(torch: Any, fun: Function) -> Function:
+    def derivative(x: Any) -> Any:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return torch.autograd.grad(fun(x).sum(), x, create_graph=True)[0]
+
+    return derivative
+
+
+TORCH: dict[str, Function] = {
+    "autograd.grad": torch_graph,
+    "func.grad": lambda torch, fun: torch.func.grad(lambda x: fun(x).sum()),
+    "func.jvp": lambda torch, fun: lambda x: torch.func.jvp(fun, (x,), (torch.ones_like(x),))[1],
+}
+
+
+def contestants(flat: Flat, order: int, choice: Choice) -> Iterator[Contestant]:
+    """Ours and JAX's, compiled and not; then the others, nested as deep; a quick run compiles only what it must."""
+    fun, args = flat.build(operations.for_jax()), tuple(jnp.asarray(a, float) for a in (flat.x, *flat.data))
+    nested = nest(forward, order, fun)
+    ways = {
+        "curvature.directional_derivatives": lambda x, *data: curvature.directional_derivatives(
+            fun, x, jnp.ones_like(x), *data, order=order
+        )[-1],
+        "jax, nested jvp": nested,
+        "jax, nested grad": nest(lambda fun: jax.grad(lambda x, *data: jnp.sum(fun(x, *data))), order, fun),
+    }
+    yield from named(ways, args)
+    eager = lambda: lambda: jax.block_until_ready(nested(*args))  # noqa: E731
+    yield Contestant("jax, nested jvp, not compiled", "jax", make=eager)
+
+    def way_of(step: Function) -> Function:
+        return lambda library, fun: lambda x, v: nest(partial(step, library), order, fun)(x)
+
+    for name, step in TORCH.items():
+        make = partial(torch_ways.start, flat, way_of(step), choice)
+        yield Contestant(f"torch, nested {name}", "torch", make=make, read=torch_ways.read)
+    if not choice.quick:
+        make = partial(torch_ways.start, flat, way_of(TORCH["func.jvp"]), choice, compiled=True)
+        yield Contestant("torch.compile, nested func.jvp", "torch", make=make, read=torch_ways.read)
+    for execution in ("XLA",) if choice.quick else tensorflow_ways.EXECUTIONS:
+        make = partial(tensorflow_ways.start, flat, way_of(tensorflow_ways.gradient), choice, execution)
+        yield Contestant(f"tensorflow, nested GradientTape, {execution}", "tensorflow", make=make)
+    make = partial(autograd_ways.start, flat, way_of(lambda lib, fun: lib.elementwise_grad(fun)), choice)
+    yield Contestant("autograd, nested elementwise_grad", "autograd", make=make)
+
+
+def reference(flat: Flat, order: int) -> np.ndarray:
+    with jax.enable_x64(True):
+        args = tuple(map(jnp.asarray, (flat.x, *flat.data)))
+        return np.asarray(jax.jit(nest(forward, order, flat.build(operations.for_jax())))(*args))
 
 
 def of_higher(outcomes: Outcomes, name: str, points: int) -> dict[str, Outcome]:
     return part(outcomes, f"folklore/higher/{name}/points={points}/")
 
 
+def plots(outcomes: Outcomes) -> list[Plot]:
+    found = []
+    for name, _, points, _ in HIGHER:
+        races, title = of_higher(outcomes, name, points), f"Derivatives of a {name} at {points:,} points"
+        found += over(races, "order", f"higher-{name}-{points}", title, "order", x_log=False)
+    return found
+
+
 def findings(outcomes: Outcomes) -> list[Finding]:
-    sayings = {
-        "order": ("Forward over reverse is the fastest way to second derivatives", order_sentences),
-        "higher": (f"JAX computes higher derivatives orders of magnitude ({MAGNITUDES} times) faster than PyTorch or "
-                   "TensorFlow", higher_sentences),
-        "shape": ("Forward mode for tall Jacobians, reverse for wide ones", shape_sentences),
-        "vectorized": ("functorch's vectorized Hessian is faster than the loop of torch.autograd.functional",
-                       vectorized_sentences),
-    }  # fmt: skip
-    return [
-        Finding(f'"{saying}": is it so?', " ".join(sentences(races)) or MISSING)
-        for kind, (saying, sentences) in sayings.items()
-        if (races := part(outcomes, f"folklore/{kind}/"))
-    ]
-
-
-def order_sentences(races: Outcomes) -> Iterator[str]:
-    pairs = {
-        ("Hessian products in JAX", "hvp"): ("jax, reverse over reverse", "jax, forward over reverse"),
-        ("Hessian products in torch.func", "hvp"): ("torch.func, reverse over reverse",
-                                                    "torch.func, forward over reverse"),
-        ("Hessians in JAX", "hessian"): ("jax.jacrev of jax.grad", "jax.hessian"),
-        ("Hessians in torch.func", "hessian"): ("torch.func, reverse over reverse", "torch.func.hessian"),
-    }  # fmt: skip
-    for (what, derivative), (slow, fast) in pairs.items():
-        some = part(races, f"folklore/order/{derivative}/")
-        if found := shares(some, slow, fast):
-            memory = shares(some, slow, fast, "temporary_bytes")
-            beside = f" and {spread(memory)} its temporary memory" if memory else ""
-            yield (
-                f"{what}: reverse over reverse takes {spread(found)} the time of forward over reverse{beside}; "
-                f"forward over reverse is faster in {sum(ratio > 1 for ratio in found)} of {len(found)} cases."
-            )
+    """A verdict on each saying of which a case ran; those of ``notes.toml`` need ratios only."""
+    higher, shapes = list(higher_sentences(outcomes)), list(shape_sentences(modes.of_ratios(outcomes)))
+    saying = (
+        f"JAX computes higher derivatives orders of magnitude ({MAGNITUDES} times) faster than PyTorch or TensorFlow"
+    )
+    found = {saying: higher, "Forward mode for tall Jacobians, reverse for wide ones": shapes}
+    return [Finding(f'"{saying}": is it so?', " ".join(said)) for saying, said in found.items() if said]
 
 
 def higher_sentences(outcomes: Outcomes) -> Iterator[str]:
@@ -138,17 +169,9 @@ def higher_sentences(outcomes: Outcomes) -> Iterator[str]:
 
 
 def shape_sentences(races: Outcomes) -> Iterator[str]:
+    """In how many of the shapes that are not square the saying holds."""
     for library, pair in modes.BOTH.items():
-        for race in races.values():
-            if ratio := share(race, *pair):
-                m, n = int(race.sizes["m"]), int(race.sizes["n"])
-                winner, factor = ("forward" if ratio < 1 else "reverse"), digits(max(ratio, 1 / ratio))
-                said = "" if m == n else ", as said" if (ratio < 1) == (m > n) else ", against the saying"
-                yield f"{library}, {m} by {n}: {winner} is {factor} times as fast{said}."
-
-
-def vectorized_sentences(races: Outcomes) -> Iterator[str]:
-    for race in races.values():
-        found = {name: r for name in VECTORIZED_ROWS if name != LOOP and (r := share(race, LOOP, name))}
-        listed = ", ".join(f"{digits(ratio)} times that of {name}" for name, ratio in found.items())
-        yield f"{int(race.sizes['n']):,} parameters: the loop takes {listed or 'a time that was not measured'}."
+        found = [(race.sizes["m/n"], share(race, *pair)) for race in races.values()]
+        said = [(ratio < 1) == (shape > 1) for shape, ratio in found if ratio and not 0.9 < shape < 1.1]
+        if said:
+            yield f"In {library} it holds in {sum(said)} of {len(said)} shapes."

@@ -98,16 +98,12 @@ def jacobians(choice: Choice) -> Iterator[Race]:
     tall = [round(math.sqrt(entries * ratio)) for ratio in ratios]
     squares = () if choice.quick else GROWTH_OF_SQUARES
     for m, n in [(m, round(entries / m)) for m in tall] + [(size, size) for size in squares]:
-        yield jacobian_race(choice, "modes/jacobian", m, n)
-
-
-def jacobian_race(choice: Choice, id: str, m: int, n: int, **options: Any) -> Race:
-    flat, title = function(m, n), f"Jacobian of {m} outputs by {n} inputs"
-    contestants, reference = partial(jacobian_ways, flat, choice), partial(jacobian_reference, flat)
-    kept = {"contestants": contestants, "claims": partial(regret, "Jacobian")} | choice.effort() | options
-    sizes = {"m": m, "n": n, "m/n": m / n}
-    return Race(f"{id}/m={m}/n={n}", title, "jacobian", reference=reference, tolerance=choice.tolerance(),
-                sizes=sizes, **kept)  # fmt: skip
+        flat = function(m, n)
+        yield Race(
+            f"modes/jacobian/m={m}/n={n}", f"Jacobian of {m} outputs by {n} inputs", "jacobian",
+            partial(jacobian_ways, flat, choice), partial(jacobian_reference, flat), choice.tolerance(),
+            {"m": m, "n": n, "m/n": m / n}, claims=partial(regret, "Jacobian"), **choice.effort(),
+        )  # fmt: skip
 
 
 def jacobian_ways(flat: Flat, choice: Choice) -> Iterator[Contestant]:

@@ -59,7 +59,9 @@ def test_the_readme_quotes_the_published_rows(published):
     medians = []
     for pair in PAIRS.items():
         rows = [[outcome.row(name) for name in pair] for outcome in objectives.values()]
-        times = [[row.metrics["seconds"] for row in both] for both in rows if all(r and r.metrics["solved"] for r in both)]
+        times = [
+            [row.metrics["seconds"] for row in both] for both in rows if all(r and r.metrics["solved"] for r in both)
+        ]
         medians.append(statistics.median(theirs / ours for ours, theirs in times))
     mean = "one gradient of the mean"
     gradients = [

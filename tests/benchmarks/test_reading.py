@@ -41,5 +41,5 @@ def test_the_comparison_names_right_rows_of_others():
 def test_ratios_span_all_outcomes_and_leave_out_what_is_missing():
     outcomes = {"a": outcome(3, 2.0, 4.0, 1.0), "b": outcome(9, 3.0, 9.0, 1.0)}
     pairs = {"JAX": ("jax, x", "curvature.x"), "nobody": ("nobody", "curvature.x")}
-    assert [finding.answer for finding in ratios("?", outcomes, pairs)] == ["JAX: 2.00 to 3.00 times."]
+    assert [f.answer for f in ratios("?", outcomes, pairs)] == ["JAX: 2.00 to 3.00 times (above 1 in 2 of 2)."]
     assert ratios("?", {}, pairs) == []
