@@ -77,9 +77,11 @@ jacobian = functools.partial(by_one_tape, "jacobian")
 
 
 def forward_over_reverse(tf: TensorFlow, fun: Function) -> Function:
+    gradient_of = gradient(tf, fun)
+
     def product(x: Any, v: Any) -> Any:
         with tf.autodiff.ForwardAccumulator(x, v) as accumulator:
-            found = gradient(tf, fun)(x)
+            found = gradient_of(x)
         return accumulator.jvp(found)
 
     return product
@@ -88,10 +90,12 @@ def forward_over_reverse(tf: TensorFlow, fun: Function) -> Function:
 def reverse_over_reverse(tf: TensorFlow, fun: Function, *, many: bool = False) -> Function:
     """A tape around a tape, and a pass back over it for the direction, or for each of many."""
 
+    gradient_of = gradient(tf, fun)
+
     def product(x: Any, v: Any) -> Any:
         with tf.GradientTape(persistent=many) as tape:
             tape.watch(x)
-            found = gradient(tf, fun)(x)
+            found = gradient_of(x)
         if not many:
             return tape.gradient(found, x, output_gradients=v)
         return tf.stack([tape.gradient(found, x, output_gradients=v[i]) for i in range(PRODUCTS)])

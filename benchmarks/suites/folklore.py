@@ -109,7 +109,11 @@ def contestants(flat: Flat, order: int, choice: Choice) -> Iterator[Contestant]:
     yield Contestant("jax, nested jvp, not compiled", "jax", make=eager)
 
     def way_of(step: Function) -> Function:
-        return lambda library, fun: lambda x, v: nest(partial(step, library), order, fun)(x)
+        def way(library: Any, fun: Function) -> Function:
+            derivative = nest(partial(step, library), order, fun)
+            return lambda x, v: derivative(x)
+
+        return way
 
     for name, step in TORCH.items():
         make = partial(torch_ways.start, flat, way_of(step), choice)

@@ -83,7 +83,8 @@ def diagonals(choice: Choice) -> Iterator[Race]:
         title = f"Diagonal of the Hessian, {made.title}, {n:,} parameters"
         yield Race(
             f"modes/diagonal/{name}/n={n}", title, made.name, partial(diagonal_ways, made, small=name == "small"),
-            partial(diagonal_reference, made), 1e-4, {"n": n, "batch": 64}, budget=4.0, rounds=3, claims=diagonal_claims,
+            partial(diagonal_reference, made), 1e-4, {"n": n, "batch": 64}, budget=4.0, rounds=3,
+            claims=diagonal_claims,
         )  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def cases(choice: Choice) -> Iterator[Case]:
             f"Gradient of a PINN's loss, {inputs} inputs, {sizes.points} points, 3 layers of 32", "pinn",
             partial(pinn_contestants, sizes), partial(pinn_reference, sizes), choice.tolerance(),
             {"d": inputs, "points": sizes.points}, **choice.effort(full=1.0),
-            caption="The loss is the mean square of the Laplacian plus a source; contestants differ in how they get it.",
+            caption="The loss is the mean square of the Laplacian plus a source; contestants get it differently.",
         )  # fmt: skip
 
 

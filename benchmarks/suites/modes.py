@@ -150,8 +150,8 @@ def jacobian_finding(outcomes: Outcomes) -> list[Finding]:
         ends = [spread([share(race, forward, reverse)]) for race in (*ordered[:1], *ordered[-1:])]
         where = "they do not cross" if ratio is None else f"they take the same time at m/n = {ratio:.2g}"
         sentences.append(
-            f"In {library} forward takes {ends[0]} as long as reverse at the widest shape and {ends[1]} at the tallest; "
-            f"{where}." if ends else ""
+            f"In {library} forward takes {ends[0]} as long as reverse at the widest shape and {ends[1]} at the "
+            f"tallest; {where}." if ends else ""
         )  # fmt: skip
     question = "At which shape of a Jacobian does one mode overtake the other?"
     return [Finding(question, " ".join(sentences))] if races else []

@@ -3,7 +3,6 @@
 import base64
 import copy
 import io
-import itertools
 import re
 from html.parser import HTMLParser
 
