@@ -89,7 +89,6 @@ def forward_over_reverse(tf: TensorFlow, fun: Function) -> Function:
 
 def reverse_over_reverse(tf: TensorFlow, fun: Function, *, many: bool = False) -> Function:
     """A tape around a tape, and a pass back over it for the direction, or for each of many."""
-
     gradient_of = gradient(tf, fun)
 
     def product(x: Any, v: Any) -> Any:

@@ -155,8 +155,16 @@ def headlines(outcomes: Outcomes) -> list[Plot]:
     races = {id: o for id, o in reading.part(outcomes, "modes/hessian/mlp/").items() if o.sizes.get("batch") == 256}
     lines = [line for peer in (OURS, *reading.others(races)) if (line := _of_library(races, "n", peer))]
     if lines:
-        found.append(Plot("hessians", "The Hessian of a network's loss, by the fastest way of each library",
-                          "parameters", "time, ms", lines, caption="A tanh network that classifies, a batch of 256."))  # fmt: skip
+        found.append(
+            Plot(
+                "hessians",
+                "The Hessian of a network's loss, by the fastest way of each library",
+                "parameters",
+                "time, ms",
+                lines,
+                caption="A tanh network that classifies, a batch of 256.",
+            )
+        )
     table = scalar.costs(objectives := scalar.select(outcomes), "seconds")
     if table and any(math.isfinite(cost) for row in table.values() for cost in row):
         best: dict[str | None, str] = {}
@@ -165,14 +173,29 @@ def headlines(outcomes: Outcomes) -> list[Plot]:
             if library not in best or _solved(row) > _solved(table[best[library]]):
                 best[library] = name
         curves = scalar.performance_profile({name: table[name] for name in best.values()})
-        found.append(Plot("optimizers", "Problems solved, by the solver of each library that solves the most",
-                          "time, \u00d7 that of the fastest solver here", "share of the problems solved",
-                          [Line(name, *curve, "steps") for name, curve in curves.items()], y_log=False,
-                          caption=f"{len(objectives)} objectives. Higher is better, and further left."))  # fmt: skip
+        found.append(
+            Plot(
+                "optimizers",
+                "Problems solved, by the solver of each library that solves the most",
+                "time, \u00d7 that of the fastest solver here",
+                "share of the problems solved",
+                [Line(name, *curve, "steps") for name, curve in curves.items()],
+                y_log=False,
+                caption=f"{len(objectives)} objectives. Higher is better, and further left.",
+            )
+        )
     races = reading.part(outcomes, "per_example/norms/mlp/")
     if lines := reading.curves(races, "batch", scale=1e3):
-        found.append(Plot("per_example", "The norm of every example's gradient", "examples in the batch", "time, ms",
-                          lines, caption="An MLP 784-256-10; the dashed line is what plain training pays."))  # fmt: skip
+        found.append(
+            Plot(
+                "per_example",
+                "The norm of every example's gradient",
+                "examples in the batch",
+                "time, ms",
+                lines,
+                caption="An MLP 784-256-10; the dashed line is what plain training pays.",
+            )
+        )
     return found
 
 
