@@ -1,7 +1,7 @@
 """``python -m benchmarks``: which mode, which method, which library; measured on this machine, from one command.
 
 ``--quick`` ends in a few minutes; ``--suite modes --models mlp transformer --dtype float64`` selects; the same command
-takes up a run that was cut off where it stopped. The report lies in ``report/index.html`` afterwards.
+resumes a run that was cut off. The report lies in ``report/index.html`` afterwards.
 """
 
 import argparse
@@ -13,7 +13,6 @@ from benchmarks import crashes, peers
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -24,10 +23,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--threads", type=int, default=peers.num_cores(), help="cores for everyone (default: all)")
     parser.add_argument("--output", type=Path, default=Path("report"), help="the folder of the report")
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say what changed since that results.json")
-    parser.add_argument("--fresh", action="store_true", help="do not take up an earlier run that was cut off")
+    parser.add_argument("--compare", type=Path, metavar="OLD", help="say what changed since that results.json.gz")
+    parser.add_argument("--fresh", action="store_true", help="do not resume an earlier run that was cut off")
     parser.add_argument("--list", action="store_true", help="list suites and cases, and stop")
-    parser.add_argument("--only-report", action="store_true", help="make the report again from its results.json")
+    parser.add_argument("--only-report", action="store_true", help="make the report again from its results.json.gz")
     options = parser.parse_args(arguments)
     if options.threads < 1:
         parser.error(f"--threads is {options.threads}; it takes 1 or more")

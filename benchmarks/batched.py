@@ -1,22 +1,24 @@
 """Many small problems at once: ``python -m benchmarks.batched``.
 
 A thousand ten-dimensional Rosenbrock problems from random starts, double precision: ``minimize_batched`` and
-``jax.vmap`` of ``minimize`` against a loop over SciPy, whose methods get compiled functions. Then a batch of which a
-tenth needs ten times the steps of the others.
+``jax.vmap`` of ``minimize`` against a loop over SciPy, whose methods get compiled functions, and against the solvers of
+others under ``vmap``. Then a batch of which a tenth needs ten times the steps of the others.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
-from rich.console import Console
 
 import curvature
-from benchmarks.timing import Row, console, digits, measure, share, table
+from benchmarks.cases import OURS, Case, Choice, Claim, Contestant, Finding, Outcome, Outcomes, Race
+from benchmarks.reading import fastest, number, seconds
+from benchmarks.suites.solvers import MAX_STEPS, run_optax_lbfgs, scipy_solver
+from benchmarks.timing import digits
 
 LANES, SIZE = 1000, 10
 SCIPY_LANES = 50  # of the same starts; the loop takes as long for each
@@ -24,11 +26,14 @@ METHOD = "newton-cg"  # without the eigendecompositions that take most of the ti
 COSTLY = "trust-region"  # whose steps take long enough that it pays to leave lanes out
 WANTED_SPEEDUP = 50  # over the fastest of SciPy's methods
 WANTED_GAIN = 1.3  # of minimize_batched over vmap when a tenth needs ten times the steps
-VMAP, BATCHED = "jax.vmap(minimize)", "minimize_batched"
+VMAP, BATCHED = "curvature jax.vmap(minimize)", "curvature minimize_batched"
+ROSENBROCKS, UNEVEN = "optimizers/batched/rosenbrock", "optimizers/batched/uneven"
+GTOL = float(np.finfo(np.float64).eps ** 0.5)  # the default of minimize
+STATIONARY = 1e-4  # SciPy's BFGS stops short where its line search finds no descent
+QUESTION = "What does a batch of small problems gain?"
 
 
-def rosenbrock(x: jax.Array) -> jax.Array:
-    """The chained function."""
+def rosenbrock(x: jax.Array, _: Any = None) -> jax.Array:
     return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
 
 
@@ -37,91 +42,131 @@ def starts(spread: np.ndarray) -> jax.Array:
     return jnp.asarray(1 + spread[:, None] * np.random.default_rng(0).uniform(-1, 1, (len(spread), SIZE)))
 
 
-def ours(x0: jax.Array, method: str) -> dict[str, Callable[[], Any]]:
-    """Both of our ways, warm."""
-    mapped = jax.jit(jax.vmap(functools.partial(curvature.minimize, rosenbrock, method=method)))
-    ways = {
-        VMAP: lambda: mapped(x0),
-        BATCHED: lambda: curvature.minimize_batched(rosenbrock, x0, method=method),
-    }
-    for way in ways.values():
-        jax.block_until_ready(way())  # compiles
-    return ways
-
-
-def scipy_loops(x0: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """A solve for each start by each of SciPy's comparable methods, on compiled functions, to the same tolerance."""
-    value_and_grad, hessian = jax.jit(jax.value_and_grad(rosenbrock)), jax.jit(jax.hessian(rosenbrock))
-    product = jax.jit(functools.partial(curvature.hvp, rosenbrock))
-    gtol = float(np.sqrt(np.finfo(np.float64).eps))
-
-    def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, grad = value_and_grad(x)
-        return float(value), np.asarray(grad)
-
-    def loop(method: str, **how: Any) -> list[Any]:
-        return [scipy.optimize.minimize(fun, x, jac=True, method=method, **how) for x in x0]
-
-    def product_at(x: np.ndarray, v: np.ndarray) -> np.ndarray:
-        return np.asarray(product(x, v))
-
-    options = {"gtol": gtol, "maxiter": 1000}
-    how = {
-        "trust-exact": {"hess": lambda x: np.asarray(hessian(x)), "options": options},
-        "trust-ncg": {"hessp": product_at, "options": options},
-        "BFGS": {"options": options},
-    }
-    return {f"SciPy {method}, a loop": functools.partial(loop, method, **how[method]) for method in how}
-
-
-def bench(
-    screen: Console, title: str, x0: jax.Array, method: str, peers: Mapping[str, Callable[[], Any]]
-) -> dict[str, Row]:
-    """Time one batch, and print the table."""
-    contestants = {**ours(x0, method), **peers}
-    with screen.status(title) as status:
-        rows = measure(contestants, budget=3.0, rounds=3, report=lambda line: status.update(f"{title}: {line}"))
-        scale = len(x0) / SCIPY_LANES
-        rows = {name: share(row, 1 / scale) if name in peers else row for name, row in rows.items()}
-        result = contestants[BATCHED]()
-    steps = np.asarray(result.num_steps)
-    caption = (
-        f"{int(result.success.sum())} of {len(x0)} converged; steps {steps.min()} to {steps.max()}, median "
-        f"{digits(float(np.median(steps)))}. SciPy's times are those of {SCIPY_LANES} starts, times {scale:g}."
-    )
-    screen.print(table(title, rows.values(), rows[BATCHED], caption if peers else caption.partition(" SciPy")[0]))
-    screen.print()
-    return rows
-
-
-def main() -> None:
-    """Run it all."""
-    jax.config.update("jax_enable_x64", True)
-    screen = console()
-    screen.print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; float64; medians.\n")
-    x0 = starts(np.full(LANES, 3.0))
-    rows = bench(
-        screen, f"{LANES:,} Rosenbrock problems in {SIZE} dimensions, {METHOD}", x0, METHOD,
-        scipy_loops(np.asarray(x0)[:SCIPY_LANES]),
+def cases(choice: Choice) -> Iterator[Case]:
+    lanes, sample = (200, 10) if choice.quick else (LANES, SCIPY_LANES)
+    how: dict[str, Any] = {"budget": 0.5 if choice.quick else 3.0, "rounds": 3}
+    yield Race(
+        ROSENBROCKS, f"{lanes:,} Rosenbrock problems in {SIZE} dimensions; {METHOD}", "rosenbrock",
+        functools.partial(contestants, np.full(lanes, 3.0), sample, choice.quick), lambda: 0.0, STATIONARY,
+        {"n": SIZE, "lanes": lanes}, claims=speedup,
+        caption=f"Seconds for each problem. SciPy solves {sample} of the {lanes:,}, one after the other. An answer is "
+        "right where the largest entry of all gradients is small; the problem has minima in two places.", **how,
     )  # fmt: skip
-    converged = bool(curvature.minimize_batched(rosenbrock, x0, method=METHOD).success.all())
-    uneven = starts(np.where(np.arange(LANES) % 10 == 0, 3.0, 0.02))
-    slow = bench(screen, f"Nine tenths of them start next to the minimizer, {COSTLY}", uneven, COSTLY, {})
-    screen.print("The claims, as measured in this run (other work on the machine moves them):")
-    for line in verdicts(rows, converged, slow):
-        screen.print(line, soft_wrap=True)
+    if not choice.quick:
+        uneven = np.where(np.arange(lanes) % 10 == 0, 3.0, 0.02)
+        yield Race(
+            UNEVEN, f"The same, and nine tenths start next to the minimizer; {COSTLY}", "rosenbrock",
+            functools.partial(both_of_ours, uneven, COSTLY), lambda: 0.0, STATIONARY, {"n": SIZE, "lanes": lanes},
+            claims=gain,
+            caption="vmap runs every lane until the slowest is done; minimize_batched sorts out those that are.", **how,
+        )  # fmt: skip
 
 
-def verdicts(rows: Mapping[str, Row], converged: bool, uneven: Mapping[str, Row]) -> list[str]:
-    """Each claim, with what was measured of it."""
-    claims = [(converged, f"all of {LANES:,} converged")]
-    peer = min((row for row in rows.values() if row.name.startswith("SciPy")), key=lambda row: row.seconds)
-    speedup = peer.seconds / rows[BATCHED].seconds
-    claims.append((speedup >= WANTED_SPEEDUP, f"{speedup:.0f} times as fast as {peer.name} (wanted: {WANTED_SPEEDUP})"))
-    gain = uneven[VMAP].seconds / uneven[BATCHED].seconds
-    claims.append((gain >= WANTED_GAIN, f"{gain:.1f} times as fast as vmap when uneven (wanted: {WANTED_GAIN})"))
-    return [f"{'holds' if holds else 'FAILS'}  {claim}" for holds, claim in claims]
+def both_of_ours(spread: np.ndarray, method: str) -> Iterator[Contestant]:
+    """``minimize_batched``, and ``vmap`` of ``minimize``; all lanes must converge."""
+    x0 = starts(spread)
+
+    def batched() -> Callable[[], Any]:
+        return lambda: jax.block_until_ready(curvature.minimize_batched(rosenbrock, x0, method=method))
+
+    def mapped() -> Callable[[], Any]:
+        run = jax.jit(jax.vmap(functools.partial(curvature.minimize, rosenbrock, method=method)))
+        return lambda: jax.block_until_ready(run(x0))
+
+    def read(result: Any) -> float:
+        return steepest(result.x) if bool(result.success.all()) else float("nan")
+
+    for name, make in {BATCHED: batched, VMAP: mapped}.items():
+        yield Contestant(name, OURS, make=make, read=read, pieces=len(spread))
+
+
+def contestants(spread: np.ndarray, sample: int, quick: bool) -> Iterator[Contestant]:
+    """Ours, SciPy's loops over a sample, and the solvers of others under ``vmap``.
+
+    A quick run leaves ``minimize_batched`` out, which compiles a program for each of several sizes of the batch.
+    """
+    yield from (c for c in both_of_ours(spread, METHOD) if not quick or c.name == VMAP)
+    x0, lanes = starts(spread), len(spread)
+
+    def loop(method: str) -> Callable[[], Any]:
+        solve = scipy_solver(rosenbrock, method, GTOL)
+        return lambda: np.stack([solve(x, None).x for x in np.asarray(x0)[:sample]])
+
+    def mapped(way: Callable[[], Callable[[jax.Array], Any]]) -> Callable[[], Any]:
+        run = jax.jit(jax.vmap(way()))
+        return lambda: jax.block_until_ready(run(x0))
+
+    for method in ("trust-exact", "BFGS") if quick else ("trust-exact", "trust-ncg", "BFGS"):
+        make = functools.partial(loop, method)
+        yield Contestant(f"SciPy {method}, a loop", "scipy", make=make, read=steepest, pieces=sample)
+    ways: dict[str, tuple[str, Callable[[], Callable[[jax.Array], Any]]]] = {
+        "optax.lbfgs": ("optax", lambda: lambda x: run_optax_lbfgs(rosenbrock, x, (), GTOL, MAX_STEPS)[0]),
+        "optimistix BFGS": ("optimistix", by_optimistix),
+    }
+    if not quick:
+        ways["jaxopt BFGS"] = ("jaxopt", by_jaxopt)
+        for method in ("bfgs", "l-bfgs"):  # those of ours that the peers have too
+            ways[f"curvature {method}"] = (
+                OURS, lambda method=method: lambda x: curvature.minimize(rosenbrock, x, method=method).x
+            )  # fmt: skip
+    for name, (peer, way) in ways.items():
+        make = functools.partial(mapped, way)
+        yield Contestant(f"{name} under vmap", peer, make=make, read=steepest, pieces=lanes)
+
+
+def by_optimistix() -> Callable[[jax.Array], Any]:
+    import optimistix
+
+    solver = optimistix.BFGS(rtol=GTOL, atol=GTOL)
+    return lambda x: optimistix.minimise(rosenbrock, solver, x, max_steps=MAX_STEPS, throw=False).value
+
+
+def by_jaxopt() -> Callable[[jax.Array], Any]:
+    import jaxopt
+
+    solver = jaxopt.BFGS(rosenbrock, tol=GTOL, maxiter=MAX_STEPS)
+    return lambda x: solver.run(x).params
+
+
+def steepest(points: Any) -> float:
+    return float(jnp.max(jnp.abs(jax.jit(jax.vmap(jax.grad(rosenbrock)))(jnp.asarray(points)))))
+
+
+def speedup(outcome: Outcome) -> list[Claim]:
+    ours, theirs = (number(fastest(outcome, peer), "seconds") for peer in (OURS, "scipy"))
+    if ours is None or theirs is None:
+        return []
+    text = f"{theirs / ours:.0f} times as fast as the fastest of SciPy's loops (wanted: {WANTED_SPEEDUP})"
+    return [Claim(text, theirs / ours >= WANTED_SPEEDUP)]
+
+
+def gain(outcome: Outcome) -> list[Claim]:
+    slow, fast = (seconds(outcome, name) for name in (VMAP, BATCHED))
+    if slow is None or fast is None:
+        return []
+    text = f"{slow / fast:.1f} times as fast as vmap when uneven (wanted: {WANTED_GAIN})"
+    return [Claim(text, slow / fast >= WANTED_GAIN)]
+
+
+def findings(outcomes: Outcomes) -> list[Finding]:
+    outcome = outcomes.get(ROSENBROCKS)
+    if outcome is None or not outcome.rows:
+        return [Finding(QUESTION, "It was not run.")]
+    ours = number(fastest(outcome, OURS), "seconds")
+    timed = sorted((row.metrics["seconds"], row.name) for row in outcome.rows if row.status == "ok")
+    said = [f"{name} {digits(1e6 * time)} µs" for time, name in timed]
+    wrong = [f"{row.name} ({row.note})" for row in outcome.rows if row.status not in ("ok", "absent")]
+    ahead = [name for time, name in timed if ours is not None and time < 0.95 * ours and "curvature" not in name]
+    answer = f"For each of {outcome.sizes['lanes']:,.0f} problems: {', '.join(said)}."
+    answer += f" Faster than the fastest of ours: {', '.join(ahead)}." if ahead else " Nobody is faster than ours."
+    return [Finding(QUESTION, answer + (f" Not right, and not timed: {'; '.join(wrong)}." if wrong else ""))]
+
+
+def main() -> int:
+    from benchmarks import session  # which imports the suites, and they this module
+
+    return session.alone(cases(Choice()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Contestants that bring the whole process down: a line on disk is all that outlives it."""
+"""Contestants that bring the whole process down: only a line on disk outlives them."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ class ProcessLostError(Exception):
 class Journal:
     """A file with a line for each contestant that has begun to start and has not come back.
 
-    Those that an earlier process left there have killed it; they are not started again.
+    Those that an earlier process left there have ended it; they are not started again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,11 +27,7 @@ class Journal:
 
     @contextlib.contextmanager
     def starting(self, case: str, name: str) -> Iterator[None]:
-        """Around the start of a contestant.
-
-        Raises:
-            ProcessLostError: if that has ended a process before.
-        """
+        """Around the start of a contestant; raises ``ProcessLostError`` if that has ended a process before."""
         line = f"{case}: {name}"
         if line in self.lost:
             raise ProcessLostError("the whole process ended while it started")
@@ -43,7 +39,7 @@ class Journal:
             self._write(self.lost)
 
     def forget(self) -> None:
-        """For a run that begins anew, or has come to its end."""
+        """For a run that begins from the start, or has come to its end."""
         self.lost = []
         self.file.unlink(missing_ok=True)
 
@@ -52,25 +48,23 @@ class Journal:
 
 
 def is_child() -> bool:
-    """Whether this process is the one that runs, and not the one that watches it."""
+    """Whether this process runs the benchmarks; otherwise it watches the one that does."""
     return _CHILD in os.environ
 
 
 def watch(arguments: Sequence[str], folder: Path) -> int:
-    """Run the command in a process of its own, and go on without whoever brought it down; the exit code."""
+    """Run the command in a child process, and resume without a contestant that ends it; the exit code."""
     known = 0
     while True:
-        environment = {**os.environ, _CHILD: "1"}
-        with subprocess.Popen([sys.executable, "-m", "benchmarks", *arguments], env=environment) as child:
-            code = _wait(child)
+        with subprocess.Popen([sys.executable, "-m", "benchmarks", *arguments], env={**os.environ, _CHILD: "1"}) as run:
+            code = _wait(run)
         lost = Journal(folder).lost
         if code >= 0:
             return code
         if len(lost) <= known:
             return 128 - code
         known = len(lost)
-        why = signal.Signals(-code).name
-        print(f"{lost[-1]} ended the process ({why}). The run goes on without it.", flush=True)
+        print(f"{lost[-1]} ended the process ({signal.Signals(-code).name}). The run goes on without it.", flush=True)
         arguments = [argument for argument in arguments if argument != "--fresh"]
 
 

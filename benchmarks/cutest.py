@@ -18,13 +18,20 @@ import numpy as np
 import curvature
 from curvature import Status
 
-BEST = Path(__file__).with_name("cutest_n50_best.json")
 _PILOT = 3  # steps, by which the seconds of one are judged
 METHODS = ("trust-exact", "trust-region", "newton", "newton-cg", "cubic-newton", "bfgs", "l-bfgs", "sr1")
 
 
 class Run(NamedTuple):
-    """One solve; ``solved`` is None where no best value is known."""
+    """One solve.
+
+    Attributes:
+        cold: the seconds with tracing and compilation.
+        solved: None where no best value is known.
+        finite: the returned point, its value and its gradient, unless the status says that they are not.
+        cut: by the limit of time, before that of steps.
+        claim: where it says converged: the gradient, recomputed in double precision, over the tolerance.
+    """
 
     name: str
     n: int
@@ -34,13 +41,12 @@ class Run(NamedTuple):
     grad_norm: float
     cold: float
     solved: bool | None
-    finite: bool  # the returned point, its value and its gradient, unless the status says that they are not
-    cut: bool  # by the limit of time, before that of steps
-    claim: float  # where it says converged: the gradient, recomputed in double precision, over the tolerance
+    finite: bool
+    cut: bool
+    claim: float
 
 
 def main() -> None:
-    """Run the methods over the problems, and print a line for each failure and a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
@@ -53,48 +59,46 @@ def main() -> None:
     problems = [p for p in load_problems(options.max_n) if not options.problems or p[0] in options.problems]
     print(f"{len(problems)} problems, {options.dtype}, jax {jax.__version__}")
     with jax.enable_x64(options.dtype == "float64"):  # importing sif2jax has enabled it
-        run(problems, options)
+        for method in options.methods:
+            runs = []
+            for name, problem, best in problems:
+                try:
+                    runs.append(run := solve(name, problem, best, method, options))
+                except Exception as error:  # a problem that cannot be evaluated must not end the others
+                    print(f"  {method:14} {name:12} raised {type(error).__name__}: {str(error)[:200]}", flush=True)
+                    continue
+                if options.all or not run.solved:
+                    print(
+                        f"  {method:14} {run.name:12} n {run.n:5} {run.status.name:15} {run.steps:5} steps "
+                        f"value {run.value:.6e} gradient {run.grad_norm:.1e} solved {run.solved}",
+                        flush=True,
+                    )
+            print(summary(method, runs), flush=True)
 
 
-def run(problems: list[tuple[str, Any, float | None]], options: argparse.Namespace) -> None:
-    """Each method over the problems."""
-    for method in options.methods:
-        runs = []
-        for name, problem, best in problems:
-            try:
-                runs.append(run := solve(name, problem, best, method, options))
-            except Exception as error:  # a problem that cannot be evaluated must not end the others
-                print(f"  {method:14} {name:12} raised {type(error).__name__}: {str(error)[:200]}", flush=True)
-                continue
-            if options.all or not run.solved:
-                print(
-                    f"  {method:14} {run.name:12} n {run.n:5} {run.status.name:15} {run.steps:5} steps "
-                    f"value {run.value:.6e} gradient {run.grad_norm:.1e} solved {run.solved}",
-                    flush=True,
-                )
-        print(summary(method, runs), flush=True)
+def known() -> dict[str, dict[str, Any]]:
+    return json.loads(Path(__file__).with_name("cutest_n50_best.json").read_text())["problems"]
 
 
 def load_problems(max_n: int) -> list[tuple[str, Any, float | None]]:
     """The problems of sif2jax by name, each with the best value known to us."""
     import sif2jax
 
-    known = {name: entry["best"] for name, entry in json.loads(BEST.read_text())["problems"].items()}
-    found = []
-    for problem in sif2jax.unconstrained_minimisation_problems:
-        name = type(problem).__name__
-        if sum(np.size(leaf) for leaf in jax.tree.leaves(problem.y0)) <= max_n:
-            found.append((name, problem, known.get(name)))
-    return sorted(found, key=lambda entry: entry[0])
+    best = {name: entry["best"] for name, entry in known().items()}
+    problems = {type(problem).__name__: problem for problem in sif2jax.unconstrained_minimisation_problems}
+    sizes = {name: sum(np.size(leaf) for leaf in jax.tree.leaves(p.y0)) for name, p in problems.items()}
+    return [(name, problems[name], best.get(name)) for name in sorted(problems) if sizes[name] <= max_n]
+
+
+def in_dtype(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(
+        lambda a: jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a, tree
+    )
 
 
 def solve(name: str, problem: Any, best: float | None, method: str, options: argparse.Namespace) -> Run:
-    """One problem from its own start, traced, compiled and run."""
     dtype = jnp.dtype(options.dtype)
-    x0, args = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), problem.y0), problem.args
-    args = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf, dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf, args
-    )
+    x0, args = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), problem.y0), in_dtype(problem.args, dtype)
 
     def fun(x: Any, args: Any) -> Any:
         return problem.objective(x, args)
@@ -110,12 +114,9 @@ def solve(name: str, problem: Any, best: float | None, method: str, options: arg
         seconds = timed(_PILOT)[1] / _PILOT
         max_steps = min(max_steps, max(_PILOT, int(options.seconds_per_problem / seconds)))
     result, cold = timed(max_steps)
-    value = float(result.value)
-    grad_norm = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(result.grad))
+    value, status = float(result.value), Status(int(result.status))
     tolerance = 1e-6 if dtype == jnp.float64 else 1e-3
     solved = None if best is None else bool(value - best <= tolerance * max(1, abs(best)))
-    n = sum(leaf.size for leaf in jax.tree.leaves(x0))
-    status = Status(int(result.status))
     numbers = jax.tree.leaves((result.x, result.value, result.grad))
     finite = status == Status.NONFINITE_START or all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in numbers)
     cut = status == Status.MAX_STEPS and max_steps < options.max_steps
@@ -123,13 +124,17 @@ def solve(name: str, problem: Any, best: float | None, method: str, options: arg
     if status == Status.CONVERGED:
         with jax.enable_x64(True):
             x = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), result.x)
-            grad = jax.jit(jax.grad(fun))(x, args)
-            claim = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(grad)) / jnp.finfo(dtype).eps ** 0.5
-    return Run(name, n, status, int(result.num_steps), value, grad_norm, cold, solved, finite, cut, float(claim))
+            claim = largest(jax.jit(jax.grad(fun))(x, args)) / float(jnp.finfo(dtype).eps) ** 0.5
+    n = sum(leaf.size for leaf in jax.tree.leaves(x0))
+    steps = int(result.num_steps)
+    return Run(name, n, status, steps, value, largest(result.grad), cold, solved, finite, cut, claim)
+
+
+def largest(tree: Any) -> float:
+    return max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
 
 
 def summary(method: str, runs: list[Run]) -> str:
-    """What became of the problems, and at what cost, in one line."""
     solved = [run for run in runs if run.solved]
     false = [run.name for run in runs if run.status == Status.CONVERGED and run.solved is False]
     steps = statistics.median(run.steps for run in solved) if solved else 0

@@ -1,35 +1,46 @@
-"""Exact Newton on handwritten digits against scikit-learn: ``python -m benchmarks.digits``.
+"""Handwritten digits: exact Newton against scikit-learn and others: ``python -m benchmarks.digits``.
 
 Multinomial logistic regression with an L2 term, double precision: ``minimize`` with ``hessian=mean_hessian(loss)``
-against scikit-learn's ``newton-cholesky`` and ``lbfgs`` on the same objective, all warm, with the threads that each
-takes by itself. Then exact Newton on a network of 1,210 parameters.
+against scikit-learn's ``newton-cholesky`` and ``lbfgs`` on the same objective, and quasi-Newton methods of others. Then
+exact Newton on a network of 1,210 parameters.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
+from jax.flatten_util import ravel_pytree
 
 import curvature
-from benchmarks.timing import Row, console, digits, measure, table
+from benchmarks import peers
+from benchmarks.cases import OURS, Case, Choice, Claim, Contestant, Finding, Outcome, Outcomes, Race, Row, Study
+from benchmarks.reading import at_most, number
+from benchmarks.suites.solvers import compiled, largest, run_optax_lbfgs
+from benchmarks.timing import digits as figures
 
+ID = "optimizers/digits/regression"
 CLASSES = 10
 L2 = 1e-3  # the penalty, L2 / 2 times the square of all weights but the biases
 GTOL = 1e-6  # where the objective is within 1e-9 of the minimum
-WANTED_GAP = 1e-9  # in the objective, relative
+GAP = 1e-8  # in the objective, relative: what every solver here reaches
+FIRST_GTOL = 1e-7  # where the methods of first order are within that gap
+NORM_TOL = 1e-6  # of jaxopt, which tests the Euclidean norm: a smaller one it does not reach
+MAX_STEPS = 1000
+WANTED_GAP = 1e-9  # in the objective of exact Newton
 WANTED_SHARE = 0.5  # of scikit-learn's time
 HIDDEN, NETWORK_L2 = 16, 1e-2
 WANTED_GRADIENT = 1e-8
-OURS = "minimize, mean_hessian"
 
 Params = Any
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
 
 
 def regression_loss(params: Params, image: jax.Array, label: jax.Array) -> jax.Array:
@@ -38,20 +49,18 @@ def regression_loss(params: Params, image: jax.Array, label: jax.Array) -> jax.A
     The last bias is zero: a constant added to all of them changes nothing, and would leave the Hessian singular.
     """
     logits = image @ params["weights"] + jnp.append(params["bias"], 0.0)
-    fit = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
-    return fit + L2 / 2 * jnp.sum(params["weights"] ** 2)
+    return cross_entropy(logits, label) + L2 / 2 * jnp.sum(params["weights"] ** 2)
 
 
 def network_loss(params: Params, image: jax.Array, label: jax.Array) -> jax.Array:
-    """The same for a tanh network, with a penalty on every parameter."""
+    """The loss of one example of a tanh network, with a penalty on every parameter."""
     hidden = jnp.tanh(image @ params["first"]["weights"] + params["first"]["bias"])
     logits = hidden @ params["last"]["weights"] + params["last"]["bias"]
-    fit = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
-    return fit + NETWORK_L2 / 2 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+    return cross_entropy(logits, label) + NETWORK_L2 / 2 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
 
 def mean_of(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The objective, and the same for every call, so that its program is found again."""
+    """The objective, and the same for every call, so that its program is found in the cache."""
 
     def objective(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
         return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, images, labels))
@@ -59,8 +68,11 @@ def mean_of(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return objective
 
 
+def regression_params() -> Params:
+    return {"weights": jnp.zeros((64, CLASSES)), "bias": jnp.zeros(CLASSES - 1)}
+
+
 def network_params() -> Params:
-    """64-16-10, in the usual random scale."""
     first, last = jax.random.split(jax.random.key(0))
     return {
         "first": {"weights": jax.random.normal(first, (64, HIDDEN)) / 8, "bias": jnp.zeros(HIDDEN)},
@@ -68,90 +80,126 @@ def network_params() -> Params:
     }
 
 
-def peers(images: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], LogisticRegression]]:
-    """Scikit-learn's solvers, each at a tolerance that reaches the same objective to 1e-9."""
+def data() -> tuple[jax.Array, jax.Array]:
+    from sklearn.datasets import load_digits
 
-    def fit(solver: str, tol: float) -> LogisticRegression:
-        model = LogisticRegression(C=1 / (L2 * len(images)), solver=solver, tol=tol, max_iter=10_000)
-        return model.fit(images, labels)
-
-    return {
-        "scikit-learn newton-cholesky": functools.partial(fit, "newton-cholesky", 1e-6),
-        "scikit-learn lbfgs": functools.partial(fit, "lbfgs", 1e-7),
-    }
-
-
-def bench_regression(screen: Console, images: np.ndarray, labels: np.ndarray) -> list[str]:
-    """The regression, timed; the claims about it."""
-    data = jnp.asarray(images), jnp.asarray(labels)
-    objective, hessian = mean_of(regression_loss), curvature.mean_hessian(regression_loss)
-    start = {"weights": jnp.zeros((64, CLASSES)), "bias": jnp.zeros(CLASSES - 1)}
-    solve = functools.partial(curvature.minimize, objective, start, data, method="newton", hessian=hessian, gtol=GTOL)
-    contestants = {OURS: solve, **peers(images, labels)}
-    title = f"Softmax regression, {len(images):,} digits, 649 parameters"
-    with screen.status(title) as status:
-        jax.block_until_ready(solve())  # compiles
-        rows = measure(contestants, budget=4.0, rounds=5, report=lambda line: status.update(f"{title}: {line}"))
-        result = solve()
-        values = {OURS: float(result.value)}
-        for name in contestants.keys() - {OURS}:
-            model = contestants[name]()
-            fitted = {
-                "weights": jnp.asarray(model.coef_.T),
-                "bias": jnp.asarray(model.intercept_[:-1] - model.intercept_[-1]),
-            }
-            values[name] = float(objective(fitted, *data))
-    caption = f"{int(result.num_steps)} Newton steps; objective {values[OURS]:.12f}."
-    screen.print(table(title, rows.values(), rows[OURS], caption))
-    screen.print()
-    return regression_verdicts(rows, values, bool(result.success))
-
-
-def regression_verdicts(rows: Mapping[str, Row], values: Mapping[str, float], converged: bool) -> list[str]:
-    """Each claim, with what was measured of it."""
-    best = min(values.values())
-    excess = {name: (value - best) / abs(best) for name, value in values.items()}
-    claims = [
-        (
-            converged and excess[OURS] <= WANTED_GAP,
-            f"our objective within {excess[OURS]:.0e} of the lowest (wanted: {WANTED_GAP:.0e})",
-        )
-    ]
-    for name in (name for name in rows if name != OURS):
-        part = rows[OURS].seconds / rows[name].seconds
-        claims.append(
-            (
-                part <= WANTED_SHARE,
-                f"{digits(part)} of the time of {name} (wanted: {WANTED_SHARE}), which ends {excess[name]:.0e} above",
-            )
-        )
-    return [f"{'holds' if holds else 'FAILS'}  {claim}" for holds, claim in claims]
-
-
-def bench_network(screen: Console, images: np.ndarray, labels: np.ndarray) -> list[str]:
-    """Exact Newton in a trust region on the network; the claim about it."""
-    data = jnp.asarray(images), jnp.asarray(labels)
-    result = curvature.minimize(
-        mean_of(network_loss), network_params(), data, hessian=curvature.mean_hessian(network_loss),
-        method="trust-exact", gtol=WANTED_GRADIENT,
-    )  # fmt: skip
-    largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(result.grad))
-    screen.print(f"64-16-10 network, 1,210 parameters: {int(result.num_steps)} steps. {result.message}\n")
-    holds = bool(result.success) and largest <= WANTED_GRADIENT
-    return [f"{'holds' if holds else 'FAILS'}  network: max|grad| {largest:.0e} (wanted: {WANTED_GRADIENT:.0e})"]
-
-
-def main() -> None:
-    """Run it all."""
-    jax.config.update("jax_enable_x64", True)
-    screen = console()
-    screen.print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; float64; medians.\n")
     images, labels = load_digits(return_X_y=True)
-    lines = bench_regression(screen, images / 16, labels) + bench_network(screen, images / 16, labels)
-    screen.print("The claims, as measured in this run (other work on the machine moves them):")
-    for line in lines:
-        screen.print(line, soft_wrap=True)
+    return jnp.asarray(images / 16), jnp.asarray(labels)
+
+
+def cases(choice: Choice) -> Iterator[Case]:
+    """One race; none without scikit-learn, whose images it takes."""
+    if peers.is_installed("scikit-learn"):
+        yield Race(
+            ID, "Softmax regression, 1,797 digits, 649 parameters", "digits",
+            functools.partial(contestants, choice.quick), minimum, GAP, {"n": 649, "batch": 1797},
+            budget=0.5 if choice.quick else 6.0, rounds=2 if choice.quick else 5, claims=claims,
+            caption=f"Every solver is run to a tolerance at which its objective is within {GAP:.0e} of the minimum, "
+            "relative; that is the answer which is checked. The minimum is that of plain Newton steps.",
+        )  # fmt: skip
+
+
+def minimum() -> float:
+    """By plain Newton steps, with a Hessian from ``jax.hessian``."""
+    objective, batch = mean_of(regression_loss), data()
+    x, unravel = ravel_pytree(regression_params())
+    flat: Any = lambda x: objective(unravel(x), *batch)  # noqa: E731
+    derivatives, steepest = jax.jit(lambda x: (jax.grad(flat)(x), jax.hessian(flat)(x))), jnp.inf
+    while steepest > 1e-9:  # convex, and from zero it converges in a few steps
+        grad, hessian = derivatives(x)
+        x, steepest = x - jnp.linalg.solve(hessian, grad), jnp.max(jnp.abs(grad))
+    return float(flat(x))
+
+
+def contestants(quick: bool) -> Iterator[Contestant]:
+    """Ours, scikit-learn's, and the quasi-Newton methods of others; a quick run takes the exact Newton methods."""
+    objective, start, batch = mean_of(regression_loss), regression_params(), data()
+    newton = {"method": "newton", "hessian": curvature.mean_hessian(regression_loss), "gtol": GTOL}
+
+    def value(params: Any) -> float:
+        return float(objective(params, *batch))
+
+    def ours(how: dict[str, Any]) -> Callable[[], Any]:
+        solve = functools.partial(curvature.minimize, objective, start, batch, max_steps=MAX_STEPS, **how)
+        return lambda: jax.block_until_ready(solve().x)
+
+    for how in (newton, {"method": "l-bfgs", "gtol": FIRST_GTOL}, {"method": "trust-region", "gtol": FIRST_GTOL}):
+        if how is newton or not quick:
+            make = functools.partial(ours, how)
+            yield Contestant(f"curvature {how['method']}", OURS, make=make, read=value)
+    for solver, tol in {"newton-cholesky": 1e-6} if quick else {"newton-cholesky": 1e-6, "lbfgs": 1e-7}.items():
+        make = functools.partial(by_sklearn, solver, tol, *map(np.asarray, batch))
+        yield Contestant(f"scikit-learn {solver}", "scikit-learn", make=make, read=lambda m: value(fitted(m)))
+    for name, peer, way in () if quick else (("optax.lbfgs", "optax", by_optax), ("jaxopt LBFGS", "jaxopt", by_jaxopt)):
+        yield Contestant(name, peer, make=functools.partial(way, objective, start, batch), read=value)
+
+
+def by_sklearn(solver: str, tol: float, images: np.ndarray, labels: np.ndarray) -> Callable[[], Any]:
+    """At a tolerance that reaches the same objective to 1e-9."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=1 / (L2 * len(images)), solver=solver, tol=tol, max_iter=10_000)
+    return lambda: model.fit(images, labels)
+
+
+def fitted(model: Any) -> Params:
+    """What scikit-learn has fitted, with the last bias subtracted from all of them."""
+    weights, bias = jnp.asarray(model.coef_.T), jnp.asarray(model.intercept_)
+    return {"weights": weights, "bias": bias[:-1] - bias[-1]}
+
+
+def by_optax(objective: Any, start: Any, batch: Any) -> Callable[[], Any]:
+    return compiled(lambda x, batch: run_optax_lbfgs(objective, x, batch, FIRST_GTOL, MAX_STEPS)[0], start, batch)
+
+
+def by_jaxopt(objective: Any, start: Any, batch: Any) -> Callable[[], Any]:
+    import jaxopt
+
+    solver = jaxopt.LBFGS(objective, tol=NORM_TOL, maxiter=MAX_STEPS)
+    return compiled(lambda x, batch: solver.run(x, *batch).params, start, batch)
+
+
+def claims(outcome: Outcome) -> list[Claim]:
+    names = [row.name for row in outcome.rows if row.peer == "scikit-learn" and row.status == "ok"]
+    found = [claim for name in names for claim in at_most(outcome, "curvature newton", name, WANTED_SHARE)]
+    gap = number(outcome.row("curvature newton"), "error")
+    if gap is not None:
+        text = f"our objective is within {gap:.0e} of the least (wanted: {WANTED_GAP:.0e})"
+        found.append(Claim(text, gap <= WANTED_GAP))
+    return found
+
+
+def findings(outcomes: Outcomes) -> list[Finding]:
+    question = "Is exact Newton faster than scikit-learn at logistic regression?"
+    outcome = outcomes.get(ID)
+    timed = [] if outcome is None else [row for row in outcome.rows if row.status == "ok"]
+    if outcome is None or not any(row.peer == OURS for row in timed):
+        return [Finding(question, "It was not run, or ours had no right answer.")]
+    timed.sort(key=lambda row: row.metrics["seconds"])
+    said = [f"{row.name} {figures(1e3 * row.metrics['seconds'])} ms" for row in timed]
+    others = [f"{row.name} ({row.note})" for row in outcome.rows if row.status in ("wrong", "failed")]
+    answer = f"Time to within {GAP:.0e} of the least objective: {', '.join(said)}."
+    return [Finding(question, answer + (f" Not there: {'; '.join(others)}." if others else ""))]
+
+
+def network(report: Callable[[str], Any]) -> Outcome:
+    """Exact Newton in a trust region on the network; the claim about it."""
+    report("trust-exact")
+    hessian = curvature.mean_hessian(network_loss)
+    how: dict[str, Any] = {"method": "trust-exact", "gtol": WANTED_GRADIENT, "hessian": hessian}
+    result = curvature.minimize(mean_of(network_loss), network_params(), data(), **how)
+    steepest = float(largest(result.grad))
+    text = f"network: max|grad| {steepest:.0e} (wanted: {WANTED_GRADIENT:.0e}). {result.message}"
+    rows = [Row("curvature trust-exact", OURS, metrics={"steps": int(result.num_steps), "max|grad|": steepest})]
+    return Outcome(rows=rows, claims=[Claim(text, bool(result.success) and steepest <= WANTED_GRADIENT)])
+
+
+def main() -> int:
+    from benchmarks import session  # which imports the suites, and they this module
+
+    title = "64-16-10 network, 1,210 parameters"
+    return session.alone([*cases(Choice()), Study("digits/network", title, "digits", network)])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,17 +6,18 @@ and how the memory that XLA sets aside grows with the number of variables.
 """
 
 import argparse
+import functools
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 import curvature
-from benchmarks.timing import console, digits, plain_table
+from benchmarks.cases import OURS, Claim, Outcome, Row, Study
 from curvature import Status
 
 SIZES = (1_000, 100_000)
@@ -34,21 +35,6 @@ class Problem(NamedTuple):
     fun: Callable[..., Any]
     x0: Any
     args: tuple[Any, ...] = ()
-
-
-class Run(NamedTuple):
-    """What one solve came to."""
-
-    problem: str
-    size: int
-    method: str
-    status: Status
-    steps: int
-    grad_norm: float
-    gtol: float
-    compile_seconds: float
-    run_seconds: float
-    temporary_bytes: int
 
 
 def rosenbrock(x: jax.Array) -> jax.Array:
@@ -100,8 +86,6 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
 
 
 def compile_solve(problem: Problem, method: str) -> Any:
-    """The whole solve as a compiled program of the start and the data."""
-
     def solve(x0: Any, args: tuple[Any, ...]) -> curvature.MinimizeResult:
         return curvature.minimize(problem.fun, x0, args, method=method, max_steps=MAX_STEPS)
 
@@ -113,102 +97,64 @@ def temporary_bytes(problem: Problem, method: str) -> int:
     return compile_solve(problem, method).memory_analysis().temp_size_in_bytes
 
 
-def run(name: str, size: int, method: str) -> Run:
-    """Compile and solve, with the clock on either."""
-    problem = PROBLEMS[name](size)
-    start = time.perf_counter()
-    program = compile_solve(problem, method)
-    compiled = time.perf_counter()
-    result = jax.block_until_ready(program(problem.x0, problem.args))
-    end = time.perf_counter()
-    return Run(
-        problem=name,
-        size=size,
-        method=method,
-        status=Status(int(result.status)),
-        steps=int(result.num_steps),
-        grad_norm=max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(result.grad)),
-        gtol=float(np.sqrt(np.finfo(np.float64).eps)),
-        compile_seconds=compiled - start,
-        run_seconds=end - compiled,
-        temporary_bytes=program.memory_analysis().temp_size_in_bytes,
-    )
+def run(name: str, size: int, methods: list[str], report: Callable[[str], Any]) -> Outcome:
+    """Compile and solve by each method; the claim is that the solve ends by its gradient."""
+    outcome, gtol = Outcome(), float(np.sqrt(np.finfo(np.float64).eps))
+    for method in methods:
+        report(method)
+        problem, start = PROBLEMS[name](size), time.perf_counter()
+        program = compile_solve(problem, method)
+        compiled = time.perf_counter()
+        result = jax.block_until_ready(program(problem.x0, problem.args))
+        end, status = time.perf_counter(), Status(int(result.status))
+        grad_norm = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(result.grad))
+        metrics = {
+            "seconds": end - compiled, "compile_seconds": compiled - start,
+            "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+            "status": status.name, "steps": int(result.num_steps), "max|grad|": grad_norm,
+        }  # fmt: skip
+        outcome.rows.append(Row(method, OURS, metrics=metrics))
+        text = f"{method} reaches the tolerance: {name}, n = {size:,} ({grad_norm:.1e})"
+        outcome.claims.append(Claim(text, status is Status.CONVERGED and grad_norm <= gtol))
+    return outcome
 
 
-def print_runs(screen: Console, runs: Iterable[Run]) -> None:
-    """A line for each solve."""
-    columns = ["", "n", "method", "status", "steps", "max|grad|", "warm s", "cold s", "MiB"]
-    table = plain_table("Solves", columns, "Cold is tracing, compiling and running. MiB are temporary.")
-    for one in runs:
-        cold = one.compile_seconds + one.run_seconds
-        table.add_row(
-            one.problem, f"{one.size:,}", one.method, one.status.name, f"{one.steps:,}", f"{one.grad_norm:.1e}",
-            digits(one.run_seconds), digits(cold), digits(one.temporary_bytes / 2**20),
-        )  # fmt: skip
-    screen.print(table)
+def memory(names: list[str], methods: list[str], report: Callable[[str], Any]) -> Outcome:
+    """Temporary bytes for each variable, at either size; nothing runs."""
+    outcome = Outcome(caption=f"Growth: the bytes at {MEMORY_SIZES[1]:,} by those at {MEMORY_SIZES[0]:,}.")
+    for name in names:
+        for method in methods:
+            report(f"{name}, {method}")
+            small, large = (temporary_bytes(PROBLEMS[name](n), method) for n in MEMORY_SIZES)
+            growth, sizes = large / small, zip((small, large), MEMORY_SIZES, strict=True)
+            metrics = {f"bytes / n at {n:,}": size / n for size, n in sizes} | {"growth": growth}
+            outcome.rows.append(Row(f"{name}, {method}", OURS, metrics=metrics))
+            text = f"memory of {method} grows as the variables, tenfold: {name} ({growth:.1f})"
+            outcome.claims.append(Claim(text, LINEAR[0] <= growth <= LINEAR[1]))
+    return outcome
 
 
-def print_memory(screen: Console, memory: Mapping[tuple[str, str], list[int]]) -> None:
-    """Temporary bytes for each variable, at each size."""
-    columns = ["", "method", *(f"bytes / n\nat {n:,}" for n in MEMORY_SIZES), "growth"]
-    table = plain_table("Memory", columns, f"Growth: the bytes at {MEMORY_SIZES[1]:,} by those at {MEMORY_SIZES[0]:,}.")
-    for (name, method), (small, large) in memory.items():
-        cells = (digits(size / n) for size, n in zip((small, large), MEMORY_SIZES, strict=True))
-        table.add_row(name, method, *cells, digits(large / small))
-    screen.print(table)
+def main(arguments: list[str] | None = None) -> int:
+    from benchmarks import session  # and with it the libraries of the report, which the tests of solvers do without
 
-
-def verdicts(runs: Iterable[Run], memory: Mapping[tuple[str, str], list[int]]) -> list[str]:
-    """Each claim, with what was measured of it."""
-    claims = [
-        (
-            one.status is Status.CONVERGED and one.grad_norm <= one.gtol,
-            f"{one.method} reaches the tolerance: {one.problem}, n = {one.size:,} ({one.grad_norm:.1e})",
-        )
-        for one in runs
-    ]
-    for (name, method), (small, large) in memory.items():
-        growth = large / small
-        text = f"memory of {method} grows as the variables, tenfold: {name} ({growth:.1f})"
-        claims.append((LINEAR[0] <= growth <= LINEAR[1], text))
-    return [f"{'holds' if holds else 'FAILS'}  {claim}" for holds, claim in claims]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run it all, or what the command line picks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--problems", nargs="+", help="parts of names, instead of all")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
     parser.add_argument("--no-memory", action="store_true", help="leave out the table of memory")
     options = parser.parse_args(arguments)
-    jax.config.update("jax_enable_x64", True)
-    screen = console()
-    screen.print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; float64.\n")
     names = [name for name in PROBLEMS if not options.problems or any(part in name for part in options.problems)]
-    runs = []
-    for name in names:
-        for size in options.sizes:
-            for method in options.methods:
-                with screen.status(f"{name}, n = {size:,}, {method}"):
-                    runs.append(run(name, size, method))
-    print_runs(screen, runs)
-    memory = {} if options.no_memory else measure_memory(names, options.methods)
-    if memory:
-        print_memory(screen, memory)
-    screen.print("The claims, as measured in this run (other work on the machine moves the times):")
-    for line in verdicts(runs, memory):
-        screen.print(line, soft_wrap=True)
 
+    def studies() -> Iterator[Study]:
+        for name in names:
+            for size in options.sizes:
+                study = functools.partial(run, name, size, options.methods)
+                yield Study(f"large/{name}/n={size}", f"{name}, n = {size:,}", name, study)
+        if not options.no_memory:
+            yield Study("large/memory", "Memory", "", functools.partial(memory, names, options.methods))
 
-def measure_memory(names: Iterable[str], methods: Iterable[str]) -> dict[tuple[str, str], list[int]]:
-    """Temporary bytes at either size, by problem and method; nothing runs."""
-    return {
-        (name, method): [temporary_bytes(PROBLEMS[name](n), method) for n in MEMORY_SIZES]
-        for name in names
-        for method in methods
-    }
+    return session.alone(studies())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,13 +1,17 @@
 """Least squares from near and far: who reaches a published minimum, from how far, and who says so truly.
 
-``python -m benchmarks.least_squares`` needs sif2jax, against which each function is checked, SciPy and optimistix. The
+``python -m benchmarks.least_squares`` needs sif2jax, with which each function is compared, SciPy and optimistix. The
 functions are those of Moré, Garbow and Hillstrom (``benchmarks.mgh``) from x0, 10 x0 and 100 x0 (where x0 is zero, from
 vectors of 10 and 100, as in MINPACK's tests), in double precision.
 """
 
 import argparse
+import functools
+import importlib.util
 import math
-from collections.abc import Callable
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,16 +19,25 @@ import jax.numpy as jnp
 import numpy as np
 
 import curvature
+from benchmarks import peers
+from benchmarks.cases import OURS, Case, Choice, Claim, Finding, Outcome, Outcomes, Row, Study
 from benchmarks.mgh import PROBLEMS, Problem
+from benchmarks.reading import part
+from benchmarks.timing import first_line
 from curvature import Status
 
 FACTORS = (1, 10, 100)
 DIGITS = 1e-8
 ZERO = 1e-16  # a sum of squares that counts as zero
 MAX_STEPS = 1000
+QUICK = ("rosenbrock", "bard", "kowalik-osborne")
+CAPTION = (
+    "Solved: the sum of squares is one of the published ones to eight digits. Elsewhere: a success that is claimed at "
+    "another sum, be it stationary or not. Steps are those of each solver's own count, the median over what it solves."
+)
 
 
-class Outcome(NamedTuple):
+class Fit(NamedTuple):
     """A sum of squares, whether success was claimed, and the steps or evaluations that it took."""
 
     value: float
@@ -32,15 +45,13 @@ class Outcome(NamedTuple):
     steps: int
 
 
-Solver = Callable[[Problem], Callable[[np.ndarray], Outcome]]
+Solve = Callable[[np.ndarray], Fit]
 
 
-def ours(problem: Problem) -> Callable[[np.ndarray], Outcome]:
-    """curvature.least_squares with all its defaults."""
-
-    def solve(x0: np.ndarray) -> Outcome:
+def ours(problem: Problem) -> Solve:
+    def solve(x0: np.ndarray) -> Fit:
         fit = curvature.least_squares(problem.residuals, x0)
-        return Outcome(2 * float(fit.value), Status(int(fit.status)) == Status.CONVERGED, int(fit.num_steps))
+        return Fit(2 * float(fit.value), Status(int(fit.status)) == Status.CONVERGED, int(fit.num_steps))
 
     return solve
 
@@ -52,108 +63,130 @@ def minpack(residuals: Callable[..., Any], jacobian: Callable[..., Any], x0: np.
     """
     import scipy.optimize
 
+    ends = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-15) | {"max_nfev": 2 * MAX_STEPS}
+    fun, jac = (lambda x, f=f: np.asarray(f(x, *args)) for f in (residuals, jacobian))
     try:
-        return scipy.optimize.least_squares(
-            lambda x: np.asarray(residuals(x, *args)),
-            x0,
-            jac=lambda x: np.asarray(jacobian(x, *args)),
-            method="lm",
-            x_scale="jac",
-            ftol=1e-15,
-            xtol=1e-15,
-            gtol=1e-15,
-            max_nfev=2 * MAX_STEPS,
-        )
+        return scipy.optimize.least_squares(fun, x0, jac=jac, method="lm", x_scale="jac", **ends)
     except ValueError:  # residuals that are not finite at the start
         return None
 
 
-def scipy_lm(problem: Problem) -> Callable[[np.ndarray], Outcome]:
-    """MINPACK on compiled residuals."""
+def scipy_lm(problem: Problem) -> Solve:
     residuals, jacobian = jax.jit(problem.residuals), jax.jit(jax.jacfwd(problem.residuals))
 
-    def solve(x0: np.ndarray) -> Outcome:
+    def solve(x0: np.ndarray) -> Fit:
         fit = minpack(residuals, jacobian, x0)
-        if fit is None:
-            return Outcome(math.nan, False, 0)
-        return Outcome(2 * float(fit.cost), bool(fit.success), int(fit.nfev))
+        return Fit(math.nan, False, 0) if fit is None else Fit(2 * float(fit.cost), bool(fit.success), int(fit.nfev))
 
     return solve
 
 
-def optimistix_lm(problem: Problem) -> Callable[[np.ndarray], Outcome]:
-    """Levenberg-Marquardt of optimistix, with tolerances of 1e-10."""
+def optimistix_lm(problem: Problem) -> Solve:
     import optimistix
 
     solver = optimistix.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
 
     @jax.jit
     def run(x0: Any) -> Any:
-        found = optimistix.least_squares(
-            lambda x, _: problem.residuals(x), solver, x0, max_steps=MAX_STEPS, throw=False
-        )
+        fun = lambda x, _: problem.residuals(x)  # noqa: E731
+        found = optimistix.least_squares(fun, solver, x0, max_steps=MAX_STEPS, throw=False)
         success = found.result == optimistix.RESULTS.successful
         return jnp.sum(problem.residuals(found.value) ** 2), success, found.stats["num_steps"]
 
-    def solve(x0: np.ndarray) -> Outcome:
+    def solve(x0: np.ndarray) -> Fit:
         value, success, steps = run(jnp.asarray(x0))
-        return Outcome(float(value), bool(success), int(steps))
+        return Fit(float(value), bool(success), int(steps))
 
     return solve
 
 
-SOLVERS: dict[str, Solver] = {"curvature": ours, "scipy lm": scipy_lm, "optimistix": optimistix_lm}
+# By name: the library, and its solver.
+SOLVERS: dict[str, tuple[str, Callable[[Problem], Solve]]] = {
+    "curvature": (OURS, ours),
+    "scipy lm": ("scipy", scipy_lm),
+    "optimistix": ("optimistix", optimistix_lm),
+}
 
 
-def main() -> None:
-    """Run the solvers over the problems and starts, and say what holds."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
-    parser.add_argument("--problems", nargs="+", help="parts of names, instead of all")
-    options = parser.parse_args()
-    jax.config.update("jax_enable_x64", True)
-    problems = [p for p in PROBLEMS if not options.problems or any(part in p.name for part in options.problems)]
-    solved = {name: [0] * len(FACTORS) for name in options.solvers}
-    false: dict[str, list[str]] = {name: [] for name in options.solvers}
-    for problem in problems:
-        outcomes = {name: run_starts(SOLVERS[name](problem), problem) for name in options.solvers}
-        for name, row in outcomes.items():
-            for k, outcome in enumerate(row):
-                solved[name][k] += is_solved(problem, outcome)
-                if outcome.success and not is_solved(problem, outcome):
-                    false[name].append(f"{problem.name} {FACTORS[k]} x0: {outcome.value:.6g}")
-        print(line(problem, outcomes), flush=True)
-    report(solved, false, len(problems))
-    check_against_sif2jax(problems)
+def cases(choice: Choice) -> Iterator[Case]:
+    problems = [problem for problem in PROBLEMS if not choice.quick or problem.name in QUICK]
+    yield from studies(SOLVERS, problems)
 
 
-def run_starts(solve: Callable[[np.ndarray], Outcome], problem: Problem) -> list[Outcome]:
-    """The problem from each of its starts."""
+def studies(solvers: Iterable[str], problems: list[Problem]) -> Iterator[Study]:
+    for solver in solvers:
+        id = f"optimizers/least-squares/{solver.replace(' ', '-')}"
+        title = f"Least squares, {len(problems)} problems: {solver}"
+        yield Study(id, title, "mgh", functools.partial(run, solver, problems), {"problems": len(problems)})
+
+
+def run_starts(solve: Solve, problem: Problem) -> list[Fit]:
     x0 = np.array(problem.start)
     return [solve(factor * x0 if x0.any() else np.full_like(x0, factor if factor > 1 else 0)) for factor in FACTORS]
 
 
-def is_solved(problem: Problem, outcome: Outcome) -> bool:
+def is_solved(problem: Problem, fit: Fit) -> bool:
     """Whether the sum is one of the published ones to eight digits, or less than the least of them."""
-    value = outcome.value
-    close = any(abs(value - best) <= max(DIGITS * best, ZERO) for best in problem.minima)
-    return close or value < min(problem.minima)
+    close = any(abs(fit.value - best) <= max(DIGITS * best, ZERO) for best in problem.minima)
+    return close or fit.value < min(problem.minima)
 
 
-def line(problem: Problem, outcomes: dict[str, list[Outcome]]) -> str:
-    """What each solver found from each start: steps, and a mark and the sum where it is no published one."""
-    cells = []
-    for name, row in outcomes.items():
-        told = [f"{o.steps}" if is_solved(problem, o) else f"{o.steps}! {o.value:.3g}" for o in row]
-        cells.append(f"{name}: {', '.join(told)}")
-    return f"{problem.name:27} {'   '.join(cells)}"
+def run(solver: str, problems: list[Problem], report: Callable[[str], Any]) -> Outcome:
+    """Every problem from every start; a row for each factor of the start."""
+    peer, make = SOLVERS[solver]
+    names = [f"{solver}, from {'' if factor == 1 else f'{factor} '}x0" for factor in FACTORS]
+    if not peers.is_installed(peer):
+        return Outcome(rows=[Row(name, peer, "absent", note=f"{peer} is not installed") for name in names])
+    found: dict[str, list[Fit]] = {}
+    raised: list[str] = []
+    for problem in problems:
+        report(problem.name)
+        try:
+            found[problem.name] = run_starts(make(problem), problem)
+        except Exception as error:  # an exception of a solver is a result
+            raised.append(f"{problem.name}: {first_line(error)}")
+    rows = []
+    for k, name in enumerate(names):
+        tried = [(problem, found[problem.name][k]) for problem in problems if problem.name in found]
+        solved = [fit for problem, fit in tried if is_solved(problem, fit)]
+        rest = [(problem, fit) for problem, fit in tried if not is_solved(problem, fit)]
+        said = [
+            f"{p.name}{f' (success claimed at {fit.value:.6g})' if fit.success else ''}" for p, fit in rest
+        ] + raised
+        metrics = {
+            "solved": len(solved), "of": len(problems), "elsewhere": sum(bool(fit.success) for _, fit in rest),
+            "steps": float(statistics.median(fit.steps for fit in solved)) if solved else None,
+        }  # fmt: skip
+        rows.append(Row(name, peer, metrics=metrics, note=f"not solved: {', '.join(said)}" if said else ""))
+    return Outcome(rows=rows, claims=claims(rows, len(problems)) if peer == OURS else [], caption=CAPTION)
 
 
-def check_against_sif2jax(problems: list[Problem]) -> None:
-    """Hold each function against its counterpart at two points, and name those that differ or have none."""
+def claims(rows: list[Row], number: int) -> list[Claim]:
+    near, far = rows[0].metrics["solved"], rows[1].metrics["solved"]
+    found = [Claim(f"curvature solves {near} of {number} from x0", near == number, correctness=True)]
+    if number == len(PROBLEMS):  # a share of a handful says nothing
+        found.append(Claim(f"curvature solves {far} of {number} from 10 x0 (wanted: 80%)", far >= 0.8 * number))
+    return found
+
+
+def findings(outcomes: Outcomes) -> list[Finding]:
+    found, said = part(outcomes, "optimizers/least-squares/"), []
+    for id, outcome in found.items():
+        rows = [row for row in outcome.rows if row.status == "ok"]
+        counts = ", ".join(str(row.metrics["solved"]) for row in rows)
+        elsewhere = sum(row.metrics["elsewhere"] for row in rows)
+        said += [f"{id.split('/')[-1]} {counts} (successes elsewhere: {elsewhere})"] if rows else []
+    number = next(iter(found.values())).sizes.get("problems", 0) if found else 0
+    answer = f"Solved of {number:.0f} from x0, 10 x0 and 100 x0: {'; '.join(said)}." if said else "It was not run."
+    return [Finding("Which least-squares solver reaches the published minima, and from how far?", answer)]
+
+
+def against_sif2jax(problems: list[Problem], report: Callable[[str], Any]) -> Outcome:
+    """Each function beside its counterpart at two points: those that agree, that differ, and that have none."""
     rng = np.random.default_rng(0)
     found: dict[str, list[str]] = {"agree with": [], "differ from": [], "have no counterpart in": []}
     for problem in problems:
+        report(problem.name)
         start = np.array(problem.start)
         peer = sum_of_sif2jax(problem.peer, start.size)
         if peer is None:
@@ -163,8 +196,8 @@ def check_against_sif2jax(problems: list[Problem]) -> None:
         pairs = [(float(jnp.sum(problem.residuals(point) ** 2)), float(peer(point))) for point in points]
         agree = all(abs(mine - theirs) <= 1e-9 * max(abs(mine), 1e-9) for mine, theirs in pairs)
         found["agree with" if agree else "differ from"].append(problem.name)
-    for verb, names in found.items():
-        print(f"{len(names)} functions {verb} sif2jax: {', '.join(names) or 'none'}")
+    said = [f"{len(names)} functions {verb} sif2jax: {', '.join(names) or 'none'}" for verb, names in found.items()]
+    return Outcome(claims=[Claim(text, "differ" not in text or not found["differ from"]) for text in said])
 
 
 def sum_of_sif2jax(name: str | None, n: int) -> Callable[[Any], Any] | None:
@@ -172,8 +205,7 @@ def sum_of_sif2jax(name: str | None, n: int) -> Callable[[Any], Any] | None:
     import sif2jax
 
     everything = [*sif2jax.unconstrained_minimisation_problems, *sif2jax.nonlinear_equations_problems]
-    peers = {type(p).__name__: p for p in everything}
-    peer: Any = peers.get(name or "")
+    peer: Any = {type(p).__name__: p for p in everything}.get(name or "")
     if peer is not None and np.size(peer.y0) != n and "n" in getattr(type(peer), "__dataclass_fields__", {}):
         peer = type(peer)(n=n)
     if peer is None or np.size(peer.y0) != n:
@@ -183,21 +215,20 @@ def sum_of_sif2jax(name: str | None, n: int) -> Callable[[Any], Any] | None:
     return lambda x: peer.objective(x, peer.args)
 
 
-def report(solved: dict[str, list[int]], false: dict[str, list[str]], number: int) -> None:
-    """The counts, the successes claimed elsewhere, and each promise as holds or FAILS."""
-    for name, counts in solved.items():
-        print(f"{name:12} solved {counts} of {number} from x0, 10 x0, 100 x0: {sum(counts)} in all")
-        print(f"{'':12} stationary elsewhere, claimed as success: {'; '.join(false[name]) or 'none'}")
-    mine = solved.get("curvature")
-    if mine is None:
-        return
-    promises = {"all from x0": mine[0] == number, "80% from 10 x0": mine[1] >= 0.8 * number}
-    for name, counts in solved.items():
-        if name != "curvature":
-            promises[f"as many as {name}"] = sum(mine) >= sum(counts)
-    for promise, holds in promises.items():
-        print(f"{'holds' if holds else 'FAILS'}: {promise}")
+def main() -> int:
+    from benchmarks import session  # which imports the suites, and they this module
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
+    parser.add_argument("--problems", nargs="+", help="parts of names, instead of all")
+    options = parser.parse_args()
+    chosen = [p for p in PROBLEMS if not options.problems or any(part in p.name for part in options.problems)]
+    every: list[Case] = list(studies(options.solvers, chosen))
+    if importlib.util.find_spec("sif2jax"):
+        check = functools.partial(against_sif2jax, chosen)
+        every.append(Study("least-squares/sif2jax", "The functions, compared with sif2jax", "mgh", check))
+    return session.alone(every)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

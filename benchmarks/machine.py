@@ -46,10 +46,8 @@ def rates(dtype: str, platform_name: str) -> dict[str, float]:
         vector = in_place(vector)
         return vector
 
-    return {
-        "flops_per_second": 2 * side**3 / _fastest(product),
-        "bytes_per_second": 2 * vector.nbytes / _fastest(stream),
-    }
+    times = {"flops_per_second": (2 * side**3, product), "bytes_per_second": (2 * vector.nbytes, stream)}
+    return {name: work / _fastest(call) for name, (work, call) in times.items()}
 
 
 def _fastest(call: Callable[[], jax.Array]) -> float:
@@ -59,7 +57,6 @@ def _fastest(call: Callable[[], jax.Array]) -> float:
 
 
 def _processor() -> str:
-    """The name of the CPU, as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -69,11 +66,9 @@ def _processor() -> str:
 
 def _commit() -> str:
     """The commit measured, with a plus where the tree differs from it; empty outside a repository."""
-    root = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty=+"]
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True, check=True
-        )
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return found.stdout.strip()

@@ -1,42 +1,42 @@
-"""What suites read from outcomes: shares of one row in another, claims about them, lines of a plot.
+"""What suites read from outcomes: shares of one row in another, claims, lines of a plot, and findings made of ratios.
 
-What is missing is None, or left out.
+A value that is missing is None, or left out.
 """
 
 from collections.abc import Iterable, Mapping
 
-from benchmarks.cases import OURS, Claim, Line, Outcome, Row
+from benchmarks.cases import OURS, Claim, Finding, Line, Outcome, Outcomes, Plot, Row
 from benchmarks.timing import digits
 
-Outcomes = Mapping[str, Outcome]
+MISSING = "Not measured in this run."
+AXES = {"seconds": ("time", "ms", 1e3), "temporary_bytes": ("temporaries", "MiB", 2**-20)}
 
 
 def part(outcomes: Outcomes, prefix: str) -> dict[str, Outcome]:
-    """The outcomes whose ids begin so."""
     return {id: outcome for id, outcome in outcomes.items() if id.startswith(prefix)}
 
 
-def seconds(outcome: Outcome, name: str) -> float | None:
-    """The median time of a row that was right."""
-    row = outcome.row(name)
-    return None if row is None else number(row, "seconds")
-
-
-def number(row: Row, metric: str) -> float | None:
-    """A metric, if it was measured."""
-    value = row.metrics.get(metric)
+def number(row: Row | None, metric: str) -> float | None:
+    value = None if row is None else row.metrics.get(metric)
     return float(value) if isinstance(value, int | float) else None
 
 
+def seconds(outcome: Outcome, name: str) -> float | None:
+    return number(outcome.row(name), "seconds")
+
+
 def timed(outcome: Outcome, name: str) -> Row | None:
-    """The row of that name, of a right answer or a floor."""
     return next((row for row in outcome.rows if row.name == name and row.status in ("ok", "floor")), None)
 
 
 def share(outcome: Outcome, name: str, of: str, metric: str = "seconds") -> float | None:
     """A metric of one row relative to that of another; None where one of them is missing."""
-    a, b = (None if row is None else number(row, metric) for row in (timed(outcome, name), timed(outcome, of)))
+    a, b = (number(timed(outcome, row), metric) for row in (name, of))
     return a / b if a is not None and b else None
+
+
+def shares(outcomes: Outcomes, name: str, of: str, metric: str = "seconds") -> list[float]:
+    return [value for outcome in outcomes.values() if (value := share(outcome, name, of, metric)) is not None]
 
 
 def at_most(outcome: Outcome, name: str, of: str, wanted: float, metric: str = "seconds") -> list[Claim]:
@@ -50,54 +50,44 @@ def at_most(outcome: Outcome, name: str, of: str, wanted: float, metric: str = "
 
 
 def fastest(outcome: Outcome, peer: str) -> Row | None:
-    """The fastest right row of a library."""
     rows = [row for row in outcome.rows if row.peer == peer and row.status == "ok" and number(row, "seconds")]
     return min(rows, key=lambda row: number(row, "seconds") or 0.0, default=None)
 
 
-def peers(outcomes: Outcomes) -> list[str]:
-    """The other libraries that have rows, in the order of their first."""
+def ratio_of_fastest(outcome: Outcome, peer: str, to: str = OURS) -> float | None:
+    a, b = (number(fastest(outcome, name), "seconds") for name in (peer, to))
+    return a / b if a is not None and b else None
+
+
+def others(outcomes: Outcomes) -> list[str]:
     return list(dict.fromkeys(row.peer for outcome in outcomes.values() for row in outcome.rows if row.peer != OURS))
 
 
-def curves(
-    outcomes: Outcomes, axis: str, metric: str = "seconds", *, prefix: str = "", scale: float = 1.0
-) -> list[Line]:
-    """For each row name of the outcomes whose id begins so, a line of a metric over a size; of two points or more."""
+def curves(outcomes: Outcomes, axis: str, metric: str = "seconds", scale: float = 1.0) -> list[Line]:
+    """For each name of a row the metric over a size, where there are two points or more."""
     points: dict[str, list[tuple[float, float]]] = {}
     rows: dict[str, Row] = {}
-    for outcome in part(outcomes, prefix).values():
+    for outcome in outcomes.values():
         for row in outcome.rows:
             value = number(row, metric)
             if row.status in ("ok", "floor") and value and axis in outcome.sizes:
                 points.setdefault(row.name, []).append((outcome.sizes[axis], scale * value))
                 rows[row.name] = row
+    found = {name: [list(values) for values in zip(*sorted(pairs), strict=True)] for name, pairs in points.items()}
     return [
-        Line(
-            name,
-            *(list(values) for values in zip(*sorted(found), strict=True)),
-            "dashed" if rows[name].status == "floor" else "line",
-            rows[name].peer,
-        )
-        for name, found in points.items()
-        if len(found) > 1
+        Line(name, x, y, "dashed" if rows[name].status == "floor" else "line", rows[name].peer)
+        for name, (x, y) in found.items()
+        if len(x) > 1
     ]
 
 
-def comparison(outcome: Outcome) -> str:
-    """How many times as long each right row of another library takes as ours, as one sentence."""
-    others = [
-        f"{row.name} {row.metrics['ratio']:.2f}"
-        for row in outcome.rows
-        if row.status == "ok" and row.peer != "curvature" and row.metrics.get("ratio") is not None
-    ]
-    told = f"times ours, {', '.join(others)}" if others else "nobody to compare with"
-    return f"{outcome.title}: {told}."
-
-
-def times(value: float | None) -> str:
-    """A ratio in words."""
-    return "not measured" if value is None else f"{digits(value)} times"
+def over(
+    outcomes: Outcomes, axis: str, name: str, title: str, label: str, metric: str = "seconds", *, x_log: bool = True
+) -> list[Plot]:
+    """A plot of a metric over a size, in a list that is empty where there is nothing to draw."""
+    what, unit, scale = AXES[metric]
+    lines = curves(outcomes, axis, metric, scale)
+    return [Plot(name, title, label, f"{what}, {unit}", lines, x_log=x_log)] if lines else []
 
 
 def spread(values: Iterable[float | None]) -> str:
@@ -107,3 +97,29 @@ def spread(values: Iterable[float | None]) -> str:
         return "not measured"
     low, high = digits(found[0]), digits(found[-1])
     return f"{low} times" if low == high else f"{low} to {high} times"
+
+
+def ratios(
+    question: str, outcomes: Outcomes, pairs: Mapping[str, tuple[str, str]], metric: str = "seconds"
+) -> list[Finding]:
+    """How many times as much one row takes as another, for each label of a pair; empty without outcomes."""
+    said = [
+        f"{label}: {spread(found)} (above 1 in {sum(ratio > 1 for ratio in found)} of {len(found)})"
+        for label, pair in pairs.items()
+        if (found := shares(outcomes, *pair, metric))
+    ]
+    return [Finding(question, "; ".join(said) + "." if said else MISSING)] if outcomes else []
+
+
+def comparison(outcome: Outcome) -> str:
+    """How many times as long each right row of another library takes as ours, as one sentence."""
+    others = [
+        f"{row.name} {row.metrics['ratio']:.2f}"
+        for row in outcome.rows
+        if row.status == "ok" and row.peer != OURS and row.metrics.get("ratio") is not None
+    ]
+    return f"{outcome.title}: {'times ours, ' + ', '.join(others) if others else 'nobody to compare with'}."
+
+
+def compared(question: str, outcomes: Outcomes) -> Finding:
+    return Finding(question, " ".join(map(comparison, outcomes.values())) or MISSING)

@@ -1,5 +1,6 @@
-"""``results.json``: written after every case, so that a run can be cut off and taken up again, and compared later."""
+"""``results.json.gz``: written after every case, so that a run can be cut off, resumed, and compared later."""
 
+import gzip
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,20 +9,12 @@ from typing import Any
 from benchmarks.cases import Outcome
 
 FORMAT = 1
+NAME = "results.json.gz"
 
 
 @dataclass
 class Results:
-    """A run: where, with which options, and what came of each case by its id, in the order they ran.
-
-    Attributes:
-        environment: of ``benchmarks.machine.environment``.
-        options: the choice of the command line.
-        rates: the machine's measured rates, by precision.
-        outcomes: by id.
-        complete: whether the run came to its end.
-        started: when it began, for the reader; a run that is taken up again keeps it.
-    """
+    """A run: its machine and options, the measured rates by precision, and the outcome of each case by its id."""
 
     environment: dict[str, Any]
     options: dict[str, Any]
@@ -42,28 +35,24 @@ class Results:
         return (self.environment, self.options) == (other.environment, other.options)
 
     def save(self, file: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write it, whole or not at all; the same results give the same bytes."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        entry = {
-            "format": FORMAT, "complete": self.complete, "started": self.started,
-            "environment": self.environment, "options": self.options,
-            "rates": self.rates, "outcomes": {id: outcome.to_json() for id, outcome in self.outcomes.items()},
-        }  # fmt: skip
+        outcomes = {id: outcome.to_json() for id, outcome in self.outcomes.items()}
+        text = json.dumps({"format": FORMAT} | vars(self) | {"outcomes": outcomes}, indent=1)
         partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(entry, indent=1) + "\n")
+        partial.write_bytes(gzip.compress(text.encode(), mtime=0))
         partial.replace(file)
 
 
 def load(file: Path) -> Results:
-    """Read what ``save`` wrote.
+    """Read what ``save`` wrote, compressed or not.
 
     Raises:
         ValueError: if the file is of another format.
     """
-    entry = json.loads(file.read_text())
-    if entry.get("format") != FORMAT:
-        raise ValueError(f"{file} has format {entry.get('format')!r}, this version reads {FORMAT}; run it again")
-    outcomes = {id: Outcome.from_json(outcome) for id, outcome in entry["outcomes"].items()}
-    return Results(
-        entry["environment"], entry["options"], entry["rates"], outcomes, entry["complete"], entry.get("started", "")
-    )
+    raw = file.read_bytes()
+    entry = json.loads(gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw)
+    if (format := entry.pop("format", None)) != FORMAT:
+        raise ValueError(f"{file} has format {format!r}, this version reads {FORMAT}; run it again")
+    outcomes = {id: Outcome.from_json(outcome) for id, outcome in entry.pop("outcomes").items()}
+    return Results(**entry, outcomes=outcomes)

@@ -1,4 +1,4 @@
-"""Runs cases: holds each answer against the reference, then lets those that are right take turns."""
+"""Runs cases: checks each answer against the reference, then lets those that are right take turns."""
 
 import contextlib
 import math
@@ -19,8 +19,8 @@ Report = Callable[[str], Any]
 RIGHT = ("ok", "floor")
 
 
-def run(case: Case, report: Report, journal: Journal) -> Outcome:
-    """What comes of a case; an exception of a whole study is an outcome as well."""
+def run(case: Case, report: Report, journal: Journal | None = None) -> Outcome:
+    """The outcome of a case; an exception of a whole case is an outcome as well."""
     start = time.perf_counter()
     try:
         outcome = race(case, report, journal) if isinstance(case, Race) else case.run(report)
@@ -32,7 +32,7 @@ def run(case: Case, report: Report, journal: Journal) -> Outcome:
 
 
 def race(case: Race, report: Report, journal: Journal | None = None) -> Outcome:
-    """Prepare, check, time; a row for every contestant, whatever became of it."""
+    """Prepare, check, time; every contestant has a row, also one that raises."""
     reference = arrays(case.reference())
     contestants = list(case.contestants())
     rows: dict[str, Row] = {}
@@ -41,11 +41,8 @@ def race(case: Race, report: Report, journal: Journal | None = None) -> Outcome:
     for contestant in contestants:
         report(f"compiling {contestant.name}")
         row = rows[contestant.name] = Row(contestant.name, contestant.peer)
-        if not peers.is_installed(contestant.peer):
-            row.status, row.note = "absent", f"{contestant.peer} is not installed"
-            continue
-        if contestant.only_cpu and jax.default_backend() == "gpu":
-            row.status, row.note = "absent", "written for the CPU only, and no match for ours on a GPU"
+        if why := absence(contestant):
+            row.status, row.note = "absent", why
             continue
         try:
             with journal.starting(case.id, contestant.name) if journal else contextlib.nullcontext():
@@ -54,7 +51,7 @@ def race(case: Race, report: Report, journal: Journal | None = None) -> Outcome:
                 row.status = "floor"
             else:
                 check(row, answer, reference, case.tolerance)
-        except Exception as error:  # whatever a contestant raises is a result
+        except Exception as error:  # an exception of a contestant is a result
             row.status, row.note = "failed", first_line(error)
         if row.status in RIGHT:
             calls[contestant.name] = call
@@ -69,6 +66,15 @@ def race(case: Race, report: Report, journal: Journal | None = None) -> Outcome:
     return outcome
 
 
+def absence(contestant: Contestant) -> str:
+    """Why a contestant does not take part; empty if it does."""
+    if not peers.is_installed(contestant.peer):
+        return f"{contestant.peer} is not installed"
+    if contestant.only_cpu and jax.default_backend() == "gpu":
+        return "written for the CPU only, and no match for ours on a GPU"
+    return ""
+
+
 def start(contestant: Contestant) -> tuple[Timing, Callable[[], Any], Any]:
     """What is known before the first turn, the call, and its answer as arrays."""
     if contestant.function is not None:
@@ -77,18 +83,17 @@ def start(contestant: Contestant) -> tuple[Timing, Callable[[], Any], Any]:
     assert contestant.make is not None, f"{contestant.name} has neither function nor make"
     begin = time.perf_counter()
     call = contestant.make()
-    answer = call()  # whoever compiles at the first call compiles now
+    answer = call()  # a library that compiles at the first call compiles now
     timing = Timing(contestant.name, compile_seconds=time.perf_counter() - begin)
     return timing, call, arrays(contestant.read(answer))
 
 
 def arrays(answer: Any) -> list[np.ndarray]:
-    """The leaves of an answer, on the host, in double precision."""
     return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(answer)]
 
 
 def check(row: Row, answer: list[np.ndarray], reference: list[np.ndarray], tolerance: float) -> None:
-    """Write down how far an answer is from the reference, and whether that is too far."""
+    """Record how far an answer is from the reference, and whether that is too far."""
     shapes, wanted = [a.shape for a in answer], [r.shape for r in reference]
     if shapes != wanted:
         row.status, row.note = "wrong", f"the answer has shapes {shapes}, the reference {wanted}"
@@ -106,15 +111,12 @@ def distance(answer: np.ndarray, reference: np.ndarray) -> float:
 
 
 def fill(row: Row, contestant: Contestant, compiled: Timing, timed: Timing) -> None:
-    """Write down what the turns have shown."""
     if timed.error is not None:
         row.status, row.note = "failed", timed.error
         return
     pieces, (low, high) = contestant.pieces, timed.spread
-    flops, moved = (
-        None if amount is None or compiled.has_loop else amount / pieces
-        for amount in (compiled.flops, compiled.bytes_accessed)
-    )
+    counts = (compiled.flops, compiled.bytes_accessed)
+    flops, moved = (None if c is None or compiled.has_loop else c / pieces for c in counts)
     metrics: dict[str, Any] = {
         "ratio": math.nan, "seconds": timed.seconds / pieces, "low": low / pieces, "high": high / pieces,
         "compile_seconds": compiled.compile_seconds, "temporary_bytes": compiled.temporary_bytes,
@@ -135,7 +137,7 @@ def relate(rows: list[Row], *, to_fastest: bool = False) -> None:
 
 
 def mark_twins(rows: list[Row]) -> None:
-    """Say of each of ours with which other row it shares its program: what differs between them is the clock."""
+    """Note on each of ours with which other row it shares its program: only the clock separates their times."""
     for row in rows:
         program = row.metrics.pop("program", None)
         if program is not None:
@@ -147,13 +149,10 @@ def mark_twins(rows: list[Row]) -> None:
 
 
 def correctness(rows: dict[str, Row]) -> list[Claim]:
-    """What a quick run asserts: that every one of our rows has an answer, and a right one."""
+    """What every run asserts: that each of our rows has an answer, and a right one."""
     return [
-        Claim(
-            f"{row.name} {'agrees with the reference' if row.status in RIGHT else f'{row.status}: {row.note}'}",
-            row.status in RIGHT,
-            correctness=True,
-        )
+        Claim(f"{row.name} {'agrees with the reference' if ok else f'{row.status}: {row.note}'}", ok, correctness=True)
         for row in rows.values()
         if row.peer == OURS
+        for ok in [row.status in RIGHT]
     ]

@@ -3,7 +3,7 @@
 import argparse
 import collections
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ from benchmarks.timing import console
 
 def run(options: argparse.Namespace) -> int:
     """Everything that ``python -m benchmarks`` does, once the threads are set."""
-    screen, file = console(), options.output / "results.json"
+    screen, file = console(), options.output / results.NAME
     old = load(options.compare) if options.compare else None  # before it may be written over
     if options.only_report:
         found = load(file)
@@ -39,19 +39,15 @@ def run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             return interrupted(screen, found, chosen, file)
     report.write(found, options.output, old, screen)
-    wrong = [claim.text for outcome in found.outcomes.values() for claim in outcome.claims
-             if claim.correctness and not claim.holds]  # fmt: skip
+    claims = [claim for outcome in found.outcomes.values() for claim in outcome.claims]
+    wrong = [claim.text for claim in claims if claim.correctness and not claim.holds]
     for text in wrong:
         screen.print(f"WRONG  {text}", style="bold red", soft_wrap=True)
     return 1 if wrong else 0
 
 
 def load(file: Path) -> Results:
-    """The results in a file that the command line names.
-
-    Raises:
-        SystemExit: if it is not there, or of another format.
-    """
+    """The results in a file that the command line names; ``SystemExit`` if it is not there, or of another format."""
     try:
         return results.load(file)
     except (OSError, ValueError) as error:
@@ -70,21 +66,12 @@ def interrupted(screen: Console, found: Results, chosen: list[tuple[str, Case]],
 
 
 def cases(choice: Choice, wanted: list[str] | None) -> Iterator[tuple[str, Case]]:
-    """The chosen cases with the names of their suites.
-
-    Raises:
-        SystemExit: if a suite or a model is unknown, or two cases share an id.
-    """
+    """The chosen cases with their suites; ``SystemExit`` if a name is unknown, or two cases share an id."""
     unknown = [name for name in wanted or [] if name not in SUITES]
     if unknown:
         raise SystemExit(f"there is no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
-    found = [
-        (name, case)
-        for name, suite in SUITES.items()
-        if not wanted or name in wanted
-        for case in suite.cases(choice)
-        if choice.wants(case.model)
-    ]
+    suites = {name: suite for name, suite in SUITES.items() if not wanted or name in wanted}
+    found = [(name, c) for name, suite in suites.items() for c in suite.cases(choice) if choice.wants(c.model)]
     twice = [id for id, count in collections.Counter(case.id for _, case in found).items() if count > 1]
     if twice:
         raise SystemExit(f"two cases have the id {twice[0]}")
@@ -95,12 +82,12 @@ def cases(choice: Choice, wanted: list[str] | None) -> Iterator[tuple[str, Case]
 
 def begin(file: Path, choice: Choice, suites: list[str] | None, *, fresh: bool) -> Results:
     """A new run, or the one in the file, if that was cut off and is the same."""
-    environment = machine.environment(choice.threads)
     options = {
         "quick": choice.quick, "dtype": choice.dtype, "device": choice.device, "models": list(choice.models),
         "suites": list(suites or SUITES),
     }  # fmt: skip
-    new = Results(environment, options, started=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")
+    now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
+    new = Results(machine.environment(choice.threads), options, started=now)
     if file.exists() and not fresh:
         old = results.load(file)
         if not old.complete and old.same_run(new):
@@ -111,14 +98,14 @@ def begin(file: Path, choice: Choice, suites: list[str] | None, *, fresh: bool) 
 def go(
     screen: Console, found: Results, chosen: list[tuple[str, Case]], choice: Choice, file: Path, journal: Journal
 ) -> None:
-    """Run the cases without an outcome, one after the other."""
     todo = [(suite, case) for suite, case in chosen if case.id not in found.outcomes]
-    if len(todo) < len(chosen):
-        screen.print(f"{len(chosen) - len(todo)} of {len(chosen)} cases are done already; --fresh begins anew.")
+    done = len(chosen) - len(todo)
+    if done:
+        screen.print(f"{done} of {len(chosen)} cases are done already; --fresh begins anew.")
     columns = (TextColumn("{task.fields[suite]:12}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("{task.description}"))  # fmt: skip
     with Progress(*columns, console=screen, transient=True) as progress:
-        task = progress.add_task("", total=len(chosen), completed=len(chosen) - len(todo), suite="")
+        task = progress.add_task("", total=len(chosen), completed=done, suite="")
         for suite, case in todo:
 
             def say(line: str, title: str = case.title) -> None:
@@ -140,3 +127,21 @@ def go(
     found.complete = True
     found.save(file)
     journal.forget()
+
+
+def alone(cases: Iterable[Case]) -> int:
+    """Run cases by themselves in double precision and print them, for ``python -m benchmarks.digits`` and others.
+
+    Returns:
+        1 if an answer of ours was wrong, 0 otherwise.
+    """
+    screen, wrong = console(), 0
+    screen.print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; float64.\n")
+    with jax.enable_x64(True):
+        for case in cases:
+            with screen.status(case.title) as status:
+                outcome = runner.run(case, lambda line, title=case.title: status.update(f"{title}: {line}"))
+            for line in report.short_lines(case.id, outcome, brief=False):
+                screen.print(line, soft_wrap=True)
+            wrong |= any(claim.correctness and not claim.holds for claim in outcome.claims)
+    return int(wrong)

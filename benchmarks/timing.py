@@ -1,4 +1,4 @@
-"""An honest stopwatch: compile time apart, warm programs, turns taken round by round, memory from XLA itself."""
+"""A stopwatch: compile time separate, warm programs, turns taken round by round, memory from XLA itself."""
 
 import hashlib
 import math
@@ -29,13 +29,11 @@ class Row:
     """What was measured of one contestant; of one that failed, only the error.
 
     Attributes:
-        name: what it is called.
         seconds: the median time of a call.
         spread: the quartiles of the same calls.
         compile_seconds: tracing, lowering and compiling together; None where the caller compiled.
-        temporary_bytes: what XLA sets aside for intermediates, beyond arguments and results; None if it does not say.
-        flops: XLA's count of the compiled program, which takes the body of a loop once; None if it does not say.
-        bytes_accessed: what XLA counts as read and written, with the same reservation.
+        temporary_bytes: what XLA sets aside for intermediates, beyond arguments and results.
+        flops, bytes_accessed: XLA's counts of the compiled program, which take the body of a loop once.
         has_loop: whether the compiled program loops, so that those counts are too small.
         program: a fingerprint of the compiled program: contestants that share it are one program.
         error: the first line of what it raised.
@@ -73,25 +71,21 @@ def compare(
             report(f"compiling {name}")
         try:
             rows[name], calls[name] = prepare(name, function, args)
-        except Exception as error:  # whatever a contestant raises is a result
+        except Exception as error:  # an exception of a contestant is a result
             rows[name] = Row(name, error=first_line(error))
-    timed = measure(calls, budget=budget, rounds=rounds, report=report)
-    return {name: _merge(row, timed[name]) if name in timed else row for name, row in rows.items()}
+    for name, timed in measure(calls, budget=budget, rounds=rounds, report=report).items():
+        rows[name] = replace(rows[name], seconds=timed.seconds, spread=timed.spread, error=timed.error)
+    return rows
 
 
 def prepare(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Row, Callable[[], Any]]:
-    """Compile a function for its arguments.
-
-    Returns:
-        A row with all that is known before the first run, and the compiled call, for ``measure``.
-    """
+    """Compile a function for its arguments: a row with all that is known before the first run, and the call."""
 
     def fresh(*args: Any) -> Any:  # a function that jit has never seen, so that no cache answers for the compiler
         return function(*args)
 
     start = time.perf_counter()
-    lowered = jax.jit(fresh).lower(*args)
-    compiled = lowered.compile()
+    compiled = jax.jit(fresh).lower(*args).compile()
     seconds = time.perf_counter() - start
     memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     costs = costs if isinstance(costs, dict) else {}
@@ -108,7 +102,7 @@ def prepare(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> t
 
 
 def _fingerprint(text: str) -> str:
-    """A hash of what a compiled program does, whatever its instructions are called and wherever they come from."""
+    """A hash of a compiled program that ignores the names and source positions of its instructions."""
     names: dict[str, str] = {}
     instructions = [line for line in text.splitlines() if line.startswith((" ", "%", "ENTRY", "}"))]
     bare = re.sub(r", metadata=\{[^}]*\}", "", "\n".join(instructions))
@@ -145,16 +139,42 @@ def measure(
                     repeats[name], samples[name] = _warm_up(call, budget / rounds)
                 else:
                     samples[name] += _turn(call, repeats[name])
-            except Exception as error:  # whatever a contestant raises is a result
+            except Exception as error:  # an exception of a contestant is a result
                 errors[name] = first_line(error)
             spent[name] += time.perf_counter() - begin
-    failed = {name: Row(name, error=error) for name, error in errors.items()}
-    return {name: failed.get(name) or _summarize(name, samples[name]) for name in calls}
+    return {name: _summarize(name, samples[name], errors.get(name)) for name in calls}
 
 
-def _merge(compiled: Row, timed: Row) -> Row:
-    """What ``prepare`` and ``measure`` have found about one contestant."""
-    return replace(compiled, seconds=timed.seconds, spread=timed.spread, error=timed.error)
+def _summarize(name: str, samples: list[float], error: str | None) -> Row:
+    if error is not None:
+        return Row(name, error=error)
+    low, median, high = (float(seconds) for seconds in np.quantile(samples, (0.25, 0.5, 0.75)))
+    return Row(name, median, (low, high))
+
+
+def _warm_up(call: Callable[[], Any], seconds: float) -> tuple[int, list[float]]:
+    """How many calls fit into ``seconds``, judged by the second; of a slow one, one, and the time of the first."""
+    first = clock(call)[1]
+    if first > max(_OVERDRAWN * seconds, _SLOW):
+        return 1, [first]
+    return min(max(int(seconds / max(clock(call)[1], 1e-9)), 1), _MOST_REPEATS), []
+
+
+def _turn(call: Callable[[], Any], repeats: int) -> list[float]:
+    """The times of so many calls, after one that does not count if there are several."""
+    if repeats > 1:
+        clock(call)
+    return [clock(call)[1] for _ in range(repeats)]
+
+
+def clock(call: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return result, time.perf_counter() - start
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def share(row: Row, pieces: int) -> Row:
@@ -208,35 +228,3 @@ def digits(number: float, decimals: int = 3) -> str:
 def console() -> Console:
     """A console that fits the terminal, or 100 columns of plain text where there is none."""
     return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-
-
-def _warm_up(call: Callable[[], Any], seconds: float) -> tuple[int, list[float]]:
-    """How many calls fit into ``seconds``, judged by the second; of a slow one, one, and the time of the first."""
-    first = clock(call)[1]
-    if first > max(_OVERDRAWN * seconds, _SLOW):
-        return 1, [first]
-    return min(max(int(seconds / max(clock(call)[1], 1e-9)), 1), _MOST_REPEATS), []
-
-
-def _turn(call: Callable[[], Any], repeats: int) -> list[float]:
-    """The times of so many calls, after one that does not count if there are several."""
-    if repeats > 1:
-        clock(call)
-    return [clock(call)[1] for _ in range(repeats)]
-
-
-def clock(call: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call returns, when it is there, and the seconds until then."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(call())
-    return result, time.perf_counter() - start
-
-
-def _summarize(name: str, samples: list[float]) -> Row:
-    low, median, high = (float(seconds) for seconds in np.quantile(samples, (0.25, 0.5, 0.75)))
-    return Row(name, median, (low, high))
-
-
-def first_line(error: Exception) -> str:
-    """What an exception is and begins with."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -1,4 +1,4 @@
-"""Products with curvature matrices in double precision, each from its definition, to hold operators against."""
+"""Products with curvature matrices in double precision, each from its definition, to check operators."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,41 +7,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.models import Model
-from benchmarks.networks import Network, forward
-from benchmarks.peers import jax_ways, operations
+from benchmarks.models import Model, layered
+from benchmarks.peers import operations
 
 Params = dict[str, jax.Array]
 
 
+def as_numbers(array: Any) -> jax.Array:
+    """In the precision JAX is set to; integers stay what they are."""
+    return jnp.asarray(array, float if np.issubdtype(np.asarray(array).dtype, np.floating) else int)
+
+
 def numbers(model: Model) -> tuple[Params, Params, tuple[jax.Array, ...]]:
-    """Parameters, a direction among them and the batch, in the precision JAX is set to; integers stay what they are."""
-    params, v = (
-        {name: jnp.asarray(leaf, float) for name, leaf in tree.items()}
-        for tree in (model.params(), jax_ways.direction(model))
-    )
-    return params, v, tuple(jnp.asarray(a, float if np.issubdtype(a.dtype, np.floating) else int) for a in model.batch)
+    params, v = (jax.tree.map(as_numbers, tree) for tree in (model.params(), model.direction()))
+    return params, v, tuple(map(as_numbers, model.batch))
 
 
-def in_double(product: Callable[..., Any], network: Network) -> Any:
-    """``product(network, params, v, *batch)``, compiled in double precision."""
+def in_double(product: Callable[..., Any], model: Model) -> Any:
+    """``product(model, params, v, *batch)``, compiled in double precision."""
     with jax.enable_x64(True):
-        params, v, batch = numbers(network.model)
-        return jax.device_get(jax.jit(lambda p, v, *batch: product(network, p, v, *batch))(params, v, *batch))
+        params, v, batch = numbers(model)
+        return jax.device_get(jax.jit(lambda p, v, *batch: product(model, p, v, *batch))(params, v, *batch))
 
 
-def hessian(network: Network, p: Params, v: Params, *batch: jax.Array) -> Params:
-    """Forward over reverse."""
+def hessian(model: Model, p: Params, v: Params, *batch: jax.Array) -> Params:
     ops = operations.for_jax()
-    return jax.jvp(jax.grad(lambda p: network.model.loss(ops, p, *batch)), (p,), (v,))[1]
+    return jax.jvp(jax.grad(lambda p: model.loss(ops, p, *batch)), (p,), (v,))[1]
 
 
-def gauss_newton(network: Network, p: Params, v: Params, x: jax.Array, _: jax.Array) -> Params:
+def gauss_newton(model: Model, p: Params, v: Params, x: jax.Array, _: jax.Array) -> Params:
     """``J' (diag(q) - q q') J v`` averaged over the rows of the outputs, with q their probabilities."""
-    ops = operations.for_jax()
+    ops, of_model = operations.for_jax(), model.outputs
+    assert of_model is not None
 
     def outputs(p: Params) -> jax.Array:
-        return network.outputs(ops, p, x)
+        return of_model(ops, p, x)
 
     logits, t = jax.jvp(outputs, (p,), (v,))
     q = jax.nn.softmax(logits)
@@ -49,39 +49,34 @@ def gauss_newton(network: Network, p: Params, v: Params, x: jax.Array, _: jax.Ar
     return jax.vjp(outputs, p)[1](t * logits.shape[-1] / logits.size)[0]
 
 
-def empirical_fisher(network: Network, p: Params, v: Params, *batch: jax.Array) -> Params:
+def empirical_fisher(model: Model, p: Params, v: Params, *batch: jax.Array) -> Params:
     """The mean of ``g (g . v)`` over the gradients g of single examples."""
     ops = operations.for_jax()
 
-    def of_example(*example: jax.Array) -> Params:
-        g = jax.grad(lambda p: network.model.loss(ops, p, *(a[None] for a in example)))(p)
+    def of_example(example: Any) -> Params:
+        g = jax.grad(lambda p: model.loss(ops, p, *(a[None] for a in example)))(p)
         inner = sum(jnp.sum(g[name] * v[name]) for name in g)
         return jax.tree.map(lambda leaf: leaf * inner, g)
 
-    return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.lax.map(lambda example: of_example(*example), batch))
+    return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.lax.map(of_example, batch))
 
 
-def fisher_form(network: Network, p: Params, v: Params, *batch: jax.Array) -> jax.Array:
-    """``v' F v`` with the exact Fisher matrix."""
-    product = gauss_newton(network, p, v, *batch)
+def fisher_form(model: Model, p: Params, v: Params, *batch: jax.Array) -> jax.Array:
+    product = gauss_newton(model, p, v, *batch)
     return sum((jnp.sum(product[name] * v[name]) for name in v), jnp.zeros(()))
 
 
-# ---- Kronecker factors -----------------------------------------------------------------------------------------------
-
-
-def kronecker(network: Network, p: Params, v: Params, x: jax.Array, _: jax.Array, *, way: str) -> Params:
+def kronecker(model: Model, p: Params, v: Params, x: jax.Array, _: jax.Array, *, way: str) -> Params:
     """KFAC or EKFAC of the exact Fisher matrix, layer by layer; ``way`` is "expand", "reduce" or "ekfac".
 
     References: Eschenhagen et al. (2023), arXiv:2311.00636, sections 3.1 and 3.2; George et al. (2018),
         arXiv:1806.03884, equation (11).
     """
     product = {}
-    for layer, a, g in zip(network.layers, *inputs_and_scores(network, p, x), strict=True):
+    block, reduce = corrected if way == "ekfac" else factored, way == "reduce"
+    for layer, a, g in zip(model.layers, *inputs_and_scores(model, p, x), strict=True):
         weight = v[layer.weight]
         matrix = weight if weight.ndim == 2 else weight.transpose(2, 0, 1, 3).reshape(-1, weight.shape[3])
-        block = corrected if way == "ekfac" else factored
-        reduce = way == "reduce"
         found = block(a, g, matrix, reduce)
         if weight.ndim == 4:  # as patches have it: channels, rows, columns
             rows, columns, channels, _ = weight.shape
@@ -91,22 +86,23 @@ def kronecker(network: Network, p: Params, v: Params, x: jax.Array, _: jax.Array
     return product
 
 
-def inputs_and_scores(network: Network, p: Params, x: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+def inputs_and_scores(model: Model, p: Params, x: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
     """For each layer what enters, (examples, places, in), and pseudo-gradients, (examples, classes, places, out).
 
     The outer products of the pseudo-gradients by what leaves a layer, summed over classes, are the exact Fisher matrix.
     """
     ops = operations.for_jax()
-    inputs = forward(ops, network.layers, p, x)[1]
-    places = [(*rows.shape[1:-1], p[layer.bias].size) for layer, rows in zip(network.layers, inputs, strict=True)]
+    inputs = layered(ops, model.layers, p, x)[1]
+    places = [(*rows.shape[1:-1], p[layer.bias].size) for layer, rows in zip(model.layers, inputs, strict=True)]
 
     def of_example(image: jax.Array) -> list[jax.Array]:
         zeros = [jnp.zeros(shape) for shape in places]
 
         def logits(shifts: list[jax.Array]) -> jax.Array:
-            return forward(ops, network.layers, p, image[None], [shift[None] for shift in shifts])[0][0]
+            return layered(ops, model.layers, p, image[None], [shift[None] for shift in shifts])[0][0]
 
-        root = jnp.sqrt(q := jax.nn.softmax(logits(zeros)))
+        q = jax.nn.softmax(logits(zeros))
+        root = jnp.sqrt(q)
         roots = jnp.diag(root) - jnp.outer(q, root)  # roots @ roots.T = diag(q) - q q'
         jacobians = jax.jacrev(logits)(zeros)
         return [jnp.einsum("kc,kto->cto", roots, j.reshape(len(q), -1, j.shape[-1])) for j in jacobians]
@@ -123,21 +119,20 @@ def patches(images: jax.Array) -> jax.Array:
 
 
 def factors(a: jax.Array, g: jax.Array, reduce: bool) -> tuple[jax.Array, jax.Array]:
-    """The two Kronecker factors."""
     count, places = a.shape[:2]
     if reduce:
         a, g, places = jnp.mean(a, axis=1, keepdims=True), jnp.sum(g, axis=2, keepdims=True), 1
+    # n: example, t: place, c: class, i, j: inputs, o, p: outputs
     return jnp.einsum("nti,ntj->ij", a, a) / (count * places), jnp.einsum("ncto,nctp->op", g, g) / count
 
 
 def factored(a: jax.Array, g: jax.Array, v: jax.Array, reduce: bool) -> jax.Array:
-    """A product with the Kronecker product."""
     left, right = factors(a, g, reduce)
     return left @ v @ right
 
 
 def corrected(a: jax.Array, g: jax.Array, v: jax.Array, reduce: bool) -> jax.Array:
-    """The same with second moments of single gradients as eigenvalues, in the eigenvectors of the factors."""
+    """EKFAC: second moments of single gradients as eigenvalues, in the eigenvectors of the factors."""
     left, right = (jnp.linalg.eigh(factor)[1] for factor in factors(a, g, reduce))
     moments = jnp.mean(jnp.sum(jnp.einsum("nti,ncto->ncio", a @ left, g @ right) ** 2, axis=1), axis=0)
     return left @ (moments * (left.T @ v @ right)) @ right.T

@@ -30,7 +30,6 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS
 
 
 def is_installed(peer: str) -> bool:
-    """Whether the library can be imported."""
     return importlib.util.find_spec(PACKAGES[peer][0]) is not None
 
 
@@ -78,5 +77,4 @@ def tensorflow() -> ModuleType:
 
 
 def num_cores() -> int:
-    """How many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,18 +11,17 @@ from benchmarks.peers import operations
 from benchmarks.peers.flat import PRODUCTS, Flat
 
 Function = Callable[..., Any]
-ModeCost = Callable[[Any, Function], Function]  # from the module and ``fun(x)`` to a function of ``x`` and ``v``
+Way = Callable[[Any, Function], Function]  # from the module and ``fun(x)`` to a function of ``x`` and ``v``
 
 
 def contestants(flat: Flat, derivative: str, choice: Choice) -> Iterator[Contestant]:
-    """Each way to a derivative, a key of ``WAYS``."""
     pieces = PRODUCTS if derivative == "products" else 1
     for name, way in WAYS[derivative].items():
         yield Contestant(name, "autograd", make=functools.partial(start, flat, way, choice), pieces=pieces)
 
 
-def start(flat: Flat, way: ModeCost, choice: Choice) -> Task:
-    """The call to be timed; NumPy's threads are those of its BLAS, which the environment has told."""
+def start(flat: Flat, way: Way, choice: Choice) -> Task:
+    """The call to be timed; NumPy's threads are those of its BLAS, which read the environment."""
     import autograd
 
     x, v, *data = (np.asarray(array, choice.dtype) for array in (flat.x, flat.v, *flat.data))
@@ -31,8 +30,11 @@ def start(flat: Flat, way: ModeCost, choice: Choice) -> Task:
     return lambda: derivative(x, v)
 
 
-def products_anew(autograd: Any, fun: Function) -> Function:
-    """The products one after the other, each from the beginning."""
+def of_x(name: str) -> Way:
+    return lambda autograd, fun: lambda x, v: getattr(autograd, name)(fun)(x)
+
+
+def each_fresh(autograd: Any, fun: Function) -> Function:
     product = autograd.hessian_vector_product(fun)
     return lambda x, vs: np.stack([product(x, v) for v in vs])
 
@@ -47,10 +49,10 @@ def one_tape(autograd: Any, fun: Function) -> Function:
     return products
 
 
-WAYS: dict[str, dict[str, ModeCost]] = {
-    "gradient": {"autograd.grad": lambda autograd, fun: lambda x, v: autograd.grad(fun)(x)},
+WAYS: dict[str, dict[str, Way]] = {
+    "gradient": {"autograd.grad": of_x("grad")},
     "hvp": {"autograd.hessian_vector_product": lambda autograd, fun: autograd.hessian_vector_product(fun)},
-    "products": {"autograd.make_vjp, one tape": one_tape, "autograd.hessian_vector_product": products_anew},
-    "hessian": {"autograd.hessian": lambda autograd, fun: lambda x, v: autograd.hessian(fun)(x)},
-    "jacobian": {"autograd.jacobian": lambda autograd, fun: lambda x, v: autograd.jacobian(fun)(x)},
+    "products": {"autograd.make_vjp, one tape": one_tape, "autograd.hessian_vector_product": each_fresh},
+    "hessian": {"autograd.hessian": of_x("hessian")},
+    "jacobian": {"autograd.jacobian": of_x("jacobian")},
 }

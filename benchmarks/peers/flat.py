@@ -1,4 +1,4 @@
-"""What every library is given to differentiate: a function of one flat vector, and where."""
+"""What every library differentiates: a function of one flat vector, and where."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,24 +29,17 @@ class Flat:
     needs: tuple[str, ...] = ()
     v: np.ndarray = field(default_factory=lambda: np.zeros(()))
 
-    def missing(self, ops: Operations) -> list[str]:
-        """The operations that a library lacks."""
-        return [name for name in self.needs if not hasattr(ops, name)]
-
     def function(self, ops: Operations, library: str) -> Callable[..., Array]:
-        """The function in a library.
-
-        Raises:
-            NotImplementedError: if the library lacks an operation.
-        """
-        if missing := self.missing(ops):
+        """The function in a library; ``NotImplementedError`` if that lacks an operation."""
+        if missing := [name for name in self.needs if not hasattr(ops, name)]:
             raise NotImplementedError(f"{library} has no {', '.join(missing)}")
         return self.build(ops)
 
 
-def of_model(model: Model, v: np.ndarray | None = None) -> Flat:
-    """The loss of a model, by its parameters as one vector."""
-    v = np.zeros(()) if v is None else v
+def of_model(model: Model, derivative: str = "gradient") -> Flat:
+    """The loss of a model, by its parameters as one vector, with the directions that a derivative takes."""
+    size = model.num_parameters
+    v = directions(size) if derivative == "products" else model.pack(model.direction())
     return Flat(model.flat_loss, model.pack(model.params()), model.batch, model.needs, v)
 
 

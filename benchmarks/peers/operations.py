@@ -12,7 +12,6 @@ Step = Callable[..., Array]
 
 
 def for_jax() -> Operations:
-    """Those of ``jax.numpy``."""
     import jax
     import jax.numpy as jnp
 
@@ -38,7 +37,6 @@ def for_jax() -> Operations:
 
 
 def for_torch() -> Operations:
-    """Those of ``torch``."""
     import torch
 
     def convolve(images: Array, kernel: Array) -> Array:
@@ -65,7 +63,6 @@ def for_torch() -> Operations:
 
 
 def for_tensorflow() -> Operations:
-    """Those of ``tensorflow``."""
     tf: Any = peers.tensorflow()
 
     return Operations(

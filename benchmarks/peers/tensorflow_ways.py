@@ -1,7 +1,7 @@
 """TensorFlow: ``GradientTape``, ``ForwardAccumulator`` and ``tf.function``, with XLA and without, as contestants."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from benchmarks import peers
@@ -11,11 +11,17 @@ from benchmarks.peers.flat import PRODUCTS, Flat
 
 TensorFlow = Any  # the module, which is imported when a contestant starts
 Function = Callable[..., Any]
-ModeCost = Callable[[TensorFlow, Function], Function]  # from ``fun(x)`` to a function of ``x`` and ``v``
+Way = Callable[[TensorFlow, Function], Function]  # from ``fun(x)`` to a function of ``x`` and ``v``
+
+EXECUTIONS: dict[str, Callable[[TensorFlow, Function], Function]] = {
+    "eager": lambda tf, function: function,
+    "tf.function": lambda tf, function: tf.function(function),
+    "XLA": lambda tf, function: tf.function(function, jit_compile=True),
+}
 
 
 def contestants(
-    flat: Flat, derivative: str, choice: Choice, executions: tuple[str, ...] = ("eager", "tf.function", "XLA")
+    flat: Flat, derivative: str, choice: Choice, executions: Iterable[str] = EXECUTIONS
 ) -> Iterator[Contestant]:
     """Each way to a derivative, a key of ``WAYS``, executed in each way, keys of ``EXECUTIONS``."""
     pieces = PRODUCTS if derivative == "products" else 1
@@ -25,7 +31,7 @@ def contestants(
             yield Contestant(f"{name}, {execution}", "tensorflow", make=make, pieces=pieces)
 
 
-def start(flat: Flat, way: ModeCost, choice: Choice, execution: str) -> Task:
+def start(flat: Flat, way: Way, choice: Choice, execution: str) -> Task:
     """The call to be timed; compilation happens at its first call."""
     tf = library(choice.threads, choice.device)
     x, v, *data = (tf.constant(array, choice.dtype) for array in (flat.x, flat.v, *flat.data))
@@ -43,9 +49,8 @@ def start(flat: Flat, way: ModeCost, choice: Choice, execution: str) -> Task:
 
 @functools.cache
 def library(threads: int, device: str) -> TensorFlow:
-    """The module, told how many cores it may use; without a GPU where the run is one of the CPU."""
+    """The module, with its number of threads set; without a GPU where the run is one of the CPU."""
     tf: Any = peers.tensorflow()
-
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     if device == "cpu":
@@ -53,13 +58,6 @@ def library(threads: int, device: str) -> TensorFlow:
     elif not tf.config.list_physical_devices("GPU"):
         raise RuntimeError("this build of TensorFlow sees no GPU; install tensorflow[and-cuda] in its place")
     return tf
-
-
-EXECUTIONS: dict[str, Callable[[TensorFlow, Function], Function]] = {
-    "eager": lambda tf, function: function,
-    "tf.function": lambda tf, function: tf.function(function),
-    "XLA": lambda tf, function: tf.function(function, jit_compile=True),
-}
 
 
 def by_one_tape(derivative: str, tf: TensorFlow, fun: Function) -> Function:
@@ -79,7 +77,6 @@ jacobian = functools.partial(by_one_tape, "jacobian")
 
 
 def forward_over_reverse(tf: TensorFlow, fun: Function) -> Function:
-    """An accumulator around a tape."""
     gradient_of = gradient(tf, fun)
 
     def product(x: Any, v: Any) -> Any:
@@ -90,39 +87,28 @@ def forward_over_reverse(tf: TensorFlow, fun: Function) -> Function:
     return product
 
 
-def reverse_over_reverse(tf: TensorFlow, fun: Function) -> Function:
-    """A tape around a tape."""
+def reverse_over_reverse(tf: TensorFlow, fun: Function, *, many: bool = False) -> Function:
+    """A tape around a tape, and a pass back over it for the direction, or for each of many."""
     gradient_of = gradient(tf, fun)
 
     def product(x: Any, v: Any) -> Any:
-        with tf.GradientTape() as tape:
+        with tf.GradientTape(persistent=many) as tape:
             tape.watch(x)
             found = gradient_of(x)
-        return tape.gradient(found, x, output_gradients=v)
+        if not many:
+            return tape.gradient(found, x, output_gradients=v)
+        return tf.stack([tape.gradient(found, x, output_gradients=v[i]) for i in range(PRODUCTS)])
 
     return product
 
 
-def one_tape(tf: TensorFlow, fun: Function) -> Function:
-    """One tape around the tape of the gradient, and a pass back over it for each direction."""
-    gradient_of = gradient(tf, fun)
-
-    def products(x: Any, vs: Any) -> Any:
-        with tf.GradientTape(persistent=True) as tape:
-            tape.watch(x)
-            found = gradient_of(x)
-        return tf.stack([tape.gradient(found, x, output_gradients=vs[i]) for i in range(PRODUCTS)])
-
-    return products
-
-
-WAYS: dict[str, dict[str, ModeCost]] = {
+WAYS: dict[str, dict[str, Way]] = {
     "gradient": {"GradientTape": gradient},
     "hvp": {
         "ForwardAccumulator over GradientTape": forward_over_reverse,
         "GradientTape over GradientTape": reverse_over_reverse,
     },
-    "products": {"GradientTape, one tape": one_tape},
+    "products": {"GradientTape, one tape": functools.partial(reverse_over_reverse, many=True)},
     "hessian": {"tape.jacobian of GradientTape": lambda tf, fun: jacobian(tf, gradient(tf, fun))},
     "jacobian": {"tape.jacobian": jacobian},
 }

@@ -1,34 +1,44 @@
-"""The report of a run: lines in the terminal, a page, and markdown, all made from what ``results.json`` holds."""
+"""The report of a run: lines in the terminal, a page, markdown and pictures, all made from the results.
 
+The page and the markdown are the templates ``index.html`` and ``summary.md`` of this folder.
+"""
+
+import re
 import textwrap
 from pathlib import Path
 
+import jinja2
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.cases import OURS, Outcome, Row
-from benchmarks.report import facts, markdown, page, tables, words
-from benchmarks.report.compare import Comparison, compare
+from benchmarks.cases import OURS, Outcome
+from benchmarks.report import compare, facts, plots, tables
 from benchmarks.results import Results
+from benchmarks.suites import SUITES
 from benchmarks.timing import plain_table
 
 _LOOKS = {"wrong": "bold red", "failed": "yellow", "absent": "dim", "floor": "dim"}
+_FOLDER = Path(__file__).parent
 
 
-def short_lines(id: str, outcome: Outcome) -> list[RenderableType]:
+def short_lines(id: str, outcome: Outcome, *, brief: bool = True) -> list[RenderableType]:
     """What the terminal shows of a case: its table, why a row has no time, the claims."""
     said: list[RenderableType] = [Text.assemble((outcome.title, "bold"), f"  {id}, {outcome.seconds:.0f} s")]
     if outcome.rows:
-        found = tables.table(outcome, brief=True)
+        found = tables.table(outcome, brief=brief)
         screen = plain_table("", ["", *(textwrap.fill(head, 11) for head in found.columns)])
         screen.title = None
         for row, cells in found.lines:
-            screen.add_row(_name(row), *cells, style=_LOOKS.get(row.status, "bold" if row.peer == OURS else ""))
+            name = escape(f"{row.name}  {facts.STATUS[row.status]}" if row.status in facts.STATUS else row.name)
+            screen.add_row(name, *cells, style=_LOOKS.get(row.status, "bold" if row.peer == OURS else ""))
         said.append(screen)
-    said += [Text(f"  {row.name}: {row.note}", _LOOKS[row.status]) for row in outcome.rows
-             if row.status in ("wrong", "failed") and row.note]  # fmt: skip
+    said += [Text(f"  {outcome.caption}")] if outcome.caption and not brief else []
+    noted = ("wrong", "failed") if brief else ("ok", *_LOOKS)
+    said += [
+        Text(f"  {r.name}: {r.note}", _LOOKS.get(r.status, "")) for r in outcome.rows if r.status in noted and r.note
+    ]
     for claim in outcome.claims:
         if not claim.holds:
             said.append(Text(f"  FAILS  {claim.text}", "bold red"))
@@ -37,40 +47,53 @@ def short_lines(id: str, outcome: Outcome) -> list[RenderableType]:
     return said
 
 
-def _name(row: Row) -> str:
-    return escape(f"{row.name}  {words.STATUS[row.status]}" if row.status in words.STATUS else row.name)
-
-
 def write(results: Results, output: Path, old: Results | None, screen: Console) -> None:
-    """Write ``index.html`` and ``summary.md``, and say what they conclude.
+    """Write ``index.html``, ``summary.md`` and the pictures into a folder, and print what they conclude.
 
-    Args:
-        results: the run.
-        output: the folder.
-        old: an earlier run to compare with.
-        screen: the terminal.
+    ``old`` is an earlier run to compare with.
     """
-    comparison = None if old is None else compare(old, results)
+    comparison = None if old is None else compare.compare(old, results)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "index.html").write_text(page.render(results, comparison), encoding="utf-8")
-    (output / "summary.md").write_text(markdown.render(results, comparison), encoding="utf-8")
-    for suite, outcomes in results.suites().items():
-        for finding in facts.findings(suite, outcomes):
+    headlines = plots.headlines(results.outcomes)
+    for plot in headlines:
+        if (figure := plots.draw(plot)) is not None:
+            (output / f"{plot.name}.svg").write_bytes(plots.svg(figure, plot.name))
+    for name in ("index.html", "summary.md"):
+        (output / name).write_text(render(name, results, comparison, headlines), encoding="utf-8")
+    for suite in results.suites():
+        for finding in facts.findings(suite, results.outcomes):
             screen.print(Text.assemble((finding.question, "bold"), f"\n  {finding.answer}"))
     if comparison is not None:
-        _say_changes(screen, comparison)
-    screen.print(words.summary(results), style="bold", soft_wrap=True)
+        _print_changes(screen, comparison)
+    screen.print(facts.summary(results), style="bold", soft_wrap=True)
     screen.print(f"The report: {output / 'index.html'}, {output / 'summary.md'}", soft_wrap=True)
 
 
-def _say_changes(screen: Console, comparison: Comparison) -> None:
+def render(
+    name: str, results: Results, comparison: compare.Comparison | None = None, headlines: list[plots.Plot] | None = None
+) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER), autoescape=name.endswith(".html"), trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {"anchor": lambda text: re.sub(r"[^\w.-]+", "-", text), "picture": plots.data_uri}
+    environment.filters["cell"] = lambda text: text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
+    named = {name: {s: getattr(SUITES.get(s), name, "") for s in results.suites()} for name in ("TITLE", "QUESTION")}
+    return environment.get_template(name).render(
+        results=results, comparison=comparison, headlines=headlines or [], facts=facts, tables=tables, compare=compare,
+        titles={suite: title or suite for suite, title in named["TITLE"].items()}, questions=named["QUESTION"],
+        ours=OURS, roofline=plots.roofline(results),
+    )  # fmt: skip
+
+
+def _print_changes(screen: Console, comparison: compare.Comparison) -> None:
     for line in comparison.lines():
         screen.print(line, soft_wrap=True)
     if comparison.changes:
         table = Table(box=None, pad_edge=False)
-        for i, head in enumerate(markdown.CHANGES):
+        for i, head in enumerate(compare.HEADS):
             table.add_column(head, justify="left" if i < 3 else "right")
         for change in comparison.changes:
             look = {"slower": "yellow", "faster": "green", "status": "bold red"}.get(change.kind, "")
-            table.add_row(*map(escape, markdown.cells(change)), style=look)
+            table.add_row(*map(escape, change.cells), style=look)
         screen.print(table)

@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.cases import OURS, Claim, Outcome, Row
+from benchmarks.cases import OURS, Outcome, Row
 from benchmarks.report import facts
 from benchmarks.results import Results
 
 _MACHINE = ("processor", "device", "platform", "threads", "memory_gib", "system", "python")
 _ORDER = ("status", "claim", "slower", "faster", "gone", "new")
+HEADS = ["what", "case", "who", "before", "after", "time, \u00d7 before"]
 
 
 @dataclass
@@ -18,7 +19,6 @@ class Change:
 
     Attributes:
         kind: ``"status"``, ``"claim"``, ``"slower"``, ``"faster"``, ``"gone"`` or ``"new"``.
-        id: of the case.
         name: of the contestant; of a claim, its text.
         before, after: the ratio to ours, or the status, as text.
         factor: time after by time before, over the same factor of the machine.
@@ -30,6 +30,11 @@ class Change:
     before: str = ""
     after: str = ""
     factor: float | None = None
+
+    @property
+    def cells(self) -> list[str]:
+        factor = "" if self.factor is None else f"{self.factor:.2f}"
+        return [self.kind, self.id, self.name, self.before, self.after, factor]
 
 
 @dataclass
@@ -51,10 +56,9 @@ class Comparison:
     commits: tuple[str, str]
 
     def lines(self) -> list[str]:
-        """What stands above the table."""
         said = [f"From commit {self.commits[0] or 'unknown'} to {self.commits[1] or 'unknown'}."]
         if self.machine is None:
-            said.append("No row of an unchanged peer is in both runs: times are compared as they are.")
+            said.append("No row of an unchanged peer is in both runs: times are compared as measured.")
         else:
             said.append(
                 f"The {self.peers} rows of unchanged peers took {self.machine:.2f} times as long as before (geometric "
@@ -64,24 +68,23 @@ class Comparison:
 
 
 def compare(old: Results, new: Results) -> Comparison:
-    """Hold a run against an earlier one."""
     both = list(_pairs(old, new))
+    versions = old.environment["packages"], new.environment["packages"]
     unchanged = [
-        new_row.metrics["seconds"] / old_row.metrics["seconds"]
-        for _, old_row, new_row in both
-        if old_row.peer != OURS
-        and old.environment["packages"].get(old_row.peer) == new.environment["packages"].get(old_row.peer)
-        and _has_time(old_row, new_row)
+        b.metrics["seconds"] / a.metrics["seconds"]
+        for _, a, b in both
+        if a.peer != OURS and versions[0].get(a.peer) == versions[1].get(a.peer) and _has_time(a, b)
     ]
     machine = math.exp(sum(map(math.log, unchanged)) / len(unchanged)) if unchanged else None
-    changes = [*_statuses(both), *_claims(old, new), *_times(both, machine or 1.0), *_coming_and_going(old, new)]
+    changes = [Change("status", id, b.name, a.status, b.status) for id, a, b in both if a.status != b.status]
+    changes += [*_claims(old, new), *_times(both, machine or 1.0)]
+    changes += [*_missing("gone", old, new), *_missing("new", new, old)]
     changes.sort(key=lambda c: (_ORDER.index(c.kind), -abs(math.log(c.factor)) if c.factor else 0.0))
     commits = (old.environment.get("commit", ""), new.environment.get("commit", ""))
     return Comparison(machine, len(unchanged), list(_differences(old, new)), changes, commits)
 
 
 def _pairs(old: Results, new: Results) -> Iterator[tuple[str, Row, Row]]:
-    """The rows that both runs have."""
     for id, outcome in new.outcomes.items():
         before = {row.name: row for row in old.outcomes.get(id, Outcome()).rows}
         yield from ((id, before[row.name], row) for row in outcome.rows if row.name in before)
@@ -91,44 +94,36 @@ def _has_time(*rows: Row) -> bool:
     return all(row.status in ("ok", "floor") and facts.number(row, "seconds") for row in rows)
 
 
-def _statuses(both: list[tuple[str, Row, Row]]) -> Iterator[Change]:
-    for id, old, new in both:
-        if old.status != new.status:
-            yield Change("status", id, new.name, old.status, new.status)
-
-
 def _claims(old: Results, new: Results) -> Iterator[Change]:
     """Claims that hold now and did not, or the reverse; those of correctness show in the status of their rows."""
     words = {True: "holds", False: "FAILS"}
     for id, outcome in new.outcomes.items():
-        before = {claim.text: claim for claim in old.outcomes.get(id, Outcome()).claims}
+        before = {claim.text: claim.holds for claim in old.outcomes.get(id, Outcome()).claims}
         for claim in outcome.claims:
-            was: Claim | None = before.get(claim.text)
-            if was is not None and was.holds != claim.holds and not claim.correctness:
-                yield Change("claim", id, claim.text, words[was.holds], words[claim.holds])
+            was = before.get(claim.text, claim.holds)
+            if was != claim.holds and not claim.correctness:
+                yield Change("claim", id, claim.text, words[was], words[claim.holds])
 
 
 def _times(both: list[tuple[str, Row, Row]], machine: float) -> Iterator[Change]:
     """Times whose medians differ by over 5% and lie out of each other's quartiles, both on the new machine's clock."""
     for id, old, new in both:
-        if not _has_time(old, new):
+        if _has_time(old, new):
+            times = {name: facts.number(old, name) for name in ("seconds", "low", "high")}
+            scaled = Row(old.name, old.peer, metrics={k: None if v is None else v * machine for k, v in times.items()})
+            factor = new.metrics["seconds"] / scaled.metrics["seconds"]
+            if not facts.MARGIN <= factor <= 1 / facts.MARGIN and facts.apart(scaled, new):
+                yield Change("slower" if factor > 1 else "faster", id, new.name, _ratio(old), _ratio(new), factor)
+
+
+def _missing(kind: str, here: Results, there: Results) -> Iterator[Change]:
+    """Rows that only one of the runs has; a case that one of them did not run has one line."""
+    for id, outcome in here.outcomes.items():
+        if id not in there.outcomes:
+            yield Change(kind, id, "the whole case")
             continue
-        times = {name: facts.number(old, name) for name in ("seconds", "low", "high")}
-        scaled = Row(old.name, old.peer, metrics={k: None if v is None else v * machine for k, v in times.items()})
-        factor = new.metrics["seconds"] / scaled.metrics["seconds"]
-        if not facts.MARGIN <= factor <= 1 / facts.MARGIN and facts.apart(scaled, new):
-            yield Change("slower" if factor > 1 else "faster", id, new.name, _ratio(old), _ratio(new), factor)
-
-
-def _coming_and_going(old: Results, new: Results) -> Iterator[Change]:
-    """Rows that only one of the runs has; a case that one of them did not run is told once."""
-    for kind, here, there in (("gone", old, new), ("new", new, old)):
-        for id, outcome in here.outcomes.items():
-            if id not in there.outcomes:
-                yield Change(kind, id, "the whole case")
-                continue
-            names = {row.name for row in there.outcomes[id].rows}
-            yield from (Change(kind, id, row.name, "", row.status) for row in outcome.rows if row.name not in names)
+        names = {row.name for row in there.outcomes[id].rows}
+        yield from (Change(kind, id, row.name, "", row.status) for row in outcome.rows if row.name not in names)
 
 
 def _ratio(row: Row) -> str:
@@ -137,15 +132,14 @@ def _ratio(row: Row) -> str:
 
 
 def _differences(old: Results, new: Results) -> Iterator[str]:
-    here, there = new.environment, old.environment
-    machine = [f"{key} {there.get(key)} \u2192 {here.get(key)}" for key in _MACHINE if there.get(key) != here.get(key)]
-    if machine:
-        yield f"The machines differ: {'; '.join(machine)}."
-    before, after = there.get("packages", {}), here.get("packages", {})
-    moved = [f"{name} {before.get(name)} \u2192 {after[name]}" for name in after if before.get(name) != after[name]]
-    if moved:
-        yield f"Packages differ: {'; '.join(moved)}."
-    options = [f"{key} {old.options.get(key)} \u2192 {new.options[key]}" for key in new.options
-               if old.options.get(key) != new.options[key]]  # fmt: skip
-    if options:
-        yield f"The options differ: {'; '.join(options)}."
+    packages = [run.environment.get("packages", {}) for run in (old, new)]
+    for what, keys, before, after in (
+        ("The machines", _MACHINE, old.environment, new.environment),
+        ("Packages", packages[1], *packages),
+        ("The options", new.options, old.options, new.options),
+    ):
+        moved = [
+            f"{key} {before.get(key)} \u2192 {after.get(key)}" for key in keys if before.get(key) != after.get(key)
+        ]
+        if moved:
+            yield f"{what} differ: {'; '.join(moved)}."

@@ -1,4 +1,4 @@
-"""The suites, in the order they run."""
+"""The suites, in the order they run; ``notes.toml`` has what the report says of them without code."""
 
 from types import ModuleType
 

@@ -1,6 +1,6 @@
 """Of ``operators``: what is found by products alone, extreme eigenvalues, the density of all of them, solutions."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,11 +12,10 @@ import numpy as np
 
 import curvature
 from benchmarks import runner, trusted
-from benchmarks.cases import Case, Choice, Claim, Contestant, Finding, Line, Outcome, Plot, Race, Row, Study, Task
-from benchmarks.models import cross_entropy
-from benchmarks.networks import Network, perceptron
+from benchmarks.cases import Case, Choice, Claim, Contestant, Line, Outcome, Outcomes, Plot, Race, Row, Study, Task
+from benchmarks.models import Model, cross_entropy, mlp
 from benchmarks.peers import operations
-from benchmarks.reading import comparison
+from benchmarks.reading import part
 
 WANTED_EIGENVALUES = 1e-4  # of the largest
 WANTED_DISTANCE = 0.05  # half the absolute difference of two densities, integrated: 1 if they have nothing in common
@@ -26,49 +25,36 @@ EIGENVALUES = 10
 INDEFINITE = 1000  # variables
 EIGSH, SCIPY = "curvature.eigsh", "scipy, eigsh"
 
+Function = Callable[..., Any]
+
 
 def cases(choice: Choice) -> Iterator[Case]:
-    """Eigenvalues of a Hessian, the density of another, a definite and an indefinite system."""
-    sizes, examples = ((20, 24, 16, 10), 128) if choice.quick else ((64, 200, 32, 10), 256)
-    network = partial(perceptron, sizes, examples)
-    n = network().model.num_parameters
+    network = partial(mlp, *(((20, 24, 16, 10), 128) if choice.quick else ((64, 200, 32, 10), 256)))
+    n = network().num_parameters
+    id, title = f"operators/eigenvalues/mlp/n={n}", f"Ten largest eigenvalues of a Hessian, {n:,} parameters"
     race = Race(
-        f"operators/eigenvalues/mlp/n={n}",
-        f"Ten largest eigenvalues of a Hessian, {n:,} parameters",
-        "mlp",
-        lambda: eigenvalue_contestants(network()),
-        lambda: scipy_eigenvalues(network()),
-        WANTED_EIGENVALUES,
-        budget=0.3 if choice.quick else 3.0,
-        rounds=3,
+        id, title, "mlp", lambda: eigenvalue_contestants(network()), lambda: scipy_eigenvalues(network()),
+        WANTED_EIGENVALUES, budget=0.3 if choice.quick else 3.0, rounds=3,
         caption="The trusted answer is SciPy's, in double precision.",
-    )
-    yield Study(race.id, race.title, race.model, partial(eigenvalues, race, network), {"n": n})
+    )  # fmt: skip
+    yield Study(id, title, "mlp", partial(eigenvalues, race, network), {"n": n})
     if choice.quick:
         return
-    yield Study("operators/density/mlp/n=1008", "Spectral density of a Hessian, 1,008 parameters", "mlp", density,
-                {"n": 1008})  # fmt: skip
-    small = partial(perceptron, (30, 48, 10), 256)
-    yield solve_case(
-        "definite", "(Gauss-Newton + 0.01 I) x = gradient", small().model.num_parameters,
-        lambda: definite_contestants(small()), lambda: definite_reference(small()),
-    )  # fmt: skip
-    yield solve_case(
-        "indefinite", "dense symmetric A x = b, eigenvalues in [-10, -1] and [1, 10]", INDEFINITE,
-        lambda: indefinite_contestants(INDEFINITE), lambda: np.linalg.solve(*indefinite(INDEFINITE)),
-    )  # fmt: skip
-
-
-def solve_case(name: str, title: str, n: int, contestants: Callable[[], Any], reference: Callable[[], Any]) -> Race:
-    """A race for the solution of one system."""
-    return Race(
-        f"operators/solve-{name}/mlp/n={n}", f"Solve {title}, {n:,} variables", "mlp", contestants, reference,
-        WANTED_SOLUTION, {"n": n}, budget=1.0,
-        caption=f"Each iterates to {RTOL:.0e} in its own sense of it; curvature.solve chooses its method.",
-    )  # fmt: skip
-
-
-# ---- eigenvalues -----------------------------------------------------------------------------------------------------
+    title = "Spectral density of a Hessian, 1,008 parameters"
+    yield Study("operators/density/mlp/n=1008", title, "mlp", density, {"n": 1008})
+    small = partial(mlp, (30, 48, 10), 256)
+    solves = {
+        "definite": ("(Gauss-Newton + 0.01 I) x = gradient", small().num_parameters,
+                     lambda: definite_contestants(small()), lambda: definite_reference(small())),
+        "indefinite": ("dense symmetric A x = b, eigenvalues in [-10, -1] and [1, 10]", INDEFINITE,
+                       lambda: indefinite_contestants(INDEFINITE), lambda: np.linalg.solve(*indefinite(INDEFINITE))),
+    }  # fmt: skip
+    for name, (title, n, contestants, reference) in solves.items():
+        yield Race(
+            f"operators/solve-{name}/mlp/n={n}", f"Solve {title}, {n:,} variables", "mlp", contestants, reference,
+            WANTED_SOLUTION, {"n": n}, budget=1.0,
+            caption=f"Each iterates to {RTOL:.0e} in its own sense of it; curvature.solve chooses its method.",
+        )  # fmt: skip
 
 
 @jax.tree_util.register_dataclass
@@ -86,8 +72,8 @@ class Counted(curvature.LinearOperator):
         product = self.op.linearize()
 
         def counted(v: Any) -> Any:
-            # told of an entry of the vector, so that vmap runs one callback for each
-            jax.debug.callback(_count, jax.tree.leaves(v)[0].ravel()[0])
+            # It takes an entry of the vector, so that vmap runs one callback for each.
+            jax.debug.callback(lambda _: _products.append(None), jax.tree.leaves(v)[0].ravel()[0])
             return product(v)
 
         return counted
@@ -102,45 +88,38 @@ class Counted(curvature.LinearOperator):
 _products: list[None] = []
 
 
-def _count(_: Any) -> None:
-    _products.append(None)
-
-
-def hessian(network: Network) -> curvature.HessianOperator:
-    """The Hessian of the loss, in the precision JAX is set to."""
+def hessian(model: Model) -> curvature.HessianOperator:
     ops = operations.for_jax()
-    params, _, batch = trusted.numbers(network.model)
-    return curvature.HessianOperator(lambda p, *batch: network.model.loss(ops, p, *batch), params, *batch)
+    params, _, batch = trusted.numbers(model)
+    return curvature.HessianOperator(lambda p, *batch: model.loss(ops, p, *batch), params, *batch)
 
 
-def eigenvalues(race: Race, make: Callable[[], Network], report: Callable[[str], Any]) -> Outcome:
+def eigenvalues(race: Race, make: Callable[[], Model], report: Callable[[str], Any]) -> Outcome:
     """The race, with the products that each takes, and whether all of ours have converged."""
     outcome = runner.race(race, report)
     report("counting products")
-    op = hessian(make())
+    op, counts = hessian(make()), {}
     _products.clear()
     pairs = jax.block_until_ready(jax.jit(largest)(Counted(op)))
     jax.effects_barrier()
-    counts = {EIGSH: len(_products)}
-    counted, taken = _counting(curvature.as_scipy(op))
-    arpack(counted)
-    counts[SCIPY] = len(taken)
+    counts[EIGSH] = len(_products)
+    _products.clear()
+    arpack(counting(curvature.as_scipy(op)))
+    counts[SCIPY] = len(_products)
     for row in outcome.rows:
-        if row.name in counts:
-            row.metrics["products"] = counts[row.name]
+        row.metrics |= {"products": counts[row.name]} if row.name in counts else {}
     converged = int(pairs.converged.sum())
     outcome.claims.append(Claim(f"{converged} of {EIGENVALUES} eigenpairs have converged", converged == EIGENVALUES))
     return outcome
 
 
 def largest(op: Any) -> curvature.types.Eigenpairs:
-    """By ``curvature.eigsh``."""
     return curvature.eigsh(op, k=EIGENVALUES, which="LA")
 
 
-def eigenvalue_contestants(network: Network) -> Iterator[Contestant]:
+def eigenvalue_contestants(model: Model) -> Iterator[Contestant]:
     """Ours, ARPACK on the same products, and all eigenvalues of the dense matrix where it fits."""
-    op = hessian(network)
+    op = hessian(model)
 
     def by_scipy() -> Task:
         operator = curvature.as_scipy(op)
@@ -148,15 +127,15 @@ def eigenvalue_contestants(network: Network) -> Iterator[Contestant]:
 
     yield Contestant(EIGSH, "curvature", largest, (op,), read=lambda pairs: pairs.eigenvalues)
     yield Contestant(SCIPY, "scipy", make=by_scipy)
-    if network.model.num_parameters < 4000:
-        yield Contestant(
-            "jax, eigvalsh of the dense Hessian", "jax",
-            lambda op: jnp.linalg.eigvalsh(op.as_matrix())[: -EIGENVALUES - 1 : -1], (op,),
-        )  # fmt: skip
+    if model.num_parameters < 4000:
+
+        def dense(op: Any) -> Any:
+            return jnp.linalg.eigvalsh(op.as_matrix())[: -EIGENVALUES - 1 : -1]
+
+        yield Contestant("jax, eigvalsh of the dense Hessian", "jax", dense, (op,))
 
 
 def arpack(operator: Any) -> np.ndarray:
-    """The largest eigenvalues in falling order, by SciPy."""
     import scipy.sparse.linalg
 
     start = np.random.default_rng(0).normal(size=operator.shape[0]).astype(operator.dtype)
@@ -164,27 +143,20 @@ def arpack(operator: Any) -> np.ndarray:
     return np.sort(scipy.sparse.linalg.eigsh(operator, **options))[::-1]
 
 
-def scipy_eigenvalues(network: Network) -> np.ndarray:
-    """The same in double precision."""
+def scipy_eigenvalues(model: Model) -> np.ndarray:
     with jax.enable_x64(True):
-        return arpack(curvature.as_scipy(hessian(network)))
+        return arpack(curvature.as_scipy(hessian(model)))
 
 
-def _counting(operator: Any) -> tuple[Any, list[None]]:
-    """The operator, and a list that grows by one with each product."""
+def counting(operator: Any) -> Any:
     import scipy.sparse.linalg
 
-    taken: list[None] = []
-
     def product(v: np.ndarray) -> np.ndarray:
-        taken.append(None)
+        _products.append(None)
         return operator.matvec(v)
 
     counted: Any = scipy.sparse.linalg.LinearOperator
-    return counted(operator.shape, matvec=product, dtype=operator.dtype), taken
-
-
-# ---- the spectral density --------------------------------------------------------------------------------------------
+    return counted(operator.shape, matvec=product, dtype=operator.dtype)
 
 
 def density(report: Callable[[str], Any]) -> Outcome:
@@ -193,28 +165,26 @@ def density(report: Callable[[str], Any]) -> Outcome:
     find = jax.jit(partial(curvature.spectral_density, num_samples=32)).lower(op, key=jax.random.key(3)).compile()
     dense = jax.jit(lambda op: jnp.linalg.eigvalsh(op.as_matrix())).lower(op).compile()
     report("timing")
-    calls = {"ours": lambda: find(op, key=jax.random.key(3)), "dense": lambda: dense(op)}
+    calls = {
+        "curvature.spectral_density": lambda: find(op, key=jax.random.key(3)),
+        "jax, eigvalsh of the dense Hessian": lambda: dense(op),
+    }
     timings = runner.measure(calls, budget=1.0, rounds=3)
+    rows = [Row(name, peer_of(name), metrics={"seconds": timing.seconds}) for name, timing in timings.items()]
+    runner.relate(rows)
     found = find(op, key=jax.random.key(3))
     spectrum = np.linalg.eigvalsh(np.asarray(jax.jit(lambda op: op.as_matrix())(op), float))
     grid, estimate, error = (np.asarray(array, float) for array in found[:3])
-    width = np.ptp(np.asarray(found.ritz_values)) / found.ritz_values.shape[1]  # what it takes itself
+    width = np.ptp(np.asarray(found.ritz_values)) / found.ritz_values.shape[1]  # the default of spectral_density
     exact = np.exp(-0.5 * ((grid[:, None] - spectrum) / width) ** 2).mean(axis=1) / (width * np.sqrt(2 * np.pi))
-    rows = [
-        Row("curvature.spectral_density", "curvature", metrics={"ratio": 1.0, "seconds": timings["ours"].seconds}),
-        Row("jax, eigvalsh of the dense Hessian", "jax", metrics={
-            "ratio": timings["dense"].seconds / timings["ours"].seconds, "seconds": timings["dense"].seconds}),
-    ]  # fmt: skip
     series = {"grid": grid, "estimate": estimate, "error": error, "exact": exact}
     return Outcome(
-        rows=rows, claims=density_claims(grid, estimate, error, exact),
-        series={name: [array.tolist()] for name, array in series.items()},
+        rows=rows, claims=density_claims(**series), series={name: [array.tolist()] for name, array in series.items()},
         caption="The estimate takes products alone: 32 probes of 64 steps. At this size the dense matrix still fits.",
     )  # fmt: skip
 
 
 def density_claims(grid: np.ndarray, estimate: np.ndarray, error: np.ndarray, exact: np.ndarray) -> list[Claim]:
-    """It is a density, near the exact one, and honest about how near."""
     integral = float(np.trapezoid(estimate, grid))
     distance = float(np.trapezoid(np.abs(estimate - exact), grid)) / 2
     within = float(np.mean(np.abs(estimate - exact) <= 4 * error + 1e-3 * exact.max()))
@@ -238,23 +208,46 @@ def hessian_of_squares() -> curvature.HessianOperator:
     return curvature.HessianOperator(loss, params, x, y)
 
 
-# ---- solves ----------------------------------------------------------------------------------------------------------
+def plots(outcomes: Outcomes) -> list[Plot]:
+    found = []
+    for outcome in part(outcomes, "operators/density/").values():
+        if outcome.series:
+            grid, estimate, exact = (outcome.series[name][0] for name in ("grid", "estimate", "exact"))
+            lines = [Line("curvature.spectral_density", grid, estimate), Line("all eigenvalues", grid, exact, "dashed")]
+            found.append(Plot("density", outcome.title, "eigenvalue", "density", lines, x_log=False, y_log=False))
+    return found
 
 
-def system(network: Network) -> tuple[Any, Any]:
+def ours(*names: str, wrap: Function = lambda op: op) -> dict[str, Function]:
+    """Solvers of ours by name; ``wrap`` makes an operator of their first argument."""
+    return {
+        f"curvature.{name}": lambda op, b, name=name: getattr(curvature, name)(wrap(op), b, rtol=RTOL)[0]
+        for name in names
+    }
+
+
+def peer_of(name: str) -> str:
+    return name.replace(",", ".").split(".")[0]
+
+
+def race_of(ways: dict[str, Function], args: tuple[Any, Any]) -> Iterator[Contestant]:
+    for name, way in ways.items():
+        yield Contestant(name, peer_of(name), way, args)
+
+
+def system(model: Model) -> tuple[Any, Any]:
     """The damped Gauss-Newton matrix and a gradient, in the precision JAX is set to."""
-    ops = operations.for_jax()
-    params, _, batch = trusted.numbers(network.model)
+    ops, outputs = operations.for_jax(), model.outputs
+    assert outputs is not None
+    params, _, batch = trusted.numbers(model)
     op = curvature.GaussNewtonOperator(
-        lambda p, x, y: network.outputs(ops, p, x), lambda z, x, y: cross_entropy(ops, z, y), params, *batch
+        lambda p, x, y: outputs(ops, p, x), lambda z, x, y: cross_entropy(ops, z, y), params, *batch
     )
-    gradient = jax.grad(lambda p: network.model.loss(ops, p, *batch))(params)
-    return op + curvature.damping(0.01), gradient
+    return op + curvature.damping(0.01), jax.grad(lambda p: model.loss(ops, p, *batch))(params)
 
 
-def definite_contestants(network: Network) -> Iterator[Contestant]:
-    """Conjugate gradients of everyone, and our other methods."""
-    args = system(network)
+def definite_contestants(model: Model) -> Iterator[Contestant]:
+    args = system(model)
 
     def by_lineax(op: Any, b: Any) -> Any:
         import lineax
@@ -266,15 +259,12 @@ def definite_contestants(network: Network) -> Iterator[Contestant]:
     def by_jax(op: Any, b: Any) -> Any:
         return jax.scipy.sparse.linalg.cg(op.linearize(), b, tol=RTOL)[0]
 
-    yield Contestant("curvature.cg", "curvature", lambda op, b: curvature.cg(op, b, rtol=RTOL)[0], args)
-    yield Contestant("curvature.solve", "curvature", lambda op, b: curvature.solve(op, b, rtol=RTOL)[0], args)
-    yield Contestant("curvature.minres", "curvature", lambda op, b: curvature.minres(op, b, rtol=RTOL)[0], args)
-    yield Contestant("jax.scipy.sparse.linalg.cg", "jax", by_jax, args)
-    yield Contestant("lineax.CG", "lineax", by_lineax, args)
-    yield by_scipy("scipy, cg", "cg", *args)
+    ways = ours("cg", "solve", "minres")
+    yield from race_of({**ways, "jax.scipy.sparse.linalg.cg": by_jax, "lineax.CG": by_lineax}, args)
+    yield by_scipy("cg", *args)
 
 
-def by_scipy(name: str, method: str, op: Any, b: Any) -> Contestant:
+def by_scipy(method: str, op: Any, b: Any) -> Contestant:
     """A solver of SciPy on our products; its answer is read as a tree like ``b``."""
     vector, unravel = jax.flatten_util.ravel_pytree(b)
 
@@ -284,19 +274,17 @@ def by_scipy(name: str, method: str, op: Any, b: Any) -> Contestant:
         operator, right = curvature.as_scipy(op), np.asarray(vector)
         return lambda: getattr(scipy.sparse.linalg, method)(operator, right, rtol=RTOL)[0]
 
-    return Contestant(name, "scipy", make=make, read=lambda x: unravel(jnp.asarray(x, vector.dtype)))
+    return Contestant(f"scipy, {method}", "scipy", make=make, read=lambda x: unravel(jnp.asarray(x, vector.dtype)))
 
 
-def definite_reference(network: Network) -> Any:
-    """The dense matrix, factored in double precision."""
+def definite_reference(model: Model) -> Any:
     with jax.enable_x64(True):
-        op, b = system(network)
+        op, b = system(model)
         vector, unravel = jax.flatten_util.ravel_pytree(b)
         return jax.device_get(unravel(jnp.linalg.solve(op.as_matrix(), vector)))
 
 
 def indefinite(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix with eigenvalues of both signs, and a right-hand side."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
     values = np.linspace(1, 10, size) * np.where(np.arange(size) % 3, 1, -1)
@@ -317,37 +305,8 @@ def indefinite_contestants(size: int) -> Iterator[Contestant]:
     def by_jax(matrix: Any, b: Any) -> Any:
         return jax.scipy.sparse.linalg.gmres(lambda v: matrix @ v, b, tol=RTOL, restart=100)[0]
 
-    def ours(solver: Any) -> Callable[..., Any]:
-        return lambda matrix, b: solver(curvature.MatrixOperator(matrix), b, rtol=RTOL)[0]
-
-    yield Contestant("curvature.minres", "curvature", ours(curvature.minres), args)
-    yield Contestant("curvature.solve", "curvature", ours(curvature.solve), args)
-    yield Contestant("jax.scipy.sparse.linalg.gmres", "jax", by_jax, args)
-    yield Contestant("lineax.GMRES", "lineax", by_lineax, args)
-    yield Contestant("jax, dense solve", "jax", jnp.linalg.solve, args)
-    yield by_scipy("scipy, minres", "minres", curvature.MatrixOperator(args[0]), b)
-
-
-# ---- what is drawn and concluded -------------------------------------------------------------------------------------
-
-
-def plots(outcomes: Mapping[str, Outcome]) -> list[Plot]:
-    """The estimated and the exact spectral density."""
-    found = []
-    for id, outcome in outcomes.items():
-        if id.startswith("operators/density/") and outcome.series:
-            grid, estimate, exact = (outcome.series[name][0] for name in ("grid", "estimate", "exact"))
-            lines = [Line("curvature.spectral_density", grid, estimate), Line("all eigenvalues", grid, exact, "dashed")]
-            found.append(Plot("density", outcome.title, "eigenvalue", "density", lines, x_log=False, y_log=False))
-    return found
-
-
-def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
-    """Who finds eigenvalues and solutions the fastest."""
-    kinds = {"eigenvalues": "Who finds the largest eigenvalues the fastest?", "solve": "And who solves the fastest?"}
-    found = []
-    for kind, question in kinds.items():
-        chosen = {id: outcome for id, outcome in outcomes.items() if id.startswith(f"operators/{kind}")}
-        answer = " ".join(map(comparison, chosen.values())) or "Not measured in this run."
-        found.append(Finding(question, answer, list(chosen)))
-    return found
+    peers = {
+        "jax.scipy.sparse.linalg.gmres": by_jax, "lineax.GMRES": by_lineax, "jax, dense solve": jnp.linalg.solve,
+    }  # fmt: skip
+    yield from race_of(ours("minres", "solve", wrap=curvature.MatrixOperator) | peers, args)
+    yield by_scipy("minres", curvature.MatrixOperator(args[0]), b)

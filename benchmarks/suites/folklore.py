@@ -1,242 +1,181 @@
-"""What is said of automatic differentiation, put to the test: each saying with the rows that bear it out, or do not."""
+"""What is said of automatic differentiation: derivatives of high order here, the other sayings from the rows of modes.
 
-from collections.abc import Callable, Iterator, Sequence
+The functions act entry by entry on many values of one variable, so that the gradient of the sum holds the derivatives.
+"""
+
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from benchmarks import reading
-from benchmarks.cases import Case, Choice, Contestant, Finding, Outcome, Plot, Race
-from benchmarks.models import MODELS, Model, mlp
-from benchmarks.peers import everyone, higher, jax_ways
-from benchmarks.suites.modes import jacobians
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import curvature
+from benchmarks.cases import Case, Choice, Contestant, Finding, Outcome, Outcomes, Plot, Race
+from benchmarks.peers import autograd_ways, operations, tensorflow_ways, torch_ways
+from benchmarks.peers.flat import Flat
+from benchmarks.peers.jax_ways import named
+from benchmarks.reading import over, part, ratio_of_fastest, share, spread
+from benchmarks.suites import modes
 from benchmarks.timing import digits
 
 TITLE = "Folklore"
 QUESTION = "Which of the things that everybody says are so?"
-REASONS = {
-    ("folklore/higher/scalar", "torch.compile"): (
-        "nested jax.jvp compiles to the like of ours and takes as long: torch's compiler makes a faster loop of "
-        "this elementwise function"
-    ),
-    ("folklore/order/hessian/convolutional", "torch.func"): (
-        "jax.hessian takes longer still: torch's convolutions are faster here than XLA's"
-    ),
-}
-TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
+MOST = 5
+MAGNITUDES = 100  # "orders of magnitude", in the plural
 
-ORDERED = ("mlp", "transformer", "neural-ode", "logistic", "convolutional", "pinn")  # a quick run takes the first
-SHAPES = ((8, 512), (64, 64), (512, 8))  # (outputs, inputs): wide, square, tall
-VECTORIZED = (((10, 8, 4), 64), ((20, 32, 10), 256), ((32, 64, 10), 256))  # a quick run takes the first
+Function = Callable[..., Any]
+
+
+def scalar(points: int) -> Flat:
+    return Flat(lambda ops: lambda x: ops.exp(ops.sin(x)) * ops.tanh(x), np.linspace(-2, 2, points) + 0.3)
+
+
+def network(points: int, width: int = 32) -> Flat:
+    """A tanh network of one input, as of a PINN, whose points are a batch."""
+
+    def build(ops: operations.Operations) -> Function:
+        def fun(x: Any, w0: Any, b0: Any, w1: Any, w2: Any) -> Any:
+            hidden = ops.tanh(ops.einsum("b,j->bj", x, w0) + b0)
+            return ops.einsum("bj,j->b", ops.tanh(ops.einsum("bi,ij->bj", hidden, w1)), w2)
+
+        return fun
+
+    rng = np.random.default_rng(1)
+    shapes = ((width,), (width,), (width, width), (width,))
+    data = tuple(rng.normal(size=s) / np.sqrt(s[0] if s[1:] else 1) for s in shapes)
+    return Flat(build, np.linspace(-2, 2, points), data)
+
 
 # Function, points, and the orders that a quick run takes; a full one takes all up to MOST.
-HIGHER: tuple[tuple[str, Callable[[int], Any], int, tuple[int, ...]], ...] = (
-    ("scalar", higher.scalar, 1, (1, 5)),
-    ("scalar", higher.scalar, 100_000, (5,)),
-    ("network", higher.network, 256, (3,)),
+HIGHER: tuple[tuple[str, Callable[[int], Flat], int, tuple[int, ...]], ...] = (
+    ("scalar", scalar, 1, (1, 5)),
+    ("scalar", scalar, 100_000, (5,)),
+    ("network", network, 256, (3,)),
 )
-MOST = 5
-LIBRARIES = ("torch", "tensorflow", "autograd")
-MAGNITUDES = 100  # "orders of magnitude", in the plural
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    """The order of a product, the order of a derivative, the shape of a Jacobian, and the vectorized Hessian."""
-    for name in filter(choice.wants, ORDERED[:1] if choice.quick and not choice.models else ORDERED):
-        for derivative in ("hvp",) if choice.quick and not choice.models else ("hvp", "hessian"):
-            yield of_model(choice, f"order/{derivative}", MODELS[name](), derivative, ORDER_ROWS)
     for name, make, points, orders in HIGHER:
         for order in orders if choice.quick else range(1, MOST + 1):
-            yield derivative_of_order(choice, name, make(points), points, order)
-    for m, n in SHAPES:
-        yield shape(choice, m, n)
-    for sizes, examples in VECTORIZED[:1] if choice.quick else VECTORIZED:
-        yield of_model(choice, "vectorized/hessian", mlp(sizes, examples), "hessian", VECTORIZED_ROWS)
+            flat = make(points)
+            yield Race(
+                f"folklore/higher/{name}/points={points}/order={order}",
+                f"derivative of order {order} of a {name} of one variable at {points:,} points", name,
+                partial(contestants, flat, order, choice), partial(reference, flat, order), choice.tolerance(),
+                {"order": order, "points": points}, **choice.effort(),
+            )  # fmt: skip
 
 
-ORDER_ROWS = (
-    "curvature.hvp", "jax, forward over reverse", "jax, reverse over reverse", "torch.func, forward over reverse",
-    "torch.func, reverse over reverse", "curvature.hessian", "jax.hessian", "jax.jacrev of jax.grad",
-    "torch.func.hessian",
-)  # fmt: skip
-VECTORIZED_ROWS = (
-    "curvature.hessian", "jax.hessian", "torch.func.hessian", "torch.autograd.functional.hessian",
-    "torch.autograd.functional.hessian, vectorized",
-)  # fmt: skip
-SHAPE_ROWS = ("curvature.jacobian", "jax.jacfwd", "jax.jacrev", "torch.func.jacfwd", "torch.func.jacrev")
+def nest(step: Callable[[Function], Function], order: int, fun: Function) -> Function:
+    for _ in range(order):
+        fun = step(fun)
+    return fun
 
 
-def of_model(choice: Choice, id: str, model: Model, derivative: str, names: Sequence[str]) -> Race:
-    """A derivative of a model, by the ways of those names."""
-    n = model.num_parameters
-    everybody = partial(everyone.of_model, model, derivative, choice, compiled=False)
-    return Race(
-        f"folklore/{id}/{model.name}/n={n}",
-        f"{derivative}, {model.title}, {n:,} parameters",
-        model.name,
-        partial(only, everybody, names),
-        partial(jax_ways.reference, model, derivative),
-        sizes={"n": n},
-        **_common(choice),
-    )
+def forward(fun: Function) -> Function:
+    return lambda x, *data: jax.jvp(lambda x: fun(x, *data), (x,), (jnp.ones_like(x),))[1]
 
 
-def derivative_of_order(choice: Choice, name: str, flat: Any, points: int, order: int) -> Race:
-    """One derivative of a function of one variable at many points."""
-    return Race(
-        f"folklore/higher/{name}/points={points}/order={order}",
-        f"derivative of order {order} of a {name} of one variable at {points:,} points",
-        name,
-        partial(higher.contestants, flat, order, choice, compiled=not choice.quick),
-        partial(higher.reference, flat, order),
-        sizes={"order": order, "points": points},
-        **_common(choice),
-    )
+def torch_graph(torch: Any, fun: Function) -> Function:
+    def derivative(x: Any) -> Any:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return torch.autograd.grad(fun(x).sum(), x, create_graph=True)[0]
+
+    return derivative
 
 
-def shape(choice: Choice, m: int, n: int) -> Race:
-    """A Jacobian of one shape."""
-    flat = jacobians.function(m, n)
-    return Race(
-        f"folklore/shape/m={m}/n={n}",
-        f"Jacobian of {m} outputs by {n} inputs",
-        "jacobian",
-        partial(only, partial(jacobians.contestants, flat, choice), SHAPE_ROWS),
-        partial(jacobians.reference, flat),
-        sizes={"m": m, "n": n},
-        **_common(choice),
-    )
+TORCH: dict[str, Function] = {
+    "autograd.grad": torch_graph,
+    "func.grad": lambda torch, fun: torch.func.grad(lambda x: fun(x).sum()),
+    "func.jvp": lambda torch, fun: lambda x: torch.func.jvp(fun, (x,), (torch.ones_like(x),))[1],
+}
 
 
-def _common(choice: Choice) -> dict[str, Any]:
-    return {"tolerance": TOLERANCE[choice.dtype], "budget": 0.1 if choice.quick else 0.5, "rounds": choice.rounds}
+def contestants(flat: Flat, order: int, choice: Choice) -> Iterator[Contestant]:
+    """Ours and JAX's, compiled and not; then the others, nested as deep; a quick run compiles only what it must."""
+    fun, args = flat.build(operations.for_jax()), tuple(jnp.asarray(a, float) for a in (flat.x, *flat.data))
+    nested = nest(forward, order, fun)
+    ways = {
+        "curvature.directional_derivatives": lambda x, *data: curvature.directional_derivatives(
+            fun, x, jnp.ones_like(x), *data, order=order
+        )[-1],
+        "jax, nested jvp": nested,
+        "jax, nested grad": nest(lambda fun: jax.grad(lambda x, *data: jnp.sum(fun(x, *data))), order, fun),
+    }
+    yield from named(ways, args)
+    eager = lambda: lambda: jax.block_until_ready(nested(*args))  # noqa: E731
+    yield Contestant("jax, nested jvp, not compiled", "jax", make=eager)
+
+    def way_of(step: Function) -> Function:
+        def way(library: Any, fun: Function) -> Function:
+            derivative = nest(partial(step, library), order, fun)
+            return lambda x, v: derivative(x)
+
+        return way
+
+    for name, step in TORCH.items():
+        make = partial(torch_ways.start, flat, way_of(step), choice)
+        yield Contestant(f"torch, nested {name}", "torch", make=make, read=torch_ways.read)
+    if not choice.quick:
+        make = partial(torch_ways.start, flat, way_of(TORCH["func.jvp"]), choice, compiled=True)
+        yield Contestant("torch.compile, nested func.jvp", "torch", make=make, read=torch_ways.read)
+    for execution in ("XLA",) if choice.quick else tensorflow_ways.EXECUTIONS:
+        make = partial(tensorflow_ways.start, flat, way_of(tensorflow_ways.gradient), choice, execution)
+        yield Contestant(f"tensorflow, nested GradientTape, {execution}", "tensorflow", make=make)
+    make = partial(autograd_ways.start, flat, way_of(lambda lib, fun: lib.elementwise_grad(fun)), choice)
+    yield Contestant("autograd, nested elementwise_grad", "autograd", make=make)
 
 
-def only(make: Callable[[], Iterator[Contestant]], names: Sequence[str]) -> list[Contestant]:
-    """The contestants of those names."""
-    return [contestant for contestant in make() if contestant.name in names]
+def reference(flat: Flat, order: int) -> np.ndarray:
+    with jax.enable_x64(True):
+        args = tuple(map(jnp.asarray, (flat.x, *flat.data)))
+        return np.asarray(jax.jit(nest(forward, order, flat.build(operations.for_jax())))(*args))
 
 
-# ---- what the rows show ----------------------------------------------------------------------------------------------
+def of_higher(outcomes: Outcomes, name: str, points: int) -> dict[str, Outcome]:
+    return part(outcomes, f"folklore/higher/{name}/points={points}/")
 
 
-def plots(outcomes: reading.Outcomes) -> list[Plot]:
-    """Time by the order of the derivative."""
+def plots(outcomes: Outcomes) -> list[Plot]:
     found = []
     for name, _, points, _ in HIGHER:
-        races = _higher(outcomes, name, points)
-        title = f"Derivatives of a {name} of one variable at {points:,} points"
-        lines = reading.curves(races, "order")
-        found.append(Plot(f"higher-{name}-{points}", title, "order", "seconds", lines, x_log=False))
-    return [plot for plot in found if plot.lines]
+        races, title = of_higher(outcomes, name, points), f"Derivatives of a {name} at {points:,} points"
+        found += over(races, "order", f"higher-{name}-{points}", title, "order", x_log=False)
+    return found
 
 
-def findings(outcomes: reading.Outcomes) -> list[Finding]:
-    """A verdict on each saying."""
-    every = (order_finding, higher_finding, shape_finding, vectorized_finding)
-    return [finding for make in every if (finding := make(outcomes)) is not None]
-
-
-def order_finding(outcomes: reading.Outcomes) -> Finding | None:
-    """Time, and temporary memory where XLA tells it."""
-    races = reading.part(outcomes, "folklore/order/")
-    pairs = {
-        ("Hessian products in JAX", "hvp"): ("jax, reverse over reverse", "jax, forward over reverse"),
-        ("Hessian products in torch.func", "hvp"): (
-            "torch.func, reverse over reverse", "torch.func, forward over reverse",
-        ),
-        ("Hessians in JAX", "hessian"): ("jax.jacrev of jax.grad", "jax.hessian"),
-        ("Hessians in torch.func", "hessian"): ("torch.func, reverse over reverse", "torch.func.hessian"),
-    }  # fmt: skip
-    sentences = []
-    for (what, derivative), (slow, fast) in pairs.items():
-        some = [race for id, race in races.items() if f"/{derivative}/" in id]
-        ratios = [ratio for race in some if (ratio := reading.share(race, slow, fast)) is not None]
-        wins = sum(ratio > 1 for ratio in ratios)
-        if ratios:
-            memory = [reading.share(race, slow, fast, "temporary_bytes") for race in some]
-            spread = reading.spread(memory)
-            beside = "" if spread == "not measured" else f" and {spread} its temporary memory"
-            sentences.append(
-                f"{what}: reverse over reverse takes {reading.spread(ratios)} the time of forward over "
-                f"reverse{beside}; forward over reverse is faster in {wins} of {len(ratios)} cases."
-            )
-    return _finding("Forward over reverse is the fastest way to second derivatives", sentences, races)
-
-
-def higher_finding(outcomes: reading.Outcomes) -> Finding | None:
-    """The ratio by order, each library's fastest way against JAX's fastest compiled one."""
-    sentences = []
-    for name, _, points, _ in HIGHER:
-        races = sorted(_higher(outcomes, name, points).values(), key=_order)
-        for peer in LIBRARIES:
-            ratios = {int(race.sizes["order"]): ratio for race in races if (ratio := _against_jax(race, peer))}
-            if ratios:
-                listed = ", ".join(f"{digits(ratio)} at order {order}" for order, ratio in ratios.items())
-                far = [str(order) for order, ratio in ratios.items() if ratio >= MAGNITUDES]
-                holds = f"holds at order {', '.join(far)}" if far else "does not hold"
-                sentences.append(f"{name}, {points:,} points, {peer} over JAX: {listed}; it {holds}.")
-        eager = [reading.share(race, "jax, nested jvp, not compiled", "jax, nested jvp") for race in races]
-        if races:
-            sentences.append(f"JAX itself, not compiled, takes {reading.spread(eager)} as long as compiled.")
+def findings(outcomes: Outcomes) -> list[Finding]:
+    """A verdict on each saying of which a case ran; those of ``notes.toml`` need ratios only."""
+    higher, shapes = list(higher_sentences(outcomes)), list(shape_sentences(modes.of_ratios(outcomes)))
     saying = (
         f"JAX computes higher derivatives orders of magnitude ({MAGNITUDES} times) faster than PyTorch or TensorFlow"
     )
-    return _finding(saying, sentences, reading.part(outcomes, "folklore/higher/"))
+    found = {saying: higher, "Forward mode for tall Jacobians, reverse for wide ones": shapes}
+    return [Finding(f'"{saying}": is it so?', " ".join(said)) for saying, said in found.items() if said]
 
 
-def _order(race: Outcome) -> float:
-    return race.sizes["order"]
+def higher_sentences(outcomes: Outcomes) -> Iterator[str]:
+    """The ratio by order, each library's fastest way against JAX's fastest compiled one."""
+    for name, _, points, _ in HIGHER:
+        races = sorted(of_higher(outcomes, name, points).values(), key=lambda race: race.sizes["order"])
+        for peer in ("torch", "tensorflow", "autograd"):
+            found = {int(race.sizes["order"]): r for race in races if (r := ratio_of_fastest(race, peer, "jax"))}
+            if found:
+                listed = ", ".join(f"{digits(ratio)} at order {order}" for order, ratio in found.items())
+                far = [str(order) for order, ratio in found.items() if ratio >= MAGNITUDES]
+                holds = f"holds at order {', '.join(far)}" if far else "does not hold"
+                yield f"{name}, {points:,} points, {peer} over JAX: {listed}; it {holds}."
+        if races:
+            eager = [share(race, "jax, nested jvp, not compiled", "jax, nested jvp") for race in races]
+            yield f"JAX itself, not compiled, takes {spread(eager)} as long as compiled."
 
 
-def _against_jax(race: Outcome, peer: str) -> float | None:
-    """The fastest way of a library over the fastest of JAX's."""
-    theirs, jax = (reading.fastest(race, name) for name in (peer, "jax"))
-    return None if theirs is None or jax is None else theirs.metrics["seconds"] / jax.metrics["seconds"]
-
-
-def shape_finding(outcomes: reading.Outcomes) -> Finding | None:
-    """Which mode is faster at each shape, and by how much."""
-    races, sentences = reading.part(outcomes, "folklore/shape/"), []
-    for library, (forward, reverse) in jacobians.BOTH.items():
-        for race in races.values():
-            ratio = reading.share(race, forward, reverse)
-            if ratio is not None:
-                m, n = int(race.sizes["m"]), int(race.sizes["n"])
-                winner = "forward" if ratio < 1 else "reverse"
-                expected = (
-                    "" if m == n else (", as said" if (winner == "forward") == (m > n) else ", against the saying")
-                )
-                sentences.append(
-                    f"{library}, {m} by {n}: {winner} is {digits(max(ratio, 1 / ratio))} times as fast{expected}."
-                )
-    return _finding("Forward mode for tall Jacobians, reverse for wide ones", sentences, races)
-
-
-def vectorized_finding(outcomes: reading.Outcomes) -> Finding | None:
-    """Functorch's Hessian against the loop."""
-    races = reading.part(outcomes, "folklore/vectorized/")
-    loop = "torch.autograd.functional.hessian"
-    sentences = []
-    for race in races.values():
-        ratios = {
-            name: ratio
-            for name in ("torch.func.hessian", f"{loop}, vectorized", "jax.hessian", "curvature.hessian")
-            if (ratio := reading.share(race, loop, name)) is not None
-        }
-        listed = ", ".join(f"{digits(ratio)} times that of {name}" for name, ratio in ratios.items())
-        sentences.append(
-            f"{int(race.sizes['n']):,} parameters: the loop takes {listed or 'a time that was not measured'}."
-        )
-    return _finding(
-        "functorch's vectorized Hessian is faster than the loop of torch.autograd.functional", sentences, races
-    )
-
-
-def _higher(outcomes: reading.Outcomes, name: str, points: int) -> dict[str, Outcome]:
-    return reading.part(outcomes, f"folklore/higher/{name}/points={points}/")
-
-
-def _finding(saying: str, sentences: Sequence[str], races: reading.Outcomes) -> Finding | None:
-    """The saying and what was measured; None where no case of it ran."""
-    answer = " ".join(sentences) or "Not measured in this run."
-    return Finding(f'"{saying}": is it so?', answer, list(races)) if races else None
+def shape_sentences(races: Outcomes) -> Iterator[str]:
+    """In how many of the shapes that are not square the saying holds."""
+    for library, pair in modes.BOTH.items():
+        found = [(race.sizes["m/n"], share(race, *pair)) for race in races.values()]
+        said = [(ratio < 1) == (shape > 1) for shape, ratio in found if ratio and not 0.9 < shape < 1.1]
+        if said:
+            yield f"In {library} it holds in {sum(said)} of {len(said)} shapes."

@@ -1,6 +1,6 @@
 """Curvature operators: what a product costs in gradients, and, in ``by_products``, what is found by products."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -9,39 +9,15 @@ import jax.numpy as jnp
 
 import curvature
 from benchmarks import trusted
-from benchmarks.cases import Case, Choice, Claim, Contestant, Finding, Outcome, Plot, Race
-from benchmarks.models import cross_entropy
-from benchmarks.networks import Network, convolutional, perceptron, transformer
+from benchmarks.cases import Case, Choice, Claim, Contestant, Finding, Outcome, Outcomes, Plot, Race
+from benchmarks.models import Model, cross_entropy, language_model, mlp, pooling
 from benchmarks.peers import curvlinops_ways, operations
-from benchmarks.reading import at_most, comparison, share, timed
+from benchmarks.peers.jax_ways import forward_over_reverse, of_one
+from benchmarks.reading import MISSING, at_most, compared, number, part, share, timed
 from benchmarks.suites import by_products
 
 TITLE = "Operators"
 QUESTION = "How many gradients does a product with a curvature matrix cost, and what can be found by products?"
-REASONS = {
-    ("operators/fisher-empirical", "jax, vmap(grad)"): (
-        "with few examples, or few parameters, all gradients fit beside each other, and a product with that matrix "
-        "costs less than a linearization; its memory grows with examples times parameters"
-    ),
-    ("operators/eigenvalues", "scipy"): (
-        "ours takes more products, blocks of ten, so that it finds multiple eigenvalues as often as they occur; "
-        "ARPACK takes one vector at a time"
-    ),
-    ("operators/density", "jax, eigvalsh"): (
-        "a matrix as small as this one can be formed; the density by products is for those that cannot"
-    ),
-    ("operators/ekfac/convolutional", "curvlinops"): (
-        "small products of matrices, at which the other library's kernels are faster here"
-    ),
-    ("operators/fisher-sampled", "curvlinops"): (
-        "as many products with the Jacobian, at which the other library's kernels are faster here"
-    ),
-    ("operators/solve-definite", "jax.scipy.sparse.linalg.cg"): (
-        "ours says how it ended, by a residual computed anew, and looks for negative curvature in each step; "
-        "jax's does neither"
-    ),
-}
-TOLERANCE = {"float32": 1e-4, "float64": 1e-9}  # of the largest entry of each leaf
 TOLERANCE_SMALL = 1e-5  # on networks of a few hundred parameters, in single precision
 TOLERANCE_SAMPLED = 0.1  # of v' F v: three standard errors and more, with this many samples
 SAMPLES = 16
@@ -58,52 +34,6 @@ WANTED_GAUSS_NEWTON = 0.8  # of a Hessian product
 WANTED_MEMORY = 2.5  # of the gradient's
 
 Function = Callable[..., Any]
-Make = Callable[[], Network]
-
-
-def cases(choice: Choice) -> Iterator[Case]:
-    """Products with each operator on each network, then eigenvalues, the spectral density and solves."""
-    quick: list[tuple[Make, tuple[str, ...]]] = [
-        (partial(perceptron, (64, 128, 128, 10), 256),
-         ("hessian", "gauss-newton", "fisher-empirical", "expand")),
-        (partial(convolutional, (8, 16), 16, 16), ("expand",)),
-    ]  # fmt: skip
-    full: list[tuple[Make, tuple[str, ...]]] = [
-        (perceptron, tuple(CONTESTANTS)),
-        (convolutional, tuple(CONTESTANTS)),
-        (partial(transformer, examples=8), ("hessian", "gauss-newton", "fisher-empirical", "fisher-sampled")),
-        (partial(perceptron, (6, 5, 4, 3), 7), SMALL),
-        (partial(convolutional, (3, 4), 8, 7), SMALL),
-        (partial(transformer, layers=6, width=384, words=512, examples=4), ("hessian", "gauss-newton")),
-    ]
-    for make, whats in quick if choice.quick else full:
-        for what in whats:
-            yield case(choice, make, what)
-    yield from by_products.cases(choice)
-
-
-def case(choice: Choice, make: Make, what: str) -> Race:
-    """One matrix of one network."""
-    model = make().model
-    n, count = model.num_parameters, len(model.batch[0])
-    small = n < 1000 and choice.dtype == "float32" and what != "ekfac"
-    sampled = what == "fisher-sampled"
-    tolerance = TOLERANCE_SAMPLED if sampled else TOLERANCE_SMALL if small else TOLERANCE[choice.dtype]
-    product = trusted.fisher_form if sampled else REFERENCES.get(what) or partial(trusted.kronecker, way=what)
-    return Race(
-        f"operators/{what}/{model.name}/n={n}",
-        f"Products, {TITLES[what]}, {model.title}, {n:,} parameters, {count} examples",
-        model.name,
-        lambda: contestants(make(), what, choice.dtype),
-        lambda: trusted.in_double(product, make()),
-        tolerance,
-        {"n": n, "batch": count},
-        budget=0.25 if choice.quick else 1.0,
-        rounds=choice.rounds,
-        claims=partial(claims, what, n),
-        caption=CAPTIONS.get(what, ""),
-    )
-
 
 TITLES = {
     "hessian": "Hessian", "gauss-newton": "Gauss-Newton and exact Fisher", "fisher-empirical": "empirical Fisher",
@@ -111,36 +41,65 @@ TITLES = {
     "ekfac": "EKFAC",
 }  # fmt: skip
 CAPTIONS = {
-    "fisher-sampled": "Labels are drawn, so that v' F v is held against the exact one, within its standard error.",
-    **dict.fromkeys(curvlinops_ways.KRONECKER, "The factors are at hand; 'with its factors' makes them as well."),
+    "fisher-sampled": "Labels are drawn, so that v' F v is compared with the exact one, within its standard error.",
+    **dict.fromkeys(curvlinops_ways.KRONECKER, "The factors are made before; 'with its factors' makes them as well."),
 }
 SMALL = ("hessian", "gauss-newton", "fisher-empirical", "expand", "reduce", "ekfac")
 REFERENCES: dict[str, Function] = {
     "hessian": trusted.hessian,
     "gauss-newton": trusted.gauss_newton,
     "fisher-empirical": trusted.empirical_fisher,
+    "fisher-sampled": trusted.fisher_form,
+    **{way: partial(trusted.kronecker, way=way) for way in curvlinops_ways.KRONECKER},
 }
 
 
-# ---- the network in the pieces that operators want -------------------------------------------------------------------
+def cases(choice: Choice) -> Iterator[Case]:
+    quick: list[tuple[Callable[[], Model], tuple[str, ...]]] = [
+        (partial(mlp, (64, 128, 128, 10), 256), ("hessian", "gauss-newton", "fisher-empirical", "expand")),
+        (partial(pooling, (8, 16), 16, 16), ("expand",)),
+    ]
+    full: list[tuple[Callable[[], Model], tuple[str, ...]]] = [
+        (partial(mlp, (128, 256, 256, 10), 512), tuple(TITLES)),
+        (pooling, tuple(TITLES)),
+        (partial(language_model, examples=8), ("hessian", "gauss-newton", "fisher-empirical", "fisher-sampled")),
+        (partial(mlp, (6, 5, 4, 3), 7), SMALL),
+        (partial(pooling, (3, 4), 8, 7), SMALL),
+        (partial(language_model, layers=6, width=384, words=512, examples=4), ("hessian", "gauss-newton")),
+    ]
+    for make, whats in quick if choice.quick else full:
+        for what in whats:
+            yield case(choice, make, what)
+    yield from by_products.cases(choice)
+
+
+def case(choice: Choice, make: Callable[[], Model], what: str) -> Race:
+    model = make()
+    n, count = model.num_parameters, len(model.batch[0])
+    small = n < 1000 and what != "ekfac"
+    tolerance = choice.tolerance(TOLERANCE_SMALL if small else 1e-4)
+    return Race(
+        f"operators/{what}/{model.name}/n={n}",
+        f"Products, {TITLES[what]}, {model.title}, {n:,} parameters, {count} examples", model.name,
+        lambda: contestants(make(), what, choice.dtype), lambda: trusted.in_double(REFERENCES[what], make()),
+        TOLERANCE_SAMPLED if what == "fisher-sampled" else tolerance, {"n": n, "batch": count},
+        claims=partial(claims, what, n), caption=CAPTIONS.get(what, ""), **choice.effort(0.25, 1.0),
+    )  # fmt: skip
 
 
 class Pieces:
     """A network as operators take it: a model, a loss of its outputs, and the arguments of a product."""
 
-    def __init__(self, network: Network):
-        ops = operations.for_jax()
-        self.model: Function = lambda p, x, y: network.outputs(ops, p, x)
+    def __init__(self, network: Model):
+        ops, outputs = operations.for_jax(), network.outputs
+        assert outputs is not None
+        self.model: Function = lambda p, x, y: outputs(ops, p, x)
         self.loss: Function = lambda outputs, x, y: cross_entropy(ops, outputs, y)
-        self.objective: Function = lambda p, x, y: network.model.loss(ops, p, x, y)
-        self.params, self.v, self.batch = trusted.numbers(network.model)
+        self.objective: Function = lambda p, x, y: network.loss(ops, p, x, y)
+        self.params, self.v, self.batch = trusted.numbers(network)
         self.args = (self.params, self.v, *self.batch)
-        self.count = UNROLLED.get(network.model.name, PRODUCTS)
-        self.unroll = network.model.name in UNROLLED
-
-    def gradient(self) -> Contestant:
-        """The floor: what everything is measured in."""
-        return Contestant(GRADIENT, "jax", jax.grad(self.objective), (self.params, *self.batch), floor=True)
+        self.count = UNROLLED.get(network.name, PRODUCTS)
+        self.unroll = network.name in UNROLLED
 
     def product(self, name: str, make: Function, **more: Any) -> Contestant:
         """A single product, evaluated afresh; ``make(params, *batch)`` is the operator."""
@@ -158,47 +117,42 @@ class Pieces:
         more |= {"read": lambda products: jax.tree.map(lambda leaf: leaf[-1], products), "pieces": self.count}
         return Contestant(name + IN_A_ROW, "curvature", function, args, **more)
 
+    def both(self, name: str, make: Function, **more: Any) -> Iterator[Contestant]:
+        yield self.product(name, make, **more)
+        yield self.products_in_a_row(name, make, **more)
+
     def hessian(self, p: Any, *batch: Any) -> Any:
-        """The Hessian."""
         return curvature.HessianOperator(self.objective, p, *batch)
 
     def gauss_newton(self, p: Any, *batch: Any) -> Any:
-        """The Gauss-Newton matrix."""
         return curvature.GaussNewtonOperator(self.model, self.loss, p, *batch)
 
     def fisher(self, p: Any, *batch: Any, **options: Any) -> Any:
-        """A Fisher matrix."""
         return curvature.FisherOperator(self.model, self.loss, p, *batch, **options)
 
     def kronecker(self, p: Any, *batch: Any, **options: Any) -> Any:
-        """Kronecker factors of the exact Fisher matrix."""
         return curvature.KroneckerOperator(self.model, self.loss, p, *batch, likelihood="categorical", **options)
 
 
-# ---- the contestants of each matrix ----------------------------------------------------------------------------------
-
-
-def contestants(network: Network, what: str, dtype: str) -> Iterator[Contestant]:
-    """Those of ours and of JAX, then curvlinops, where it has the operator, and the gradient."""
+def contestants(network: Model, what: str, dtype: str) -> Iterator[Contestant]:
     pieces = Pieces(network)
-    yield from CONTESTANTS[what](pieces)
-    if not (what == "fisher-empirical" and network.model.name == "transformer"):  # it takes each token for an example
+    if what in curvlinops_ways.KRONECKER:
+        yield from kronecker(pieces, what)
+    else:
+        makers = {"hessian": hessian, "gauss-newton": gauss_newton, "fisher-empirical": empirical}
+        yield from makers.get(what, sampled)(pieces)
+    if not (what == "fisher-empirical" and network.name == "transformer"):  # it takes each token for an example
         peer = curvlinops_ways.contestant(network, dtype, what, SAMPLES)
         yield by_form(peer, pieces) if what == "fisher-sampled" else peer
-    yield pieces.gradient()
+    yield Contestant(GRADIENT, "jax", jax.grad(pieces.objective), (pieces.params, *pieces.batch), floor=True)
 
 
 def hessian(pieces: Pieces) -> Iterator[Contestant]:
     """The operator, ``hvp``, and what anyone writes in JAX."""
-
-    def by_hand(p: Any, v: Any, *batch: Any) -> Any:
-        return jax.jvp(lambda p: jax.grad(pieces.objective)(p, *batch), (p,), (v,))[1]
-
-    yield pieces.product(HESSIAN, pieces.hessian)
-    yield pieces.products_in_a_row(HESSIAN, pieces.hessian)
+    yield from pieces.both(HESSIAN, pieces.hessian)
     hvp = partial(curvature.hvp, pieces.objective)
     yield Contestant(FRESH, "curvature", lambda p, v, *batch: hvp(p, v, *batch), pieces.args)
-    yield Contestant("jax, jvp of grad", "jax", by_hand, pieces.args)
+    yield Contestant("jax, jvp of grad", "jax", partial(forward_over_reverse, pieces.objective), pieces.args)
 
 
 def gauss_newton(pieces: Pieces) -> Iterator[Contestant]:
@@ -209,22 +163,15 @@ def gauss_newton(pieces: Pieces) -> Iterator[Contestant]:
         curved = jax.jvp(jax.grad(lambda z: pieces.loss(z, *batch)), (outputs,), (tangents,))[1]
         return jax.vjp(lambda p: pieces.model(p, *batch), p)[1](curved)[0]
 
-    yield pieces.product(GAUSS_NEWTON, pieces.gauss_newton)
-    yield pieces.products_in_a_row(GAUSS_NEWTON, pieces.gauss_newton)
+    yield from pieces.both(GAUSS_NEWTON, pieces.gauss_newton)
     yield pieces.product(f"{FISHER}, closed form", partial(pieces.fisher, likelihood="categorical"))
     yield Contestant("jax, jvp and vjp", "jax", by_hand, pieces.args)
-    yield pieces.product(HESSIAN, pieces.hessian, floor=True)
-    yield pieces.products_in_a_row(HESSIAN, pieces.hessian, floor=True)
+    yield from pieces.both(HESSIAN, pieces.hessian, floor=True)
 
 
 def empirical(pieces: Pieces) -> Iterator[Contestant]:
-    """The operator, and the product with the gradients of all examples."""
-
     def by_hand(p: Any, v: Any, *batch: Any) -> Any:
-        def of_example(*example: Any) -> Any:
-            return jax.grad(pieces.objective)(p, *(a[None] for a in example))
-
-        g = jax.vmap(of_example)(*batch)
+        g = jax.vmap(lambda *example: jax.grad(of_one(pieces.objective))(p, *example))(*batch)
         inner = sum(jnp.tensordot(g[name], v[name], v[name].ndim) for name in g) / len(batch[0])
         return jax.tree.map(lambda leaf: jnp.tensordot(inner, leaf, 1), g)
 
@@ -249,21 +196,12 @@ def by_form(contestant: Contestant, pieces: Pieces) -> Contestant:
 
 
 def kronecker(pieces: Pieces, way: str) -> Iterator[Contestant]:
-    """The operator with its factors at hand, and one that makes them first."""
+    """The operator with its factors made before, and one that makes them first."""
     options: dict[str, Any] = {"approximation": "ekfac"} if way == "ekfac" else {"sharing": way}
     make = partial(pieces.kronecker, **options)
     op = jax.jit(make)(pieces.params, *pieces.batch)
     yield Contestant(KRONECKER, "curvature", lambda op, v: op.mv(v), (op, pieces.v))
     yield pieces.product(f"{KRONECKER}, with its factors", make)
-
-
-CONTESTANTS: dict[str, Callable[[Pieces], Iterator[Contestant]]] = {
-    "hessian": hessian, "gauss-newton": gauss_newton, "fisher-empirical": empirical, "fisher-sampled": sampled,
-    **{way: partial(kronecker, way=way) for way in curvlinops_ways.KRONECKER},
-}  # fmt: skip
-
-
-# ---- what is claimed, drawn and concluded ----------------------------------------------------------------------------
 
 
 def claims(what: str, n: int, outcome: Outcome) -> list[Claim]:
@@ -281,24 +219,21 @@ def claims(what: str, n: int, outcome: Outcome) -> list[Claim]:
 
 def memory_claims(outcome: Outcome, n: int, name: str) -> list[Claim]:
     """How much more a product holds at once than a gradient: x, v and the answer, against x and the answer."""
-    rows = timed(outcome, name), timed(outcome, GRADIENT)
-    sizes = [row.metrics.get("temporary_bytes") if row else None for row in rows]
-    if sizes[0] is None or sizes[1] is None:
+    own, gradient = (number(timed(outcome, row), "temporary_bytes") for row in (name, GRADIENT))
+    if own is None or gradient is None:
         return []
     size = 4 * n
-    peak = (3 * size + float(sizes[0])) / (2 * size + float(sizes[1]))
+    peak = (3 * size + own) / (2 * size + gradient)
     text = f"a product of {name} holds {peak:.2f} times as much at once as a gradient (wanted: at most {WANTED_MEMORY})"
     return [Claim(text, peak <= WANTED_MEMORY)]
 
 
-def plots(outcomes: Mapping[str, Outcome]) -> list[Plot]:
-    """The spectral density."""
+def plots(outcomes: Outcomes) -> list[Plot]:
     return by_products.plots(outcomes)
 
 
-def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
-    """Products in gradients, curvlinops, and what was found by products."""
-    products = {id: outcome for id, outcome in outcomes.items() if id.split("/")[1] in CONTESTANTS}
+def findings(outcomes: Outcomes) -> list[Finding]:
+    products = {id: outcome for id, outcome in outcomes.items() if id.split("/")[1] in TITLES}
     names = (HESSIAN, HESSIAN + IN_A_ROW, GAUSS_NEWTON, GAUSS_NEWTON + IN_A_ROW, FISHER, KRONECKER)
     costs = [
         f"{outcome.title}: "
@@ -306,9 +241,9 @@ def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
         + "."
         for outcome in products.values()
     ]
-    missing = "Not measured in this run."
     return [
-        Finding("How many gradients is a product?", " ".join(costs) or missing, list(products)),
-        Finding("And in other libraries?", " ".join(map(comparison, products.values())) or missing, list(products)),
-        *by_products.findings(outcomes),
+        Finding("How many gradients is a product?", " ".join(costs) or MISSING),
+        compared("And in other libraries?", products),
+        compared("Who finds the largest eigenvalues the fastest?", part(outcomes, "operators/eigenvalues")),
+        compared("And who solves the fastest?", part(outcomes, "operators/solve")),
     ]

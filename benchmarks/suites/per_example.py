@@ -1,7 +1,7 @@
 """Per example: the norms, the clipped mean and the moments of gradients, the gradients and the Hessians themselves."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,35 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import curvature
-from benchmarks import networks
-from benchmarks.cases import Case, Choice, Claim, Contestant, Finding, Outcome, Plot, Race
-from benchmarks.models import Model
-from benchmarks.peers import jax_ways, operations, torch_per_example
-from benchmarks.reading import at_most, comparison, curves, share
+from benchmarks.cases import Case, Choice, Claim, Contestant, Finding, Outcome, Outcomes, Plot, Race
+from benchmarks.models import Model, language_model, mlp, pooling
+from benchmarks.peers import operations, torch_ways
+from benchmarks.peers.jax_ways import of_one
+from benchmarks.reading import MISSING, at_most, over, part, share
+from benchmarks.trusted import numbers
 
 TITLE = "Per example"
 QUESTION = "What does it cost to know the gradient of every example, and what to know only its norm?"
-REASONS = {
-    ("per_example/Hessians", "jax, vmap(hessian)"): (
-        "ours takes the examples in chunks, so that memory is bounded for any batch; these Hessians would have "
-        "fitted at once, which chunk_size=None asks for"
-    ),
-    ("per_example/gradients", "torch.func"): (
-        "one gradient for each example is to be written, and most of the time is that: jax.vmap(jax.grad), which "
-        "compiles to the like of ours, takes as long"
-    ),
-    ("per_example/norms/convolutional", "torch.func"): (
-        "one gradient of the mean by XLA takes as long as all that torch does: its convolutions are faster here"
-    ),
-    ("per_example/norms/convolutional", "jax, vmap(grad)"): (
-        "ours keeps no gradient of an example, which saves memory"
-    ),
-    ("per_example/moments/convolutional", ""): (
-        "gradients as small as these may as well be formed, for each example; ours keeps factors, which pays "
-        "where a layer is large"
-    ),
-}
-TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
 GRADIENT = "one gradient of the mean"
 BY_GRADIENTS = ("norms", "clipped mean", "moments")
 OURS = {
@@ -48,10 +28,8 @@ OURS = {
     "gradients": "curvature.per_example_grad",
     "Hessians": "curvature.per_example_hessian",
 }
-JAX, TORCH = "jax, vmap(grad)", "torch.func, vmap(grad)"
-
-WANTED_NORMS = 1.3  # gradients, on the perceptron
-WANTED_CLIPPED = 3  # gradients, on the perceptron
+JAX = "jax, vmap(grad)"
+WANTED = {"norms": 1.3, "clipped mean": 3}  # gradients, on the perceptron
 WANTED_MEMORY = 1 / 3  # of the temporaries of vmap(grad), on the other two
 
 Function = Callable[..., Any]
@@ -59,23 +37,19 @@ Make = Callable[[int], Model]
 
 
 def perceptron(batch: int) -> Model:
-    """784-256-10, the sizes of a classifier of digits."""
-    return networks.perceptron((784, 256, 10), batch).model
+    return mlp((784, 256, 10), batch)
 
 
 def convolutional(batch: int) -> Model:
-    """Two filters with pooling and a linear layer on images of 28 x 28."""
-    return networks.convolutional(examples=batch).model
+    return pooling(examples=batch)
 
 
 def transformer(batch: int) -> Model:
-    """One block with four heads on 64 tokens."""
-    return networks.transformer(examples=batch, head=32).model
+    return language_model(examples=batch, head=32)
 
 
 def small(batch: int) -> Model:
-    """A perceptron whose Hessians fit into memory, one for each example."""
-    return networks.perceptron((20, 16, 5), batch).model
+    return mlp((20, 16, 5), batch)
 
 
 def cases(choice: Choice) -> Iterator[Case]:
@@ -91,58 +65,38 @@ def cases(choice: Choice) -> Iterator[Case]:
         grid += [(make, what, (64,)) for make in (convolutional, transformer) for what in BY_GRADIENTS[1:]]
     for make, what, batches in grid:
         for batch in batches:
-            yield case(choice, make, what, batch)
+            model = make(batch)
+            n = model.num_parameters
+            yield Race(
+                f"per_example/{what.replace(' ', '-')}/{model.name}/n={n}/batch={batch}",
+                f"Per-example gradients: {what}, {model.title}, {n:,} parameters, {batch} examples", model.name,
+                partial(contestants, make, batch, what, choice.dtype), partial(reference, make, batch, what),
+                choice.tolerance(), {"n": n, "batch": batch}, claims=partial(claims, what, model.name, batch),
+                caption=f"The row '{GRADIENT}' is what plain training pays.", **choice.effort(0.25, 1.0),
+            )  # fmt: skip
 
 
-def case(choice: Choice, make: Make, what: str, batch: int) -> Race:
-    """One quantity of one network at one batch size."""
-    model = make(batch)
-    n = model.num_parameters
-    return Race(
-        f"per_example/{what.replace(' ', '-')}/{model.name}/n={n}/batch={batch}",
-        f"Per-example gradients: {what}, {model.title}, {n:,} parameters, {batch} examples",
-        model.name,
-        partial(contestants, make, batch, what, choice.dtype),
-        lambda: reference(make, batch)[what],
-        TOLERANCE[choice.dtype],
-        {"n": n, "batch": batch},
-        budget=0.25 if choice.quick else 1.0,
-        rounds=choice.rounds,
-        claims=partial(claims, what, model.name, batch),
-        caption=f"The row '{GRADIENT}' is what plain training pays.",
-    )
-
-
-# ---- from the gradient of every example, and without -----------------------------------------------------------------
-
-
-def example_loss(model: Model) -> Function:
-    """The loss of one example, without a batch axis."""
+def loss_of(model: Model) -> Function:
     ops = operations.for_jax()
-    return lambda p, *example: model.loss(ops, p, *(a[None] for a in example))
-
-
-def numbers(model: Model) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...]]:
-    """Parameters and batch in the precision JAX is set to; integers stay what they are."""
-    params = {name: jnp.asarray(value, float) for name, value in model.params().items()}
-    return params, tuple(jnp.asarray(a, float if np.issubdtype(a.dtype, np.floating) else int) for a in model.batch)
+    return lambda p, *batch: model.loss(ops, p, *batch)
 
 
 def contestants(make: Make, batch: int, what: str, dtype: str) -> Iterator[Contestant]:
     """Ours, ``vmap`` over the derivative in JAX and in torch, and one derivative of the mean."""
     model, max_norm = make(batch), median_norm(make, batch)
-    loss, args = example_loss(model), (params_and_batch := numbers(model))[0:1] + params_and_batch[1]
-    mean, _, _ = jax_ways.problem(model)
-    whole = "one Hessian of the mean" if what == "Hessians" else GRADIENT
-    yield Contestant(OURS[what], "curvature", by_curvature(loss, max_norm)[what], args)
-    yield Contestant(JAX if what != "Hessians" else "jax, vmap(hessian)", "jax", by_vmap(loss, max_norm)[what], args)
-    name = TORCH if what != "Hessians" else "torch.func, vmap(hessian)"
-    yield torch_per_example.contestant(name, model, dtype, what, max_norm)
-    yield Contestant(whole, "jax", (jax.hessian if what == "Hessians" else jax.grad)(mean), args, floor=True)
+    mean = loss_of(model)
+    params, _, data = numbers(model)
+    args, hessian = (params, *data), what == "Hessians"
+    inner, whole, derivative = (
+        ("hessian", "one Hessian of the mean", jax.hessian) if hessian else ("grad", GRADIENT, jax.grad)
+    )
+    yield Contestant(OURS[what], "curvature", by_curvature(of_one(mean), max_norm)[what], args)
+    yield Contestant(f"jax, vmap({inner})", "jax", by_vmap(of_one(mean), max_norm)[what], args)
+    yield torch_ways.per_example(f"torch.func, vmap({inner})", model, dtype, what, max_norm)
+    yield Contestant(whole, "jax", derivative(mean), args, floor=True)
 
 
 def by_curvature(loss: Function, max_norm: float) -> dict[str, Function]:
-    """Each quantity by the function made for it."""
     return {
         "norms": curvature.per_example_grad_norm(loss),
         "clipped mean": curvature.clipped_grad(loss, max_norm),
@@ -170,7 +124,7 @@ def by_vmap(loss: Function, max_norm: float) -> dict[str, Function]:
         formed = gradients(params, *batch)
         mean = jax.tree.map(lambda leaf: jnp.mean(leaf, 0), formed)
         second = jax.tree.map(lambda leaf: jnp.mean(leaf**2, 0), formed)
-        return mean, second, jax.tree.map(lambda first, second: second - first**2, mean, second)
+        return mean, second, variance(mean, second)
 
     return {
         "norms": lambda params, *batch: norms_of(gradients(params, *batch)),
@@ -178,43 +132,46 @@ def by_vmap(loss: Function, max_norm: float) -> dict[str, Function]:
     }  # fmt: skip
 
 
+def variance(mean: Any, second: Any) -> Any:
+    return jax.tree.map(lambda first, second: second - first**2, mean, second)
+
+
 def norms_of(gradients: Any) -> jax.Array:
-    """The norm of each example's gradient, over all leaves."""
     return jnp.sqrt(sum(jnp.sum(leaf**2, axis=range(1, leaf.ndim)) for leaf in jax.tree.leaves(gradients)))
 
 
-# ---- the trusted answers ---------------------------------------------------------------------------------------------
+def over_examples(make: Make, batch: int, function: Function) -> Any:
+    """``function(params, *example)`` of each example, one after the other."""
+    with jax.enable_x64(True):
+        params, _, data = numbers(make(batch))
+        mapped = jax.jit(lambda p, *data: jax.lax.map(lambda example: function(p, *example), data))
+        return jax.device_get(mapped(params, *data))
 
 
-def reference(make: Make, batch: int) -> dict[str, Any]:
-    """Every quantity in double precision, example by example; what would be large is made when it is asked for."""
-    return _Answers(make, batch)
+def reference(make: Make, batch: int, what: str) -> Any:
+    if what in BY_GRADIENTS:
+        return sums(make, batch)[what]
+    derivative = jax.grad if what == "gradients" else jax.hessian
+    return over_examples(make, batch, derivative(of_one(loss_of(make(batch)))))
 
 
-class _Answers(dict[str, Any]):
-    def __init__(self, make: Make, batch: int):
-        super().__init__(sums(make, batch))
-        self.make, self.batch = make, batch
+def with_norm(make: Make, batch: int) -> Function:
+    gradient = jax.grad(of_one(loss_of(make(batch))))
 
-    def __missing__(self, what: str) -> Any:
-        model = self.make(self.batch)
-        derivative = {"gradients": jax.grad, "Hessians": jax.hessian}[what](example_loss(model))
-        with jax.enable_x64(True):
-            params, batch = numbers(model)
-            return jax.jit(lambda p, *batch: jax.lax.map(lambda example: derivative(p, *example), batch))(
-                params, *batch
-            )
+    def of_example(params: Any, *example: Any) -> Any:
+        found = gradient(params, *example)
+        return found, norms_of(jax.tree.map(lambda leaf: leaf[None], found))[0]
+
+    return of_example
 
 
 @functools.lru_cache(maxsize=2)
 def sums(make: Make, batch: int) -> dict[str, Any]:
-    """Norms, clipped mean and moments in double precision, each example's gradient formed and forgotten."""
-    model = make(batch)
-    loss, max_norm = example_loss(model), median_norm(make, batch)
+    """Norms, clipped mean and moments; no two gradients of examples are kept at once."""
+    of_example, max_norm = with_norm(make, batch), median_norm(make, batch)
 
     def add(total: Any, example: Any, params: Any) -> tuple[Any, jax.Array]:
-        gradient = jax.grad(loss)(params, *example)
-        norm = norms_of(jax.tree.map(lambda leaf: leaf[None], gradient))[0]
+        gradient, norm = of_example(params, *example)
         clipped = jax.tree.map(lambda leaf: leaf * jnp.minimum(1, max_norm / norm), gradient)
         squares = jax.tree.map(lambda leaf: leaf**2, gradient)
         return jax.tree.map(jnp.add, total, (gradient, squares, clipped)), norm
@@ -225,72 +182,43 @@ def sums(make: Make, batch: int) -> dict[str, Any]:
         return jax.tree.map(lambda leaf: leaf / len(batch[0]), total), norms
 
     with jax.enable_x64(True):
-        params, data = numbers(model)
+        params, _, data = numbers(make(batch))
         (mean, second, clipped), norms = jax.device_get(jax.jit(of_all)(params, *data))
-    variance = jax.tree.map(lambda first, second: second - first**2, mean, second)
-    return {"norms": norms, "clipped mean": (clipped, norms), "moments": (mean, second, variance)}
+    return {"norms": norms, "clipped mean": (clipped, norms), "moments": (mean, second, variance(mean, second))}
 
 
 @functools.lru_cache(maxsize=2)
 def median_norm(make: Make, batch: int) -> float:
-    """A norm that clips one half of the examples."""
-    loss = example_loss(make(batch))
-    with jax.enable_x64(True):
-        params, data = numbers(make(batch))
-        norm = jax.jit(
-            lambda p, *data: jax.lax.map(
-                lambda example: norms_of(jax.tree.map(lambda leaf: leaf[None], jax.grad(loss)(p, *example)))[0], data
-            )
-        )
-        return float(np.median(norm(params, *data)))
-
-
-# ---- what is claimed, drawn and concluded ----------------------------------------------------------------------------
+    of_example = with_norm(make, batch)
+    return float(np.median(over_examples(make, batch, lambda params, *example: of_example(params, *example)[1])))
 
 
 def claims(what: str, model: str, batch: int, outcome: Outcome) -> list[Claim]:
     """Times in gradients on the perceptron; time and memory against ``vmap(grad)`` on the others."""
-    if model == "mlp" and batch == 256 and what in ("norms", "clipped mean"):
-        return at_most(outcome, OURS[what], GRADIENT, WANTED_NORMS if what == "norms" else WANTED_CLIPPED)
+    if model == "mlp" and batch == 256 and what in WANTED:
+        return at_most(outcome, OURS[what], GRADIENT, WANTED[what])
     if model != "mlp" and what == "norms":
-        return [
-            *at_most(outcome, OURS[what], JAX, 1.0),
-            *at_most(outcome, OURS[what], JAX, WANTED_MEMORY, "temporary_bytes"),
-        ]
+        memory = at_most(outcome, OURS[what], JAX, WANTED_MEMORY, "temporary_bytes")
+        return at_most(outcome, OURS[what], JAX, 1.0) + memory
     return []
 
 
-def plots(outcomes: Mapping[str, Outcome]) -> list[Plot]:
-    """Time and temporary memory over the batch, for each quantity of the perceptron."""
+def plots(outcomes: Outcomes) -> list[Plot]:
     found = []
     for what in BY_GRADIENTS:
-        prefix = f"per_example/{what.replace(' ', '-')}/mlp/"
-        for metric, scale, label in (("seconds", 1e3, "time [ms]"), ("temporary_bytes", 2**-20, "temporaries [MiB]")):
-            lines = curves(outcomes, "batch", metric, prefix=prefix, scale=scale)
-            if lines:
-                name = f"{what.replace(' ', '-')}-{'time' if metric == 'seconds' else 'memory'}"
-                title = f"{what.capitalize()} of per-example gradients of a perceptron: {label.split(' [')[0]}"
-                found.append(Plot(name, title, "examples in the batch", label, lines))
+        name = what.replace(" ", "-")
+        for metric, kind in (("seconds", "time"), ("temporary_bytes", "memory")):
+            title = f"{what.capitalize()} of per-example gradients of a perceptron: {kind}"
+            races = part(outcomes, f"per_example/{name}/mlp/")
+            found += over(races, "batch", f"{name}-{kind}", title, "examples in the batch", metric)
     return found
 
 
-def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
-    """What the norms cost in gradients, and what each quantity costs elsewhere."""
-    chosen = {id: outcome for id, outcome in outcomes.items() if "/norms/" in id}
+def findings(outcomes: Outcomes) -> list[Finding]:
     costs = [
         f"{outcome.title}: {cost:.2f} gradients, {there:.2f} by vmap(grad)."
-        for outcome in chosen.values()
+        for outcome in part(outcomes, "per_example/norms/").values()
         if (cost := share(outcome, OURS["norms"], GRADIENT)) and (there := share(outcome, JAX, GRADIENT))
     ]
-    return [
-        Finding(
-            "What do the norms of all per-example gradients cost, in gradients of the mean?",
-            " ".join(costs) or "Not measured in this run.",
-            list(chosen),
-        ),
-        Finding(
-            "Is anything per example faster elsewhere?",
-            " ".join(map(comparison, outcomes.values())) or "Not measured in this run.",
-            list(outcomes),
-        ),
-    ]
+    question = "What do the norms of all per-example gradients cost, in gradients of the mean?"
+    return [Finding(question, " ".join(costs) or MISSING)]

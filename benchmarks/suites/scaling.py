@@ -2,18 +2,19 @@
 
 On a CPU the devices are virtual ones that share its cores, so that time can fall only as far as there are cores; the
 figures then show what splitting costs, the memory of a device, and how many collectives a program holds. The number of
-devices is fixed when JAX starts, so that each is measured in a process of its own: ``suites/scaling_worker.py``.
+devices is fixed when JAX starts, so each is measured in a process of its own: ``suites/scaling_worker.py``.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from benchmarks.cases import Case, Choice, Claim, Finding, Line, Outcome, Plot, Row, Study
+from benchmarks.cases import Case, Choice, Claim, Finding, Line, Outcome, Outcomes, Plot, Row, Study
+from benchmarks.reading import part
 
 TITLE = "Scaling over devices"
 QUESTION = "What does it cost, and what does it save, to spread a batch over devices?"
@@ -23,7 +24,6 @@ WORK = {
     "clipped-grad": "mean of clipped per-example gradients of an MLP",
     "minimize-batched": "a Newton solve for each of many small problems",
 }
-COUNTS = {True: (1, 2), False: (1, 2, 4, 8)}
 LIMIT = 300  # seconds for one process
 OF_ONE = "time of one device"
 
@@ -38,7 +38,7 @@ def cases(choice: Choice) -> Iterator[Case]:
 def study(work: str, choice: Choice, report: Callable[[str], Any]) -> Outcome:
     """A process for each count of devices, one after the other, so that they do not share the cores."""
     found: list[dict[str, Any]] = []
-    for count in COUNTS[choice.quick]:
+    for count in (1, 2) if choice.quick else (1, 2, 4, 8):
         report(f"{count} devices")
         answer = run_worker(work, count, choice)
         if answer is None:
@@ -58,8 +58,7 @@ def study(work: str, choice: Choice, report: Callable[[str], Any]) -> Outcome:
     return Outcome(rows=rows, claims=claims, caption=caption)
 
 
-def row(entry: Mapping[str, Any], one: float) -> Row:
-    """A line for one count of devices."""
+def row(entry: dict[str, Any], one: float) -> Row:
     metrics = {
         "devices": entry["devices"], "examples": entry["examples"], OF_ONE: entry["seconds"] / one,
         "seconds": entry["seconds"], "temporary_bytes": entry["temporary_bytes"], "all-reduces": entry["all_reduces"],
@@ -67,26 +66,16 @@ def row(entry: Mapping[str, Any], one: float) -> Row:
     }  # fmt: skip
     wrong = not entry["error"] <= entry["tolerance"]
     note = f"differs from one device by {entry['error']:.1e}" if wrong else ""
-    name = f"{entry['name']}, {entry['kind']}, {counted(entry['devices'])}"
+    name = f"{entry['name']}, {entry['kind']}, {entry['devices']} device{'s' * (entry['devices'] > 1)}"
     return Row(name, entry["peer"], "wrong" if wrong else "ok", metrics, note)
 
 
-def counted(devices: int) -> str:
-    """In words."""
-    return "1 device" if devices == 1 else f"{devices} devices"
-
-
 def run_worker(work: str, count: int, choice: Choice) -> list[dict[str, Any]] | None:
-    """What the process of one count prints; None if there are fewer devices.
-
-    Raises:
-        RuntimeError: if the process fails, with the end of what it said.
-    """
-    environment = dict(os.environ)
+    """What the process of one count prints; None if there are fewer devices; ``RuntimeError`` if it fails."""
+    environment = {**os.environ, "JAX_ENABLE_X64": str(choice.dtype == "float64")}
     if choice.device == "cpu":
         flags = environment.get("XLA_FLAGS", "")
         environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"
-    environment["JAX_ENABLE_X64"] = str(choice.dtype == "float64")
     command = [sys.executable, "-m", "benchmarks.suites.scaling_worker", work, str(count)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
     if done.returncode:
@@ -94,38 +83,30 @@ def run_worker(work: str, count: int, choice: Choice) -> list[dict[str, Any]] | 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def plots(outcomes: Mapping[str, Outcome]) -> list[Plot]:
-    """Time against devices, each work by itself: strong and weak, and the ideal of strong."""
-    found = []
-    for id, outcome in outcomes.items():
-        lines = [
-            Line(label, [x for x, _ in points], [y for _, y in points]) for label, points in curves(outcome).items()
-        ]
-        if lines:
-            xs = lines[0].x
-            lines.append(Line("strong, ideal", xs, [1 / x for x in xs], "dashed"))
-            name = id.split("/")[1]
-            title = f"{outcome.title}: time against devices"
-            found.append(Plot(name, title, "devices", f"x {OF_ONE}", lines, caption=outcome.caption))
-    return found
-
-
-def curves(outcome: Outcome) -> dict[str, list[tuple[float, float]]]:
-    """Contestant and kind -> devices and time."""
-    found: dict[str, list[tuple[float, float]]] = {}
+def curves(outcome: Outcome) -> dict[str, Line]:
+    found: dict[str, Line] = {}
     for row in outcome.rows:
         if row.status == "ok":
             label = row.name.rsplit(",", 1)[0]
-            found.setdefault(label, []).append((float(row.metrics["devices"] or 0), float(row.metrics[OF_ONE] or 0)))
+            line = found.setdefault(label, Line(label, [], []))
+            line.x.append(float(row.metrics["devices"]))
+            line.y.append(float(row.metrics[OF_ONE]))
     return found
 
 
-def findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
-    """What splitting cost and saved at the largest count."""
-    sentences = []
-    for outcome in outcomes.values():
-        ours = {label: points[-1] for label, points in curves(outcome).items() if label.startswith("curvature")}
-        sentences += [f"{label} on {x:.0f} devices: {y:.2f} times the {OF_ONE}." for label, (x, y) in ours.items()]
-    if not sentences:
-        return []
-    return [Finding(QUESTION, " ".join(sentences), list(outcomes))]
+def plots(outcomes: Outcomes) -> list[Plot]:
+    """Time against devices, a picture for each work: strong and weak, and the ideal of strong."""
+    found = []
+    for id, outcome in part(outcomes, "scaling/").items():
+        if lines := list(curves(outcome).values()):
+            lines.append(Line("strong, ideal", lines[0].x, [1 / x for x in lines[0].x], "dashed"))
+            title = f"{outcome.title}: time against devices"
+            found.append(Plot(id.split("/")[1], title, "devices", f"x {OF_ONE}", lines, caption=outcome.caption))
+    return found
+
+
+def findings(outcomes: Outcomes) -> list[Finding]:
+    lines = [line for outcome in part(outcomes, "scaling/").values() for line in curves(outcome).values()]
+    ours = [line for line in lines if line.label.startswith("curvature")]
+    said = [f"{line.label} on {line.x[-1]:.0f} devices: {line.y[-1]:.2f} times the {OF_ONE}." for line in ours]
+    return [Finding(QUESTION, " ".join(said))] if said else []

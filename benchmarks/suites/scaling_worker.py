@@ -15,13 +15,14 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import curvature
-from benchmarks.models import mlp
-from benchmarks.peers import jax_ways
+from benchmarks.models import cross_entropy, mlp
+from benchmarks.peers import jax_ways, operations
 from benchmarks.runner import arrays, distance
+from benchmarks.suites.per_example import by_vmap
 from benchmarks.timing import measure
 
 EXAMPLES = 2048  # of the fixed batch, and on each device of the one that grows
-LANES, SIZE = 512, 6  # likewise, of the many problems
+LANES, SIZE = 512, 6  # the same for the many problems
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
 ROUNDS, BUDGET = 5, 0.5
 
@@ -37,58 +38,34 @@ class Work(NamedTuple):
     mapped: bool = False
 
 
-def network(examples: int) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
-    """The loss of an MLP, its parameters and a batch."""
-    return jax_ways.problem(mlp((64, 128, 10), examples))
+def of_network(name: str, examples: int) -> Iterator[Work]:
+    """Work on an MLP: ours, and JAX's where it has the like."""
+    made = mlp((64, 128, 10), examples)
+    loss, params, batch = jax_ways.problem(made)
+    v, of_one = jax.tree.map(jnp.ones_like, params), jax_ways.of_one(loss)
+    ops, outputs = operations.for_jax(), made.outputs
+    assert outputs is not None
 
+    def gauss_newton(whole: Any, *batch: Any) -> Any:
+        op = curvature.GaussNewtonOperator(
+            lambda p, x, y: outputs(ops, p, x), lambda z, x, y: cross_entropy(ops, z, y), whole[0], *batch
+        )
+        return op.mv(whole[1])
 
-def hvp(examples: int) -> Iterator[Work]:
-    """Ours and JAX's."""
-    loss, params, batch = network(examples)
-    v = jax.tree.map(jnp.ones_like, params)
-
-    def ours(whole: Any, *batch: Any) -> Any:
-        return curvature.hvp(loss, *whole, *batch)
-
-    def theirs(whole: Any, *batch: Any) -> Any:
-        return jax.jvp(lambda p: jax.grad(loss)(p, *batch), whole[:1], whole[1:])[1]
-
-    yield Work("curvature.hvp", "curvature", ours, (params, v), batch)
-    yield Work("jax, forward over reverse", "jax", theirs, (params, v), batch)
-
-
-def gauss_newton(examples: int) -> Iterator[Work]:
-    """The product of the operator."""
-    _, params, batch = network(examples)
-
-    def model(p: Any, x: Any, y: Any) -> Any:
-        return jnp.tanh(x @ p["w0"] + p["b0"]) @ p["w1"] + p["b1"]
-
-    def loss(logits: Any, x: Any, y: Any) -> Any:
-        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - jnp.sum(logits * y, axis=-1))
-
-    def product(whole: Any, *batch: Any) -> Any:
-        return curvature.GaussNewtonOperator(model, loss, whole, *batch).mv(jax.tree.map(jnp.ones_like, whole))
-
-    yield Work("curvature.GaussNewtonOperator", "curvature", product, params, batch)
-
-
-def clipped_grad(examples: int) -> Iterator[Work]:
-    """Ours, and the mean of what ``vmap`` of ``grad`` gives."""
-    loss, params, batch = network(examples)
-
-    def of_one(p: Any, x: Any, y: Any) -> Any:
-        return loss(p, x[None], y[None])
-
-    def theirs(p: Any, *batch: Any) -> Any:
-        grads = jax.vmap(jax.grad(of_one), (None, 0, 0))(p, *batch)
-        squares = sum(jnp.sum(g**2, axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads))
-        scale = jnp.minimum(1.0, 1.0 / jnp.sqrt(squares))
-        return jax.tree.map(lambda g: jnp.tensordot(scale, g, 1) / len(scale), grads)
-
-    ours = curvature.clipped_grad(of_one, 1.0)
-    yield Work("curvature.clipped_grad", "curvature", lambda p, *batch: ours(p, *batch)[0], params, batch)
-    yield Work("jax.vmap of jax.grad", "jax", theirs, params, batch)
+    ours, theirs = curvature.clipped_grad(of_one, 1.0), by_vmap(of_one, 1.0)["clipped mean"]
+    ways: dict[str, dict[str, Callable[..., Any]]] = {
+        "hvp": {
+            "curvature.hvp": lambda whole, *batch: curvature.hvp(loss, *whole, *batch),
+            "jax, forward over reverse": lambda whole, *batch: jax_ways.forward_over_reverse(loss, *whole, *batch),
+        },
+        "gauss-newton": {"curvature.GaussNewtonOperator": gauss_newton},
+        "clipped-grad": {
+            "curvature.clipped_grad": lambda whole, *batch: ours(whole[0], *batch)[0],
+            "jax.vmap of jax.grad": lambda whole, *batch: theirs(whole[0], *batch)[0],
+        },
+    }
+    for title, way in ways[name].items():
+        yield Work(title, "curvature" if title.startswith("curvature") else "jax", way, (params, v), batch)
 
 
 def batched(lanes: int) -> Iterator[Work]:
@@ -108,11 +85,7 @@ def batched(lanes: int) -> Iterator[Work]:
     yield Work("curvature.minimize, vmap", "curvature", solve, (), (jnp.asarray(x0, float),), mapped=True)
 
 
-WORK = {"hvp": hvp, "gauss-newton": gauss_newton, "clipped-grad": clipped_grad, "minimize-batched": batched}
-
-
 def spread_over(devices: list[Any], work: Work) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
-    """The function, and its arguments put where they belong."""
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     whole, parts = PartitionSpec(), PartitionSpec("data")
     everywhere, split = NamedSharding(mesh, whole), NamedSharding(mesh, parts)
@@ -128,11 +101,11 @@ def tolerance(work: Work) -> float:
 
 
 def measure_work(name: str, count: int) -> list[dict[str, Any]]:
-    """Strong and weak, every contestant, in turns."""
-    devices, size = jax.devices()[:count], LANES if name == "minimize-batched" else EXAMPLES
+    lanes = name == "minimize-batched"
+    devices, size = jax.devices()[:count], LANES if lanes else EXAMPLES
     calls, entries = {}, {}
     for kind, examples in {"strong": size, "weak": size * count}.items():
-        for work in WORK[name](examples):
+        for work in batched(examples) if lanes else of_network(name, examples):
             function, whole, spread = spread_over(devices, work)
             compiled = jax.jit(function).lower(whole, *spread).compile()
             expected = jax.jit(work.function)(work.whole, *work.spread)

@@ -32,7 +32,7 @@ def run(tmp_path):
 
     def command(*arguments):
         code = session.run(__main__.parse(["--output", str(tmp_path), *arguments]))
-        return code, results.load(tmp_path / "results.json")
+        return code, results.load(tmp_path / results.NAME)
 
     return command
 

@@ -110,7 +110,7 @@ def findings(outcomes) -> list[Finding]:
     outcome = outcomes.get("toy/hessian/mlp/n=1000")
     found = outcome and outcome.row("jax.hessian")
     answer = f"jax.hessian takes {found.metrics['ratio']:.2f} times as long." if found else "Not in this run."
-    return [Finding("Is ours level with jax.hessian?", answer, ["toy/hessian/mlp/n=1000"])]
+    return [Finding("Is ours level with jax.hessian?", answer)]
 
 
 SUITE = SimpleNamespace(TITLE="Toy & co", QUESTION="What if?", cases=lambda choice: [], plots=plots, findings=findings)

@@ -12,7 +12,7 @@ from benchmarks import models, peers, report
 from benchmarks.cases import Choice, Race
 from benchmarks.peers import jax_ways
 
-README = Path(report.__file__).parent.parent / "README.md"
+README = Path(report.__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,8 @@ import pytest
 from benchmarks import runner
 from benchmarks.cases import Choice, Outcome, Row
 from benchmarks.report import facts
-from benchmarks.suites import optimizers
-from benchmarks.suites.optimizers import curves, scalar
-from benchmarks.suites.optimizers.profiles import data_profile, performance_profile
+from benchmarks.suites import curves, optimizers, scalar
+from benchmarks.suites.scalar import data_profile, performance_profile
 
 # Four problems; nobody solves the last.
 COSTS = {"a": [1.0, 6.0, math.inf, math.inf], "b": [4.0, 2.0, 5.0, math.inf]}
@@ -89,10 +88,10 @@ def test_no_curve_ends_at_a_minimum_where_its_gradient_does_not_vanish(slope):
             "optax.adam": [[0.0, 0.1, 2.0, 1.0], [9.0, 0.3, 1.5, 1.0]],
         },
     )
-    curves._compare(outcome)
+    curves.compare(outcome)
     found = {"optimizers/curves/regression": outcome}
     drawn = {plot.title.split(" on ")[0] for plot in curves.plots(found)}
-    (finding,) = curves.findings(found)
+    (finding,) = curves.curve_findings(found)
     if slope < curves.STATIONARY:
         assert [row.metrics["steps_to_close"] for row in outcome.rows] == [1.0, None]
         assert drawn == {"Convergence", "Gradient"}

@@ -54,8 +54,9 @@ def test_a_wrong_contestant_is_wrong_and_has_no_time(only, run, report, planted,
     assert wrong.status == "wrong"
     assert why in wrong.note
     assert not {"seconds", "ratio"} & set(wrong.metrics)
-    assert '<tr class="wrong"><td class=text>jax, planted <span class="badge">WRONG</span>' in report().page
-    assert "| jax, planted (WRONG) |" in report().summary
+    assert '<tr class="wrong"><td class="text">jax, planted <span class="badge">WRONG</span>' in report().page
+    assert "| Squares | " in report().summary
+    assert "| wrong |" in report().summary
     assert "1 answer was wrong" in report().page
 
 
@@ -186,14 +187,14 @@ def test_the_report_is_made_again_without_running(cut_off, run, report, tmp_path
 
 def test_results_come_back_as_they_were_saved(tmp_path):
     saved = made_up.results()
-    saved.save(tmp_path / "results.json")
-    assert results.load(tmp_path / "results.json") == saved
+    saved.save(tmp_path / results.NAME)
+    assert results.load(tmp_path / results.NAME) == saved
 
 
 def test_another_format_is_refused(tmp_path):
-    (tmp_path / "results.json").write_text('{"format": 0}')
+    (tmp_path / results.NAME).write_text('{"format": 0}')
     with pytest.raises(ValueError, match="has format 0, this version reads 1; run it again"):
-        results.load(tmp_path / "results.json")
+        results.load(tmp_path / results.NAME)
 
 
 def test_a_file_that_is_not_there_is_named_before_anything_runs(cut_off, run):
@@ -207,7 +208,7 @@ def test_a_run_is_compared_with_the_file_it_writes_over(only, run, report, tmp_p
     only(suite(race(OURS, contestant("jax", "jax", X))))
     run()
     only(suite(race(OURS, contestant("jax", "jax", X**2))))
-    run("--compare", str(tmp_path / "results.json"))
+    run("--compare", str(tmp_path / results.NAME))
     assert "| status | toy/square/mlp | jax | wrong | ok |  |" in report().summary
 
 

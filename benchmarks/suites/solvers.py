@@ -1,9 +1,9 @@
-"""Minimizers of several libraries behind one face, each driven in one compiled loop where it can be.
+"""Minimizers of several libraries behind one interface, each driven in one compiled loop where it can be.
 
-Those that are written in JAX are called under ``jax.jit``, all alike, so that no time goes into the checks and wrappers
-that surround a solve. All stop by the gradient at ``GTOL``, SciPy's default, as far as they test one: in the largest
-entry (``curvature``, ``optax``, SciPy's BFGS and L-BFGS-B) or in the Euclidean norm (SciPy's trust regions and
-``jaxopt``). SciPy's L-BFGS-B stops by the change of the value too, its Newton-CG by the length of the step alone, and
+Those that are written in JAX are called under ``jax.jit``, so that no time goes into the checks and wrappers around a
+solve. All stop by the gradient at ``GTOL``, SciPy's default, as far as they test one: in the largest entry
+(``curvature``, ``optax``, SciPy's BFGS and L-BFGS-B) or in the Euclidean norm (SciPy's trust regions and ``jaxopt``).
+SciPy's L-BFGS-B stops by the change of the value too, its Newton-CG by the length of the step alone, and
 ``optimistix`` by both of these.
 """
 
@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.optimize
 
 import curvature
-from benchmarks.against_scipy import GTOL, MAX_STEPS, scipy_call
 
+GTOL = 1e-5
 CHANGE = 1e-8  # the tolerance of optimistix, relative and absolute
+MAX_STEPS = 1000
 
 Call = Callable[[], Any]
 Objective = Callable[..., Any]
@@ -40,8 +42,6 @@ class Solver:
     """A way to minimize.
 
     Attributes:
-        name: in tables and plots.
-        peer: the library.
         build: ``build(fun, x0, args)`` gives the call of a solve of ``fun(x, args)``, which compiles when first made.
         read: reads what the call returns.
         second: whether it takes second derivatives.
@@ -58,59 +58,73 @@ class Solver:
     count: Callable[[Objective, jax.Array, Any], int] | None = None
 
 
-# ---- curvature ---------------------------------------------------------------------------------------------------
+def compiled(run: Callable[..., Any], *args: Any) -> Call:
+    jitted = jax.jit(run)
+    return lambda: jax.block_until_ready(jitted(*args))
 
 
-def ours(method: str, *, second: bool = False, quick: bool = False) -> Solver:
-    """A method of ``minimize``."""
-    build = functools.partial(_minimize, method)
-    return Solver(
-        f"curvature {method}", "curvature", build,
-        lambda result: Answer(result.x, bool(result.success), int(result.num_steps)),
-        second, quick, functools.partial(_count, build),
-    )  # fmt: skip
+def largest(tree: Any) -> jax.Array:
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _minimize(method: str, fun: Objective, x0: jax.Array, args: Any) -> Call:
-    how = {"method": method, "gtol": GTOL, "max_steps": MAX_STEPS}
-    run = jax.jit(lambda x0, args: curvature.minimize(fun, x0, (args,), **how))
-    return lambda: jax.block_until_ready(run(x0, args))
+def ours(method: str, **options: Any) -> Solver:
+    def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
+        how = {"method": method, "gtol": GTOL, "max_steps": MAX_STEPS}
+        return compiled(lambda x0, args: curvature.minimize(fun, x0, (args,), **how), x0, args)
+
+    def read(result: Any) -> Answer:
+        return Answer(result.x, bool(result.success), int(result.num_steps))
+
+    return Solver(f"curvature {method}", "curvature", build, read, count=functools.partial(_count, build), **options)
 
 
 def _count(build: Callable[..., Call], fun: Objective, x0: jax.Array, args: Any) -> int:
     """How many points the objective is evaluated or linearized at, by a run that calls the host at each of them."""
-    points = 0
-
-    def tick() -> None:
-        nonlocal points
-        points += 1
+    points: list[None] = []
 
     def counted(x: jax.Array, args: Any) -> Any:
-        jax.debug.callback(tick)
+        jax.debug.callback(lambda: points.append(None))
         return fun(x, args)
 
     build(counted, x0, args)()
     jax.effects_barrier()
-    return points
+    return len(points)
 
 
-# ---- SciPy -------------------------------------------------------------------------------------------------------
+def scipy_solver(fun: Objective, method: str, gtol: float = GTOL) -> Callable[[np.ndarray, Any], Any]:
+    """``solve(x0, args)`` by SciPy, with the jitted functions that its method takes and nothing else between them."""
+    value_and_grad = jax.jit(jax.value_and_grad(fun))
+    product = jax.jit(lambda x, v, args: jax.jvp(lambda x: jax.grad(fun)(x, args), (x,), (v,))[1])
+    matrix = jax.jit(jax.hessian(fun))
+    options = {"maxiter": MAX_STEPS, **({} if method == "Newton-CG" else {"gtol": gtol})}
+
+    def solve(x0: np.ndarray, args: Any) -> Any:
+        def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
+            value, grad = value_and_grad(x, args)
+            return float(value), np.array(grad)
+
+        how: dict[str, Any] = {}
+        if method in ("trust-ncg", "trust-krylov", "Newton-CG"):
+            how["hessp"] = lambda x, v: np.asarray(product(x, v, args))
+        elif method == "trust-exact":
+            how["hess"] = lambda x: np.array(matrix(x, args))
+        with np.errstate(all="ignore"):
+            return scipy.optimize.minimize(objective, x0, jac=True, method=method, options=options, **how)
+
+    return solve
 
 
-def of_scipy(method: str, *, second: bool = False, quick: bool = False) -> Solver:
+def of_scipy(method: str, **options: Any) -> Solver:
     """A method of ``scipy.optimize.minimize`` on compiled functions."""
+
+    def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
+        return functools.partial(scipy_solver(fun, method), np.asarray(x0), args)
 
     def read(result: Any) -> Answer:
         hessians = result.nhev if method == "trust-exact" else 0  # elsewhere it counts products, which are not points
         return Answer(result.x, bool(result.success), int(result.nit), int(result.nfev + hessians))
 
-    def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
-        return scipy_call(fun, np.asarray(x0), args, method)
-
-    return Solver(f"SciPy {method}", "scipy", build, read, second, quick)
-
-
-# ---- optax -------------------------------------------------------------------------------------------------------
+    return Solver(f"SciPy {method}", "scipy", build, read, **options)
 
 
 def run_optax_lbfgs(fun: Objective, x0: Any, args: tuple[Any, ...], gtol: Any, most_steps: Any) -> Any:
@@ -124,7 +138,7 @@ def run_optax_lbfgs(fun: Objective, x0: Any, args: tuple[Any, ...], gtol: Any, m
 
     def unfinished(carry: Any) -> jax.Array:
         _, state, steps, _ = carry
-        return (steps < most_steps) & ((steps == 0) | (_largest(optax.tree.get(state, "grad")) > gtol))
+        return (steps < most_steps) & ((steps == 0) | (largest(optax.tree.get(state, "grad")) > gtol))
 
     def step(carry: Any) -> Any:
         x, state, steps, evaluations = carry
@@ -135,58 +149,52 @@ def run_optax_lbfgs(fun: Objective, x0: Any, args: tuple[Any, ...], gtol: Any, m
 
     zero = jnp.asarray(0)
     x, state, steps, evaluations = jax.lax.while_loop(unfinished, step, (x0, solver.init(x0), zero, zero + 1))
-    return x, _largest(optax.tree.get(state, "grad")) <= gtol, steps, evaluations
+    return x, largest(optax.tree.get(state, "grad")) <= gtol, steps, evaluations
 
 
-def _largest(tree: Any) -> jax.Array:
-    """The largest entry in absolute value."""
-    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
+def of_optax(**options: Any) -> Solver:
+    def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
+        return compiled(lambda x0, args: run_optax_lbfgs(fun, x0, (args,), GTOL, MAX_STEPS), x0, args)
+
+    def read(found: Any) -> Answer:
+        return Answer(found[0], bool(found[1]), int(found[2]), int(found[3]))
+
+    return Solver("optax.lbfgs", "optax", build, read, **options)
 
 
-def _optax_lbfgs(fun: Objective, x0: jax.Array, args: Any) -> Call:
-    run = jax.jit(lambda x0, args: run_optax_lbfgs(fun, x0, (args,), GTOL, MAX_STEPS))
-    return lambda: jax.block_until_ready(run(x0, args))
-
-
-# ---- optimistix and jaxopt ---------------------------------------------------------------------------------------
-
-
-def of_optimistix(kind: str, *, quick: bool = False) -> Solver:
-    """A minimizer of ``optimistix`` by the name of its class; it evaluates once in each step, as its search does."""
+def of_optimistix(kind: str, **options: Any) -> Solver:
+    """A minimizer by the name of its class; it evaluates once in each step, as its search does."""
 
     def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
         import optimistix
 
         solver = getattr(optimistix, kind)(rtol=CHANGE, atol=CHANGE)
 
-        @jax.jit
         def run(x0: jax.Array, args: Any) -> Any:
             found = optimistix.minimise(fun, solver, x0, args, max_steps=MAX_STEPS, throw=False)
             return found.value, found.result == optimistix.RESULTS.successful, found.stats["num_steps"]
 
-        return lambda: jax.block_until_ready(run(x0, args))
+        return compiled(run, x0, args)
 
     def read(found: Any) -> Answer:
         return Answer(found[0], bool(found[1]), int(found[2]), int(found[2]))
 
-    return Solver(f"optimistix {kind}", "optimistix", build, read, quick=quick)
+    return Solver(f"optimistix {kind}", "optimistix", build, read, **options)
 
 
-def of_jaxopt(kind: str, *, quick: bool = False) -> Solver:
-    """A minimizer of ``jaxopt`` by the name of its class, which counts its evaluations."""
+def of_jaxopt(kind: str, **options: Any) -> Solver:
+    """A minimizer by the name of its class, which counts its evaluations."""
 
     def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
         import jaxopt
 
-        solver = getattr(jaxopt, kind)(fun, tol=GTOL, maxiter=MAX_STEPS)
-        run = jax.jit(lambda x0, args: solver.run(x0, args))
-        return lambda: jax.block_until_ready(run(x0, args))
+        return compiled(getattr(jaxopt, kind)(fun, tol=GTOL, maxiter=MAX_STEPS).run, x0, args)
 
     def read(found: Any) -> Answer:
         x, state = found
         return Answer(x, bool(state.error <= GTOL), int(state.iter_num), int(state.num_fun_eval))
 
-    return Solver(f"jaxopt {kind}", "jaxopt", build, read, quick=quick)
+    return Solver(f"jaxopt {kind}", "jaxopt", build, read, **options)
 
 
 SOLVERS = (
@@ -201,13 +209,7 @@ SOLVERS = (
     of_scipy("Newton-CG", second=True),
     of_scipy("BFGS", quick=True),
     of_scipy("L-BFGS-B", quick=True),
-    Solver(
-        "optax.lbfgs",
-        "optax",
-        _optax_lbfgs,
-        lambda found: Answer(found[0], bool(found[1]), int(found[2]), int(found[3])),
-        quick=True,
-    ),
+    of_optax(quick=True),
     of_optimistix("BFGS", quick=True),
     of_optimistix("LBFGS"),
     of_jaxopt("BFGS"),

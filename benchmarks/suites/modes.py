@@ -1,0 +1,296 @@
+"""Which mode: gradients, Jacobians, Hessian products and Hessians by every composition, in every library."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import curvature
+from benchmarks.cases import OURS, Case, Choice, Claim, Contestant, Finding, Outcome, Outcomes, Plot, Race, Row
+from benchmarks.models import MODELS, Model, mlp
+from benchmarks.peers import everyone, jax_ways, operations
+from benchmarks.peers.flat import Flat
+from benchmarks.reading import MISSING, number, others, over, part, ratio_of_fastest, share, spread
+from benchmarks.suites import hessians
+
+TITLE = "Modes"
+QUESTION = "Forward or reverse, and in which order; and by which library?"
+
+
+def cases(choice: Choice) -> Iterator[Case]:
+    for make in (jacobians, derivatives, forbidden, hessians.networks, hessians.diagonals):
+        yield from make(choice)
+
+
+def model_race(choice: Choice, model: Model, derivative: str, contestants: Any, **options: Any) -> Race:
+    n, batch = model.num_parameters, len(model.batch[0])
+    kept = {
+        "id": f"modes/{derivative}/{model.name}/n={n}/batch={batch}",
+        "title": f"{WORDS[derivative]}, {model.title}, {n:,} parameters, batch of {batch}",
+        "reference": partial(jax_ways.reference, model, derivative), "tolerance": choice.tolerance(),
+        "sizes": {"n": n, "batch": batch}, "claims": partial(regret, WORDS[derivative]),
+    }  # fmt: skip
+    return Race(model=model.name, contestants=contestants, **(kept | choice.effort() | options))
+
+
+REGRET = 1.1  # time of ours over that of the best composition of JAX's transformations
+
+
+def regret(what: str, outcome: Outcome) -> list[Claim]:
+    """Whether ours, by default, is as fast as the best composition of JAX, or the same program."""
+    ours = next((row for row in outcome.rows if row.peer == OURS and row.status == "ok"), None)
+    hands = [row for row in outcome.rows if row.peer == "jax" and row.status == "ok" and "low" in row.metrics]
+    if ours is None or "low" not in ours.metrics or not hands:
+        return []
+    best = min(hands, key=_low)
+    same = ours.shares_program_with(best)
+    twins = [row for row in outcome.rows if "low" in row.metrics and ours.shares_program_with(row)]
+    factor = 1.0 if same else min(_low(row) for row in (ours, *twins)) / _low(best)  # the time of any twin is ours too
+    said = "is the same program as" if same else f"takes {factor:.2f} times as long as"
+    return [Claim(f"{what}: {ours.name} {said} {best.name} (wanted: at most {REGRET} times)", factor <= REGRET)]
+
+
+def _low(row: Row) -> float:
+    """The lower quartile: other work on the machine only ever adds."""
+    return number(row, "low") or 0.0
+
+
+def regret_finding(outcomes: Outcomes) -> list[Finding]:
+    mark = f"(wanted: at most {REGRET} times)"
+    every = [(id, claim) for id, outcome in outcomes.items() for claim in outcome.claims if mark in claim.text]
+    failed = [f"{id}: {claim.text}" for id, claim in every if not claim.holds]
+    answer = f"In {len(every) - len(failed)} of {len(every)} cases it takes at most {REGRET} times as long." + "".join(
+        f" Not in {text}." for text in failed
+    )
+    return [Finding('Is what "auto" takes the best composition by hand?', answer)] if every else []
+
+
+RATIOS = (1 / 64, 1 / 16, 1 / 4, 1 / 2.25, 1, 2.25, 4, 16, 64)  # m/n, at the same m n
+QUICK_RATIOS = (1 / 64, 1 / 4, 1, 4, 64)
+GROWTH_OF_SQUARES = (32, 64, 128, 512, 1024)
+WIDTH, EXAMPLES = 64, 16
+# The libraries that have both modes, and what they are called there.
+BOTH = {"JAX": ("jax.jacfwd", "jax.jacrev"), "torch.func": ("torch.func.jacfwd", "torch.func.jacrev")}
+
+
+def function(m: int, n: int) -> Flat:
+    """From n numbers to m: two layers of a network whose inputs are sums over examples, so that no entry is cheap."""
+    rng = np.random.default_rng(0)
+    into, out = rng.normal(size=(EXAMPLES, n, WIDTH)) / math.sqrt(n), rng.normal(size=(WIDTH, m)) / math.sqrt(WIDTH)
+
+    def build(ops: operations.Operations) -> Callable[..., Any]:
+        def fun(x: Any, into: Any, out: Any) -> Any:
+            hidden = ops.tanh(ops.einsum("n,bnh->bh", x, into))
+            return ops.sum(ops.tanh(ops.einsum("bh,hm->bm", hidden, out)), axis=0)
+
+        return fun
+
+    return Flat(build, rng.normal(size=n), (into, out))
+
+
+def jacobians(choice: Choice) -> Iterator[Race]:
+    entries, ratios = (2**14, QUICK_RATIOS) if choice.quick else (2**16, RATIOS)
+    tall = [round(math.sqrt(entries * ratio)) for ratio in ratios]
+    squares = () if choice.quick else GROWTH_OF_SQUARES
+    for m, n in [(m, round(entries / m)) for m in tall] + [(size, size) for size in squares]:
+        flat = function(m, n)
+        yield Race(
+            f"modes/jacobian/m={m}/n={n}", f"Jacobian of {m} outputs by {n} inputs", "jacobian",
+            partial(jacobian_ways, flat, choice), partial(jacobian_reference, flat), choice.tolerance(),
+            {"m": m, "n": n, "m/n": m / n}, claims=partial(regret, "Jacobian"), **choice.effort(),
+        )  # fmt: skip
+
+
+def jacobian_ways(flat: Flat, choice: Choice) -> Iterator[Contestant]:
+    fun = flat.build(operations.for_jax())
+    args = tuple(jnp.asarray(array, float) for array in (flat.x, *flat.data))
+    ways = {"curvature.jacobian": curvature.jacobian, "jax.jacfwd": jax.jacfwd, "jax.jacrev": jax.jacrev}
+    yield from jax_ways.named({name: way(fun) for name, way in ways.items()}, args)
+    yield from everyone.others(flat, "jacobian", choice, compiled=False)
+
+
+def jacobian_reference(flat: Flat) -> np.ndarray:
+    with jax.enable_x64(True):
+        args = tuple(jnp.asarray(array) for array in (flat.x, *flat.data))
+        wide = flat.data[1].shape[1] < flat.x.size
+        return np.asarray(jax.jit((jax.jacrev if wide else jax.jacfwd)(flat.build(operations.for_jax())))(*args))
+
+
+def crossover(outcomes: Outcomes, forward: str, reverse: str) -> float | None:
+    """The m/n at which both take the same time: between the two shapes around it, straight in logarithms."""
+    points = sorted(
+        (math.log(outcome.sizes["m/n"]), math.log(ratio))
+        for outcome in outcomes.values()
+        if (ratio := share(outcome, forward, reverse))
+    )
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if y0 >= 0 > y1:  # reverse was faster, forward is
+            return math.exp(x0 + (x1 - x0) * y0 / (y0 - y1))
+    return None
+
+
+def of_ratios(outcomes: Outcomes) -> dict[str, Outcome]:
+    """The races in which only m/n differs: those of one m n."""
+    found = part(outcomes, "modes/jacobian/")
+    entries = [race.sizes["m"] * race.sizes["n"] for race in found.values()]
+    most = max(entries, key=entries.count, default=0)
+    return {id: race for id, race in found.items() if abs(race.sizes["m"] * race.sizes["n"] / most - 1) < 0.01}
+
+
+def jacobian_finding(outcomes: Outcomes) -> list[Finding]:
+    races, sentences = of_ratios(outcomes), []
+    ordered = sorted(races.values(), key=lambda race: race.sizes["m/n"])
+    for library, (forward, reverse) in BOTH.items():
+        ratio = crossover(races, forward, reverse)
+        ends = [spread([share(race, forward, reverse)]) for race in (*ordered[:1], *ordered[-1:])]
+        where = "they do not cross" if ratio is None else f"they take the same time at m/n = {ratio:.2g}"
+        sentences.append(
+            f"In {library} forward takes {ends[0]} as long as reverse at the widest shape and {ends[1]} at the "
+            f"tallest; {where}." if ends else ""
+        )  # fmt: skip
+    question = "At which shape of a Jacobian does one mode overtake the other?"
+    return [Finding(question, " ".join(sentences))] if races else []
+
+
+def jacobian_plots(outcomes: Outcomes) -> list[Plot]:
+    races = of_ratios(outcomes)
+    square = {id: o for id, o in part(outcomes, "modes/jacobian/").items() if o.sizes["m"] == o.sizes["n"]}
+    found = {library: crossover(races, *modes) for library, modes in BOTH.items()}
+    where = ", ".join(f"at m/n = {value:.2g} in {library}" for library, value in found.items() if value)
+    title = f"Forward overtakes reverse {where}" if where else "Forward and reverse do not cross in this run"
+    plots = over(races, "m/n", "jacobian-crossover", title, "outputs over inputs, m/n")
+    return plots + over(square, "n", "jacobian-square", "Square Jacobians", "inputs n = outputs m")
+
+
+WORDS = {
+    "gradient": "Gradient",
+    "hvp": "Hessian-vector product",
+    "products": "Hessian products at one point, one of 32",
+    "hessian": "Hessian",
+}
+# Each MLP as (sizes, examples): first over growing n, then over growing batch.
+GROWTH = (
+    ((10, 8, 4), 256), ((20, 16, 5), 256), ((20, 32, 10), 256), ((32, 64, 10), 256), ((40, 96, 10), 256),
+    ((20, 32, 10), 32), ((20, 32, 10), 1024), ((20, 32, 10), 4096),
+)  # fmt: skip
+QUICK_GROWTH = GROWTH[:2]
+# Where a case takes minutes, most of them for the slowest libraries, fewer points make the line.
+FEWER = {
+    "products": (((10, 8, 4), 256), ((20, 32, 10), 256), ((40, 96, 10), 256)),
+    "hessian": tuple(pair for pair in GROWTH if pair not in (((40, 96, 10), 256), ((20, 32, 10), 4096))),
+}
+QUICK = {"gradient": ("mlp", "neural-ode"), "hvp": ("mlp",), "products": ("mlp",), "hessian": ("mlp",)}
+CAPTION = (
+    "curvature and jax differentiate a tree of parameters, the other libraries one vector that the loss takes apart; "
+    "the row of jax.hessian by such a vector shows what that costs. "
+    "Temporary memory is what XLA says, and of JAX's programs only."
+)
+
+
+def derivatives(choice: Choice) -> Iterator[Race]:
+    """Each derivative of each model; the MLP in several sizes."""
+    for derivative in WORDS:
+        for model in models(choice, derivative):
+            compiled = not choice.quick and model.name in ("logistic", "mlp")
+            contestants = partial(everyone.of_model, model, derivative, choice, compiled=compiled)
+            options = {"claims": lambda outcome: []} if derivative == "products" else {}
+            yield model_race(choice, model, derivative, contestants, caption=CAPTION, **options)
+
+
+def models(choice: Choice, derivative: str) -> Iterator[Model]:
+    """Those of the choice; of a quick one without names, a few."""
+    for name in QUICK[derivative] if choice.quick and not choice.models else filter(choice.wants, MODELS):
+        if name == "mlp":
+            wanted = [p for p in FEWER.get(derivative, GROWTH) if p in (QUICK_GROWTH if choice.quick else GROWTH)]
+            yield from (mlp(*pair) for pair in wanted)
+        else:
+            yield MODELS[name]()
+
+
+def growth_plots(outcomes: Outcomes) -> list[Plot]:
+    """Time and memory of the MLP's derivatives over n and over the batch."""
+    found = []
+    for derivative, word in WORDS.items():
+        every = part(outcomes, f"modes/{derivative}/mlp/")
+        for axis, label, fixed in (("n", "parameters n", "batch"), ("batch", "examples in the batch", "n")):
+            values = [outcome.sizes[fixed] for outcome in every.values()]
+            most = max(values, key=values.count, default=None)
+            series = {id: outcome for id, outcome in every.items() if outcome.sizes[fixed] == most}
+            for metric, words in (("seconds", "time"), ("temporary_bytes", "temporary memory")):
+                name, title = f"{derivative}-{metric.split('_')[0]}-by-{axis}", f"{word} of an MLP: {words} by {label}"
+                found += over(series, axis, name, title, label, metric)
+    return found
+
+
+def library_findings(outcomes: Outcomes) -> Iterator[Finding]:
+    """The fastest way of each library against ours, derivative by derivative."""
+    for derivative, word in WORDS.items():
+        races = part(outcomes, f"modes/{derivative}/")
+        said = [f"{p} {spread(ratio_of_fastest(race, p) for race in races.values())}" for p in others(races)]
+        if races:
+            answer = f"The fastest of each library against the fastest of ours takes: {'; '.join(said)}."
+            yield Finding(f"{word}: which library?", answer if said else MISSING)
+
+
+@jax.custom_vjp
+def _softsign(x: jax.Array) -> jax.Array:
+    return x / (1 + jnp.abs(x))
+
+
+_softsign.defvjp(lambda x: (_softsign(x), x), lambda x, ct: (ct / (1 + jnp.abs(x)) ** 2,))
+
+
+def custom_rule() -> Model:
+    """A network of 288 parameters whose activation is a ``custom_vjp``: only reverse over reverse is legal."""
+
+    def loss(ops: operations.Operations, p: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.sum(_softsign(x @ p["w1"]) @ p["w2"], axis=1) ** 2)
+
+    batch = (np.random.default_rng(1).normal(size=(128, 12)),)
+    return Model("custom-vjp", "network with a custom_vjp", {"w1": (12, 16), "w2": (16, 6)}, loss, batch)
+
+
+def loop() -> Model:
+    """A power iteration on 24 numbers, by a ``while_loop`` whose length depends on them: only forward is legal."""
+
+    def loss(ops: operations.Operations, p: Any, matrix: jax.Array) -> jax.Array:
+        shifted = matrix + jnp.diag(p["x"])
+
+        def step(carry: Any) -> Any:
+            v, count = carry
+            w = shifted @ v
+            return w / jnp.sqrt(w @ w), count + 1
+
+        v, _ = jax.lax.while_loop(lambda c: (c[1] < 50) & (c[0] @ c[0] > 0), step, (jnp.ones_like(p["x"]), 0))
+        return v @ (shifted @ v)
+
+    matrix = np.random.default_rng(1).normal(size=(24, 24))
+    return Model("while-loop", "power iteration", {"x": (24,)}, loss, (matrix @ matrix.T,), is_mean=False)
+
+
+def forbidden(choice: Choice) -> Iterator[Race]:
+    """Each derivative of both, against the composition that is legal; a quick run takes the products only."""
+    for make, legal in ((custom_rule, jax.jacrev), (loop, jax.jacfwd)):
+        for derivative in ("hvp",) if choice.quick and not choice.models else ("gradient", "hvp", "hessian"):
+            model = make()
+            n = model.num_parameters
+            yield model_race(
+                choice, model, derivative, partial(jax_ways.contestants, model, derivative),
+                id=f"modes/{derivative}/{model.name}/n={n}", title=f"{derivative}, {model.title}, {n} parameters",
+                reference=partial(jax_ways.reference, model, derivative, legal, legal), sizes={"n": n},
+                claims=partial(regret, derivative),
+                caption="JAX's compositions that fail are those that the function forbids.",
+            )  # fmt: skip
+
+
+def plots(outcomes: Outcomes) -> list[Plot]:
+    return jacobian_plots(outcomes) + growth_plots(outcomes)
+
+
+def findings(outcomes: Outcomes) -> list[Finding]:
+    return [*jacobian_finding(outcomes), *regret_finding(outcomes), *library_findings(outcomes)]
