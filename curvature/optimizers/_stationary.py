@@ -24,10 +24,11 @@ _POINTS = _PROBES + 3  # and on the way from the start: the start, three quarter
 
 
 class Verdict(NamedTuple):
-    """Whether a point is stationary to rounding, and whether the way to it leads on without end."""
+    """Whether a point is stationary to rounding, and whether the way to it leads on without end, or to ``-inf``."""
 
     is_stationary: Bool[Array, ""]
     drifts: Bool[Array, ""]
+    is_unbounded: Bool[Array, ""]
 
 
 class _Examination(NamedTuple):
@@ -112,7 +113,7 @@ def examine(
     lenience = jax.lax.select(is_last, real(_LENIENCE), real(1))
     is_pole = last.peak > level + flat * jnp.maximum(last.value - point.value, 0)
     is_stationary = last.passes & jnp.all(size <= lenience * last.spread) & ~is_pole
-    return Verdict(is_stationary, last.passes & last.drifts)
+    return Verdict(is_stationary, last.passes & last.drifts, is_last & (last.value == -jnp.inf))
 
 
 def _reach(point: Any, start: Tree) -> Vector:

@@ -137,10 +137,10 @@ def settle(value_fn: Callable[[Tree], Any], limits: Limits, box: Box | None = No
         running = is_running(loop)
         wanted = limits.to_rounding & (due | ~running) & (wait > 0)
         is_stuck = (loop.status == Status.STALLED) | (loop.status == Status.SETTLED)
-        is_stationary, drifts = examine(value_fn, loop.start, loop.best, box, wanted, is_stuck)
+        is_stationary, drifts, is_unbounded = examine(value_fn, loop.start, loop.best, box, wanted, is_stuck)
         status = _status_if(is_stationary, Status.CONVERGED, loop.status)
         return loop._replace(
-            status=_status_if(drifts, Status.NO_MINIMUM, status),
+            status=_status_if(is_unbounded, Status.UNBOUNDED, _status_if(drifts, Status.NO_MINIMUM, status)),
             num_steps=choose(due & is_stationary, num_steps, loop.num_steps),  # an update since then was in vain
             check=Check(due & ~due, num_steps, choose(running, choose(due, 2 * wait, wait), np.int32(0))),
         )

@@ -168,7 +168,11 @@ IDENTITY = MatrixOperator(jnp.eye(3), is_symmetric=True)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: curvature.trace(jnp.eye(3), key=KEY), TypeError, r"trace: op is an array .*, expected a LinearOp"),
+        (
+            lambda: curvature.trace(jnp.eye(3), key=KEY),
+            TypeError,
+            r"trace: op is an array .*, expected a curvature.LinearOp",
+        ),
         (
             lambda: curvature.trace(MatrixOperator(jnp.ones((2, 3))), key=KEY),
             ValueError,

@@ -297,7 +297,7 @@ def test_a_start_within_the_tolerance_of_a_bound_rests_on_it():
 
     def solve(shift, lower):
         result = curvature.minimize(
-            lambda x, shift: (x + shift) ** 2 / 2, jnp.asarray(1e-10), (shift,), bounds=(lower, None)
+            lambda x, shift: (x + shift) ** 2 / 2, jnp.asarray(1e-10), (shift,), bounds=(lower, None), gtol=1e-8
         )
         return result.x, result.num_steps
 

@@ -297,7 +297,7 @@ def test_hessian_free_is_a_trust_region_on_gauss_newton_products():
 
 def test_damping_follows_the_ratio():
     least = jnp.asarray(1e-9)
-    after = lambda ratio, damping=2.0: float(_damping.adapted(jnp.asarray(damping), jnp.asarray(ratio), 3, least))
+    after = lambda ratio, damping=2.0: float(_damping.adapt_damping(jnp.asarray(damping), jnp.asarray(ratio), 3, least))
     assert_close(after(0.9), 2 * 0.95**3)
     assert_close(after(0.5), 2.0)
     assert_close(after(0.1), 2 / 0.95**3)
