@@ -309,11 +309,11 @@ def test_the_error_estimate_bounds_the_error(t):
     steps, fun = _differences.STEPS, lambda s: np.exp(np.sin(3 * s))
     first = 3 * np.cos(3 * t) * fun(t)
     second = (9 * np.cos(3 * t) ** 2 - 9 * np.sin(3 * t)) * fun(t)
-    plus, minus, center = fun(t + steps), fun(t - steps), np.asarray(fun(t))
+    samples = _differences.Samples(plus=fun(t + steps), minus=fun(t - steps), center=np.asarray(fun(t)))
     eps = np.finfo(np.float64).eps
     for estimate, want in (
-        (_differences.first_derivative(plus, minus, center, eps), first),
-        (_differences.second_derivative(plus, minus, center, eps), second),
+        (_differences.first_derivative(samples, eps), first),
+        (_differences.second_derivative(samples, eps), second),
     ):
         assert abs(estimate.value - want) <= 4 * estimate.error + 8 * eps * abs(want)
         assert estimate.error < 1e-6 * abs(want)

@@ -115,8 +115,9 @@ def test_separated_classes_have_no_minimum(method, bounds, dtype):
     inputs = np.random.default_rng(0).normal(size=(30, 2))
     data = jnp.asarray(inputs, dtype), jnp.asarray(np.sign(inputs @ [1.0, -2.0]), dtype)
     result = curvature.minimize(separated, jnp.zeros(2, dtype), data, method=method, bounds=bounds)
-    assert not result.success
-    if dtype == jnp.float32:  # in double precision the value falls for a thousand steps
+    at_a_wall = bounds is not None and not jnp.any(result.grad)  # a box has a minimum, where the loss rounds to zero
+    assert at_a_wall or not result.success
+    if dtype == jnp.float32 and not at_a_wall:  # in double precision the value falls for a thousand steps
         assert result.status == Status.NO_MINIMUM
     assert jnp.all(data[1] * (data[0] @ result.x) > 0)  # the way x - x0 separates them
 
