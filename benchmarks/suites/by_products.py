@@ -73,7 +73,7 @@ class Counted(curvature.LinearOperator):
 
         def counted(v: Any) -> Any:
             # It takes an entry of the vector, so that vmap runs one callback for each.
-            jax.debug.callback(lambda _: _products.append(None), jax.tree.leaves(v)[0].ravel()[0])
+            jax.debug.callback(_count, jax.tree.leaves(v)[0].ravel()[0])
             return product(v)
 
         return counted
@@ -86,6 +86,10 @@ class Counted(curvature.LinearOperator):
 
 
 _products: list[None] = []
+
+
+def _count(_: Any) -> None:
+    _products.append(None)
 
 
 def hessian(model: Model) -> curvature.HessianOperator:
