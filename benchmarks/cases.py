@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Number = float | int | str | bool | None
 Task = Callable[[], Any]
 
 OURS = "curvature"

@@ -103,7 +103,10 @@ def minimum() -> float:
     """By plain Newton steps, with a Hessian from ``jax.hessian``."""
     objective, batch = mean_of(regression_loss), data()
     x, unravel = ravel_pytree(regression_params())
-    flat: Any = lambda x: objective(unravel(x), *batch)  # noqa: E731
+
+    def flat(x: Any) -> Any:
+        return objective(unravel(x), *batch)
+
     derivatives, steepest = jax.jit(lambda x: (jax.grad(flat)(x), jax.hessian(flat)(x))), jnp.inf
     while steepest > 1e-9:  # convex, and from zero it converges in a few steps
         grad, hessian = derivatives(x)

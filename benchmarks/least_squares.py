@@ -88,8 +88,8 @@ def optimistix_lm(problem: Problem) -> Solve:
 
     @jax.jit
     def run(x0: Any) -> Any:
-        fun = lambda x, _: problem.residuals(x)  # noqa: E731
-        found = optimistix.least_squares(fun, solver, x0, max_steps=MAX_STEPS, throw=False)
+        residuals = problem.residuals
+        found = optimistix.least_squares(lambda x, _: residuals(x), solver, x0, max_steps=MAX_STEPS, throw=False)
         success = found.result == optimistix.RESULTS.successful
         return jnp.sum(problem.residuals(found.value) ** 2), success, found.stats["num_steps"]
 

@@ -81,6 +81,12 @@ _MESSAGES = {
 }
 
 
+def messages_of(status: Int[Array, "*lanes"]) -> str | list[Any]:
+    """The message of a status that is known; nested lists of messages for many lanes."""
+    sentences = {int(s): s.message for s in Status}
+    return jax.tree.map(sentences.get, np.asarray(status).tolist())
+
+
 class History(NamedTuple):
     """The iterates of ``minimize``, the start first; entries after the last iterate are NaN.
 
@@ -122,8 +128,7 @@ class MinimizeResult:
     @property
     def message(self) -> str | list[Any]:
         """The message of the status; nested lists of messages for many lanes. Not available while tracing."""
-        sentences = {int(s): s.message for s in Status}
-        return jax.tree.map(sentences.get, np.asarray(self.status).tolist())
+        return messages_of(self.status)
 
 
 class SolveInfo(NamedTuple):

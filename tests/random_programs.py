@@ -974,9 +974,6 @@ def stopped(h):
 """,
 }
 
-NOT_DERIVATIVES = {"clipped_back", "reversed_back"}
-"""Rules that are no derivative of the function: the Hessian is then the Jacobian of JAX's gradient."""
-
 
 # ---- transformations around a layer ---------------------------------------------------------------------------------
 

@@ -68,6 +68,10 @@ def cases(choice: Choice) -> Iterator[Case]:
             )  # fmt: skip
 
 
+def _run_eagerly(fun: Function, args: tuple[Any, ...]) -> Any:
+    return jax.block_until_ready(fun(*args))
+
+
 def nest(step: Callable[[Function], Function], order: int, fun: Function) -> Function:
     for _ in range(order):
         fun = step(fun)
@@ -105,8 +109,7 @@ def contestants(flat: Flat, order: int, choice: Choice) -> Iterator[Contestant]:
         "jax, nested grad": nest(lambda fun: jax.grad(lambda x, *data: jnp.sum(fun(x, *data))), order, fun),
     }
     yield from named(ways, args)
-    eager = lambda: lambda: jax.block_until_ready(nested(*args))  # noqa: E731
-    yield Contestant("jax, nested jvp, not compiled", "jax", make=eager)
+    yield Contestant("jax, nested jvp, not compiled", "jax", make=lambda: partial(_run_eagerly, nested, args))
 
     def way_of(step: Function) -> Function:
         def way(library: Any, fun: Function) -> Function:

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from curvature import _checks
-from curvature._numerics import norm
+from curvature._numerics import matmul, norm
 from curvature._types import Scalar, Tree, Vector
 from curvature.linalg._host_loop import call_solver
 from curvature.linalg._lanczos import orthonormal_rows, random_rows
@@ -213,7 +213,7 @@ def _add_blocks(
         block = orthonormal_rows(basis, block, jax.random.fold_in(key, i), problem.example)
         basis = jax.lax.dynamic_update_slice_in_dim(basis, block, row, 0)
         images = problem.product(block)
-        columns = jnp.matmul(images, basis.T, precision="highest")  # zero for rows that are not filled yet
+        columns = matmul(images, basis.T)  # zero for rows that are not filled yet
         projected = jax.lax.dynamic_update_slice_in_dim(projected, columns, row, 0)
         projected = jax.lax.dynamic_update_slice_in_dim(projected, columns.T, row, 1)
         size = jnp.max(jnp.abs(images))  # orthonormal_rows expects entries of order 1
@@ -230,7 +230,7 @@ def _ritz(problem: _Problem, basis: Rows, projected: Array, kept: int) -> _State
     values = jnp.where(finite, values, jnp.nan)
     keys = {"LA": -values, "SA": values, "LM": -jnp.abs(values)}[problem.which]
     order = jnp.argsort(keys)[:kept]
-    vectors = jnp.matmul(coordinates[:, order].T, basis, precision="highest")
+    vectors = matmul(coordinates[:, order].T, basis)
     values, size = values[order], jnp.max(jnp.abs(values))
     wanted = vectors[: problem.k]
     residuals = problem.product(wanted) - values[: problem.k, None] * wanted

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from curvature import _checks
-from curvature._numerics import norm
+from curvature._numerics import matmul, norm
 from curvature._types import Scalar, Tree, Vector, VectorMap
 from curvature.linalg._host_loop import call_solver
 from curvature.linalg._linear_system import product_on_vectors
@@ -103,7 +103,7 @@ def tridiagonalize(product: VectorMap, start: Vector, key: Array, num_steps: int
         previous = jnp.where(exhausted, 0, coupling)
         image = product(q)
         basis = state.basis.at[i].set(q)
-        coefficients = jnp.matmul(basis, image, precision="highest")
+        coefficients = matmul(basis, image)
         return LanczosState(
             basis=basis,
             diagonal=state.diagonal.at[i].set(coefficients[i]),
@@ -128,8 +128,8 @@ def random_rows(key: Array, count: int, example: Vector) -> Float[Array, "count 
 def orthogonal_to(basis: Float[Array, "k n"], rows: Float[Array, "count n"]) -> Float[Array, "count n"]:
     """The rows, orthogonalized against the orthonormal rows of ``basis`` (classical Gram-Schmidt)."""
     for _ in range(2):  # twice is enough
-        coordinates = jnp.matmul(rows, basis.T, precision="highest")
-        rows = rows - jnp.matmul(coordinates, basis, precision="highest")
+        coordinates = matmul(rows, basis.T)
+        rows = rows - matmul(coordinates, basis)
     return rows
 
 

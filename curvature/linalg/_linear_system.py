@@ -54,14 +54,17 @@ def linear_system(
 ) -> System:
     """The system on vectors, with the operator linearized once."""
     product, b = checked_product(function, "op", op, b)
-    on_vectors = lambda vector: vector  # noqa: E731
+    inverse: Callable[[Tree], Tree] = _identity
     if preconditioner is not None:
         inverse, b = checked_product(function, "preconditioner", preconditioner, b)
     flat, unravel = ravel(b)
-    if preconditioner is not None:
-        on_vectors = _on_vectors(inverse, unravel)
     streamed = has_placeholder((op, preconditioner))
+    on_vectors = _identity if preconditioner is None else _on_vectors(inverse, unravel)
     return System(_on_vectors(product, unravel), flat, on_vectors, unravel, limit, streamed)
+
+
+def _identity(tree: Tree) -> Tree:
+    return tree
 
 
 def checked_product(function: str, name: str, op: Operator, b: Tree) -> tuple[Callable[[Tree], Tree], Tree]:

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from curvature import _checks, _trees
-from curvature._numerics import matmul
+from curvature._numerics import dot, matmul
 from curvature._types import ChunkSize, Vector
 from curvature.linalg._host_loop import call_solver
 from curvature.linalg._lanczos import tridiagonalize
@@ -234,7 +234,7 @@ def _quadratic_log(product: Callable[[Vector], Vector], probe: Vector, key: Key,
     # The derivative is w' A^-1 dA w; on the Krylov space the inverse is Q T^-1 Q'.
     inverse = matmul(matmul(vectors, vectors[0] / nodes), found.basis)
     image = product(start)
-    value = value + jnp.vdot(inverse, image - fixed(image), precision="highest")
+    value = value + dot(inverse, image - fixed(image))
     return probe.size * value, probe.size * change
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvature import _checks, _trees
-from curvature._numerics import exponent_of
+from curvature._numerics import dot, exponent_of, matmul
 from curvature._trees import ravel
 from curvature._types import ChunkSize, Tree, Vector
 from curvature.linalg._host_loop import call_solver
@@ -102,7 +102,7 @@ def _trace(op: LinearOperator, key: Key, num_samples: int, method: TraceMethod, 
 
     def sample(key: Key) -> Array:
         probe = signs(key, like)
-        return jnp.vdot(probe, product(probe), precision="highest")
+        return dot(probe, product(probe))
 
     return mean_of(vmap(sample, chunk_size=chunk_size)(jax.random.split(key, num_samples)))
 
@@ -197,7 +197,7 @@ def _mean_diagonal(
     def sums(keys: Key, weights: Vector) -> tuple[Vector, Vector]:
         deviations = jnp.ldexp(jax.vmap(sample)(keys) - first[None], -exponent)  # no square underflows
         squares = jax.lax.stop_gradient(deviations) ** 2
-        totals = jnp.matmul(weights, jnp.stack([deviations, squares]), precision="highest")
+        totals = matmul(weights, jnp.stack([deviations, squares]))
         return totals[0], totals[1]
 
     k = keys.shape[0]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
+from curvature._numerics import dot, matmul
 from curvature._types import Matrix, Scalar, Status, Tree, Vector
 from curvature.optimizers._line_search import Descent, descend, shows_curvature
 from curvature.optimizers._method import FirstOrder, Slope, Stored, choose, first_order, nothing_stored
@@ -102,7 +103,7 @@ def _init(x: Vector, params: Tree) -> BFGSState:
 
 
 def _step(update: Update, state: BFGSState, local: Slope) -> tuple[Vector, Scalar, Vector, BFGSState]:
-    found = descend(local, -_matvec(state.inverse_hessian, local.grad), state.num_updates > 0)
+    found = descend(local, -matmul(state.inverse_hessian, local.grad), state.num_updates > 0)
     identity = jnp.eye(local.grad.size, dtype=local.grad.dtype)
     accepted = found.search.accepted
     H = jnp.where(found.fresh, identity, state.inverse_hessian)
@@ -123,12 +124,12 @@ def _step(update: Update, state: BFGSState, local: Slope) -> tuple[Vector, Scala
 def _learn(update: Update, H: Matrix, num_updates: Int[Array, ""], found: Descent) -> tuple[Matrix, Bool[Array, ""]]:
     """The approximation after a step that changed the gradient by ``y``, and whether that was of use."""
     step, y = found.pair.step, found.pair.change
-    ys, yy = jnp.vdot(y, step, precision="highest"), jnp.vdot(y, y, precision="highest")
+    ys, yy = dot(y, step), dot(y, y)
     useful = shows_curvature(step, y)
     ys, yy = jnp.where(useful, ys, 1), jnp.where(useful & (yy > 0), yy, 1)
     H = jnp.where(num_updates == 0, ys / yy, 1) * H  # N&W (6.20)
-    Hy = _matvec(H, y)
-    yHy = jnp.vdot(y, Hy, precision="highest")
+    Hy = matmul(H, y)
+    yHy = dot(y, Hy)
     yHy = jnp.where(yHy > 0, yHy, 1)
     phi, tau = _weights(update, found.expected / ys, yHy / ys, step.size)
     phi, tau = jnp.where(num_updates == 0, 1, phi), jnp.where(num_updates == 0, 1, tau)
@@ -156,7 +157,3 @@ def _weights(update: Update, b: Scalar, h: Scalar, n: int) -> tuple[Scalar, Scal
     positive = shrink * jnp.minimum(root, 1 / jnp.where(theta > 0, theta, 1))
     tau = jnp.where(theta > 0, positive, jnp.minimum(shrink * root, sigma))
     return (1 - theta) / sigma, tau
-
-
-def _matvec(matrix: Matrix, vector: Vector) -> Vector:
-    return jnp.matmul(matrix, vector, precision="highest")

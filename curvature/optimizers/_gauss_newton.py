@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
-from curvature._numerics import norm
+from curvature._numerics import dot, matmul, norm
 from curvature._types import Status, Tree, Vector
 from curvature.optimizers._forcing import first_norm, inner_solve
 from curvature.optimizers._line_search import search_values
@@ -105,7 +105,7 @@ def gauss_newton(solver: GaussNewtonSolver = "exact") -> ResidualMethod:
             inner = inner_solve(local, size, first, None)
             direction = steihaug(local, inner, infinity).solve(infinity)[0].step
         direction = jnp.where(request.shorter, _SHORTER * state.step_size, 1) * direction
-        slope = jnp.vdot(local.grad, direction, precision="highest")
+        slope = dot(local.grad, direction)
         last = search_values(local, direction, slope)
         return jnp.where(last.accepted, last.step_size * direction / scale, 0), state._replace(
             step_size=jnp.where(request.shorter, _SHORTER * state.step_size, 1) * last.step_size,
@@ -134,4 +134,4 @@ def _solution(linear: Linearized) -> Vector:
     assert linear.factors is not None
     values, vectors, coordinates = linear.factors.values, linear.factors.vectors, linear.factors.coordinates
     kept = values > 0
-    return -jnp.matmul(vectors, jnp.where(kept, coordinates / jnp.where(kept, values, 1), 0), precision="highest")
+    return -matmul(vectors, jnp.where(kept, coordinates / jnp.where(kept, values, 1), 0))

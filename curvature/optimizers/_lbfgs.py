@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
+from curvature._numerics import dot, matmul
 from curvature._types import Scalar, Status, Tree, Vector
 from curvature.optimizers._line_search import descend, shows_curvature
 from curvature.optimizers._method import FirstOrder, Slope, Stored, first_order, nothing_stored
@@ -158,7 +159,7 @@ def remember(pairs: Pairs, step: Vector, change: Vector, expected: Scalar) -> Pa
     place = pairs.count % most
     here = jnp.arange(most, dtype=jnp.int32) == place
     known = ~here & (pairs.count > 0)
-    curvature = jnp.vdot(step, change, precision="highest")
+    curvature = dot(step, change)
     useful = shows_curvature(step, change)
 
     def write(rows: Array, row: Array) -> Array:  # what is no use leaves the row as it is, without a copy of the others
@@ -166,9 +167,9 @@ def remember(pairs: Pairs, step: Vector, change: Vector, expected: Scalar) -> Pa
         return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(useful, row, old), place, 0)
 
     steps, changes = write(pairs.steps, step), write(pairs.changes, change)
-    sy, yy = _product(steps, change), _product(changes, change)
+    sy, yy = matmul(steps, change), matmul(changes, change)
     inverse = jnp.where(known[:, None] & known[None, :], pairs.inverse, 0)
-    column = jnp.where(here, 1, -_product(inverse, sy)) / curvature
+    column = jnp.where(here, 1, -matmul(inverse, sy)) / curvature
     scales = (pairs.count > 0) & (curvature < expected)
     growth = jnp.where(scales, jnp.log(jnp.where(scales, expected, 1) / curvature), 0)
     written = {
@@ -194,11 +195,7 @@ def inverse_product(pairs: Pairs, vector: Vector) -> Vector:
     growth = jnp.exp(jnp.minimum(pairs.growth, most))
     inverse = jnp.where(pairs.count > 0, pairs.inverse, 0)
     gamma = jnp.where(pairs.count > 0, pairs.gamma, 1)
-    q = _product(inverse, _product(pairs.steps, vector))
-    projected = _product(pairs.yy, q) - _product(pairs.changes, vector)
-    p = _product(growth * pairs.sy * q + gamma * projected, inverse)
-    return gamma * vector + _product(p, pairs.steps) - gamma * _product(q, pairs.changes)
-
-
-def _product(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision="highest")
+    q = matmul(inverse, matmul(pairs.steps, vector))
+    projected = matmul(pairs.yy, q) - matmul(pairs.changes, vector)
+    p = matmul(growth * pairs.sy * q + gamma * projected, inverse)
+    return gamma * vector + matmul(p, pairs.steps) - gamma * matmul(q, pairs.changes)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._numerics import dot, norm
+from curvature._numerics import dot, matmul, norm
 from curvature._types import Scalar, Status, Tree, Vector
 from curvature.optimizers._bounds import Box, around, box_of, downhill, flat, stay_inside
 from curvature.optimizers._box_subproblem import BoxModel, conjugate_gradients, minimize_in_box
@@ -224,8 +224,8 @@ def _product(memory: LBFGSBMemory, first: Scalar) -> Callable[[Vector], Vector]:
         return (a.at[i].set(_unit(product, dot(step, product))), b.at[i].set(_unit(change, dot(step, change)))), None
 
     def apply(a: Array, b: Array, v: Vector) -> Vector:
-        ahead, back = (jnp.matmul(rows, v, precision="highest") for rows in (b, a))
-        return scale * v + jnp.matmul(ahead, b, precision="highest") - jnp.matmul(back, a, precision="highest")
+        ahead, back = (matmul(rows, v) for rows in (b, a))
+        return scale * v + matmul(ahead, b) - matmul(back, a)
 
     none = jnp.zeros_like(memory.steps)
     (a, b), _ = jax.lax.scan(add, (none, none), (jnp.arange(size, dtype=jnp.int32), *pairs))

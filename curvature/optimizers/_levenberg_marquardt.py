@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._numerics import norm
+from curvature._numerics import dot, matmul, norm
 from curvature._types import Scalar, Status, Tree, Vector
 from curvature.linalg._subproblems import QuadraticModel, RegionStep, solve_region
 from curvature.optimizers._forcing import first_norm, inner_solve
@@ -217,7 +217,7 @@ def _next_radius(last: Trial) -> Scalar:
 
 def _last_step(linear: Linearized, local: Local, scale: Vector, last: Trial) -> LastStep:
     step = last.step / scale
-    slope = jnp.vdot(local.grad, last.step, precision="highest")
+    slope = dot(local.grad, last.step)
     return LastStep(step, slope, last.value - local.value, slope + norm(linear.push(step)) ** 2 / 2, local.noise)
 
 
@@ -231,7 +231,7 @@ def _second_is_better(linear: Linearized, state: LevenbergMarquardtState) -> Boo
     if linear.second_order is None or linear.residual.size < linear.x.size:
         return state.second_order
     last = state.last
-    slopes = (last.slope + jnp.vdot(linear.grad, last.step, precision="highest")) / 2
+    slopes = (last.slope + dot(linear.grad, last.step)) / 2
     decides = (jnp.abs(last.change) > last.noise) & jnp.isfinite(slopes)
     better = 2 * jnp.abs(last.change - slopes) < jnp.abs(last.change - last.by_jacobian)
     return jnp.where(decides, better, state.second_order)
@@ -291,4 +291,4 @@ def _dogleg(model: QuadraticModel, radius: Scalar) -> RegionStep:
     unit = cauchy / where_positive(norm(cauchy))
     coordinates = radius * jnp.where(inside, newton, jnp.where(beyond, unit, cauchy + t * leg))
     predicted = -jnp.sum(coordinates * (model.gradient + model.eigenvalues * coordinates / 2))
-    return RegionStep(jnp.matmul(model.vectors, coordinates, precision="highest"), predicted, ~inside)
+    return RegionStep(matmul(model.vectors, coordinates), predicted, ~inside)

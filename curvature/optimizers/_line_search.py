@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from curvature._numerics import norm
+from curvature._numerics import dot, norm
 from curvature._types import Scalar, Status, Vector
 from curvature.optimizers._method import (
     MAX_TRIALS,
@@ -38,7 +38,7 @@ def with_gradients(local: Local, is_guess: Bool[Array, ""] | None = None) -> Loc
         value, grad = evaluate("value_fn", local.value_after, step)
         usable = jnp.all(jnp.isfinite(grad))
         if is_guess is not None:
-            parabola = -jnp.vdot(local.grad + grad, step, precision="highest") / 2
+            parabola = -dot(local.grad + grad, step) / 2
             usable &= ~is_guess | _is_fair(local.value - value, parabola, local.noise)
         return jnp.where(usable | (value == -jnp.inf), value, jnp.nan)
 
@@ -133,7 +133,7 @@ def wolfe_search(local: Slope, direction: Vector, is_guess: Bool[Array, ""]) -> 
     a parabola, whose fall is ``-t`` times the mean of the slopes at both ends: to a factor, by the trapezoidal rule. A
     step from a slope to a plateau far away satisfies the Wolfe conditions, but falls by far less or far more than that.
     """
-    slope = jnp.vdot(local.grad, direction, precision="highest")
+    slope = dot(local.grad, direction)
     start = LinePoint(jnp.zeros_like(slope), local.value, slope)
     beyond = LinePoint(jnp.full_like(slope, jnp.inf), jnp.full_like(slope, jnp.inf), jnp.zeros_like(slope))
     trial = start._replace(t=jnp.ones_like(slope))
@@ -176,7 +176,7 @@ class Descent(NamedTuple):
 
 def descend(local: Slope, direction: Vector, remembers: Bool[Array, ""]) -> Descent:
     """Search along ``direction``, or along steepest descent where nothing is remembered or it does not descend."""
-    slope = jnp.vdot(direction, local.grad, precision="highest")
+    slope = dot(direction, local.grad)
     fresh = ~remembers | ~(slope < 0)
     direction = choose(fresh, first_step(local), direction)
     search = wolfe_search(local, direction, fresh)
@@ -190,7 +190,7 @@ def descend(local: Slope, direction: Vector, remembers: Bool[Array, ""]) -> Desc
         value=value,
         grad=grad,
         pair=pair,
-        expected=-trial.t * jnp.vdot(pair.step, pair.factor * local.grad, precision="highest"),  # as B s = -t g
+        expected=-trial.t * dot(pair.step, pair.factor * local.grad),  # as B s = -t g
         fresh=fresh,
         status=jnp.where(search.is_unbounded & ~accepted, Status.UNBOUNDED, status).astype(jnp.int32),
         search=search,
@@ -223,7 +223,7 @@ def _attempt(
     """Evaluate the trial; accept it, or make it an end of the bracket and choose the next."""
     t = search.trial.t
     value, grad = local.value_and_grad_after(t * direction)
-    trial = LinePoint(t, value, jnp.vdot(grad, direction, precision="highest"))
+    trial = LinePoint(t, value, dot(grad, direction))
     finite = jnp.isfinite(value) & jnp.isfinite(trial.slope)
     steep, lower = _WOLFE * jnp.abs(start.slope), value <= start.value + _ARMIJO * t * start.slope
     same = (value <= start.value + local.noise) & (trial.slope <= (2 * _ARMIJO - 1) * start.slope)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from curvature._numerics import dot
 from curvature._types import Status, Tree, Vector
 from curvature.linalg._subproblems import positive_definite_solve
 from curvature.optimizers._line_search import search_values, with_gradients
@@ -77,7 +78,7 @@ def _init(x: Vector, params: Tree) -> NewtonState:
 
 def _step(state: NewtonState, local: Local) -> tuple[Vector, NewtonState]:
     direction = -positive_definite_solve(local.hessian(), local.grad)
-    slope = jnp.vdot(local.grad, direction, precision="highest")
+    slope = dot(local.grad, direction)
     last = search_values(with_gradients(local), direction, slope)
     return jnp.where(last.accepted, last.step_size * direction, 0), state._replace(
         step_size=last.step_size,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._numerics import norm
+from curvature._numerics import dot, norm
 from curvature._types import Status, Tree, Vector
 from curvature.linalg._cg import truncated_cg
 from curvature.optimizers._forcing import first_norm, inner_solve
@@ -119,7 +119,7 @@ def _step(max_inner_steps: int | None, state: NewtonCGState, local: Local) -> tu
     first = first_norm(state.grad_norm, size)
     length = jnp.where(state.length > 0, state.length, first_length(local, size))
     direction, curves_down, num_inner_steps, is_finite = _direction(local, size, first, max_inner_steps, length)
-    slope = jnp.vdot(local.grad, direction, precision="highest")
+    slope = dot(local.grad, direction)
     slope = jnp.where(is_finite, slope, jnp.nan)
     is_guess = curves_down & (state.length == 0)
     last = search_values(with_gradients(local, is_guess), direction, slope, curves_down)
@@ -143,7 +143,7 @@ def _direction(
     state = truncated_cg(local.hvp, b, tolerance=inner.tolerance, max_steps=inner.limit)
     curves_down = state.status == Status.NEGATIVE_CURVATURE
     down = state.direction / jnp.where(curves_down, norm(state.direction), 1)
-    down = jnp.where(jnp.vdot(down, b, precision="highest") < 0, -down, down)
+    down = jnp.where(dot(down, b) < 0, -down, down)
     newton = jnp.ldexp(state.x, inner.exponent)
     direction = newton + jnp.where(curves_down, length, 0) * down
     return direction, curves_down, state.step, state.status != Status.NONFINITE

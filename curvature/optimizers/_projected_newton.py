@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from curvature import _checks
-from curvature._numerics import norm
+from curvature._numerics import matmul, norm
 from curvature._types import Scalar, Status, Tree, Vector
 from curvature.linalg._subproblems import RegionStep
 from curvature.optimizers._bounds import Box, StepBox, around, box_of, flat, projected_gradient_norm, stay_inside
@@ -127,10 +127,13 @@ def _init(x: Vector, params: Tree) -> TrustRegionState:
 def _step_exact(box: Box, state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
     scaled, d = resolved(local, by_powers_of_two=True)
     hessian = scaled.hessian()
-    product = functools.partial(jnp.matmul, hessian, precision="highest")
+    product = functools.partial(matmul, hessian)
     steps = StepBox(*(d * bound for bound in around(box, local.x)))
     model = BoxModel(scaled.grad, product, hessian, steps)
-    stay = lambda step: d * stay_inside(box, local.x, step / d)  # noqa: E731
+
+    def stay(step: Vector) -> Vector:
+        return d * stay_inside(box, local.x, step / d)
+
     step, state = _step(stay, state, scaled, model, by_eigenvectors, state.grad_norm)
     return step / d, state
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from curvature._numerics import norm
+from curvature._numerics import matmul, norm
 from curvature._types import Matrix, Scalar, Vector
 from curvature.linalg._subproblems import QuadraticModel, factor_model
 from curvature.optimizers._residuals import LOST, Linearized, SecondOrder, rounding_of, where_positive
@@ -31,7 +31,7 @@ class Hessian(NamedTuple):
 
     def to_variables(self, coordinates: Array) -> Array:
         """Coordinates along the directions, or columns of them, in the unscaled variables."""
-        moved = _matmul(self.vectors, coordinates)
+        moved = matmul(self.vectors, coordinates)
         return moved / (self.scale if moved.ndim == 1 else self.scale[:, None])
 
 
@@ -53,7 +53,7 @@ def hessian_in(linear: Linearized, second: SecondOrder, scale: Vector) -> Hessia
     rows = factors.values[:, None] * factors.vectors.T * (factors.columns / scale)[None]
     left, values, right = jnp.linalg.svd(rows, full_matrices=True)
     unseen = (0, n - values.size)  # where residuals are fewer than variables
-    coordinates = jnp.pad(_matmul(left.T, factors.coordinates), unseen)
+    coordinates = jnp.pad(matmul(left.T, factors.coordinates), unseen)
     values = jnp.pad(jnp.where(values > LOST * n * jnp.finfo(values.dtype).eps * values[0], values, 0), unseen)
     noise = _in_directions(second.noise, scale, right)
     return Hessian(
@@ -61,7 +61,7 @@ def hessian_in(linear: Linearized, second: SecondOrder, scale: Vector) -> Hessia
         vectors=right.T,
         values=values,
         coordinates=jnp.where(values > 0, coordinates, 0),
-        gradient=jnp.where(values > 0, values * coordinates, _matmul(right, linear.grad / scale)),
+        gradient=jnp.where(values > 0, values * coordinates, matmul(right, linear.grad / scale)),
         second=_in_directions(second.matrix, scale, right),
         noise=_SPREAD * jnp.linalg.norm(noise, axis=1),
         size=norm(linear.residual),
@@ -78,7 +78,7 @@ def hessian_model(hessian: Hessian) -> QuadraticModel:
     known |= jnp.abs(hessian.gradient) > _gradient_noise(hessian)
     matrix = jnp.where(known[:, None] & known[None], jnp.diag(hessian.values**2) + hessian.second, 0)
     model = factor_model(matrix, jnp.where(known, hessian.gradient, 0))
-    return model._replace(vectors=_matmul(hessian.vectors, model.vectors))
+    return model._replace(vectors=matmul(hessian.vectors, model.vectors))
 
 
 def newton(linear: Linearized, second: SecondOrder) -> Newton:
@@ -103,10 +103,10 @@ def newton(linear: Linearized, second: SecondOrder) -> Newton:
     matrix = jnp.diag(hessian.values**2) + hessian.second
     eigenvalues, vectors = jnp.linalg.eigh(matrix / unit[:, None] / unit[None], symmetrize_input=False)
     eps = jnp.finfo(unit.dtype).eps
-    noise = _matmul(jnp.abs(vectors.T), jnp.sqrt(hessian.noise) / unit) ** 2 + unit.size * eps
-    gradient = _matmul(vectors.T, hessian.gradient / unit)
+    noise = matmul(jnp.abs(vectors.T), jnp.sqrt(hessian.noise) / unit) ** 2 + unit.size * eps
+    gradient = matmul(vectors.T, hessian.gradient / unit)
     positive, flat = eigenvalues > noise, jnp.abs(eigenvalues) <= noise
-    lost = flat & (jnp.abs(gradient) <= _matmul(jnp.abs(vectors.T), _gradient_noise(hessian) / unit))
+    lost = flat & (jnp.abs(gradient) <= matmul(jnp.abs(vectors.T), _gradient_noise(hessian) / unit))
     root = jnp.sqrt(jnp.where(positive, eigenvalues, 1))
     along = jnp.where(positive, gradient / root, 0)
     directions = jnp.where(flat, vectors, 0) / unit[:, None]
@@ -114,7 +114,7 @@ def newton(linear: Linearized, second: SecondOrder) -> Newton:
     predicted = jnp.hypot(norm(along), left_over)
     decrement = jnp.hypot(predicted, _hidden_along(linear, hessian, second, directions, noise))
     convex = jnp.all(positive | lost) & jnp.isfinite(decrement)
-    step = hessian.to_variables(step - _matmul(vectors, along / root) / unit)
+    step = hessian.to_variables(step - matmul(vectors, along / root) / unit)
     return Newton(jnp.where(convex, step, 0), predicted**2 / 2, jnp.where(convex, decrement, jnp.inf))
 
 
@@ -129,9 +129,9 @@ def _offset_along(hessian: Hessian, directions: Matrix) -> tuple[Scalar, Vector]
     sizes = where_positive(jnp.linalg.norm(images, axis=0))  # directions of norm one where their images are
     left, values, right = jnp.linalg.svd(images / sizes[None], full_matrices=False)
     kept = values > LOST * values.size * jnp.finfo(values.dtype).eps * values[0]
-    coordinates = jnp.where(kept, _matmul(left.T, hessian.coordinates), 0)
-    step = -_matmul(right.T, coordinates / jnp.where(kept, values, 1))
-    return norm(coordinates), _matmul(directions, step / sizes)
+    coordinates = jnp.where(kept, matmul(left.T, hessian.coordinates), 0)
+    step = -matmul(right.T, coordinates / jnp.where(kept, values, 1))
+    return norm(coordinates), matmul(directions, step / sizes)
 
 
 def _hidden_along(
@@ -156,8 +156,4 @@ def _hidden_along(
 
 
 def _in_directions(matrix: Matrix, scale: Vector, right: Matrix) -> Matrix:
-    return _matmul(right, _matmul(matrix / scale[:, None] / scale[None], right.T))
-
-
-def _matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision="highest")
+    return matmul(right, matmul(matrix / scale[:, None] / scale[None], right.T))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from curvature import _checks
-from curvature._numerics import norm, rounding_level
+from curvature._numerics import dot, matmul, norm, rounding_level
 from curvature._sharding import vary_like
 from curvature._trees import num_entries, ravel, select
 from curvature._types import Scalar, Tree, Vector
@@ -42,13 +42,13 @@ class Factors(NamedTuple):
 
     def jacobian(self) -> Matrix:
         """``J`` without what is lost in rounding."""
-        return _matmul(self.left * self.values[None], self.vectors.T) * self.columns[None]
+        return matmul(self.left * self.values[None], self.vectors.T) * self.columns[None]
 
     def leave(self, vector: Array) -> Array:
         """What the range of ``J`` leaves of a vector."""
         left = jnp.where(self.values > 0, self.left, 0)
         for _ in range(2):  # the second time takes what rounding of the first has left
-            vector = vector - _matmul(left, _matmul(left.T, vector))
+            vector = vector - matmul(left, matmul(left.T, vector))
         return vector
 
     def inverse_root(self) -> tuple[Float[Array, "n k"], Bool[Array, " n"]]:
@@ -163,7 +163,7 @@ def _second_order(
 
     def hessian(coefficients: Array) -> Float[Array, "n n"]:
         def combination(x: Vector) -> Scalar:
-            return jnp.vdot(coefficients, flat(program.fun(unravel(x))[0], point.dtype), precision="highest")
+            return dot(coefficients, flat(program.fun(unravel(x))[0], point.dtype))
 
         rows = map_basis(linearize_grad(combination, point)[2], point, None)
         return (rows + rows.T) / 2
@@ -183,7 +183,7 @@ def _second_order(
         if weighted.excess is not None:
             rows = factors.jacobian()
             excess = jnp.where(weighted.weights > 0, weighted.excess / where_positive(weighted.weights) ** 2, 0)
-            matrix += _matmul(rows.T, excess[:, None] * rows)
+            matrix += matmul(rows.T, excess[:, None] * rows)
         return SecondOrder(matrix, hessians[1], hessians[2::2], hessians[3::2])
 
     return evaluate
@@ -194,7 +194,7 @@ def _coefficients(residual: Array, x: Vector, weighted: Weighted, factors: Facto
     eps = jnp.finfo(x.dtype).eps
     signs = jax.random.rademacher(jax.random.key(0), (1 + _SAMPLES, residual.size), x.dtype)
     weights = weighted.weights
-    rounding = jnp.abs(residual) + _matmul(jnp.abs(factors.jacobian()), jnp.abs(x)) / where_positive(weights)
+    rounding = jnp.abs(residual) + matmul(jnp.abs(factors.jacobian()), jnp.abs(x)) / where_positive(weights)
     rows = [weighted.slope * residual, weighted.slope * signs[0] * eps * rounding]
     for sign in signs[1:]:
         rows += [weights * sign, weights * factors.leave(sign)]
@@ -225,7 +225,7 @@ def _dense_map(function: str, program: Program) -> tuple[Tree, Product, Product,
         out, pull = jax.vjp(fun, program.x)
         matrix = matrix_of_products(map_basis(lambda w: pull(w)[0], out, "auto"), num_entries(out))
     matrix = matrix.astype(dtype)
-    return out, lambda v: _matmul(matrix, v), lambda w: _matmul(matrix.T, w), matrix
+    return out, lambda v: matmul(matrix, v), lambda w: matmul(matrix.T, w), matrix
 
 
 def _linear_map(function: str, program: Program) -> tuple[Tree, Product, Product, None]:
@@ -271,7 +271,7 @@ def factor(matrix: Matrix, residual: Array) -> Factors:
     columns = _column_norms(matrix)
     left, values, right = jnp.linalg.svd(matrix / where_positive(columns)[None], full_matrices=False)
     kept = values > LOST * matrix.shape[1] * jnp.finfo(matrix.dtype).eps * values[0]
-    coordinates = jnp.where(kept, _matmul(left.T, residual), 0)
+    coordinates = jnp.where(kept, matmul(left.T, residual), 0)
     return Factors(columns, jnp.where(kept, values, 0), right.T, coordinates, left)
 
 
@@ -289,7 +289,7 @@ def region_model(factors: Factors, scale: Vector) -> tuple[QuadraticModel, Scala
     """
     rows = factors.values[:, None] * factors.vectors.T * (factors.columns / scale)[None]
     left, values, right = jnp.linalg.svd(rows, full_matrices=False)
-    coordinates = _matmul(left.T, factors.coordinates)
+    coordinates = matmul(left.T, factors.coordinates)
     noise = (values <= rounding_level(values)) & (jnp.abs(coordinates) <= rounding_level(coordinates))
     values, coordinates = jnp.where(noise, 0, values), jnp.where(noise, 0, coordinates)
     peak = where_positive(values[0])
@@ -309,7 +309,3 @@ def offset(local: Linearized) -> Scalar:
     gradient = local.grad / scale
     image = norm(local.push(gradient / scale))
     return norm(gradient) * (norm(gradient) / where_positive(image))
-
-
-def _matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision="highest")

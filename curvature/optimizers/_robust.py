@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from curvature._numerics import dot
 from curvature._types import Scalar
 
 Loss = Literal["linear", "soft_l1", "huber", "cauchy", "arctan"]
@@ -42,7 +43,7 @@ class Weighted(NamedTuple):
 def half_sum(residual: Residual, loss: str, scale: Scalar) -> Scalar:
     """``scale^2 sum rho(r^2 / scale^2) / 2``."""
     if loss == "linear":
-        return jnp.vdot(residual, residual, precision="highest") / 2
+        return dot(residual, residual) / 2
     return scale**2 * jnp.sum(LOSSES[loss]((residual / scale) ** 2)) / 2
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from curvature._numerics import norm
+from curvature._numerics import dot, matmul, norm
 from curvature._types import Matrix, Scalar, Status, Tree, Vector
 from curvature.linalg._subproblems import factor_model, solve_region
 from curvature.optimizers._line_search import Pair, pair_of
@@ -171,7 +171,7 @@ def _attempt(trial: _Trial, local: Slope, is_guess: Bool[Array, ""]) -> _Trial:
     hessian, learned = _learn(trial.hessian, trial.num_updates, pair_of(step, grad - local.grad))
     learned = learned & near
     length = norm(step)
-    slope = jnp.vdot(local.grad, step, precision="highest")
+    slope = dot(local.grad, step)
     shrink = jnp.where(near, 0.5, shrink_factor(local.value, slope, value))
     grown = jnp.where((ratio > _GOOD) & (length > 0.8 * trial.radius), 2 * trial.radius, trial.radius)
     grown = jnp.minimum(grown, jnp.finfo(grown.dtype).max / 8)
@@ -194,12 +194,12 @@ def _attempt(trial: _Trial, local: Slope, is_guess: Bool[Array, ""]) -> _Trial:
 def _learn(B: Matrix, num_updates: Int[Array, ""], pair: Pair) -> tuple[Matrix, Bool[Array, ""]]:
     """``B+``; before the first pair B is the multiple of the identity that its curvature suggests."""
     step, change = pair.step, pair.change
-    sy = jnp.vdot(step, change, precision="highest")
-    yy = jnp.vdot(change, change, precision="highest")
+    sy = dot(step, change)
+    yy = dot(change, change)
     scale = jnp.where(sy > 0, yy / jnp.where(sy > 0, sy, 1), 0)  # N&W (6.20)
     B = jnp.where(num_updates == 0, scale * jnp.eye(step.size, dtype=step.dtype), B)
-    r = change - jnp.matmul(B, step, precision="highest")
-    rs = jnp.vdot(r, step, precision="highest")
+    r = change - matmul(B, step)
+    rs = dot(r, step)
     useful = (jnp.abs(rs) > _SKIP * norm(r) * norm(step)) & jnp.any(step != 0)
     updated = B + jnp.outer(r, r) / jnp.where(useful, rs, 1)
     useful = useful & jnp.all(jnp.isfinite(updated))

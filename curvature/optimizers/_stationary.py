@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from curvature._numerics import dot
 from curvature._sharding import vary_like
 from curvature._trees import ravel
 from curvature._types import Scalar, Tree, Vector
@@ -93,7 +94,7 @@ def examine(
         value, new = evaluate("minimize", value_fn, moved)
         value, new = value.astype(level.dtype), ravel(new)[0]
         spread = choose(is_probe, jnp.maximum(last.spread, jnp.abs(new - grad)), last.spread)
-        slope = jnp.abs(jnp.vdot(new, way, precision="highest"))
+        slope = jnp.abs(dot(new, way))
         factor = jax.lax.select(count < _PROBES, real(_HOPELESS), real(1))
         return _Examination(
             count=count,

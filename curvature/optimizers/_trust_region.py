@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._numerics import norm
+from curvature._numerics import dot, norm
 from curvature._types import Scalar, Status, Tree, Vector
 from curvature.linalg._cg import truncated_cg
 from curvature.linalg._gltr import MAX_BASIS, krylov_model, solve_krylov_region
@@ -226,7 +226,7 @@ def steihaug(local: Local, inner: Inner, radius: Scalar) -> Solver:
     def solve(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
         scaled = jnp.ldexp(radius, -exponent)
         state = truncated_cg(local.hvp, unit, tolerance=inner.tolerance, max_steps=inner.limit, radius=scaled)
-        predicted = jnp.vdot(state.x, state.r + unit, precision="highest") / 2  # H x = unit - r
+        predicted = dot(state.x, state.r + unit) / 2  # H x = unit - r
         predicted = jnp.ldexp(jnp.ldexp(predicted, exponent), exponent)
         predicted = jnp.where(state.status == Status.NONFINITE, jnp.nan, predicted)
         return RegionStep(jnp.ldexp(state.x, exponent), predicted, state.on_boundary), state.step
@@ -264,7 +264,7 @@ def search_radius(
     def attempt(search: _Search) -> _Search:
         last = search.trial
         growing = is_fair(last)
-        slope = jnp.vdot(local.grad, last.step, precision="highest")
+        slope = dot(local.grad, last.step)
         shrunk = norm(last.step) * shrink_factor(local.value, slope, last.value)
         radius = jnp.where(last.count == 0, last.radius, jnp.where(growing, _DOUBLING * last.radius, shrunk))
         radius = jnp.maximum(radius, shortest)
@@ -278,7 +278,10 @@ def search_radius(
         return _judge(trial, last, local, is_fair, grows)
 
     least, most = jnp.where(is_guess, POOR, ACCEPT), jnp.where(is_guess, 1 / POOR, jnp.inf)
-    is_fair = lambda trial: (trial.ratio >= least) & (trial.ratio <= most)  # noqa: E731
+
+    def is_fair(trial: Trial) -> Bool[Array, ""]:
+        return (trial.ratio >= least) & (trial.ratio <= most)
+
     shortest = shortest_radius(local)
     zero, none = jnp.zeros_like(local.grad[0]), jnp.zeros_like(local.grad[0], jnp.int32)
     start = Trial(

@@ -5,12 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
-from curvature._types import Status, Tree
+from curvature._types import Status, Tree, messages_of
 
 
 @jax.tree_util.register_dataclass
@@ -47,8 +46,7 @@ class LeastSquaresResult:
     @property
     def message(self) -> str | list[Any]:
         """The sentence of the status; nested lists of sentences for many lanes. Not available while tracing."""
-        sentences = {int(s): s.message for s in Status}
-        return jax.tree.map(sentences.get, np.asarray(self.status).tolist())
+        return messages_of(self.status)
 
     def covariance(self) -> Float[Array, "*lanes n n"]:
         """The covariance of the estimate, ``s^2 (J'J)^-1`` with ``s^2 = 2 value / (m - n)``.

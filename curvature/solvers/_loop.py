@@ -125,7 +125,7 @@ def is_running(loop: Loop) -> Bool[Array, ""]:
 
 
 def may_step(loop: Loop) -> Bool[Array, ""]:
-    """Whether the loop can go on without ``settle``."""
+    """Whether the loop can take a step before ``settle`` examines the best point."""
     return is_running(loop) & ~loop.check.due
 
 
@@ -142,7 +142,7 @@ def settle(value_fn: Callable[[Tree], Any], limits: Limits, box: Box | None = No
         return loop._replace(
             status=_status_if(is_unbounded, Status.UNBOUNDED, _status_if(drifts, Status.NO_MINIMUM, status)),
             num_steps=choose(due & is_stationary, num_steps, loop.num_steps),  # an update since then was in vain
-            check=Check(due & ~due, num_steps, choose(running, choose(due, 2 * wait, wait), np.int32(0))),
+            check=Check(jnp.zeros_like(due), num_steps, choose(running, choose(due, 2 * wait, wait), np.int32(0))),
         )
 
     return check
@@ -274,8 +274,8 @@ def _seen(loop: Loop, point: Point, limits: Limits, callback: Callable[..., None
         grad_norm = jnp.where(limits.to_rounding, jnp.max(jnp.abs(free)), clipped)
         point = point._replace(grad_norm=grad_norm.astype(point.grad_norm.dtype))
     if callback is not None:
-        told = MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state)
-        jax.lax.cond(is_running(loop), lambda: jax.debug.callback(callback, told), lambda: None)
+        step = MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state)
+        jax.lax.cond(is_running(loop), lambda: jax.debug.callback(callback, step), lambda: None)
     return point
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvature import _checks
-from curvature._sharding import vary_like
+from curvature._sharding import place_like, vary_like
 from curvature._trees import ravel
 from curvature._types import Tree
 from curvature.operators._data import Reduction
@@ -82,7 +82,7 @@ def _diagonal_blocks(
     product = loss_hessian(function, loss, rows, ())
 
     def of_direction(t: Tree) -> Array:
-        repeated = jax.tree.map(lambda leaf, row: jnp.broadcast_to(row, leaf.shape), rows, t)
+        repeated = jax.tree.map(lambda leaf, row: place_like(jnp.broadcast_to(row, leaf.shape), leaf), rows, t)
         return _ravel_rows(product(vary_like(repeated, rows)))
 
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), rows)
