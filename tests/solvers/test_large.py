@@ -19,13 +19,21 @@ methods = pytest.mark.parametrize("method", METHODS)
 )
 def test_a_thousand_variables_reach_the_tolerance(name, method):
     problem = PROBLEMS[name](1_000)
-    result = curvature.minimize(problem.fun, problem.x0, problem.args, method=method, max_steps=50_000)
+    gtol = np.sqrt(np.finfo(np.float64).eps)
+    result = curvature.minimize(problem.fun, problem.x0, problem.args, method=method, gtol=gtol, max_steps=50_000)
     assert Status(int(result.status)) == Status.CONVERGED
     grad = jax.grad(problem.fun)(result.x, *problem.args)
     largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(grad))
-    assert largest <= 1.01 * np.sqrt(np.finfo(np.float64).eps)
+    assert largest <= 1.01 * gtol
     if method == "trust-region":  # the condition takes conjugate gradients far beyond the basis that is kept
         assert result.num_steps < 60
+
+
+@pytest.mark.slow
+def test_a_long_solve_is_examined_at_its_end():
+    problem = PROBLEMS["quadratic"](1_000)  # some 20,000 steps, of which every 64th is examined without success
+    result = curvature.minimize(problem.fun, problem.x0, problem.args, method="l-bfgs", max_steps=50_000)
+    assert Status(int(result.status)) == Status.CONVERGED
 
 
 @pytest.mark.slow

@@ -69,7 +69,8 @@ class ExampleTaps:
         batch = outputs.structure(self.size), *args
         words, weighted = ("the loss", kind.reduction), kind.kind != "empirical"
         check_reduction(name, words, (loss,), of_rows, (), batch, may_be_neither=weighted)
-        self.side = kind.of_batch(name, lambda rows: of_rows((), rows, *args), outputs.split(model(x, *args)))
+        side = kind.of_batch(name, lambda rows: of_rows((), rows, *args), outputs.split(model(x, *args)))
+        self.side = jax.tree.map(gathered, side)
         counted = kind.has_curvature(self.side)
         self.shares = counted / jnp.maximum(jnp.sum(counted), 1)
 
