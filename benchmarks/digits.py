@@ -130,7 +130,8 @@ def contestants(quick: bool) -> Iterator[Contestant]:
         if how is newton or not quick:
             make = functools.partial(ours, how)
             yield Contestant(f"curvature {how['method']}", OURS, make=make, read=value)
-    for solver, tol in {"newton-cholesky": 1e-6} if quick else {"newton-cholesky": 1e-6, "lbfgs": 1e-7}.items():
+    tolerances = {"newton-cholesky": 1e-6} if quick else {"newton-cholesky": 1e-6, "lbfgs": 1e-7}
+    for solver, tol in tolerances.items():
         make = functools.partial(by_sklearn, solver, tol, *map(np.asarray, batch))
         yield Contestant(f"scikit-learn {solver}", "scikit-learn", make=make, read=lambda m: value(fitted(m)))
     for name, peer, way in () if quick else (("optax.lbfgs", "optax", by_optax), ("jaxopt LBFGS", "jaxopt", by_jaxopt)):
