@@ -134,16 +134,15 @@ def settle(value_fn: Callable[[Tree], Any], limits: Limits, box: Box | None = No
 
     def check(loop: Loop) -> Loop:
         due, num_steps, wait = loop.check
-        running = is_running(loop)
-        wanted = limits.to_rounding & (due | ~running) & (wait > 0)
+        wanted = limits.to_rounding & (due | ~is_running(loop)) & (wait > 0)
         is_stuck = (loop.status == Status.STALLED) | (loop.status == Status.SETTLED)
         is_stationary, drifts, is_unbounded = examine(value_fn, loop.start, loop.best, box, wanted, is_stuck)
         status = _status_if(is_stationary, Status.CONVERGED, loop.status)
-        longer = jnp.minimum(2 * wait, _INTERVAL)
+        wait = choose(due, jnp.minimum(2 * wait, _INTERVAL), wait)
         return loop._replace(
             status=_status_if(is_unbounded, Status.UNBOUNDED, _status_if(drifts, Status.NO_MINIMUM, status)),
             num_steps=choose(due & is_stationary, num_steps, loop.num_steps),  # an update since then was in vain
-            check=Check(jnp.zeros_like(due), num_steps, choose(running, choose(due, longer, wait), np.int32(0))),
+            check=Check(jnp.zeros_like(due), num_steps, choose(is_running(loop), wait, np.int32(0))),
         )
 
     return check
