@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool
 from curvature import _checks
 from curvature._trees import ravel
 from curvature._types import Matrix, Scalar, Tree, Vector
-from curvature.optimizers._method import Local, WithStatus, at_start, bind_extras, is_finite, unless_lost
+from curvature.optimizers._method import Local, WithStatus, at_start, bind_extras, choose, is_finite, unless_lost
 from curvature.optimizers._residual_hessian import Newton, newton
 from curvature.optimizers._residuals import Linearized, SecondOrder, linearize_residuals
 from curvature.optimizers._wrappers import gradient_for, wrappable
@@ -87,21 +87,29 @@ class Curvature(NamedTuple):
 
 
 def curvature_if(wanted: Bool[Array, ""], request: Request, linear: Linearized) -> Curvature | None:
-    """Second derivatives where ``wanted`` or the decrement is, and then Newton's step; None where there are none."""
+    """Second derivatives where ``wanted`` or the decrement is, and then Newton's step; None where there are none.
+
+    Where they are not finite, as those of a function that guards a NaN may be, they are zero: the Jacobian decides.
+    """
     if linear.second_order is None:
         return None
-    second_order, tested = linear.second_order, request.decrement
+    evaluate_second, tested = linear.second_order, request.decrement
     nowhere = Newton(jnp.zeros_like(linear.x), jnp.zeros_like(linear.value), jnp.full_like(linear.value, jnp.inf))
 
+    def second_order(tested: Bool[Array, ""] | None) -> tuple[SecondOrder, Bool[Array, ""]]:
+        second = evaluate_second(tested)
+        finite = jnp.all(jnp.isfinite(second.matrix))
+        return choose(finite, second, SecondOrder.none(linear.x)), finite
+
     def evaluate() -> Curvature:
-        second = second_order(tested)
-        return Curvature(second, jax.lax.cond(tested, lambda: newton(linear, second), lambda: nowhere))
+        second, finite = second_order(tested)
+        return Curvature(second, jax.lax.cond(tested & finite, lambda: newton(linear, second), lambda: nowhere))
 
     def nothing() -> Curvature:
         return Curvature(SecondOrder.none(linear.x), nowhere)
 
     if request.deferred:
-        return jax.lax.cond(wanted, lambda: Curvature(second_order(None), nowhere), nothing)
+        return jax.lax.cond(wanted, lambda: Curvature(second_order(None)[0], nowhere), nothing)
     return jax.lax.cond(wanted | tested, evaluate, nothing)
 
 

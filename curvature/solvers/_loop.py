@@ -24,7 +24,7 @@ from curvature.optimizers._method import (
     noise_of,
     value_and_grad,
 )
-from curvature.optimizers._stationary import examine
+from curvature.optimizers._stationary import examine, is_short
 from curvature.programs._traced import Program
 from curvature.solvers._progress import Watch, observe
 from curvature.transforms._compositions import linearize_program, trace_objective
@@ -92,14 +92,12 @@ class Origin(NamedTuple):
 
 
 class Check(NamedTuple):
-    """When the best point is examined.
-
-    Whether that is due, at which step it was last, and how many steps later it may be again: 0 after the end.
-    """
+    """When the best point is examined, and whether it may pass."""
 
     due: Bool[Array, ""]
-    num_steps: Int[Array, ""]
-    wait: Int[Array, ""]
+    num_steps: Int[Array, ""]  # at which it was last
+    wait: Int[Array, ""]  # how many steps later it may be again: 0 after the end
+    settles: Bool[Array, ""]  # whether the last step has led nowhere new, in value or in x
 
 
 class Loop(NamedTuple):
@@ -133,16 +131,17 @@ def settle(value_fn: Callable[[Tree], Any], limits: Limits, box: Box | None = No
     """Examine the best point where that is due, or where a solve without an absolute tolerance has ended."""
 
     def check(loop: Loop) -> Loop:
-        due, num_steps, wait = loop.check
+        due, num_steps, wait, settles = loop.check
         wanted = limits.to_rounding & (due | ~is_running(loop)) & (wait > 0)
         is_stuck = (loop.status == Status.STALLED) | (loop.status == Status.SETTLED)
         is_stationary, drifts, is_unbounded = examine(value_fn, loop.start, loop.best, box, wanted, is_stuck)
+        is_stationary &= settles | is_stuck
         status = _status_if(is_stationary, Status.CONVERGED, loop.status)
         wait = choose(due, jnp.minimum(2 * wait, _INTERVAL), wait)
         return loop._replace(
             status=_status_if(is_unbounded, Status.UNBOUNDED, _status_if(drifts, Status.NO_MINIMUM, status)),
             num_steps=choose(due & is_stationary, num_steps, loop.num_steps),  # an update since then was in vain
-            check=Check(jnp.zeros_like(due), num_steps, choose(is_running(loop), wait, np.int32(0))),
+            check=Check(jnp.zeros_like(due), num_steps, choose(is_running(loop), wait, np.int32(0)), settles),
         )
 
     return check
@@ -240,7 +239,7 @@ def start_loop(
         mark=Mark(never, never, jnp.zeros_like(never), jnp.zeros_like(never, jnp.int32)),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
         start=x0,
-        check=Check(jnp.zeros_like(zero, bool), zero, zero + 1),
+        check=Check(jnp.zeros_like(zero, bool), zero, zero + 1, jnp.ones_like(zero, bool)),
         watch=watch,
     )
     if isinstance(transformation, SecondOrder):
@@ -381,7 +380,8 @@ def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
     status = _status_if(converged, Status.CONVERGED, status)
     since = loop.num_steps - loop.check.num_steps
     due = limits.to_rounding & (since >= choose(lower, np.int32(_INTERVAL), loop.check.wait))
-    check = loop.check._replace(due=due, num_steps=choose(due, loop.num_steps, loop.check.num_steps))
+    num_steps = choose(due, loop.num_steps, loop.check.num_steps)
+    check = Check(due, num_steps, loop.check.wait, ~lower | is_short(point.x, loop.best.x, loop.start))
     return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, mark=mark, status=status, check=check)
 
 
