@@ -86,6 +86,7 @@ from curvature._checks._trees import check_pattern as check_pattern
 from curvature._checks._trees import check_point as check_point
 from curvature._checks._trees import check_same_structure as check_same_structure
 from curvature._checks._trees import check_start as check_start
+from curvature._checks._trees import no_pattern as no_pattern
 from curvature._checks._wrappers import check_shape as check_shape
 from curvature._checks._wrappers import masked_params as masked_params
 from curvature._checks._wrappers import refuse_changed_gradient as refuse_changed_gradient
