@@ -14,6 +14,7 @@ from curvature._checks._bounds import check_bound as check_bound
 from curvature._checks._bounds import check_bounded_method as check_bounded_method
 from curvature._checks._bounds import check_order_of_bounds as check_order_of_bounds
 from curvature._checks._bounds import check_pair_of_bounds as check_pair_of_bounds
+from curvature._checks._functions import check_arrays as check_arrays
 from curvature._checks._functions import check_aux_output as check_aux_output
 from curvature._checks._functions import check_callable as check_callable
 from curvature._checks._functions import check_floating_output as check_floating_output

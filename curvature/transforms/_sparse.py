@@ -150,7 +150,7 @@ def sparse_jacobian(
     _checks.check_callable("sparse_jacobian", "f", f)
     _checks.check_choice("sparse_jacobian", "mode", mode, JacobianMode)
     x = _checks.check_point("sparse_jacobian", "x", x)
-    program = _traced.trace(lambda x: (f(x, *args), None), x)
+    program = _traced.trace(lambda x: (_checks.check_arrays("sparse_jacobian", "f", f(x, *args)), None), x)
     _checks.check_floating_output("sparse_jacobian", "f", program.out)
     order = get_args(JacobianMode)[1:]
     legal = legal_modes("sparse_jacobian", mode, {name: program.blocker(name) for name in order})
