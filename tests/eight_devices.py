@@ -144,6 +144,25 @@ def test_by_replicated_parameters_the_derivatives_of_an_example_are_its_own(mesh
     assert_close(hessians, jax.vmap(jax.hessian(one), (None, 0))(X, inputs))
 
 
+OF_PARAMETERS_ALONE = {
+    "penalty": lambda w, x: jnp.sin(x @ w) ** 2 + 0.1 * jnp.sum(w**2),
+    "scale": lambda w, x: jnp.exp(-2.0 * w[0]) * jnp.sin(x @ w) ** 2 + w[0],
+    "normalized": lambda w, x: jnp.sin(x @ (w / jnp.sqrt(jnp.sum(w**2) + 0.1))) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", OF_PARAMETERS_ALONE)
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_functions_of_replicated_parameters_enter_the_mean_hessian_of_a_shard(mesh, inputs, name, chunk_size):
+    one = OF_PARAMETERS_ALONE[name]
+
+    def of_shard(w, inputs):
+        return jax.lax.pmean(curvature.mean_hessian(one, chunk_size=chunk_size)(w, inputs), "data")
+
+    got = jax.jit(jax.shard_map(of_shard, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))(X, inputs)
+    assert_close(got, jnp.mean(jax.vmap(jax.hessian(one), (None, 0))(X, inputs), axis=0))
+
+
 def test_the_laplacian_at_a_replicated_point_is_that_of_each_devices_function(mesh, inputs):
     run = lambda x, a: curvature.laplacian(loss)(x, a)[None]
     got = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")))(X, inputs)

@@ -975,5 +975,43 @@ def test_bad_input_fails_while_tracing():
         jax.eval_shape(lambda x: curvature.hvp(square, x, jnp.ones(2)), jax.ShapeDtypeStruct((3,), jnp.float64))
 
 
+POINT = np.ones(3)
+RETURNING = {
+    "hessian": lambda f: curvature.hessian(f)(POINT),
+    "jacobian": lambda f: curvature.jacobian(f)(POINT),
+    "hvp": lambda f: curvature.hvp(f, POINT, POINT),
+    "hessian_diagonal": lambda f: curvature.hessian_diagonal(f, POINT),
+    "laplacian": lambda f: curvature.laplacian(f)(POINT),
+    "directional_derivatives": lambda f: curvature.directional_derivatives(f, POINT, POINT, order=2),
+    "HessianOperator": lambda f: curvature.HessianOperator(f, POINT) @ POINT,
+    "JacobianOperator": lambda f: curvature.JacobianOperator(f, POINT) @ POINT,
+    "minimize": lambda f: curvature.minimize(f, POINT),
+    "least_squares": lambda f: curvature.least_squares(f, POINT),
+    "explain": lambda f: curvature.explain(f, POINT),
+    "check_derivatives": lambda f: curvature.check_derivatives(f, POINT),
+    "per_example_grad": lambda f: curvature.per_example_grad(f)(POINT, POINT),
+    "per_example_grad_norm": lambda f: curvature.per_example_grad_norm(f)(POINT, POINT),
+    "mean_hessian": lambda f: curvature.mean_hessian(f)(POINT, POINT),
+}
+
+
+@pytest.mark.parametrize("name", RETURNING)
+def test_a_function_returns_arrays_or_numbers(name):
+    with pytest.raises(TypeError, match=rf"{name}: .* returns 'loss' of type str at \['kind'\], expected arrays"):
+        RETURNING[name](lambda *args: {"kind": "loss"})
+
+
+@pytest.mark.parametrize("name", ["hessian", "jacobian"])
+def test_auxiliary_data_are_arrays_or_numbers(name):
+    derivative = getattr(curvature, name)(lambda x: (jnp.sum(x**2), {"kind": "loss"}), has_aux=True)
+    with pytest.raises(TypeError, match=rf"{name}: f returns 'loss' of type str at \[1\]\['kind'\].*auxiliary data"):
+        derivative(POINT)
+
+
+def test_no_entries_to_explain():
+    with pytest.raises(ValueError, match="explain: x has no entries"):
+        curvature.explain(jnp.sum, jnp.zeros(0))
+
+
 def test_there_are_at_least_forty():
     assert len(CASES) >= 40

@@ -14,6 +14,7 @@ from curvature._checks._bounds import check_bound as check_bound
 from curvature._checks._bounds import check_bounded_method as check_bounded_method
 from curvature._checks._bounds import check_order_of_bounds as check_order_of_bounds
 from curvature._checks._bounds import check_pair_of_bounds as check_pair_of_bounds
+from curvature._checks._functions import check_arrays as check_arrays
 from curvature._checks._functions import check_aux_output as check_aux_output
 from curvature._checks._functions import check_callable as check_callable
 from curvature._checks._functions import check_floating_output as check_floating_output
@@ -86,6 +87,7 @@ from curvature._checks._trees import check_pattern as check_pattern
 from curvature._checks._trees import check_point as check_point
 from curvature._checks._trees import check_same_structure as check_same_structure
 from curvature._checks._trees import check_start as check_start
+from curvature._checks._trees import no_pattern as no_pattern
 from curvature._checks._wrappers import check_shape as check_shape
 from curvature._checks._wrappers import masked_params as masked_params
 from curvature._checks._wrappers import refuse_changed_gradient as refuse_changed_gradient

@@ -6,13 +6,24 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from curvature._checks._describe import describe
+from curvature._checks._describe import describe, is_array_like
 
 
 def check_callable(function: str, name: str, value: Any) -> None:
     """Refuse anything that cannot be called."""
     if not callable(value):
         raise TypeError(f"{function}: {name} is {describe(value)}, expected a function.")
+
+
+def check_arrays(function: str, name: str, out: Any) -> Any:
+    """Refuse a function that returns anything but arrays and numbers, while it is traced; returns ``out``."""
+    for path, leaf in tree_flatten_with_path(out)[0]:
+        if not is_array_like(leaf) and not hasattr(leaf, "__jax_array__"):
+            raise TypeError(
+                f"{function}: {name} returns {describe(leaf)}{f' at {keystr(path)}' if path else ''}, expected arrays "
+                "and numbers, also as auxiliary data; return what is no array in another way."
+            )
+    return out
 
 
 def check_scalar_output(function: str, name: str, out: Any) -> None:

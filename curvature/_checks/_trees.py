@@ -259,6 +259,14 @@ def check_pattern(function: str, pattern: Any, shape: tuple[int, int]) -> tuple[
     return rows, columns
 
 
+def no_pattern(function: str, error: Exception) -> NotImplementedError:
+    """The error for a function whose pattern asdex cannot find."""
+    return NotImplementedError(
+        f"{function}: asdex cannot find the pattern of f ({error}); pass pattern=, a dense array of ones if nothing is "
+        "known of it."
+    )
+
+
 def check_index_range(function: str, shape: tuple[int, int]) -> None:
     """Refuse compressed products with more entries than a 32-bit index can count."""
     if shape[0] * shape[1] > np.iinfo(np.int32).max:

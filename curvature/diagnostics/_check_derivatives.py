@@ -109,7 +109,7 @@ def _scalar(f: Objective, args: tuple[Any, ...], own: _traced.Program) -> Object
     weights = [np.asarray(rng.uniform(0.5, 1.5, leaf.shape)) for leaf in jax.tree.leaves(own.out)]
 
     def combined(x: Tree) -> Array:
-        leaves = jax.tree.leaves(f(x, *args))
+        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(f(x, *args))]  # a number need not be an array
         parts = [jnp.sum(leaf * jnp.asarray(w, leaf.dtype)) for leaf, w in zip(leaves, weights, strict=True)]
         dtype = jnp.result_type(*(part.dtype for part in parts)) if len(parts) > 1 else parts[0].dtype
         return sum((part.astype(dtype) for part in parts[1:]), start=parts[0].astype(dtype))

@@ -70,6 +70,7 @@ def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> ModeRep
     """
     _checks.check_callable("explain", "f", f)
     x = _checks.check_point("explain", "x", x)
+    _checks.check_entries("explain", "x", x)
     _checks.check_data("explain", args)
     _checks.check_concrete("explain", {"x": x, "args": args})
     program = _traced.trace(lambda x: with_aux("explain", f(x, *args), False), x)

@@ -25,7 +25,7 @@ from curvature.transforms._jacobian import map_basis
 
 def trace_model(function: str, name: str, model: Callable[..., Any], x: Tree, args: tuple[Any, ...]) -> _traced.Program:
     """``model`` traced at ``x``; its outputs must be floating arrays."""
-    program = _traced.trace(lambda x: (model(x, *args), None), x)
+    program = _traced.trace(lambda x: (_checks.check_arrays(function, name, model(x, *args)), None), x)
     _checks.check_floating_output(function, name, program.out)
     return program
 

@@ -107,7 +107,7 @@ class Linearized(NamedTuple):
 
 def trace_residuals(function: str, residual_fn: Callable[[Tree], Any], x: Tree) -> Program:
     """The residuals traced at ``x``, once they are known to be arrays of floats."""
-    program = trace(lambda x: (residual_fn(x), None), x)
+    program = trace(lambda x: (_checks.check_arrays(function, "residuals", residual_fn(x)), None), x)
     _checks.check_residuals(function, program.out)
     return program
 

@@ -199,6 +199,8 @@ def _reverse_blocker(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker |
     if name == "custom_jvp_call":
         return _custom_jvp_blocker(jaxpr, eqn, mask)
     has_no_transpose = name == "custom_linear_solve" and eqn.params["jaxprs"].transpose_solve is None
+    if name == "pad" and not mask[0]:  # by its padding value alone, which some versions of JAX cannot transpose
+        has_no_transpose = not _has_transpose(jaxpr, eqn, mask)
     return blocker_at(eqn) if name in OPAQUE or name == "while" or has_no_transpose else None
 
 

@@ -202,8 +202,12 @@ def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any,
     a ``custom_vjp``: cotangents are scaled and summed before they are pulled back through equations that parameters
     enter, and the rule of a ``custom_vjp`` need not be linear in them.
     """
+
     # 1. Trace the loss, as a function of parameters and example, and of the parameters alone.
-    whole = _traced.trace(lambda point: (loss(point[0], *point[1]), None), (params, example))
+    def value(point: tuple[Tree, tuple[Any, ...]]) -> tuple[Any, None]:
+        return _checks.check_arrays(function, "loss", loss(point[0], *point[1])), None
+
+    whole = _traced.trace(value, (params, example))
     _checks.check_scalar_output(function, "loss", whole.out)
     if whole.jaxpr is None:
         return None

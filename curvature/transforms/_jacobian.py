@@ -94,6 +94,7 @@ def bind_argnums(
 
 def with_aux(function: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
     """``(out, aux)``; aux is None for a function without aux."""
+    _checks.check_arrays(function, "f", out)
     if has_aux:
         _checks.check_aux_output(function, "f", out)
         return out

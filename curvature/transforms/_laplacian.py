@@ -129,7 +129,7 @@ class Laplacian:
         x = _checks.check_point("laplacian", "x", x)
         _checks.check_entries("laplacian", "x", x)
         factor = None if self.factor is None else _checks.check_factor("laplacian", "factor", self.factor, "x", x)
-        program = _traced.trace(lambda x: (self.f(x, *args), None), x)
+        program = _traced.trace(lambda x: (_checks.check_arrays("laplacian", "f", self.f(x, *args)), None), x)
         _checks.check_floating_output("laplacian", "f", program.out)
         return program, _identity(x) if factor is None else factor
 
@@ -216,7 +216,7 @@ def directional_derivatives(f: Objective, x: Tree, v: Tree, *args: Any, order: i
     _checks.check_count("directional_derivatives", "order", order, 1)
     x = _checks.check_point("directional_derivatives", "x", x)
     v = _checks.check_direction("directional_derivatives", "v", v, "x", x)
-    program = _traced.trace(lambda x: (f(x, *args), ()), x)
+    program = _traced.trace(lambda x: (_checks.check_arrays("directional_derivatives", "f", f(x, *args)), ()), x)
     _checks.check_floating_output("directional_derivatives", "f", program.out)
     for _ in range(order):
         mode = choose_forward("directional_derivatives", program.blocker)

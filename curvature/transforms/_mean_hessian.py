@@ -178,7 +178,7 @@ def _points_of(taps: Taps | None) -> Points | None:
     if asymmetric_rule(taps.program.jaxpr.jaxpr) is not None:
         return None
     if any(root not in taps.views for root in taps.roots):
-        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in taps.leaves]
+        avals = [v.aval for v in taps.leaves]  # with the mesh axes over which they vary
         if not keeps_finite(jax.make_jaxpr(taps.root_values)(avals)):
             return None
     return find_points(taps)

@@ -90,7 +90,10 @@ def _map_over_batch(
     _checks.check_chunk_size(function, chunk_size)
 
     def derivative_of_example(params: Tree, *example: Any) -> Tree:
-        program = _traced.trace_on_device(lambda params: (loss(params, *example), None), params)
+        def value(params: Tree) -> tuple[Any, None]:
+            return _checks.check_arrays(function, "loss", loss(params, *example)), None
+
+        program = _traced.trace_on_device(value, params)
         _checks.check_scalar_output(function, "loss", program.out)
         return derivative(program)
 

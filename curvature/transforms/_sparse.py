@@ -52,6 +52,7 @@ def sparse_hessian(
 
     Raises:
         ImportError: if asdex is not installed, or does not support the installed JAX.
+        NotImplementedError: if asdex cannot find the pattern, as for an operation that it has no rule for.
         TypeError, ValueError: as ``hvp``; for a pattern of another shape or kind; and, when the function is called, for
             a point that does not match ``x``.
 
@@ -85,7 +86,7 @@ def sparse_hessian(
         return f(unravel(vector), *args)
 
     if pattern is None:
-        pattern = asdex.hessian_sparsity(fun, vector, *args)
+        pattern = _find_pattern("sparse_hessian", asdex.hessian_sparsity, fun, vector, args)
     rows, columns = _checks.check_pattern("sparse_hessian", pattern, shape)
     sparsity = _make_sparsity(np.concatenate([rows, columns]), np.concatenate([columns, rows]), shape, vector)
     if is_symmetric(program):
@@ -127,6 +128,7 @@ def sparse_jacobian(
 
     Raises:
         ImportError: if asdex is not installed, or does not support the installed JAX.
+        NotImplementedError: as ``sparse_hessian``.
         TypeError, ValueError: as ``jacobian``; for a pattern of another shape or kind; and, when the function is
             called, for a point that does not match ``x``.
 
@@ -148,7 +150,7 @@ def sparse_jacobian(
     _checks.check_callable("sparse_jacobian", "f", f)
     _checks.check_choice("sparse_jacobian", "mode", mode, JacobianMode)
     x = _checks.check_point("sparse_jacobian", "x", x)
-    program = _traced.trace(lambda x: (f(x, *args), None), x)
+    program = _traced.trace(lambda x: (_checks.check_arrays("sparse_jacobian", "f", f(x, *args)), None), x)
     _checks.check_floating_output("sparse_jacobian", "f", program.out)
     order = get_args(JacobianMode)[1:]
     legal = legal_modes("sparse_jacobian", mode, {name: program.blocker(name) for name in order})
@@ -158,7 +160,7 @@ def sparse_jacobian(
         return ravel(f(unravel(vector), *args))[0]
 
     if pattern is None:
-        pattern = asdex.jacobian_sparsity(fun, vector, *args)
+        pattern = _find_pattern("sparse_jacobian", asdex.jacobian_sparsity, fun, vector, args)
     shape = (_trees.num_entries(program.out), vector.size)
     sparsity = _make_sparsity(*_checks.check_pattern("sparse_jacobian", pattern, shape), shape, vector)
     coloring = asdex.jacobian_coloring_from_sparsity(sparsity, mode=legal[0] if len(legal) == 1 else None)
@@ -169,6 +171,20 @@ def sparse_jacobian(
     return _compile_parts(
         "sparse_jacobian", products, None, _positions_of_entries(coloring, columns=False), coloring, x
     )
+
+
+def _find_pattern(
+    function: str, find: Callable[..., Any], fun: Callable[..., Array], vector: Array, args: tuple[Any, ...]
+) -> Any:
+    """The pattern that asdex finds for all values of the data.
+
+    asdex evaluates what depends on plain numbers and NumPy arrays alone: all data is passed as JAX arrays.
+    """
+    data = jax.tree.map(jnp.asarray, args)
+    try:
+        return find(fun, vector, *data)
+    except Exception as error:  # of any type, for a primitive or an operand that asdex does not know
+        raise _checks.no_pattern(function, error) from error
 
 
 def _make_sparsity(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int], vector: Array) -> Any:

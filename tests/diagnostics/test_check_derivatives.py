@@ -317,3 +317,7 @@ def test_the_error_estimate_bounds_the_error(t):
     ):
         assert abs(estimate.value - want) <= 4 * estimate.error + 8 * eps * abs(want)
         assert estimate.error < 1e-6 * abs(want)
+
+
+def test_an_output_may_be_a_plain_number():
+    assert check(lambda x: [1.0, jnp.sin(x)]).ok

@@ -164,3 +164,15 @@ def test_the_condition_of_a_while_loop_may_close_over_values():
     x = jnp.array([1.0, 2.0])
     assert_close(curvature.jacobian(f)(x), [3.0, 2 * 15.0 * 13.5 + 12.0], x.dtype)
     assert_close(curvature.hvp(f, x, jnp.array([1.0, 0.5])), [6.0, (2 * 13.5**2 + 2 * 15.0 * 6.0 + 12.0) / 2], x.dtype)
+
+
+def test_a_padding_value_alone_has_no_reverse_mode():
+    """JAX cannot transpose it. ``f = (12 x**2 + 23) x``: padding lies at the even places, data at the odd ones."""
+
+    def f(x):
+        return jnp.sum(jax.lax.pad(jnp.arange(3.0), x, ((1, 1, 1),)) ** 2 * jnp.arange(7.0)) * x
+
+    x = jnp.array(2.0)
+    assert_close(curvature.jacobian(f)(x), 3 * 12 * 2.0**2 + 23.0)
+    assert_close(curvature.hessian(f)(x), 2 * 3 * 12 * 2.0)
+    assert_close(curvature.mean_hessian(lambda x, a: a * f(x))(x, jnp.array([1.0, 2.0])), 1.5 * 2 * 3 * 12 * 2.0)

@@ -116,6 +116,46 @@ def test_the_jacobian_is_that_of_jax(mode, dtype):
     assert_close(given.todense(), want, dtype)
 
 
+# Each of the data k; at k = 0, where the patterns are found, other entries meet than at k = 2.
+OF_AN_INTEGER = {
+    "index": lambda x, k: x[k] ** 3 * x[0],
+    "shift": lambda x, k: jnp.sum(jnp.roll(x, k) * x**2),
+    "slice": lambda x, k: jnp.sum(jax.lax.dynamic_slice(x, (k,), (2,)) ** 3) * x[1],
+    "factor": lambda x, k: jnp.sum(k.astype(x.dtype) * x[1:] * x[:-1]),
+    "mask": lambda x, k: jnp.sum(jnp.where(jnp.arange(6) == k, x**2 * x[0], x)),
+    "sums": lambda x, k: jnp.sum(jnp.cumsum(jnp.where(jnp.arange(6) < k, x, 0)) ** 2),
+}
+
+
+@pytest.mark.thin
+@pytest.mark.filterwarnings("ignore:Coloring used")
+@pytest.mark.parametrize("kind", [int, np.int32, np.asarray, jnp.asarray])
+@pytest.mark.parametrize("name", OF_AN_INTEGER)
+def test_a_pattern_holds_for_all_values_of_the_data(name, kind):
+    def fun(x, k):
+        return OF_AN_INTEGER[name](x, jnp.asarray(k))
+
+    x = chain(6)
+    want = jax.hessian(fun)(x, 2)
+    with jax.numpy_dtype_promotion("standard"):
+        assert_close(curvature.sparse_hessian(fun, x, kind(0))(x, kind(2)).todense(), want)
+        assert_close(curvature.sparse_jacobian(jax.grad(fun), x, kind(0))(x, kind(2)).todense(), want)
+
+
+@pytest.mark.filterwarnings("ignore:Coloring used")
+@pytest.mark.parametrize("kind", ["spectrum", "least"])
+def test_a_function_without_a_known_pattern_needs_one(kind):
+    def fun(x):
+        return jnp.sum(jnp.abs(jnp.fft.fft(x**2)) ** 2) if kind == "spectrum" else x[jnp.argsort(x)[0]] ** 3
+
+    x = chain(4)
+    for name, f in {"sparse_hessian": fun, "sparse_jacobian": jax.grad(fun)}.items():
+        with pytest.raises(NotImplementedError, match=rf"{name}: asdex cannot find the pattern .*; pass pattern="):
+            getattr(curvature, name)(f, x)
+        got = getattr(curvature, name)(f, x, pattern=np.ones((4, 4)))
+        assert_close(got(x).todense(), jax.hessian(fun)(x))
+
+
 def test_functions_that_some_modes_cannot_differentiate():
     x = chain(5)
     mask = np.eye(5, dtype=bool)
