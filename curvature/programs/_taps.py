@@ -195,7 +195,7 @@ class Taps:
         return captured, d
 
 
-def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
+def trace_taps(loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
     """The taps of a loss; None if the loss has no reverse mode or no jaxpr, or if no parameter meets data.
 
     None also if parameters become complex numbers, because shifts and cotangents are real here, or if parameters enter
@@ -204,7 +204,7 @@ def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any,
     """
     # 1. Trace the loss, as a function of parameters and example, and of the parameters alone.
     whole = _traced.trace(lambda point: (loss(point[0], *point[1]), None), (params, example))
-    _checks.check_scalar_output(function, "loss", whole.out)
+    _checks.check_scalar_output("loss", whole.out)
     if whole.jaxpr is None:
         return None
     program = _traced.trace(lambda params: whole.fun((params, example)), params)
