@@ -60,11 +60,11 @@ def leaf_subtrees(tree: Tree) -> list[Subtree]:
     return [Subtree(slice(i, i + 1), leaf) for i in range(len(jax.tree.leaves(tree)))]
 
 
-def select(function: str, name: str, tree: Tree, path: str) -> Subtree:
+def select(name: str, tree: Tree, path: str) -> Subtree:
     """The sub-tree at ``path``, possibly a leaf; the empty path is the whole tree. Errors name the option ``name``."""
     nodes = list(_nodes(jax.tree.structure(tree), [keys for keys, _ in tree_flatten_with_path(tree)[0]]))
     found = [node for spelled, node in nodes if spelled == path]
-    _checks.check_path(function, name, path, len(found), leaf_paths(tree))
+    _checks.check_path(name, path, len(found), leaf_paths(tree))
     return found[0]
 
 

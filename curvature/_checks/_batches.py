@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from curvature._checks._describe import describe, is_array_like, is_static_integer
+from curvature._errors import caller
 
 UNMAPPED = object()  # represents the axis None, because None is not a leaf of a tree
 
 
-def check_lanes(function: str, in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def check_lanes(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The number of lanes: the size that the mapped axes share. Keyword arguments map over axis 0."""
     operands = (args, kwargs)
-    axes = jax.tree.leaves(check_prefix(function, "in_axes", (in_axes, 0), operands))
+    axes = jax.tree.leaves(check_prefix("in_axes", (in_axes, 0), operands))
     sizes = {}
     for (path, leaf), axis in zip(tree_flatten_with_path(operands)[0], axes, strict=True):
         if axis is UNMAPPED:
@@ -22,19 +23,19 @@ def check_lanes(function: str, in_axes: Any, args: tuple[Any, ...], kwargs: dict
         name = ("args" if path[0].idx == 0 else "kwargs") + keystr(path[1:])
         rank = jnp.ndim(leaf) if is_array_like(leaf) else 0
         if not -rank <= axis < rank:
-            raise ValueError(f"{function}: {name} has rank {rank}, which has no axis {axis} to map; use in_axes=None.")
+            raise ValueError(f"{caller()}: {name} has rank {rank}, which has no axis {axis} to map; use in_axes=None.")
         sizes[name] = jnp.shape(leaf)[axis]
     if not sizes:
-        raise ValueError(f"{function}: no argument has an axis to map, expected at least one that in_axes names.")
+        raise ValueError(f"{caller()}: no argument has an axis to map, expected at least one that in_axes names.")
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
-        raise ValueError(f"{function}: the mapped axes differ in size: {listed}.")
+        raise ValueError(f"{caller()}: the mapped axes differ in size: {listed}.")
     return next(iter(sizes.values()))
 
 
-def check_problems(function: str, x0: Any, args: tuple[Any, ...], in_axes: Any) -> tuple[int, list[Any]]:
+def check_problems(x0: Any, args: tuple[Any, ...], in_axes: Any) -> tuple[int, list[Any]]:
     """The number of problems, the common size of all mapped axes, and the axis of each leaf of ``args``."""
-    axes = jax.tree.leaves(check_prefix(function, "in_axes", in_axes, args))
+    axes = jax.tree.leaves(check_prefix("in_axes", in_axes, args))
     lanes = [("x0_batch" + keystr(path), leaf, 0) for path, leaf in tree_flatten_with_path(x0)[0]]
     lanes += [
         ("args_batch" + keystr(path), leaf, axis)
@@ -44,23 +45,23 @@ def check_problems(function: str, x0: Any, args: tuple[Any, ...], in_axes: Any) 
     for name, leaf, axis in lanes:
         if not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
             remedy = "a leading axis of problems" if name.startswith("x0") else "one; use in_axes=None for shared data"
-            raise ValueError(f"{function}: {name} has rank {jnp.ndim(leaf)} and so no axis {axis}, expected {remedy}.")
+            raise ValueError(f"{caller()}: {name} has rank {jnp.ndim(leaf)} and so no axis {axis}, expected {remedy}.")
         size, (first, leading, _) = jnp.shape(leaf)[axis], lanes[0]
         if size != jnp.shape(leading)[0]:
             raise ValueError(
-                f"{function}: {name} has {size} problems along axis {axis}, "
+                f"{caller()}: {name} has {size} problems along axis {axis}, "
                 f"expected {jnp.shape(leading)[0]} to match {first}."
             )
         if size == 0:
-            raise ValueError(f"{function}: {name} has shape {jnp.shape(leaf)}, expected at least one problem.")
+            raise ValueError(f"{caller()}: {name} has shape {jnp.shape(leaf)}, expected at least one problem.")
     return jnp.shape(lanes[0][1])[0], axes
 
 
-def check_prefix(function: str, name: str, axes: Any, tree: Any) -> Any:
+def check_prefix(name: str, axes: Any, tree: Any) -> Any:
     """The axis of every leaf of ``tree``, ``UNMAPPED`` for None; ``axes`` must be a prefix of ``tree``."""
     for axis in jax.tree.leaves(axes):
         if not is_static_integer(axis):
-            raise TypeError(f"{function}: {name} holds {describe(axis)}, expected integers and None.")
+            raise TypeError(f"{caller()}: {name} holds {describe(axis)}, expected integers and None.")
 
     def spread(axis: Any, part: Any) -> Any:
         return jax.tree.map(lambda _: UNMAPPED if axis is None else axis, part)
@@ -68,7 +69,7 @@ def check_prefix(function: str, name: str, axes: Any, tree: Any) -> Any:
     try:
         return jax.tree.map(spread, axes, tree, is_leaf=is_none)
     except ValueError as error:
-        raise ValueError(f"{function}: {name} is not a prefix of the tree it is for: {error}") from None
+        raise ValueError(f"{caller()}: {name} is not a prefix of the tree it is for: {error}") from None
 
 
 def is_none(leaf: Any) -> bool:
@@ -76,17 +77,17 @@ def is_none(leaf: Any) -> bool:
     return leaf is None
 
 
-def check_batch(function: str, batch: Any) -> None:
+def check_batch(batch: Any) -> None:
     """Refuse a batch whose leaves do not share a leading axis of examples, or have none."""
     leaves = [("batch" + keystr(path), leaf) for path, leaf in tree_flatten_with_path(batch)[0]]
     if not leaves:
-        raise ValueError(f"{function}: no batch was given, expected arrays with a leading example axis after params.")
+        raise ValueError(f"{caller()}: no batch was given, expected arrays with a leading example axis after params.")
     for name, leaf in leaves:
         if not is_array_like(leaf):
-            raise TypeError(f"{function}: {name} is {describe(leaf)}, expected an array with a leading example axis.")
+            raise TypeError(f"{caller()}: {name} is {describe(leaf)}, expected an array with a leading example axis.")
         if jnp.ndim(leaf) == 0:
             raise ValueError(
-                f"{function}: {name} is a scalar, expected a leading example axis; "
+                f"{caller()}: {name} is a scalar, expected a leading example axis; "
                 "close the loss over what all examples share."
             )
     first_name, first = leaves[0]
@@ -94,8 +95,8 @@ def check_batch(function: str, batch: Any) -> None:
     for name, leaf in leaves[1:]:
         if jnp.shape(leaf)[0] != size:
             raise ValueError(
-                f"{function}: {name} has {jnp.shape(leaf)[0]} examples along its leading axis, "
+                f"{caller()}: {name} has {jnp.shape(leaf)[0]} examples along its leading axis, "
                 f"expected {size} to match {first_name}."
             )
     if size == 0:
-        raise ValueError(f"{function}: {first_name} has shape {jnp.shape(first)}, expected at least one example.")
+        raise ValueError(f"{caller()}: {first_name} has shape {jnp.shape(first)}, expected at least one example.")

@@ -7,26 +7,27 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from curvature._checks._describe import describe, is_array_like
+from curvature._errors import caller
 
 
-def check_callable(function: str, name: str, value: Any) -> None:
+def check_callable(name: str, value: Any) -> None:
     """Refuse anything that cannot be called."""
     if not callable(value):
-        raise TypeError(f"{function}: {name} is {describe(value)}, expected a function.")
+        raise TypeError(f"{caller()}: {name} is {describe(value)}, expected a function.")
 
 
-def check_arrays(function: str, name: str, out: Any) -> Any:
+def check_arrays(name: str, out: Any) -> Any:
     """Refuse a function that returns anything but arrays and numbers, while it is traced; returns ``out``."""
     for path, leaf in tree_flatten_with_path(out)[0]:
         if not is_array_like(leaf) and not hasattr(leaf, "__jax_array__"):
             raise TypeError(
-                f"{function}: {name} returns {describe(leaf)}{f' at {keystr(path)}' if path else ''}, expected arrays "
+                f"{caller()}: {name} returns {describe(leaf)}{f' at {keystr(path)}' if path else ''}, expected arrays "
                 "and numbers, also as auxiliary data; return what is no array in another way."
             )
     return out
 
 
-def check_scalar_output(function: str, name: str, out: Any) -> None:
+def check_scalar_output(name: str, out: Any) -> None:
     """Refuse an objective that returns anything but one real floating scalar."""
     remedy = "reduce it, for instance with jnp.sum; for vector-valued functions there is curvature.jacobian"
     if isinstance(out, tuple) and len(out) == 2:
@@ -34,42 +35,42 @@ def check_scalar_output(function: str, name: str, out: Any) -> None:
     leaves = jax.tree.leaves(out)
     if not jax.tree_util.treedef_is_leaf(jax.tree.structure(out)) or len(leaves) != 1:
         raise TypeError(
-            f"{function}: {name} returns a tree of {len(leaves)} arrays, expected one floating scalar; {remedy}."
+            f"{caller()}: {name} returns a tree of {len(leaves)} arrays, expected one floating scalar; {remedy}."
         )
     if leaves[0].shape != ():
-        raise TypeError(f"{function}: {name} returns shape {leaves[0].shape}, expected a scalar, shape (); {remedy}.")
-    check_floating_output(function, name, out)
+        raise TypeError(f"{caller()}: {name} returns shape {leaves[0].shape}, expected a scalar, shape (); {remedy}.")
+    check_floating_output(name, out)
 
 
-def check_floating_output(function: str, name: str, out: Any) -> None:
+def check_floating_output(name: str, out: Any) -> None:
     """Refuse a function whose outputs have no derivative: integers, booleans, complex numbers, no output at all."""
     if not jax.tree.leaves(out):
-        raise TypeError(f"{function}: {name} returns no array ({out!r}), expected floating arrays; does it return?")
+        raise TypeError(f"{caller()}: {name} returns no array ({out!r}), expected floating arrays; does it return?")
     for path, leaf in tree_flatten_with_path(out)[0]:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
-                f"{function}: the output {name}(x){keystr(path)} has dtype {leaf.dtype}, "
+                f"{caller()}: the output {name}(x){keystr(path)} has dtype {leaf.dtype}, "
                 "expected a real floating dtype."
             )
 
 
-def check_aux_output(function: str, name: str, out: Any) -> None:
+def check_aux_output(name: str, out: Any) -> None:
     """Refuse an output that is not a pair (value, aux) although ``has_aux=True``."""
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(f"{function}: has_aux=True, but {name} returns {describe(out)}, expected a pair (value, aux).")
+        raise TypeError(f"{caller()}: has_aux=True, but {name} returns {describe(out)}, expected a pair (value, aux).")
 
 
-def illegal_mode(function: str, mode: str, blocker: str, legal: list[str]) -> TypeError:
+def illegal_mode(mode: str, blocker: str, legal: list[str]) -> TypeError:
     """The error for a mode that cannot differentiate the function."""
     remedy = f"use mode={legal[0]!r} or mode='auto'" if legal else "no other mode is legal either"
-    return TypeError(f"{function}: mode={mode!r} is not legal for f because of {blocker}; {remedy}.")
+    return TypeError(f"{caller()}: mode={mode!r} is not legal for f because of {blocker}; {remedy}.")
 
 
-def no_legal_mode(function: str, blockers: dict[str, str]) -> TypeError:
+def no_legal_mode(blockers: dict[str, str]) -> TypeError:
     """The error for a function that no mode can differentiate."""
     reasons = "; ".join(f"{mode} is blocked by {blocker}" for mode, blocker in blockers.items())
     return TypeError(
-        f"{function}: no composition of forward and reverse mode can differentiate f: {reasons}. "
+        f"{caller()}: no composition of forward and reverse mode can differentiate f: {reasons}. "
         "custom_vjp_call has no forward derivative (custom_jvp has both), while has no reverse derivative "
         "(scan, or fori_loop with constant bounds, has both)."
     )

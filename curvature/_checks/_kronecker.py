@@ -4,74 +4,76 @@ from typing import Any, Literal
 
 import jax
 
+from curvature._errors import caller
+
 _MOST_OUTPUTS = 2048  # Heuristic: the eigendecomposition of a matrix of this size, per example, is still affordable
 
 
-def check_sampling(function: str, kind: str, likelihood: str | None, key: Any) -> None:
+def check_sampling(kind: str, likelihood: str | None, key: Any) -> None:
     """Refuse to draw labels without a likelihood or a key."""
     if kind == "sampled" and likelihood is None:
         raise ValueError(
-            f"{function}: kind='sampled' draws labels and needs likelihood='categorical', 'bernoulli' or 'normal'."
+            f"{caller()}: kind='sampled' draws labels and needs likelihood='categorical', 'bernoulli' or 'normal'."
         )
     if kind == "sampled" and key is None:
-        raise ValueError(f"{function}: kind='sampled' draws labels and needs key=jax.random.key(seed).")
+        raise ValueError(f"{caller()}: kind='sampled' draws labels and needs key=jax.random.key(seed).")
 
 
-def check_drawn_gradient(function: str, model: Any, loss: Any, likelihood: str | None) -> None:
+def check_drawn_gradient(model: Any, loss: Any, likelihood: str | None) -> None:
     """Refuse to draw labels for a gradient without a model, a loss and a likelihood."""
     if model is None or loss is None or likelihood is None:
         raise ValueError(
-            f"{function}: estimator='gauss-newton-bartlett' draws labels and needs model=, loss= and "
+            f"{caller()}: estimator='gauss-newton-bartlett' draws labels and needs model=, loss= and "
             "likelihood='categorical', 'bernoulli' or 'normal'; estimator='hutchinson' needs none of them."
         )
 
 
-def check_likelihood(function: str, likelihood: str | None, outputs: Any) -> None:
+def check_likelihood(likelihood: str | None, outputs: Any) -> None:
     """Refuse a likelihood for outputs that are not one array, or have fewer than two classes."""
     leaves = jax.tree.leaves(outputs)
     if likelihood is not None and len(leaves) != 1:
         raise ValueError(
-            f"{function}: likelihood={likelihood!r}, but the model returns {len(leaves)} arrays, expected one; "
+            f"{caller()}: likelihood={likelihood!r}, but the model returns {len(leaves)} arrays, expected one; "
             "leave likelihood out."
         )
     if likelihood == "categorical" and (not leaves[0].shape or leaves[0].shape[-1] < 2):
         raise ValueError(
-            f"{function}: likelihood='categorical', but the model returns shape {leaves[0].shape} for one example, "
+            f"{caller()}: likelihood='categorical', but the model returns shape {leaves[0].shape} for one example, "
             "expected logits of at least two classes along the last axis."
         )
 
 
-def check_output_size(function: str, size: int) -> None:
+def check_output_size(size: int) -> None:
     """Refuse to factor the Hessian of a loss with respect to more outputs than ``_MOST_OUTPUTS``."""
     if size > _MOST_OUTPUTS:
         raise ValueError(
-            f"{function}: one example has {size} outputs, expected at most {_MOST_OUTPUTS} to factor their Hessian; "
+            f"{caller()}: one example has {size} outputs, expected at most {_MOST_OUTPUTS} to factor their Hessian; "
             "name the likelihood for its closed form, or take kind='sampled' or 'empirical'."
         )
 
 
-def check_axis_of_examples(function: str, whole: tuple[int, ...], alone: tuple[int, ...], size: int) -> int:
+def check_axis_of_examples(whole: tuple[int, ...], alone: tuple[int, ...], size: int) -> int:
     """The axis of examples: the only axis in which outputs of a batch of ``size`` and of a batch of one differ."""
     for axis, length in enumerate(whole):
         if length == size and (*whole[:axis], 1, *whole[axis + 1 :]) == alone:
             return axis
     raise ValueError(
-        f"{function}: the model returns shape {whole} for {size} examples and {alone} for one, expected shapes that "
+        f"{caller()}: the model returns shape {whole} for {size} examples and {alone} for one, expected shapes that "
         f"differ in one axis of {size} examples; broadcast what all examples share along such an axis."
     )
 
 
-def no_batch_of_one(function: str, error: Exception) -> ValueError:
+def no_batch_of_one(error: Exception) -> ValueError:
     """The error for a model that accepts the whole batch but not a batch of one."""
     return ValueError(
-        f"{function}: the model fails on a batch of one example ({type(error).__name__}: {error}), expected one that "
+        f"{caller()}: the model fails on a batch of one example ({type(error).__name__}: {error}), expected one that "
         "takes batches of any size; reshape by inputs.shape[0], not by a fixed number of examples."
     )
 
 
-def examples_mixed(function: str, what: Literal["model", "loss"], where: Any) -> ValueError:
+def examples_mixed(what: Literal["model", "loss"], where: Any) -> ValueError:
     """The error for a model or a loss that mixes examples; ``where`` is the equation that does, None if unknown."""
-    return ValueError(f"{function}: " + _MIXED[what].format("" if where is None else f", at the earliest by {where}"))
+    return ValueError(f"{caller()}: " + _MIXED[what].format("" if where is None else f", at the earliest by {where}"))
 
 
 _MIXED = {
@@ -84,15 +86,15 @@ _MIXED = {
 }
 
 
-def wrong_reduction(function: str, name: str, reduction: str, found: str) -> ValueError:
+def wrong_reduction(name: str, reduction: str, found: str) -> ValueError:
     """The error for a function of a batch that is not the mean or sum over examples that ``reduction`` states."""
     if found != "neither":
         return ValueError(
-            f"{function}: reduction={reduction!r}, but {name} of a batch is the {found} of its values for the "
+            f"{caller()}: reduction={reduction!r}, but {name} of a batch is the {found} of its values for the "
             f"examples, not their {reduction}; pass reduction={found!r}."
         )
     return ValueError(
-        f"{function}: reduction={reduction!r}, but {name} of a batch is neither the mean nor the sum of its values "
+        f"{caller()}: reduction={reduction!r}, but {name} of a batch is neither the mean nor the sum of its values "
         "for the examples, so that parts of the data do not add up: a mean over a mask divides by the weights of its "
         "part, and batch statistics depend on the part. Take the data whole (chunk_size=None), or a sum divided by the "
         "total weight, passed as a scalar in args, with reduction='sum'."

@@ -9,177 +9,178 @@ import numpy as np
 from jax.core import Tracer
 
 from curvature._checks._describe import describe, is_array_like, is_static_integer
+from curvature._errors import caller
 from curvature._types import ChunkSize
 
 T = TypeVar("T")
 
 
-def check_choice(function: str, name: str, value: Any, choices: Any) -> None:
+def check_choice(name: str, value: Any, choices: Any) -> None:
     """Refuse anything but one of the strings of ``choices``, a ``Literal`` or a sequence."""
     words = get_args(choices) or tuple(choices)
     if not (isinstance(value, str) and value in words):
-        raise ValueError(f"{function}: {name}={value!r} is unknown, expected one of {', '.join(map(repr, words))}.")
+        raise ValueError(f"{caller()}: {name}={value!r} is unknown, expected one of {', '.join(map(repr, words))}.")
 
 
-def check_order(function: str, order: Any) -> None:
+def check_order(order: Any) -> None:
     """Refuse an order of derivatives other than 1 and 2."""
     if isinstance(order, bool) or order not in (1, 2):
-        raise ValueError(f"{function}: order={order!r}, expected 1 or 2.")
+        raise ValueError(f"{caller()}: order={order!r}, expected 1 or 2.")
 
 
-def check_method(function: str, method: Any, names: tuple[str, ...]) -> None:
+def check_method(method: Any, names: tuple[str, ...]) -> None:
     """Refuse a method that is not one of the names; the caller has handled optax transformations."""
     if not isinstance(method, str) or method not in names:
         raise ValueError(
-            f"{function}: method={method!r} is unknown, expected one of {', '.join(map(repr, names))} "
+            f"{caller()}: method={method!r} is unknown, expected one of {', '.join(map(repr, names))} "
             "or an optax transformation such as curvature.newton() or optax.lbfgs()."
         )
 
 
-def check_hessian_used(function: str, method: Any, used: bool) -> None:
+def check_hessian_used(method: Any, used: bool) -> None:
     """Refuse ``hessian=`` for a method that forms no Hessian and would ignore it."""
     if not used:
         raise ValueError(
-            f"{function}: hessian= is for the methods that form a Hessian, 'newton', 'trust-exact' and 'cubic-newton'; "
+            f"{caller()}: hessian= is for the methods that form a Hessian, 'newton', 'trust-exact' and 'cubic-newton'; "
             f"method={method!r} forms none."
         )
 
 
-def check_chunk_size(function: str, chunk_size: ChunkSize) -> None:
+def check_chunk_size(chunk_size: ChunkSize) -> None:
     """Refuse a chunk size that is neither a positive integer, nor None, nor "auto"."""
     if chunk_size is None or (isinstance(chunk_size, str) and chunk_size == "auto"):
         return
     if not is_static_integer(chunk_size) or chunk_size < 1:
-        raise ValueError(f"{function}: chunk_size={chunk_size!r}, expected a positive integer, None or 'auto'.")
+        raise ValueError(f"{caller()}: chunk_size={chunk_size!r}, expected a positive integer, None or 'auto'.")
 
 
-def check_blocks(function: str, blocks: Any) -> None:
+def check_blocks(blocks: Any) -> None:
     """Refuse anything but the documented values of ``blocks=``; ``check_path`` checks later whether the paths exist."""
     is_pair = isinstance(blocks, tuple | list) and len(blocks) == 2 and all(isinstance(path, str) for path in blocks)
     if not (is_pair or blocks is None or (isinstance(blocks, str) and blocks == "diagonal")):
         raise ValueError(
-            f"{function}: blocks={blocks!r}, expected a pair of paths (rows, columns), 'diagonal', or None for all."
+            f"{caller()}: blocks={blocks!r}, expected a pair of paths (rows, columns), 'diagonal', or None for all."
         )
 
 
-def check_argnums(function: str, argnums: Any, num_args: int) -> None:
+def check_argnums(argnums: Any, num_args: int) -> None:
     """Refuse ``argnums`` that do not name positional arguments of the call, each once."""
     positions = argnums if isinstance(argnums, tuple | list) else (argnums,)
     if not positions:
-        raise ValueError(f"{function}: argnums={argnums!r} is empty, expected an integer or a tuple of integers.")
+        raise ValueError(f"{caller()}: argnums={argnums!r} is empty, expected an integer or a tuple of integers.")
     for position in positions:
         if not is_static_integer(position):
-            raise TypeError(f"{function}: argnums={argnums!r}, expected an integer or a tuple of integers.")
+            raise TypeError(f"{caller()}: argnums={argnums!r}, expected an integer or a tuple of integers.")
         if not -num_args <= position < num_args:
             raise ValueError(
-                f"{function}: argnums={argnums!r} names argument {position}, "
+                f"{caller()}: argnums={argnums!r} names argument {position}, "
                 f"but f was called with {num_args} positional arguments."
             )
     places = [int(position) % num_args for position in positions]
     if len(set(places)) < len(places):
         raise ValueError(
-            f"{function}: argnums={argnums!r} names an argument twice: among {num_args} positional arguments "
+            f"{caller()}: argnums={argnums!r} names an argument twice: among {num_args} positional arguments "
             f"the ones at {places}, expected each position once."
         )
 
 
-def check_nonnegative(function: str, name: str, value: Any) -> None:
+def check_nonnegative(name: str, value: Any) -> None:
     """Refuse anything but a number of at least 0; tracers pass."""
-    _check_number(function, name, value, lambda number: number >= 0, "a number >= 0")
+    _check_number(name, value, lambda number: number >= 0, "a number >= 0")
 
 
-def check_positive(function: str, name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
     """Refuse anything but a positive number; tracers pass."""
-    _check_number(function, name, value, lambda number: number > 0, "a number > 0")
+    _check_number(name, value, lambda number: number > 0, "a number > 0")
 
 
-def check_decay(function: str, name: str, value: Any) -> None:
+def check_decay(name: str, value: Any) -> None:
     """Refuse a decay rate outside [0, 1); tracers pass."""
-    _check_number(function, name, value, lambda number: 0 <= number < 1, "a number of at least 0 and below 1")
+    _check_number(name, value, lambda number: 0 <= number < 1, "a number of at least 0 and below 1")
 
 
-def check_schedule(function: str, name: str, value: Any) -> None:
+def check_schedule(name: str, value: Any) -> None:
     """Refuse anything but a number of at least 0 or a function of the step, as an optax schedule is."""
     if not callable(value):
         expected = "a number >= 0 or a schedule such as optax has"
-        _check_number(function, name, value, lambda number: number >= 0, expected)
+        _check_number(name, value, lambda number: number >= 0, expected)
 
 
-def check_count(function: str, name: str, value: Any, least: int = 0) -> None:
+def check_count(name: str, value: Any, least: int = 0) -> None:
     """Refuse anything but an integer of at least ``least``, which may be an array; tracers pass."""
 
     def in_range(number: Any) -> bool:  # JAX finds no dtype for integers of more than 64 bits
         is_integer = isinstance(number, int) or jnp.issubdtype(jnp.result_type(number), jnp.integer)
         return is_integer and number >= least
 
-    _check_number(function, name, value, in_range, f"an integer >= {least}")
+    _check_number(name, value, in_range, f"an integer >= {least}")
 
 
-def _check_number(function: str, name: str, value: Any, in_range: Callable[[Any], Any], expected: str) -> None:
+def _check_number(name: str, value: Any, in_range: Callable[[Any], Any], expected: str) -> None:
     """Refuse anything but one number, no boolean, in the range that ``expected`` describes; tracers pass."""
     if isinstance(value, Tracer):
         return
     is_number = is_array_like(value) and not isinstance(value, bool) and np.ndim(value) == 0
     if not (is_number and in_range(value)):
-        raise ValueError(f"{function}: {name}={value!r}, expected {expected}.")
+        raise ValueError(f"{caller()}: {name}={value!r}, expected {expected}.")
 
 
-def check_static_count(function: str, name: str, value: Any, least: int) -> None:
+def check_static_count(name: str, value: Any, least: int) -> None:
     """Refuse anything but a Python integer of at least ``least``: the count sets shapes."""
     if isinstance(value, jax.Array):
         came = "is traced" if isinstance(value, Tracer) else f"is the array {value}"
         raise TypeError(
-            f"{function}: {name} {came}, expected a Python integer; mark it static under jax.jit, and name it in the "
+            f"{caller()}: {name} {came}, expected a Python integer; mark it static under jax.jit, and name it in the "
             "static_args of optax.inject_hyperparams."
         )
     if not is_static_integer(value) or value < least:
-        raise ValueError(f"{function}: {name}={value!r}, expected an integer >= {least}.")
+        raise ValueError(f"{caller()}: {name}={value!r}, expected an integer >= {least}.")
 
 
-def check_size(function: str, name: str, value: Any, limit: int, what: str) -> None:
+def check_size(name: str, value: Any, limit: int, what: str) -> None:
     """Refuse anything but a Python integer from 1 to ``limit``, which ``what`` explains."""
     if not is_static_integer(value) or not 1 <= value <= limit:
-        raise ValueError(f"{function}: {name}={value!r}, expected an integer from 1 to {limit}, {what}.")
+        raise ValueError(f"{caller()}: {name}={value!r}, expected an integer from 1 to {limit}, {what}.")
 
 
-def check_key(function: str, key: Any) -> None:
+def check_key(key: Any) -> None:
     """Refuse anything but one random key, typed or raw."""
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     raw = isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32
     if not (typed or raw):
-        raise TypeError(f"{function}: key is {describe(key)}, expected a random key such as jax.random.key(0).")
+        raise TypeError(f"{caller()}: key is {describe(key)}, expected a random key such as jax.random.key(0).")
     if jnp.ndim(key) != (0 if typed else 1):
-        raise ValueError(f"{function}: key has shape {jnp.shape(key)}, expected one key; map over many with jax.vmap.")
+        raise ValueError(f"{caller()}: key has shape {jnp.shape(key)}, expected one key; map over many with jax.vmap.")
 
 
-def require_extra(function: str, name: str, value: T | None) -> T:
+def require_extra(name: str, value: T | None) -> T:
     """``value``, a required extra argument of an optimizer's ``update``; refuses None."""
     if value is None:
         raise ValueError(
-            f"{function}: update() needs {name}=; call "
+            f"{caller()}: update() needs {name}=; call "
             "update(grad, state, params, value=value, grad=grad, value_fn=value_fn), as for optax.lbfgs()."
         )
     return value
 
 
-def require_data(function: str, args: Any) -> tuple[Any, ...]:
+def require_data(args: Any) -> tuple[Any, ...]:
     """``args=`` of an optimizer's ``update``, the data of the curvature, as a tuple; refuses None."""
     if args is None:
         raise ValueError(
-            f"{function}: update() needs args=, the data on which the curvature is taken; call "
+            f"{caller()}: update() needs args=, the data on which the curvature is taken; call "
             "update(grad, state, params, args=batch), where model(params, *batch) gives the outputs."
         )
     return args if type(args) is tuple else (args,)
 
 
-def check_extra(function: str, module: str, extra: str, failure: ImportError | None) -> None:
+def check_extra(module: str, extra: str, failure: ImportError | None) -> None:
     """Refuse to continue without an optional library; ``failure`` is the error of its import, None if it succeeded."""
     if isinstance(failure, ModuleNotFoundError) and failure.name == module:
-        message = f"{function}: needs {module}, which is not installed; pip install 'curvature-jax[{extra}]'."
+        message = f"{caller()}: needs {module}, which is not installed; pip install 'curvature-jax[{extra}]'."
         raise ModuleNotFoundError(message, name=module)
     if failure is not None:
         raise ImportError(
-            f"{function}: needs {module}, whose import fails: {failure}; install releases of it and of JAX that work "
+            f"{caller()}: needs {module}, whose import fails: {failure}; install releases of it and of JAX that work "
             f"together, as pip install -U 'curvature-jax[{extra}]' tries to.",
             name=module,
         ) from failure

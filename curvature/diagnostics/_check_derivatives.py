@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from curvature import _checks, _trees
+from curvature._errors import public
 from curvature._types import HessianMode, Objective, Tree
 from curvature.diagnostics import _verdicts
 from curvature.diagnostics._differences import Samples
@@ -26,6 +27,7 @@ _MOST_ASSEMBLED = 4096  # up to this number of rows, 128 MiB, the assembled Hess
 _MOST_FORWARD = 256  # up to this number of entries, modes that take a pass for each entry are checked
 
 
+@public
 def check_derivatives(
     f: Objective,
     x: Tree,
@@ -76,14 +78,14 @@ def check_derivatives(
 
     References: Ridders, Accurate computation of F'(x) and F'(x)F''(x) (1982), doi:10.1016/S0141-1195(82)80057-0.
     """
-    _checks.check_callable("check_derivatives", "f", f)
-    _checks.check_order("check_derivatives", order)
-    _checks.check_count("check_derivatives", "num_directions", num_directions, 1)
-    x = _checks.check_point("check_derivatives", "x", x)
-    _checks.check_concrete("check_derivatives", {"x": x, "args": args})
-    _checks.check_entries("check_derivatives", "x", x)
-    own = _traced.trace(lambda x: with_aux("check_derivatives", f(x, *args), False), x)
-    _checks.check_floating_output("check_derivatives", "f", own.out)
+    _checks.check_callable("f", f)
+    _checks.check_order(order)
+    _checks.check_count("num_directions", num_directions, 1)
+    x = _checks.check_point("x", x)
+    _checks.check_concrete({"x": x, "args": args})
+    _checks.check_entries("x", x)
+    own = _traced.trace(lambda x: with_aux(f(x, *args), False), x)
+    _checks.check_floating_output("f", own.out)
     remarks = []
     if not own.is_scalar:
         remarks.append("f is vector-valued: what is checked is one random combination of its outputs.")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from curvature import _checks, _trees
+from curvature._errors import public
 from curvature._types import HessianMode, JacobianMode, Objective, Tree
 from curvature.diagnostics._reports import ModeCost, ModeReport
 from curvature.programs import _traced
@@ -33,6 +34,7 @@ Call = Callable[[], Any]
 Kind = Literal["gradient", "hvp", "hessian", "jacobian"]
 
 
+@public
 def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> ModeReport:
     """Explain each composition of modes for the derivatives of ``f``: is it legal, its cost, is it chosen.
 
@@ -68,13 +70,13 @@ def explain(f: Objective, x: Tree, *args: Any, measure: bool = False) -> ModeRep
 
     References: Griewank and Walther, Evaluating Derivatives, 2nd ed. (2008), chapter 4, doi:10.1137/1.9780898717761.
     """
-    _checks.check_callable("explain", "f", f)
-    x = _checks.check_point("explain", "x", x)
-    _checks.check_entries("explain", "x", x)
-    _checks.check_data("explain", args)
-    _checks.check_concrete("explain", {"x": x, "args": args})
-    program = _traced.trace(lambda x: with_aux("explain", f(x, *args), False), x)
-    _checks.check_floating_output("explain", "f", program.out)
+    _checks.check_callable("f", f)
+    x = _checks.check_point("x", x)
+    _checks.check_entries("x", x)
+    _checks.check_data(args)
+    _checks.check_concrete({"x": x, "args": args})
+    program = _traced.trace(lambda x: with_aux(f(x, *args), False), x)
+    _checks.check_floating_output("f", program.out)
     structure = find_structure(program)
     kinds: tuple[Kind, ...] = ("gradient", "hvp", "hessian") if program.is_scalar else ("jacobian",)
     ways = tuple(itertools.chain(*(_ways(kind, program, f, x, args, measure) for kind in kinds)))
@@ -122,8 +124,8 @@ def _choice(kind: Kind, program: _traced.Program) -> str | None:
     """The mode that ``auto`` chooses, by the function that chooses it; None if no mode is legal."""
     try:
         if kind in ("hvp", "hessian"):
-            return _modes.choose_composition("explain", program, "auto", whole=kind == "hessian")
-        return _modes.choose_jacobian("explain", program, "auto")
+            return _modes.choose_composition(program, "auto", whole=kind == "hessian")
+        return _modes.choose_jacobian(program, "auto")
     except TypeError:  # the rows state the blockers
         return None
 
@@ -150,7 +152,7 @@ def _way_function(
         return jacobian(f, mode=mode), (x, *args)
 
     def gradient(x: Tree, *args: Any) -> Any:
-        program = _traced.trace(lambda x: with_aux("explain", f(x, *args), False), x)
+        program = _traced.trace(lambda x: with_aux(f(x, *args), False), x)
         return gradient_of(program, x, mode)[0]
 
     return gradient, (x, *args)

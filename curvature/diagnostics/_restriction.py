@@ -51,9 +51,9 @@ class Line:
         scales, _ = ravel(scales_of(x))
         self.size, self.scales = flat.size, np.asarray(scales, np.float64)
         self.program = _traced.trace(lambda z: (fun(unravel(flat + scales * z)), None), jnp.zeros_like(flat))
-        self.gradient_mode = _modes.choose_jacobian("check_derivatives", self.program, "auto")
+        self.gradient_mode = _modes.choose_jacobian(self.program, "auto")
         if order == 2:
-            self.composition = _modes.choose_composition("check_derivatives", self.program, "auto")
+            self.composition = _modes.choose_composition(self.program, "auto")
         self.out_dtype = self.program.out.dtype
         self.eps = float(max(jnp.finfo(self.out_dtype).eps, jnp.finfo(flat.dtype).eps))
         self.leaves = self._spans(x)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
+from curvature._errors import public
 from curvature._numerics import dot, norm
 from curvature._types import Scalar, SolveInfo, Status, Tree, Vector, VectorMap
 from curvature.linalg._host_loop import call_solver
@@ -24,6 +25,7 @@ from curvature.linalg._linear_system import (
 from curvature.operators._base import LinearOperator
 
 
+@public
 def cg(
     op: LinearOperator | Callable[[Tree], Tree],
     b: Tree,
@@ -77,12 +79,12 @@ def cg(
 
     References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithm 5.3.
     """
-    b, rtol, limit = check_system("cg", b, rtol, max_steps)
-    return call_solver("cg", _cg, op, b, rtol, limit, preconditioner)
+    b, rtol, limit = check_system(b, rtol, max_steps)
+    return call_solver(_cg, op, b, rtol, limit, preconditioner)
 
 
 def _cg(op: Operator, b: Tree, rtol: ArrayLike, limit: Int[Array, ""], preconditioner: Operator | None) -> Any:
-    system = linear_system("cg", op, b, limit, preconditioner)
+    system = linear_system(op, b, limit, preconditioner)
     return implicit_solution(system, by_iteration(restarted_cg, system, rtol))
 
 

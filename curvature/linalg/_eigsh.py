@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import matmul, norm
 from curvature._types import Scalar, Tree, Vector
 from curvature.linalg._host_loop import call_solver
@@ -47,6 +48,7 @@ class Eigenpairs(NamedTuple):
     converged: Bool[Array, " k"]
 
 
+@public
 def eigsh(
     op: LinearOperator,
     k: int,
@@ -98,20 +100,20 @@ def eigsh(
 
     References: Wu and Simon (2000), doi:10.1137/S0895479898334605; Golub and Underwood (1977), the block method.
     """
-    _checks.check_operator("eigsh", op)
-    _checks.check_choice("eigsh", "which", which, Which)
-    _checks.check_nonnegative("eigsh", "rtol", rtol)
-    _checks.check_count("eigsh", "max_steps", max_steps)
+    _checks.check_operator(op)
+    _checks.check_choice("which", which, Which)
+    _checks.check_nonnegative("rtol", rtol)
+    _checks.check_count("max_steps", max_steps)
     structure = op.in_structure()
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure))
-    _checks.check_size("eigsh", "k", k, size, "the number of columns of op")
+    _checks.check_size("k", k, size, "the number of columns of op")
     key = jax.random.key(0) if key is None else key
     operands = key, jnp.asarray(rtol), jnp.asarray(max_steps, jnp.int32)
-    return call_solver("eigsh", _eigsh, op, *operands, k=k, which=which)
+    return call_solver(_eigsh, op, *operands, k=k, which=which)
 
 
 def _eigsh(op: LinearOperator, key: PRNGKeyArray, rtol: Array, max_steps: Array, k: int, which: Which) -> Eigenpairs:
-    product, unravel, example = product_on_vectors("eigsh", op)
+    product, unravel, example = product_on_vectors(op)
     problem = _Problem(vmap(product), example, k, which)
     if example.size <= max(_DENSE, 2 * problem.basis_size):
         state = _by_eigh(problem)

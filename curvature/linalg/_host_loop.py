@@ -20,8 +20,8 @@ from curvature.programs._jaxprs import Environment, called_jaxpr, open_jaxpr, op
 _PIECES: weakref.WeakKeyDictionary[Jaxpr, list["_Piece"]] = weakref.WeakKeyDictionary()
 
 
-def call_solver(function: str, program: Callable[..., Any], op: Any, *operands: Any, **how: Any) -> Any:
-    """``program(op, *operands, **how)`` for the public function of that name.
+def call_solver(program: Callable[..., Any], op: Any, *operands: Any, **how: Any) -> Any:
+    """``program(op, *operands, **how)`` for a public function.
 
     Outside of transformations the program is compiled once for each structure of the operands. Inside a transformation
     it is traced like any function. With an operator that has ``batches`` it is traced once, and a loop on the host
@@ -31,7 +31,7 @@ def call_solver(function: str, program: Callable[..., Any], op: Any, *operands: 
         return program(op, *operands, **how)  # raises the error
     replaced, operators = replace_streamed((op, *operands))
     if operators and is_traced():
-        raise _checks.no_streaming_inside(function)
+        raise _checks.no_streaming_inside()
     if operators:
         return _run_on_host(program, replaced, operators, how)
     return program(op, *operands, **how) if is_traced() else call_compiled(program, (op, *operands), how)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import matmul, norm
 from curvature._types import Scalar, Tree, Vector, VectorMap
 from curvature.linalg._host_loop import call_solver
@@ -37,6 +38,7 @@ class Tridiagonal(NamedTuple):
     residual: Tree
 
 
+@public
 def lanczos(op: LinearOperator, *, key: PRNGKeyArray, num_steps: int) -> Tridiagonal:
     """Tridiagonalize a symmetric operator on the Krylov space of a random vector, with full reorthogonalization.
 
@@ -67,13 +69,13 @@ def lanczos(op: LinearOperator, *, key: PRNGKeyArray, num_steps: int) -> Tridiag
 
     References: Golub and Van Loan, Matrix Computations, 4th ed. (2013), algorithm 10.1.1 and section 10.3.4.
     """
-    _checks.check_operator("lanczos", op)
-    return call_solver("lanczos", _lanczos, op, key, num_steps=num_steps)
+    _checks.check_operator(op)
+    return call_solver(_lanczos, op, key, num_steps=num_steps)
 
 
 def _lanczos(op: LinearOperator, key: PRNGKeyArray, num_steps: int) -> Tridiagonal:
-    product, unravel, example = product_on_vectors("lanczos", op)
-    _checks.check_size("lanczos", "num_steps", num_steps, example.size, "the number of columns of op")
+    product, unravel, example = product_on_vectors(op)
+    _checks.check_size("num_steps", num_steps, example.size, "the number of columns of op")
     first, later = jax.random.split(key)
     state = tridiagonalize(product, random_rows(first, 1, example)[0], later, num_steps)
     return Tridiagonal(jax.vmap(unravel)(state.basis), state.diagonal, state.off_diagonal, unravel(state.residual))

@@ -31,32 +31,28 @@ class System(NamedTuple):
     streamed: bool  # whether a product is a pass over batches on the host, which has no derivative
 
 
-def check_system(
-    function: str, b: Tree, rtol: ArrayLike, max_steps: ArrayLike | None
-) -> tuple[Tree, ArrayLike, Int[Array, ""]]:
+def check_system(b: Tree, rtol: ArrayLike, max_steps: ArrayLike | None) -> tuple[Tree, ArrayLike, Int[Array, ""]]:
     """Check the right-hand side, the tolerance and the limit of steps, and return them as operands.
 
     A float tolerance stays a float: inside ``shard_map``, ``custom_linear_solve`` refuses to combine an array that does
     not vary over the devices with arrays that do.
     """
-    b = _checks.check_point(function, "b", b)
-    _checks.check_entries(function, "b", b)
-    _checks.check_nonnegative(function, "rtol", rtol)
+    b = _checks.check_point("b", b)
+    _checks.check_entries("b", b)
+    _checks.check_nonnegative("rtol", rtol)
     if max_steps is not None:
-        _checks.check_count(function, "max_steps", max_steps)
+        _checks.check_count("max_steps", max_steps)
     size = sum(leaf.size for leaf in jax.tree.leaves(b))
     rtol = float(rtol) if isinstance(rtol, int) else rtol
     return b, rtol, jnp.asarray(10 * size if max_steps is None else max_steps, jnp.int32)
 
 
-def linear_system(
-    function: str, op: Operator, b: Tree, limit: Int[Array, ""], preconditioner: Operator | None
-) -> System:
+def linear_system(op: Operator, b: Tree, limit: Int[Array, ""], preconditioner: Operator | None) -> System:
     """The system on vectors, with the operator linearized once."""
-    product, b = checked_product(function, "op", op, b)
+    product, b = checked_product("op", op, b)
     inverse: Callable[[Tree], Tree] = _identity
     if preconditioner is not None:
-        inverse, b = checked_product(function, "preconditioner", preconditioner, b)
+        inverse, b = checked_product("preconditioner", preconditioner, b)
     flat, unravel = ravel(b)
     streamed = has_placeholder((op, preconditioner))
     on_vectors = _identity if preconditioner is None else _on_vectors(inverse, unravel)
@@ -67,21 +63,21 @@ def _identity(tree: Tree) -> Tree:
     return tree
 
 
-def checked_product(function: str, name: str, op: Operator, b: Tree) -> tuple[Callable[[Tree], Tree], Tree]:
+def checked_product(name: str, op: Operator, b: Tree) -> tuple[Callable[[Tree], Tree], Tree]:
     """The product, linearized, and ``b``, which varies over the devices of a mesh if its product does."""
     if not isinstance(op, LinearOperator):
-        _checks.check_callable(function, name, op)
+        _checks.check_callable(name, op)
     elif not isinstance(op, DampingOperator):
-        _checks.check_direction(function, "b", b, f"the argument of {name}", op.in_structure())
+        _checks.check_direction("b", b, f"the argument of {name}", op.in_structure())
     product = op.linearize() if isinstance(op, LinearOperator) else op
     like_product = jax.tree.map(jnp.zeros_like, jax.eval_shape(product, b))
-    _checks.check_direction(function, f"{name}(b)", like_product, "b", b)
+    _checks.check_direction(f"{name}(b)", like_product, "b", b)
     return product, jax.tree.map(jnp.add, b, like_product)
 
 
-def product_on_vectors(function: str, op: LinearOperator) -> tuple[VectorMap, Callable[[Vector], Tree], Vector]:
+def product_on_vectors(op: LinearOperator) -> tuple[VectorMap, Callable[[Vector], Tree], Vector]:
     """The linearized product of a square operator on vectors, the map back to trees, and zeros that vary as ``A 0``."""
-    product, example = checked_product(function, "op", op, zeros(op.in_structure()))
+    product, example = checked_product("op", op, zeros(op.in_structure()))
     flat, unravel = ravel(example)
     return _on_vectors(product, unravel), unravel, flat
 

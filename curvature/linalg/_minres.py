@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
+from curvature._errors import public
 from curvature._numerics import dot, exponent_of
 from curvature._types import Scalar, SolveInfo, Status, Tree, Vector, VectorMap
 from curvature.linalg._host_loop import call_solver
@@ -27,6 +28,7 @@ _LEAST_SQUARES = 10  # Heuristic: A r counts as zero below this number of roundi
 _LOST = 100  # Heuristic: the change of r by a step s counts as noise below this number of roundings of A s
 
 
+@public
 def minres(
     op: LinearOperator | Callable[[Tree], Tree],
     b: Tree,
@@ -76,12 +78,12 @@ def minres(
     References: Paige and Saunders (1975), doi:10.1137/0712047; Choi, Paige and Saunders (2011), arXiv:1003.4042,
         section 2.2 and theorem 3.1.
     """
-    b, rtol, limit = check_system("minres", b, rtol, max_steps)
-    return call_solver("minres", _minres, op, b, rtol, limit, preconditioner)
+    b, rtol, limit = check_system(b, rtol, max_steps)
+    return call_solver(_minres, op, b, rtol, limit, preconditioner)
 
 
 def _minres(op: Operator, b: Tree, rtol: ArrayLike, limit: Int[Array, ""], preconditioner: Operator | None) -> Any:
-    system = linear_system("minres", op, b, limit, preconditioner)
+    system = linear_system(op, b, limit, preconditioner)
     return implicit_solution(system, by_iteration(restarted_minres, system, rtol))
 
 

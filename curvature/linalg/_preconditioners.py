@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import exponent_of, matmul, rounding_level
 from curvature._trees import ravel
 from curvature._types import ChunkSize, Tree
@@ -33,6 +34,7 @@ class DiagonalPreconditioner(LinearOperator):
         return self.in_structure()
 
 
+@public
 def diagonal_preconditioner(op: LinearOperator | Tree, *, chunk_size: ChunkSize = "auto") -> DiagonalPreconditioner:
     """Jacobi's preconditioner ``1 / max(abs(d), eps^0.5 * max(abs(d)))`` for the diagonal ``d`` of an operator.
 
@@ -55,12 +57,12 @@ def diagonal_preconditioner(op: LinearOperator | Tree, *, chunk_size: ChunkSize 
         >>> (inverse @ {"w": jnp.array([2.0, 2.0, 0.0])})["w"]
         Array([1. , 0.5, 0. ], dtype=float32)
     """
-    return call_solver("diagonal_preconditioner", _inverse_of_diagonal, op, chunk_size=chunk_size)
+    return call_solver(_inverse_of_diagonal, op, chunk_size=chunk_size)
 
 
 def _inverse_of_diagonal(op: LinearOperator | Tree, chunk_size: ChunkSize) -> DiagonalPreconditioner:
     diagonal = op.diagonal(chunk_size) if isinstance(op, LinearOperator) else op
-    flat, unravel = ravel(_checks.check_point("diagonal_preconditioner", "op", diagonal))
+    flat, unravel = ravel(_checks.check_point("op", diagonal))
     sizes = jnp.abs(flat)
     largest = jnp.max(sizes)
     floor = jnp.sqrt(jnp.finfo(flat.dtype).eps) * largest
@@ -94,6 +96,7 @@ class NystromPreconditioner(LinearOperator):
         return self.in_structure()
 
 
+@public
 def nystrom_preconditioner(
     op: LinearOperator, *, rank: int, key: PRNGKeyArray, damping: ArrayLike, chunk_size: ChunkSize = "auto"
 ) -> NystromPreconditioner:
@@ -130,10 +133,10 @@ def nystrom_preconditioner(
     References: Frangella, Tropp and Udell (2021), arXiv:2110.02820, algorithm 2.1 (with eigenvalues of the core in
         place of Cholesky's factor) and equation (5.3).
     """
-    _checks.check_operator("nystrom_preconditioner", op)
-    _checks.check_nonnegative("nystrom_preconditioner", "damping", damping)
+    _checks.check_operator(op)
+    _checks.check_nonnegative("damping", damping)
     operands = key, jnp.asarray(damping)
-    return call_solver("nystrom_preconditioner", _nystrom, op, *operands, rank=rank, chunk_size=chunk_size)
+    return call_solver(_nystrom, op, *operands, rank=rank, chunk_size=chunk_size)
 
 
 def _nystrom(
@@ -141,7 +144,7 @@ def _nystrom(
 ) -> NystromPreconditioner:
     structure = op.in_structure()
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure))
-    _checks.check_size("nystrom_preconditioner", "rank", rank, size, "the number of columns of op")
+    _checks.check_size("rank", rank, size, "the number of columns of op")
     example, unravel = ravel(zeros(structure))
     product = op.linearize()
 

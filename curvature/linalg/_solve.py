@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import dot, matmul
 from curvature._trees import ravel
 from curvature._types import Matrix, SolveInfo, Status, Tree, Vector, VectorMap
@@ -39,6 +40,7 @@ SolveMethod = Literal["auto", "cg", "minres", "cholesky", "eigh", "woodbury"]
 _SMALL = 1000  # Heuristic: up to this number of entries, an iteration may take more products than forming the matrix
 
 
+@public
 def solve(
     op: LinearOperator | Callable[[Tree], Tree],
     b: Tree,
@@ -100,17 +102,17 @@ def solve(
 
     References: Golub and Van Loan, Matrix Computations, 4th ed. (2013), section 2.1.4 (Woodbury's formula).
     """
-    _checks.check_choice("solve", "method", method, SolveMethod)
-    b, rtol, limit = check_system("solve", b, rtol, max_steps)
+    _checks.check_choice("method", method, SolveMethod)
+    b, rtol, limit = check_system(b, rtol, max_steps)
     if method == "woodbury":
         _damped_factors(op)  # here, where the error can name the class of op
-    return call_solver("solve", _solve, op, b, rtol, limit, preconditioner, method=method)
+    return call_solver(_solve, op, b, rtol, limit, preconditioner, method=method)
 
 
 def _solve(
     op: Operator, b: Tree, rtol: ArrayLike, limit: Int[Array, ""], preconditioner: Operator | None, method: SolveMethod
 ) -> tuple[Tree, SolveInfo]:
-    system = linear_system("solve", op, b, limit, preconditioner)
+    system = linear_system(op, b, limit, preconditioner)
     if method == "auto":
         method = "cholesky" if system.b.size <= _SMALL else "cg"
         return implicit_solution(system, _with_fallback(system, method, rtol))
@@ -240,9 +242,9 @@ def _damped_factors(op: Any) -> tuple[LinearOperator, LinearOperator | None, Flo
     shifts = [term.scale for term in terms if isinstance(term, DampingOperator)]
     others = [term for term in terms if not isinstance(term, DampingOperator)]
     if len(others) != 1 or not hasattr(others[0], "factors"):
-        raise _checks.no_factors("solve", op)
+        raise _checks.no_factors(op)
     if not shifts:
-        raise _checks.no_damping("solve")
+        raise _checks.no_damping()
     jac, weight = others[0].factors()
     return jac, weight, sum(shifts[1:], shifts[0])
 

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from curvature import _checks, _trees
+from curvature._errors import public
 from curvature._numerics import dot, matmul
 from curvature._types import ChunkSize, Vector
 from curvature.linalg._host_loop import call_solver
@@ -42,6 +43,7 @@ class SpectralDensity(NamedTuple):
     weights: Float[Array, "k m"]
 
 
+@public
 def logdet(
     op: LinearOperator,
     *,
@@ -90,21 +92,21 @@ def logdet(
     References: Ubaru, Chen and Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature (2017),
         doi:10.1137/16M1104974, algorithm 1.
     """
-    _checks.check_key("logdet", key)
-    _checks.check_static_count("logdet", "num_samples", num_samples, 2)
-    _checks.check_static_count("logdet", "num_steps", num_steps, 2)
-    _checks.check_chunk_size("logdet", chunk_size)
+    _checks.check_key(key)
+    _checks.check_static_count("num_samples", num_samples, 2)
+    _checks.check_static_count("num_steps", num_steps, 2)
+    _checks.check_chunk_size(chunk_size)
     how = {"num_samples": num_samples, "num_steps": num_steps, "chunk_size": chunk_size}
-    return call_solver("logdet", _logdet, op, key, **how)
+    return call_solver(_logdet, op, key, **how)
 
 
 def _logdet(op: LinearOperator, key: Key, num_samples: int, num_steps: int, chunk_size: ChunkSize) -> Estimate:
-    _checks.check_square_operator("logdet", op, symmetric=True)
+    _checks.check_square_operator(op, symmetric=True)
     n = _trees.num_entries(op.in_structure())
     if n <= min(num_samples * num_steps, _DENSE):
         matrix = op.as_matrix(chunk_size)
         return exactly(jnp.sum(_logarithms(jnp.linalg.eigvalsh((matrix + matrix.T) / 2))))
-    product, _, like = product_on_vectors("logdet", op)
+    product, _, like = product_on_vectors(op)
     steps = min(num_steps, n)
 
     def sample(keys: Key) -> tuple[Array, Array]:
@@ -115,6 +117,7 @@ def _logdet(op: LinearOperator, key: Key, num_samples: int, num_steps: int, chun
     return Estimate(estimate.value, jnp.hypot(estimate.standard_error, jnp.mean(changes)))
 
 
+@public
 def spectral_density(
     op: LinearOperator,
     *,
@@ -165,17 +168,17 @@ def spectral_density(
     References: Ubaru, Chen and Saad (2017), doi:10.1137/16M1104974. Ghorbani, Krishnan and Xiao, An investigation into
         neural net optimization via Hessian eigenvalue density, arXiv:1901.10159, section 2.
     """
-    _checks.check_key("spectral_density", key)
-    _checks.check_static_count("spectral_density", "num_samples", num_samples, 2)
-    _checks.check_static_count("spectral_density", "num_steps", num_steps, 1)
-    _checks.check_chunk_size("spectral_density", chunk_size)
+    _checks.check_key(key)
+    _checks.check_static_count("num_samples", num_samples, 2)
+    _checks.check_static_count("num_steps", num_steps, 1)
+    _checks.check_chunk_size(chunk_size)
     if grid is not None:
-        _checks.check_grid("spectral_density", grid)
+        _checks.check_grid(grid)
     if width is not None:
-        _checks.check_positive("spectral_density", "width", width)
+        _checks.check_positive("width", width)
         width = jnp.asarray(width)
     how = {"num_samples": num_samples, "num_steps": num_steps, "chunk_size": chunk_size}
-    return call_solver("spectral_density", _spectral_density, op, key, grid, width, **how)
+    return call_solver(_spectral_density, op, key, grid, width, **how)
 
 
 def _spectral_density(
@@ -187,8 +190,8 @@ def _spectral_density(
     num_steps: int,
     chunk_size: ChunkSize,
 ) -> SpectralDensity:
-    _checks.check_square_operator("spectral_density", op, symmetric=True)
-    product, _, like = product_on_vectors("spectral_density", op)
+    _checks.check_square_operator(op, symmetric=True)
+    product, _, like = product_on_vectors(op)
     steps = min(num_steps, like.size)
 
     def quadrature(keys: Key) -> tuple[Array, Array]:

@@ -6,6 +6,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PRNGKeyArray
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import dot, norm
 from curvature._types import Vector
 from curvature.linalg._host_loop import call_solver
@@ -14,6 +15,7 @@ from curvature.operators._base import LinearOperator
 from curvature.transforms._chunks import vmap
 
 
+@public
 def check_symmetry(
     op: LinearOperator, *, key: PRNGKeyArray, num_samples: int = 4, rtol: ArrayLike | None = None
 ) -> Bool[Array, ""]:
@@ -44,16 +46,16 @@ def check_symmetry(
         >>> bool(curvature.check_symmetry(op, key=jax.random.key(0)))
         False
     """
-    _checks.check_operator("check_symmetry", op)
-    _checks.check_count("check_symmetry", "num_samples", num_samples, 1)
+    _checks.check_operator(op)
+    _checks.check_count("num_samples", num_samples, 1)
     if rtol is not None:
-        _checks.check_nonnegative("check_symmetry", "rtol", rtol)
+        _checks.check_nonnegative("rtol", rtol)
         rtol = jnp.asarray(rtol)
-    return call_solver("check_symmetry", _check_symmetry, op, key, rtol, num_samples=num_samples)
+    return call_solver(_check_symmetry, op, key, rtol, num_samples=num_samples)
 
 
 def _check_symmetry(op: LinearOperator, key: PRNGKeyArray, rtol: Array | None, num_samples: int) -> Bool[Array, ""]:
-    product, _, example = product_on_vectors("check_symmetry", op)
+    product, _, example = product_on_vectors(op)
     tolerance = jnp.sqrt(jnp.finfo(example.dtype).eps) if rtol is None else jnp.asarray(rtol, example.dtype)
 
     def agree(v: Vector, w: Vector, image_v: Vector, image_w: Vector) -> Bool[Array, ""]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvature import _checks, _trees
+from curvature._errors import public
 from curvature._numerics import dot, exponent_of, matmul
 from curvature._trees import ravel
 from curvature._types import ChunkSize, Tree, Vector
@@ -38,6 +39,7 @@ class Estimate(NamedTuple):
     standard_error: Tree
 
 
+@public
 def trace(
     op: LinearOperator,
     *,
@@ -83,20 +85,20 @@ def trace(
     References: Hutchinson, doi:10.1080/03610919008812866. Meyer, Musco, Musco and Woodruff, Hutch++, arXiv:2010.09649,
         algorithm 1.
     """
-    _checks.check_key("trace", key)
-    _checks.check_static_count("trace", "num_samples", num_samples, 2)
-    _checks.check_choice("trace", "method", method, TraceMethod)
-    _checks.check_chunk_size("trace", chunk_size)
+    _checks.check_key(key)
+    _checks.check_static_count("num_samples", num_samples, 2)
+    _checks.check_choice("method", method, TraceMethod)
+    _checks.check_chunk_size(chunk_size)
     how = {"num_samples": num_samples, "method": method, "chunk_size": chunk_size}
-    return call_solver("trace", _trace, op, key, **how)
+    return call_solver(_trace, op, key, **how)
 
 
 def _trace(op: LinearOperator, key: Key, num_samples: int, method: TraceMethod, chunk_size: ChunkSize) -> Estimate:
-    _checks.check_square_operator("trace", op)
+    _checks.check_square_operator(op)
     n = _trees.num_entries(op.in_structure())
     if method == "hutch++" and 3 * num_samples >= n:
         return exactly(jnp.sum(ravel(op.diagonal(chunk_size))[0]))
-    product, _, like = product_on_vectors("trace", op)
+    product, _, like = product_on_vectors(op)
     if method == "hutch++":
         return _deflated_trace(vmap(product, chunk_size=chunk_size), key, num_samples, like)
 
@@ -107,6 +109,7 @@ def _trace(op: LinearOperator, key: Key, num_samples: int, method: TraceMethod, 
     return mean_of(vmap(sample, chunk_size=chunk_size)(jax.random.split(key, num_samples)))
 
 
+@public
 def diagonal(
     op: LinearOperator, *, key: Key | None = None, num_samples: int | None = None, chunk_size: ChunkSize = "auto"
 ) -> Estimate:
@@ -140,21 +143,21 @@ def diagonal(
     References: Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix (2007),
         doi:10.1016/j.apnum.2007.01.003.
     """
-    _checks.check_chunk_size("diagonal", chunk_size)
+    _checks.check_chunk_size(chunk_size)
     if key is None and num_samples is not None:
-        raise _checks.samples_without_key("diagonal")
+        raise _checks.samples_without_key()
     num_samples = 32 if num_samples is None else num_samples
     if key is not None:
-        _checks.check_key("diagonal", key)
-        _checks.check_static_count("diagonal", "num_samples", num_samples, 2)
-    return call_solver("diagonal", _diagonal, op, key, num_samples=num_samples, chunk_size=chunk_size)
+        _checks.check_key(key)
+        _checks.check_static_count("num_samples", num_samples, 2)
+    return call_solver(_diagonal, op, key, num_samples=num_samples, chunk_size=chunk_size)
 
 
 def _diagonal(op: LinearOperator, key: Key | None, num_samples: int, chunk_size: ChunkSize) -> Estimate:
-    _checks.check_square_operator("diagonal", op)
+    _checks.check_square_operator(op)
     if key is None:
         return exactly(op.diagonal(chunk_size))
-    product, unravel, like = product_on_vectors("diagonal", op)
+    product, unravel, like = product_on_vectors(op)
     if num_samples >= like.size:
         return exactly(op.diagonal(chunk_size))
     value, error = _mean_diagonal(product, jax.random.split(key, num_samples), like, chunk_size)

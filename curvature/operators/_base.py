@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from curvature import _checks
+from curvature._errors import calling, of_class, public
 from curvature._trees import num_entries, ravel
 from curvature._types import ChunkSize, Tree
 from curvature.operators._pytrees import register_operator, static, zeros
@@ -62,23 +63,25 @@ class LinearOperator(ABC):
         """The transpose: ``<A v, w> = <v, A.T w>``."""
         return self if self.is_symmetric else TransposedOperator(self)
 
+    @public
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
         """The dense m x n matrix, with rows and columns in the order of ``jax.flatten_util.ravel_pytree``.
 
         Cost: n products that share one linearization, ``chunk_size`` of them at once; see ``vmap``.
         """
-        _checks.check_chunk_size("as_matrix", chunk_size)
+        _checks.check_chunk_size(chunk_size)
         structure = self.in_structure()
         return matrix_of_products(map_basis(self.linearize(), structure, chunk_size), num_entries(structure)).T
 
+    @public
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
         """The diagonal ``A[i, i]`` of a square operator, shaped like ``v``.
 
         Cost: n products that share one linearization, ``chunk_size`` of them at once. No matrix is formed.
         """
-        _checks.check_chunk_size("diagonal", chunk_size)
+        _checks.check_chunk_size(chunk_size)
         structure, product = self.in_structure(), self.linearize()
-        _checks.check_structures("diagonal", "A v", self.out_structure(), "v", structure)
+        _checks.check_structures("A v", self.out_structure(), "v", structure)
         vector, unravel = ravel(zeros(structure))
 
         def entry(basis: Tree) -> Float[Array, ""]:  # A[i, i] for the basis vector e_i
@@ -88,19 +91,21 @@ class LinearOperator(ABC):
 
         return unravel(map_basis(entry, structure, chunk_size))
 
+    @of_class
     def _checked(self, v: Tree) -> Tree:
-        return _checks.check_direction(type(self).__name__, "v", v, "in_structure()", self.in_structure())
+        return _checks.check_direction("v", v, "in_structure()", self.in_structure())
 
     def __call__(self, v: Tree) -> Tree:
         """``A @ v``: an operator can be passed wherever a function ``v -> A v`` is expected."""
         return self.mv(self._checked(v))
 
+    @calling("A @ B")
     def __matmul__(self, other: Any) -> Any:
         if not isinstance(other, LinearOperator):
             return self(other)
         if isinstance(other, DampingOperator):
             return self * other.scale
-        _checks.check_structures("A @ B", "B v", other.out_structure(), "what A takes", self.in_structure())
+        _checks.check_structures("B v", other.out_structure(), "what A takes", self.in_structure())
         return ProductOperator(self, other)
 
     def __add__(self, other: "LinearOperator") -> "LinearOperator":
@@ -109,15 +114,17 @@ class LinearOperator(ABC):
     def __sub__(self, other: "LinearOperator") -> "LinearOperator":
         return _sum(self, -other) if isinstance(other, LinearOperator) else NotImplemented
 
+    @calling("scale * A")
     def __mul__(self, scale: ArrayLike) -> "LinearOperator":
-        _checks.check_scale("scale * A", scale)
+        _checks.check_scale(scale)
         return ScaledOperator(jnp.asarray(scale), self)
 
     def __rmul__(self, scale: ArrayLike) -> "LinearOperator":
         return self * scale
 
+    @calling("A / scale")
     def __truediv__(self, scale: ArrayLike) -> "LinearOperator":
-        _checks.check_scale("A / scale", scale)
+        _checks.check_scale(scale)
         return self * (1 / jnp.asarray(scale))
 
     def __neg__(self) -> "LinearOperator":
@@ -192,9 +199,10 @@ class SumOperator(LinearOperator):
     def out_structure(self) -> Tree:
         return self._structured().out_structure()
 
+    @public
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
         """The sum of the matrices of the terms, each formed in its cheapest way; see ``LinearOperator``."""
-        _checks.check_chunk_size("as_matrix", chunk_size)
+        _checks.check_chunk_size(chunk_size)
         matrices = [term.as_matrix(chunk_size) for term in self.terms if not isinstance(term, DampingOperator)]
         total = sum(matrices[1:], matrices[0])
         for term in self.terms:
@@ -202,9 +210,10 @@ class SumOperator(LinearOperator):
                 total = total + term.scale.astype(total.dtype) * jnp.eye(len(total), dtype=total.dtype)
         return total
 
+    @public
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
         """The sum of the diagonals of the terms, each computed in its cheapest way; see ``LinearOperator``."""
-        _checks.check_chunk_size("diagonal", chunk_size)
+        _checks.check_chunk_size(chunk_size)
         ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), self.in_structure())
         return _total(
             [term.mv(ones) if isinstance(term, DampingOperator) else term.diagonal(chunk_size) for term in self.terms]
@@ -236,14 +245,16 @@ class ScaledOperator(LinearOperator):
         product = self.operator.linearize()
         return lambda v: scaled(self.scale, product(v))
 
+    @public
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
         """A multiple of the matrix of ``A``, formed in its cheapest way; see ``LinearOperator``."""
-        _checks.check_chunk_size("as_matrix", chunk_size)
+        _checks.check_chunk_size(chunk_size)
         return scaled(self.scale, self.operator.as_matrix(chunk_size))
 
+    @public
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
         """A multiple of the diagonal of ``A``, computed in its cheapest way; see ``LinearOperator``."""
-        _checks.check_chunk_size("diagonal", chunk_size)
+        _checks.check_chunk_size(chunk_size)
         return scaled(self.scale, self.operator.diagonal(chunk_size))
 
     def in_structure(self) -> Tree:
@@ -283,8 +294,9 @@ class DampingOperator(LinearOperator):
     def __matmul__(self, other: Any) -> Any:
         return other * self.scale if isinstance(other, LinearOperator) else self(other)
 
+    @calling("scale * damping")
     def __mul__(self, scale: ArrayLike) -> LinearOperator:
-        _checks.check_scale("scale * damping", scale)
+        _checks.check_scale(scale)
         return DampingOperator(self.scale * scale)
 
 
@@ -301,8 +313,9 @@ class MatrixOperator(LinearOperator):
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
         return self.matrix
 
+    @public
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Float[Array, " n"]:
-        _checks.check_structures("diagonal", "A v", self.out_structure(), "v", self.in_structure())
+        _checks.check_structures("A v", self.out_structure(), "v", self.in_structure())
         return jnp.diagonal(self.matrix)
 
     def in_structure(self) -> Tree:
@@ -316,6 +329,7 @@ class MatrixOperator(LinearOperator):
         return self if self.is_symmetric else MatrixOperator(self.matrix.T)
 
 
+@public
 def damping(scale: ArrayLike) -> DampingOperator:
     """The operator ``c I``, which takes its structure from the operator that it is added to.
 
@@ -337,7 +351,7 @@ def damping(scale: ArrayLike) -> DampingOperator:
         >>> op @ jnp.array([1.0, 1.0])
         Array([ 6.5, 12.5], dtype=float32)
     """
-    _checks.check_scale("damping", scale)
+    _checks.check_scale(scale)
     return DampingOperator(jnp.asarray(scale))
 
 
@@ -347,10 +361,12 @@ def _sum(left: LinearOperator, right: LinearOperator) -> LinearOperator:
         return DampingOperator(left.scale + right.scale)
     if isinstance(left, DampingOperator) or isinstance(right, DampingOperator):
         square = right if isinstance(left, DampingOperator) else left
-        _checks.check_structures("A + damping", "A v", square.out_structure(), "v", square.in_structure())
+        with calling("A + damping"):
+            _checks.check_structures("A v", square.out_structure(), "v", square.in_structure())
     else:
-        _checks.check_structures("A + B", "what B takes", right.in_structure(), "what A takes", left.in_structure())
-        _checks.check_structures("A + B", "B v", right.out_structure(), "A v", left.out_structure())
+        with calling("A + B"):
+            _checks.check_structures("what B takes", right.in_structure(), "what A takes", left.in_structure())
+            _checks.check_structures("B v", right.out_structure(), "A v", left.out_structure())
     return SumOperator((left, right))
 
 

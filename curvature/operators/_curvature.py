@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
 from curvature import _checks
+from curvature._errors import of_class
 from curvature._trees import Subtree
 from curvature._types import HessianMode, Objective, Tree
 from curvature.operators import _likelihoods
@@ -86,6 +87,7 @@ class HessianOperator(DataOperator):
     f: Objective = static()
     mode: HessianMode = static()
 
+    @of_class
     def __init__(
         self,
         f: Objective,
@@ -98,8 +100,8 @@ class HessianOperator(DataOperator):
         batches: Iterable[Any] | None = None,
         progress: bool = False,
     ) -> None:
-        _checks.check_static_function("HessianOperator", "f", f)
-        _checks.check_choice("HessianOperator", "mode", mode, HessianMode)
+        _checks.check_static_function("f", f)
+        _checks.check_choice("mode", mode, HessianMode)
         set_fields(self, f=f, mode=mode)
         self._set_data(x, args, reduction, chunk_size, sharding, batches, progress)
 
@@ -109,9 +111,10 @@ class HessianOperator(DataOperator):
     def _apply_whole(self, v: Tree) -> Tree:
         return product_of(*self._trace(), v) if self.rows == self.columns == "" else super()._apply_whole(v)
 
+    @of_class
     def _trace(self) -> tuple[_traced.Program, str]:
-        program = trace_objective("HessianOperator", "f", self.f, self.x, self.args)
-        return program, _modes.choose_composition("HessianOperator", program, self.mode)
+        program = trace_objective("f", self.f, self.x, self.args)
+        return program, _modes.choose_composition(program, self.mode)
 
     def _linearize_whole(self) -> Product:
         program, composition = self._trace()
@@ -141,44 +144,47 @@ class _ModelDataOperator(DataOperator):
 
     def _set_model(self, model: Callable[..., Any], loss: Callable[..., Any], likelihood: Any) -> None:
         """Check the arguments and set the fields above."""
-        function = type(self).__name__
-        _checks.check_static_function(function, "model", model)
-        _checks.check_static_function(function, "loss", loss)
+        _checks.check_static_function("model", model)
+        _checks.check_static_function("loss", loss)
         if likelihood is not None:
-            _checks.check_choice(function, "likelihood", likelihood, _likelihoods.Likelihood)
+            _checks.check_choice("likelihood", likelihood, _likelihoods.Likelihood)
         set_fields(self, model=model, loss=loss, likelihood=likelihood)
 
     def _objective(self) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
         return "the loss", (self.loss, self.model), lambda x, *args: self.loss(self.model(x, *args), *args)
 
+    @of_class
     def _linearize_whole(self) -> Product:
-        name, (rows, columns) = type(self).__name__, self._parts()
-        program = trace_model(name, "model", self.model, self.x, self.args)
-        outputs, push, pull = push_and_pull(name, "model", program, columns)
+        rows, columns = self._parts()
+        program = trace_model("model", self.model, self.x, self.args)
+        outputs, push, pull = push_and_pull("model", program, columns)
         if rows != columns:
-            _, _, pull = push_and_pull(name, "model", program, rows)
+            _, _, pull = push_and_pull("model", program, rows)
         middle = self._output_matrix(outputs)
         return lambda v: pull(middle(push(v)))
 
+    @of_class
     def factors(self) -> tuple[JacobianOperator, "OutputOperator"]:
         """``(J, M)`` for ``solve(..., method="woodbury")``; the data must be whole and the operator not a block."""
         whole = self.chunk_size is None and self.batches is None and self.rows == self.columns == ""
-        _checks.check_whole(type(self).__name__, whole)
+        _checks.check_whole(whole)
         return JacobianOperator(self.model, self.x, *self.args), OutputOperator(self)
 
+    @of_class
     def _output_matrix(self, outputs: Tree) -> Product:
         """``t -> M t``, where ``M`` is the Hessian of the loss with respect to the outputs, or its closed form."""
         if self.likelihood is None:
-            return _likelihoods.loss_hessian(type(self).__name__, self.loss, outputs, self.args)
+            return _likelihoods.loss_hessian(self.loss, outputs, self.args)
         family, weights = self._family_and_weights(outputs)
         return _likelihoods.information(family, outputs, weights)
 
+    @of_class
     def _family_and_weights(self, outputs: Tree) -> tuple[_likelihoods.Family, Tree]:
         """The family of the likelihood, and the factors of the negative log likelihoods in the loss."""
-        name, likelihood = type(self).__name__, str(self.likelihood)
-        _checks.check_logits(name, likelihood, outputs)
+        likelihood = str(self.likelihood)
+        _checks.check_logits(likelihood, outputs)
         family = _likelihoods.FAMILIES[likelihood]
-        return family, _likelihoods.label_weights(name, self.loss, outputs, self.args, family)
+        return family, _likelihoods.label_weights(self.loss, outputs, self.args, family)
 
 
 @register_operator
@@ -248,6 +254,7 @@ class GaussNewtonOperator(_ModelDataOperator):
         insights and perspectives on the natural gradient method, arXiv:1412.1193, section 8.
     """
 
+    @of_class
     def __init__(
         self,
         model: Callable[..., Any],
@@ -328,6 +335,7 @@ class FisherOperator(_ModelDataOperator):
     key: PRNGKeyArray | UInt32[Array, "..."] | None
     first: Int[Array, ""] | None
 
+    @of_class
     def __init__(
         self,
         model: Callable[..., Any],
@@ -344,9 +352,9 @@ class FisherOperator(_ModelDataOperator):
         batches: Iterable[Any] | None = None,
         progress: bool = False,
     ) -> None:
-        _checks.check_choice("FisherOperator", "kind", kind, FisherKind)
-        _checks.check_count("FisherOperator", "num_samples", num_samples, least=1)
-        _checks.check_sampling("FisherOperator", kind, likelihood, key)
+        _checks.check_choice("kind", kind, FisherKind)
+        _checks.check_count("num_samples", num_samples, least=1)
+        _checks.check_sampling(kind, likelihood, key)
         sampled = kind == "sampled"
         first = jnp.zeros((), jnp.int32) if sampled else None  # the index of the first example in all of the data
         set_fields(self, kind=kind, num_samples=num_samples, key=key if sampled else None, first=first)
@@ -359,14 +367,15 @@ class FisherOperator(_ModelDataOperator):
         part = super()._on_part(args, first)
         return part if self.first is None else replace(part, first=self.first + first)
 
+    @of_class
     def _output_matrix(self, outputs: Tree) -> Product:
         if self.kind == "exact":
             return super()._output_matrix(outputs)
-        examples = _checks.check_outputs_of_examples("FisherOperator", outputs)
+        examples = _checks.check_outputs_of_examples(outputs)
         if self.key is not None and self.first is not None:
             family, weights = self._family_and_weights(outputs)
             draws = _likelihoods.draw_scores(family, self.key, outputs, self.first, self.num_samples)
             return _likelihoods.sampled_information(family, weights, draws)
-        scores = _likelihoods.loss_gradient("FisherOperator", self.loss, outputs, self.args)
+        scores = _likelihoods.loss_gradient(self.loss, outputs, self.args)
         scale = examples if self.reduction == "mean" else 1  # a score of a mean has the factor 1/B, its square 1/B^2
         return lambda t: scaled(scale, _likelihoods.outer_products(scores, t))

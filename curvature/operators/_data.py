@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from curvature import _checks
+from curvature._errors import caller, calling, of_class
 from curvature._sharding import zeros
 from curvature._trees import Subtree, select
 from curvature._types import ChunkSize, Tree
@@ -47,12 +48,12 @@ class Batches:
     iterable: Iterable[Any]
     progress: bool
 
-    def visit(self, function: str) -> Iterable[Any]:
+    def visit(self) -> Iterable[Any]:
         """Yield the ``args`` of each batch in order, with a progress bar on request."""
-        batches = rich.progress.track(self.iterable, function, transient=True) if self.progress else self.iterable
+        batches = rich.progress.track(self.iterable, caller(), transient=True) if self.progress else self.iterable
         for batch in batches:
             args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            _checks.check_data(function, args)
+            _checks.check_data(args)
             yield args
 
 
@@ -73,6 +74,7 @@ class DataOperator(LinearOperator):
     rows: str = static()
     columns: str = static()
 
+    @of_class
     def _set_data(
         self,
         x: Tree,
@@ -84,23 +86,22 @@ class DataOperator(LinearOperator):
         progress: bool,
     ) -> None:
         """Check the arguments and set the fields above; rows and columns select the whole matrix."""
-        name = type(self).__name__
-        x = _checks.check_point(name, "x", x)
-        _checks.check_data(name, args)
-        _checks.check_choice(name, "reduction", reduction, Reduction)
+        x = _checks.check_point("x", x)
+        _checks.check_data(args)
+        _checks.check_choice("reduction", reduction, Reduction)
         if chunk_size is not None and batches is None:
-            _checks.check_count(name, "chunk_size", chunk_size, least=1)
-            _checks.check_examples(name, "args", args)
+            _checks.check_count("chunk_size", chunk_size, least=1)
+            _checks.check_examples("args", args)
             # Sharded data is chunked on each device; a slice of the global array would gather it on all of them.
             sharding = sharding or sharding_of_examples(args)
         if sharding is not None:
-            _checks.check_sharding(name, sharding, args, batches)
+            _checks.check_sharding(sharding, args, batches)
         source = None
         if batches is not None:
-            _checks.check_one_source(name, len(args), chunk_size)
-            _checks.check_reiterable(name, batches)
+            _checks.check_one_source(len(args), chunk_size)
+            _checks.check_reiterable(batches)
             if progress:
-                _checks.check_extra(name, "rich", "examples", _rich_error)
+                _checks.check_extra("rich", "examples", _rich_error)
             source = Batches(batches, progress)
         if chunk_size is not None or sharding is not None:
             self._check_reduction(x, args, reduction)
@@ -115,10 +116,11 @@ class DataOperator(LinearOperator):
     def _objective(self) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
         """``(name, functions, fun)``: the objective ``fun(x, *args) -> scalar`` and the user's functions in it."""
 
+    @of_class
     def _check_reduction(self, x: Tree, args: tuple[Any, ...], reduction: Reduction) -> None:
         """Refuse an objective whose value for a batch is not the mean or sum that ``reduction`` states."""
         objective, functions, fun = self._objective()
-        check_reduction(type(self).__name__, (objective, reduction), functions, fun, x, args)
+        check_reduction((objective, reduction), functions, fun, x, args)
 
     def _on_part(self, args: tuple[Any, ...], first: Any) -> "DataOperator":
         """The operator for a part of the data; ``first`` is the index of its first example in all of the data."""
@@ -146,8 +148,8 @@ class DataOperator(LinearOperator):
 
     def _parts(self) -> tuple[Subtree, Subtree]:
         """The rows and the columns as sub-trees of ``x``."""
-        name = f"{type(self).__name__}.block"
-        return select(name, "rows", self.x, self.rows), select(name, "columns", self.x, self.columns)
+        with calling(f"{type(self).__name__}.block"):
+            return select("rows", self.x, self.rows), select("columns", self.x, self.columns)
 
     def in_structure(self) -> Tree:
         return structure_of(self._parts()[1].take(self.x))
@@ -194,13 +196,14 @@ class DataOperator(LinearOperator):
             return vmap(self.linearize(), chunk_size="auto")(vectors)
         return self._sum_over_batches(DataOperator.products, operands=(vectors,))
 
+    @of_class
     def _apply_chunked(self, v: Tree) -> Tree:
         """The mean or sum over chunks of ``chunk_size`` examples, and a smaller last chunk if one remains.
 
         ``sum_over_chunks`` does not apply: it gives examples weights, which an objective of a whole batch cannot take.
         """
         size = self.chunk_size or 1
-        num_examples = _checks.check_examples(type(self).__name__, "args", self.args)
+        num_examples = _checks.check_examples("args", self.args)
         num_chunks, remainder = divmod(num_examples, size)
 
         def part(first: Any, length: int) -> Tree:
@@ -220,33 +223,34 @@ class DataOperator(LinearOperator):
         total = jax.lax.scan(add, nothing, firsts)[0]
         return jax.tree.map(jnp.add, total, part(num_chunks * size, remainder)) if remainder else total
 
+    @of_class
     def _apply_sharded(self, v: Tree) -> Tree:
         """The mean or sum over devices, each of which has the same number of examples."""
         assert self.sharding is not None
 
         def on_device(shared: tuple[DataOperator, Tree], args: tuple[Any, ...], device: Array) -> Tree:
-            (op, v), num_examples = shared, _checks.check_examples(type(self).__name__, "args", args)
+            (op, v), num_examples = shared, _checks.check_examples("args", args)
             part = replace(op._on_part(args, device * num_examples), chunk_size=self.chunk_size)
             return part.linearize()(v)
 
         combine = jax.lax.pmean if self.reduction == "mean" else jax.lax.psum
         return combine_over_devices(on_device, combine, self.sharding, (replace(self, args=()), v), self.args)
 
+    @of_class
     def _sum_over_batches(self, method: Callable[..., Tree], operands: Any = (), options: Any = ()) -> Tree:
         """The mean or sum over batches of ``method(op, *operands, *options)``, one compiled call for each batch."""
-        name = type(self).__name__
-        _checks.check_untraced(name, (self.x, operands))
+        _checks.check_untraced((self.x, operands))
         assert self.batches is not None
         total, num_examples, num_batches = None, 0, 0
-        for args in self.batches.visit(name):
-            batch_size = _checks.check_examples(name, "batch", args)
+        for args in self.batches.visit():
+            batch_size = _checks.check_examples("batch", args)
             self._check_reduction(self.x, args, self.reduction)
             weight = jnp.asarray(batch_size if self.reduction == "mean" else 1, jnp.int32)
             op = self._on_part(args, jnp.asarray(num_examples, jnp.int32))
             term = _evaluate_weighted(op, weight, operands, method, options)
             total = term if total is None else jax.tree.map(jnp.add, total, term)
             num_examples, num_batches = num_examples + batch_size, num_batches + 1
-        _checks.check_some_batch(name, num_batches)
+        _checks.check_some_batch(num_batches)
         return jax.tree.map(lambda leaf: leaf / num_examples, total) if self.reduction == "mean" else total
 
 

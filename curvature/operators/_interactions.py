@@ -41,12 +41,12 @@ class OutputRows:
         axes: the axis of examples of each leaf of the outputs of the whole batch.
     """
 
-    def __init__(self, function: str, whole: Tree, one: Tree, size: int) -> None:
-        _checks.check_same_structure(function, "model(batch of one)", one, "model(x)", whole)
+    def __init__(self, whole: Tree, one: Tree, size: int) -> None:
+        _checks.check_same_structure("model(batch of one)", one, "model(x)", whole)
         self.one = one
         pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(one), strict=True)
         self.axes: OutputAxes = tuple(
-            None if size == 1 else _checks.check_axis_of_examples(function, leaf.shape, alone.shape, size)
+            None if size == 1 else _checks.check_axis_of_examples(leaf.shape, alone.shape, size)
             for leaf, alone in pairs
         )
 
@@ -90,7 +90,7 @@ def map_examples(fun: Callable[[tuple[Any, ...]], Any], args: tuple[Any, ...]) -
 
 
 def check_model_examples(
-    function: str, model: Callable[..., Any], x: Tree, args: tuple[Any, ...], outputs: OutputRows, size: int
+    model: Callable[..., Any], x: Tree, args: tuple[Any, ...], outputs: OutputRows, size: int
 ) -> None:
     """Refuse a model whose outputs or derivatives for one example depend on the other examples or on their number."""
     if size == 1:
@@ -111,7 +111,7 @@ def check_model_examples(
 
     found = cached((model,), key_of("model", (point, batch)), find_mixing_of_model)
     if found is not False:
-        raise _checks.examples_mixed(function, "model", found if isinstance(found, Blocker) else None)
+        raise _checks.examples_mixed("model", found if isinstance(found, Blocker) else None)
 
 
 def _in_batch_and_alone(
@@ -146,9 +146,7 @@ def _waves(leaf: Array) -> Array:
 # ---- the loss ------------------------------------------------------------------------------------------------------
 
 
-def check_loss_examples(
-    function: str, loss: Callable[..., Any], args: tuple[Any, ...], outputs: OutputRows, size: int
-) -> None:
+def check_loss_examples(loss: Callable[..., Any], args: tuple[Any, ...], outputs: OutputRows, size: int) -> None:
     """Refuse a loss whose gradient with respect to the outputs of one example depends on the outputs of another."""
     if size == 1:
         return
@@ -188,7 +186,7 @@ def check_loss_examples(
 
     found = cached((loss,), key_of("loss", (outputs.structure(size), batch)), find_mixing_of_loss)
     if found is not False:
-        raise _checks.examples_mixed(function, "loss", found if isinstance(found, Blocker) else None)
+        raise _checks.examples_mixed("loss", found if isinstance(found, Blocker) else None)
 
 
 def _agree(values: Values, rounding: float) -> bool:
@@ -212,7 +210,6 @@ def _agree(values: Values, rounding: float) -> bool:
 
 
 def check_reduction(
-    function: str,
     words: tuple[str, str],
     functions: tuple[Any, ...],
     fun: Callable[..., Any],
@@ -224,7 +221,6 @@ def check_reduction(
     """Refuse a function whose value for a batch is not the mean, or the sum, of its values for the examples.
 
     Args:
-        function: the public name, for the error.
         words: the name of ``fun`` in the error, and the ``reduction`` that the user states.
         functions: the user's functions in ``fun``, the key of the cached result.
         fun: ``fun(x, *args) -> scalar``.
@@ -232,7 +228,7 @@ def check_reduction(
         args: the data.
         may_be_neither: whether a sum with other weights, such as a mean over a mask, is allowed.
     """  # fmt: skip
-    if _checks.check_examples(function, "args", args) == 1:
+    if _checks.check_examples("args", args) == 1:
         return
     point, few = structure_of(x), with_num_examples(args, _NUM_TRIED)
 
@@ -249,7 +245,7 @@ def check_reduction(
 
     found = cached(functions, key_of("reduction", (point, few)), find_reduction)
     if found not in (None, words[1]) and not (may_be_neither and found == "neither"):
-        raise _checks.wrong_reduction(function, *words, found)
+        raise _checks.wrong_reduction(*words, found)
 
 
 def _reduction_of(values: Values, rounding: float) -> str | None:

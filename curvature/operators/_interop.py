@@ -10,12 +10,14 @@ import scipy.sparse.linalg
 from jaxtyping import Array, Float
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._trees import num_entries, ravel
 from curvature.operators._base import LinearOperator, zeros
 from curvature.operators._streamed import is_streamed
 from curvature.transforms._chunks import vmap
 
 
+@public
 def as_lineax(op: LinearOperator) -> Any:
     """The operator as a ``lineax.FunctionLinearOperator``, linearized, and tagged if it is known to be symmetric.
 
@@ -46,11 +48,12 @@ def as_lineax(op: LinearOperator) -> Any:
         lineax = importlib.import_module("lineax")  # not at the top: the import takes more than half a second
     except ImportError as error:
         failure = error
-    _checks.check_extra("as_lineax", "lineax", "lineax", failure)
+    _checks.check_extra("lineax", "lineax", failure)
     tags: Any = lineax.symmetric_tag if op.is_symmetric else ()
     return lineax.FunctionLinearOperator(op.linearize(), op.in_structure(), tags)
 
 
+@public
 def as_scipy(op: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
     """The operator as a ``scipy.sparse.linalg.LinearOperator`` on NumPy vectors.
 

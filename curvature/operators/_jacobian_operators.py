@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, Float
 
 from curvature import _checks, _trees
+from curvature._errors import of_class
 from curvature._trees import Subtree, select
 from curvature._types import ChunkSize, Tree
 from curvature.operators._base import (
@@ -23,18 +24,18 @@ from curvature.transforms import _modes
 from curvature.transforms._jacobian import map_basis
 
 
-def trace_model(function: str, name: str, model: Callable[..., Any], x: Tree, args: tuple[Any, ...]) -> _traced.Program:
+def trace_model(name: str, model: Callable[..., Any], x: Tree, args: tuple[Any, ...]) -> _traced.Program:
     """``model`` traced at ``x``; its outputs must be floating arrays."""
-    program = _traced.trace(lambda x: (_checks.check_arrays(function, name, model(x, *args)), None), x)
-    _checks.check_floating_output(function, name, program.out)
+    program = _traced.trace(lambda x: (_checks.check_arrays(name, model(x, *args)), None), x)
+    _checks.check_floating_output(name, program.out)
     return program
 
 
-def push_and_pull(function: str, name: str, program: _traced.Program, part: Subtree) -> tuple[Tree, Product, Product]:
+def push_and_pull(name: str, program: _traced.Program, part: Subtree) -> tuple[Tree, Product, Product]:
     """The outputs, ``v -> J v`` and ``w -> J' w`` with respect to a sub-tree of ``x``, all from one evaluation."""
     blocker = program.blocker("rev")
     if blocker is not None:
-        raise _checks.no_reverse(function, name, str(blocker))
+        raise _checks.no_reverse(name, str(blocker))
     x = part.take(program.x)
 
     def fun(x: Tree) -> Tree:
@@ -63,18 +64,20 @@ class _ModelOperator(LinearOperator):
     x: Tree
     args: tuple[Any, ...]
 
+    @of_class
     def __init__(self, f: Callable[..., Any], x: Tree, *args: Any) -> None:
-        name = type(self).__name__
-        _checks.check_static_function(name, "f", f)
-        _checks.check_data(name, args)
-        set_fields(self, f=f, x=_checks.check_point(name, "x", x), args=args)
+        _checks.check_static_function("f", f)
+        _checks.check_data(args)
+        set_fields(self, f=f, x=_checks.check_point("x", x), args=args)
 
+    @of_class
     def _program(self) -> _traced.Program:
-        return trace_model(type(self).__name__, "f", self.f, self.x, self.args)
+        return trace_model("f", self.f, self.x, self.args)
 
+    @of_class
     def _push_and_pull(self) -> tuple[Tree, Product, Product]:
         program = self._program()
-        return push_and_pull(type(self).__name__, "f", program, select("", "", program.x, ""))
+        return push_and_pull("f", program, select("", program.x, ""))
 
     def mv(self, v: Tree) -> Tree:
         return self.linearize()(self._checked(v))
@@ -119,10 +122,11 @@ class JacobianOperator(_ModelOperator):
     def in_structure(self) -> Tree:
         return structure_of(self.x)
 
+    @of_class
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
         """As for every operator; formed by rows (reverse mode) if there are fewer rows than columns."""
         program = self._program()
-        if _modes.choose_jacobian("JacobianOperator", program, "auto") == "fwd":
+        if _modes.choose_jacobian(program, "auto") == "fwd":
             return super().as_matrix(chunk_size)
         rows = map_basis(self._push_and_pull()[2], program.out, chunk_size)
         return matrix_of_products(rows, _trees.num_entries(program.out))

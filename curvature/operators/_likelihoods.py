@@ -19,15 +19,15 @@ Likelihood = Literal["categorical", "bernoulli", "normal"]
 """The distribution of labels under the model; outputs are logits (last axis), logits, or means with unit variance."""
 
 
-def loss_hessian(function: str, loss: Loss, outputs: Tree, args: tuple[Any, ...]) -> Product:
+def loss_hessian(loss: Loss, outputs: Tree, args: tuple[Any, ...]) -> Product:
     """``t -> M t``, linearized, with ``M`` the Hessian of ``loss`` with respect to the outputs."""
-    program = trace_objective(function, "loss", loss, outputs, args)
-    return linearize_program(program, _modes.choose_composition(function, program, "auto"))[2]
+    program = trace_objective("loss", loss, outputs, args)
+    return linearize_program(program, _modes.choose_composition(program, "auto"))[2]
 
 
-def loss_gradient(function: str, loss: Loss, outputs: Tree, args: tuple[Any, ...]) -> Tree:
+def loss_gradient(loss: Loss, outputs: Tree, args: tuple[Any, ...]) -> Tree:
     """The gradient of ``loss`` with respect to the outputs."""
-    program = trace_objective(function, "loss", loss, outputs, args)
+    program = trace_objective("loss", loss, outputs, args)
     return gradient_of(program, outputs, "rev" if program.blocker("rev") is None else "fwd")[0]
 
 
@@ -111,9 +111,9 @@ FAMILIES = {
 }
 
 
-def label_weights(function: str, loss: Loss, outputs: Tree, args: tuple[Any, ...], family: Family) -> Tree:
+def label_weights(loss: Loss, outputs: Tree, args: tuple[Any, ...], family: Family) -> Tree:
     """The factors ``w_r`` of a loss ``sum_r w_r nll_r``, such as ``1/B``, from the Hessian at zero outputs."""
-    product = loss_hessian(function, loss, jax.tree.map(jnp.zeros_like, outputs), args)
+    product = loss_hessian(loss, jax.tree.map(jnp.zeros_like, outputs), args)
     return jax.tree.map(family.weight, product(jax.tree.map(family.probe, outputs)))
 
 

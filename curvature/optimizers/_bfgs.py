@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import dot, matmul
 from curvature._types import Matrix, Scalar, Status, Tree, Vector
 from curvature.optimizers._line_search import Descent, descend, shows_curvature
@@ -35,6 +36,7 @@ class BFGSState(NamedTuple):
     stored: Stored
 
 
+@public
 def bfgs(update: Update = "ssbroyden") -> FirstOrder:
     """BFGS: an optax transformation for smooth objectives of up to a few thousand entries; gradients only.
 
@@ -81,13 +83,13 @@ def bfgs(update: Update = "ssbroyden") -> FirstOrder:
     References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithm 6.1; Al-Baali (1998),
         doi:10.1023/A:1018315205474; Urbán, Stefanou and Pons (2025), doi:10.1016/j.jcp.2024.113656.
     """
-    _checks.check_choice("bfgs", "update", update, Update)
+    _checks.check_choice("update", update, Update)
     return _build(update)
 
 
 @functools.lru_cache(maxsize=64)
 def _build(update: Update) -> FirstOrder:
-    return first_order("bfgs", _init, functools.partial(_step, update))
+    return first_order(_init, functools.partial(_step, update))
 
 
 def _init(x: Vector, params: Tree) -> BFGSState:

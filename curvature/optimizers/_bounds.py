@@ -27,11 +27,11 @@ class StepBox(NamedTuple):
     upper: Vector
 
 
-def box_of(function: str, lower: Tree, upper: Tree, x_name: str, x: Tree) -> Box:
+def box_of(lower: Tree, upper: Tree, x_name: str, x: Tree) -> Box:
     """The box of two bounds, each a tree like ``x`` or a prefix of one, checked."""
     bounds = {"lower": (lower, -jnp.inf), "upper": (upper, jnp.inf)}
-    box = Box(*(_checks.check_bound(function, name, *bound, x_name, x) for name, bound in bounds.items()))
-    _checks.check_order_of_bounds(function, *box)
+    box = Box(*(_checks.check_bound(name, *bound, x_name, x) for name, bound in bounds.items()))
+    _checks.check_order_of_bounds(*box)
     return box
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from curvature._errors import public
 from curvature._numerics import norm
 from curvature._types import Scalar, Status, Tree, Vector
 from curvature.linalg._subproblems import QuadraticModel, factor_model, solve_cubic
@@ -55,6 +56,7 @@ class _Trial(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
+@public
 def cubic_newton() -> SecondOrder:
     """Newton's method with adaptive cubic regularization: an optax transformation for smooth objectives, convex or not.
 
@@ -93,7 +95,7 @@ def cubic_newton() -> SecondOrder:
     References: Nesterov and Polyak (2006), doi:10.1007/s10107-006-0706-8; Cartis, Gould and Toint (2011), algorithm
         2.1, doi:10.1007/s10107-009-0286-5.
     """
-    return second_order("cubic_newton", _init, _step, dense=True)
+    return second_order(_init, _step, dense=True)
 
 
 def _init(x: Vector, params: Tree) -> CubicNewtonState:

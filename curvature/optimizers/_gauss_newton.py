@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import dot, matmul, norm
 from curvature._types import Status, Tree, Vector
 from curvature.optimizers._forcing import first_norm, inner_solve
@@ -49,6 +50,7 @@ class GaussNewtonState(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
+@public
 def gauss_newton(solver: GaussNewtonSolver = "exact") -> ResidualMethod:
     """The Gauss-Newton method with a line search: an optax transformation for sums of squares ``norm(r)^2 / 2``.
 
@@ -88,7 +90,7 @@ def gauss_newton(solver: GaussNewtonSolver = "exact") -> ResidualMethod:
 
     References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), section 10.3.
     """
-    _checks.check_choice("gauss_newton", "solver", solver, GaussNewtonSolver)
+    _checks.check_choice("solver", solver, GaussNewtonSolver)
 
     def step(state: GaussNewtonState, linear: Linearized, request: Request) -> tuple[Vector, GaussNewtonState]:
         scale = where_positive(linear.columns)
@@ -115,7 +117,7 @@ def gauss_newton(solver: GaussNewtonSolver = "exact") -> ResidualMethod:
             status=trial_status(last.accepted, last.value, slope),
         )
 
-    return residual_method("gauss_newton", _init, step, dense=solver == "exact")
+    return residual_method(_init, step, dense=solver == "exact")
 
 
 def _init(x: Vector, params: Tree) -> GaussNewtonState:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import dot, matmul
 from curvature._types import Scalar, Status, Tree, Vector
 from curvature.optimizers._line_search import descend, shows_curvature
@@ -62,6 +63,7 @@ class LBFGSState(NamedTuple):
     stored: Stored
 
 
+@public
 def lbfgs(memory_size: int | None = None) -> FirstOrder:
     """L-BFGS: an optax transformation for smooth objectives of any size; gradients only.
 
@@ -106,13 +108,13 @@ def lbfgs(memory_size: int | None = None) -> FirstOrder:
         10.1023/A:1019142304382; Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), section 7.2.
     """
     if memory_size is not None:
-        _checks.check_static_count("lbfgs", "memory_size", memory_size, 1)
+        _checks.check_static_count("memory_size", memory_size, 1)
     return _build(memory_size)
 
 
 @functools.lru_cache(maxsize=64)  # so that equal settings find the compiled solve again
 def _build(memory_size: int | None) -> FirstOrder:
-    return first_order("lbfgs", functools.partial(_init, memory_size), _step)
+    return first_order(functools.partial(_init, memory_size), _step)
 
 
 def _init(memory_size: int | None, x: Vector, params: Tree) -> LBFGSState:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import dot, matmul, norm
 from curvature._types import Scalar, Status, Tree, Vector
 from curvature.optimizers._bounds import Box, around, box_of, downhill, flat, stay_inside
@@ -76,6 +77,7 @@ class _Tried(NamedTuple):
     memory: LBFGSBMemory
 
 
+@public
 def lbfgsb(lower: Tree = None, upper: Tree = None, *, memory_size: int = 10) -> FirstOrder:
     """L-BFGS within ``lower <= x <= upper``: an optax transformation that needs gradients only.
 
@@ -124,22 +126,22 @@ def lbfgsb(lower: Tree = None, upper: Tree = None, *, memory_size: int = 10) -> 
         doi:10.1137/S1052623498345075; Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), sections 7.2
         and 18.3.
     """
-    _checks.check_static_count("lbfgsb", "memory_size", memory_size, 1)
+    _checks.check_static_count("memory_size", memory_size, 1)
     init = functools.partial(_init, memory_size)
 
     def init_fn(params: Tree) -> LBFGSBState:
         if not is_placeholder(params):
-            box_of("lbfgsb", lower, upper, "params", params)
+            box_of(lower, upper, "params", params)
         return at_start(init, params)
 
     def update_fn(updates: Tree, state: Any, params: Tree | None = None, **extra_args: Any) -> tuple[Tree, Any]:
-        params = _checks.require_extra("lbfgsb", "params", params)
-        box = box_of("lbfgsb", lower, upper, "params", params)
+        params = _checks.require_extra("params", params)
+        box = box_of(lower, upper, "params", params)
         step = functools.partial(_step, flat(box))
-        updates, state = first_order_update("lbfgsb", step, updates, state, params, **extra_args)
+        updates, state = first_order_update(step, updates, state, params, **extra_args)
         return stay_inside(box, params, updates), state
 
-    return FirstOrder(*wrappable("lbfgsb", init_fn, update_fn))
+    return FirstOrder(*wrappable(init_fn, update_fn))
 
 
 def _init(memory_size: int, x: Vector, params: Tree) -> LBFGSBState:

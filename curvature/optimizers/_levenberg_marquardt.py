@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import dot, matmul, norm
 from curvature._types import Scalar, Status, Tree, Vector
 from curvature.linalg._subproblems import QuadraticModel, RegionStep, solve_region
@@ -79,6 +80,7 @@ class LevenbergMarquardtState(NamedTuple):
     stored: Unevaluated
 
 
+@public
 def levenberg_marquardt(
     subproblem: LeastSquaresSubproblem = "exact", *, initial_radius: float | Array | None = None
 ) -> ResidualMethod:
@@ -140,9 +142,9 @@ def levenberg_marquardt(
         the models, here with exact second derivatives; Nocedal and Wright, Numerical
         Optimization, 2nd ed. (2006), section 10.3 and (4.16) for the dogleg.
     """
-    _checks.check_choice("levenberg_marquardt", "subproblem", subproblem, LeastSquaresSubproblem)
+    _checks.check_choice("subproblem", subproblem, LeastSquaresSubproblem)
     if initial_radius is not None:
-        _checks.check_positive("levenberg_marquardt", "initial_radius", initial_radius)
+        _checks.check_positive("initial_radius", initial_radius)
     if isinstance(initial_radius, jax.Array):  # it cannot be looked up
         return _build(subproblem, initial_radius)
     return _build_once(subproblem, initial_radius)
@@ -197,7 +199,7 @@ def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | Array | N
             status=trial_status(accepted, last.value, last.predicted),
         )
 
-    return residual_method("levenberg_marquardt", init, step, dense=subproblem != "cg")
+    return residual_method(init, step, dense=subproblem != "cg")
 
 
 _build_once = functools.lru_cache(maxsize=64)(_build)  # so that equal settings find the compiled solve again

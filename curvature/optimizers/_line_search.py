@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from curvature._errors import calling
 from curvature._numerics import dot, norm
 from curvature._types import Scalar, Status, Vector
 from curvature.optimizers._method import (
@@ -34,8 +35,9 @@ def with_gradients(local: Local, is_guess: Bool[Array, ""] | None = None) -> Loc
     Where the length of the steps ``is_guess``, it is NaN after any step that does not look like one along a parabola.
     """
 
+    @calling("value_fn")
     def value_after(step: Vector) -> Scalar:
-        value, grad = evaluate("value_fn", local.value_after, step)
+        value, grad = evaluate(local.value_after, step)
         usable = jnp.all(jnp.isfinite(grad))
         if is_guess is not None:
             parabola = -dot(local.grad + grad, step) / 2

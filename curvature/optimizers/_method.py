@@ -106,15 +106,14 @@ class Local(NamedTuple):
 
 
 def second_order(
-    name: str, init: Callable[[Vector, Tree], Any], step: Callable[[Any, Local], tuple[Vector, Any]], *, dense: bool
+    init: Callable[[Vector, Tree], Any], step: Callable[[Any, Local], tuple[Vector, Any]], *, dense: bool
 ) -> SecondOrder:
     """An optax transformation from ``init(x, params) -> state`` and ``step(state, local) -> (step, state)``."""
-    functions = wrappable(name, functools.partial(at_start, init), functools.partial(second_order_update, name, step))
+    functions = wrappable(functools.partial(at_start, init), functools.partial(second_order_update, step))
     return (DenseSecondOrder if dense else SecondOrder)(*functions)
 
 
 def second_order_update(
-    name: str,
     step: Callable[[Any, Local], tuple[Vector, Any]],
     updates: Tree,
     state: Any,
@@ -128,29 +127,26 @@ def second_order_update(
     **extra_args: Any,
 ) -> tuple[Tree, Any]:
     """The ``update`` of ``second_order``; a gradient that is not finite changes nothing but the status."""
-    params, value, grad, fun = _operands(name, updates, params, value, grad, value_fn, extra_args)
-    local = _localize(name, params, value, grad, fun, hvp_fn, hessian_fn)
+    params, value, grad, fun = _operands(updates, params, value, grad, value_fn, extra_args)
+    local = _localize(params, value, grad, fun, hvp_fn, hessian_fn)
     usable = is_finite(value, local.grad)
     vector, after = step(state, local._replace(grad=choose(usable, local.grad, jnp.full_like(local.grad, jnp.nan))))
     return ravel(params)[1](choose(usable, vector, jnp.zeros_like(vector))), unless_lost(usable, after, state)
 
 
 def first_order(
-    name: str,
-    init: Callable[[Vector, Tree], Any],
-    step: Callable[[Any, Slope], tuple[Vector, Scalar, Vector, Any]],
+    init: Callable[[Vector, Tree], Any], step: Callable[[Any, Slope], tuple[Vector, Scalar, Vector, Any]]
 ) -> FirstOrder:
     """An optax transformation from ``init(x, params)`` and ``step(state, slope) -> (step, value, grad, state)``.
 
     ``value`` and ``grad`` are those after the step, and end in ``state.stored``, where ``init`` leaves
     ``nothing_stored``. Where the slope is not usable, ``step`` keeps its memory and stays.
     """
-    functions = wrappable(name, functools.partial(at_start, init), functools.partial(first_order_update, name, step))
+    functions = wrappable(functools.partial(at_start, init), functools.partial(first_order_update, step))
     return FirstOrder(*functions)
 
 
 def first_order_update(
-    name: str,
     step: Callable[[Any, Slope], tuple[Vector, Scalar, Vector, Any]],
     updates: Tree,
     state: Any,
@@ -166,11 +162,11 @@ def first_order_update(
     Where the gradient is not finite, or of another point, the step is zero and nothing is stored, so that
     ``optax.value_and_grad_from_state`` evaluates afresh.
     """
-    point, value, grad, fun = _operands(name, updates, params, value, grad, value_fn, extra_args)
+    point, value, grad, fun = _operands(updates, params, value, grad, value_fn, extra_args)
     x, unravel = ravel(point)
 
     def value_and_grad_after(step: Vector) -> tuple[Scalar, Vector]:
-        after, grad_after = evaluate(name, fun, optax.apply_updates(point, unravel(step)))  # rounded as that is
+        after, grad_after = evaluate(fun, optax.apply_updates(point, unravel(step)))  # rounded as that is
         return after.astype(x.dtype), ravel(grad_after)[0]
 
     vector, stale = ravel(grad)[0], _is_stale(state.stored, point, value, grad)
@@ -222,19 +218,18 @@ def _is_stale(stored: Stored, params: Tree, value: Scalar, grad: Tree) -> Bool[A
     return jnp.any(jnp.stack(moved)) & jnp.all(jnp.stack(same)) & value_is & jnp.isfinite(stored.value)
 
 
-def evaluate(function: str, fun: Objective, params: Tree) -> tuple[Scalar, Tree]:
+def evaluate(fun: Objective, params: Tree) -> tuple[Scalar, Tree]:
     """Value and gradient, by the mode that ``fun`` allows."""
-    return value_and_grad(function, trace_objective(function, "fun", fun, params, ()))
+    return value_and_grad(trace_objective("fun", fun, params, ()))
 
 
-def value_and_grad(function: str, program: Program) -> tuple[Scalar, Tree]:
+def value_and_grad(program: Program) -> tuple[Scalar, Tree]:
     """Value and gradient of a traced objective at its point, by the mode it allows."""
-    grad, (value, _) = gradient_of(program, program.x, choose_jacobian(function, program, "auto"))
+    grad, (value, _) = gradient_of(program, program.x, choose_jacobian(program, "auto"))
     return jnp.asarray(value), grad
 
 
 def _operands(
-    name: str,
     updates: Tree,
     params: Tree | None,
     value: Any,
@@ -243,15 +238,14 @@ def _operands(
     extra_args: dict[str, Any],
 ) -> tuple[Tree, Scalar, Tree, Callable[[Tree], Any]]:
     """What every update of ours needs, checked; ``value_fn`` is bound to the extra arguments that it takes."""
-    params = _checks.check_point(name, "params", _checks.require_extra(name, "params", params))
-    value = _checks.require_extra(name, "value", value)
-    value_fn = _checks.require_extra(name, "value_fn", value_fn)
-    grad = _checks.check_direction(name, "grad", gradient_for(name, updates, grad), "params", params)
+    params = _checks.check_point("params", _checks.require_extra("params", params))
+    value = _checks.require_extra("value", value)
+    value_fn = _checks.require_extra("value_fn", value_fn)
+    grad = _checks.check_direction("grad", gradient_for(updates, grad), "params", params)
     return params, jnp.asarray(value), grad, bind_extras(value_fn, extra_args)
 
 
 def _localize(
-    name: str,
     params: Tree,
     value: Scalar,
     grad: Tree,
@@ -265,13 +259,13 @@ def _localize(
         hvp_fn = linearize_grad(fun, params)[2]
 
     def product(v: Tree) -> Tree:
-        return _checks.require_extra(name, "hvp_fn", hvp_fn)(v)
+        return _checks.require_extra("hvp_fn", hvp_fn)(v)
 
     def hessian() -> Matrix:
         if hessian_fn is None:
             matrix = side_by_side(map_basis(product, params, "auto"), x.size, x.dtype)
         else:
-            matrix = matrix_of(name, "hessian(x)", hessian_fn(params), params).astype(x.dtype)
+            matrix = matrix_of("hessian(x)", hessian_fn(params), params).astype(x.dtype)
         return (matrix + matrix.T) / 2
 
     return Local(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from curvature._errors import public
 from curvature._numerics import dot
 from curvature._types import Status, Tree, Vector
 from curvature.linalg._subproblems import positive_definite_solve
@@ -30,6 +31,7 @@ class NewtonState(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
+@public
 def newton() -> SecondOrder:
     """Newton's method with a line search: an optax transformation for smooth objectives with a Hessian to form.
 
@@ -64,7 +66,7 @@ def newton() -> SecondOrder:
 
     References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithms 3.1 and 3.2, section 3.4.
     """
-    return second_order("newton", _init, _step, dense=True)
+    return second_order(_init, _step, dense=True)
 
 
 def _init(x: Vector, params: Tree) -> NewtonState:

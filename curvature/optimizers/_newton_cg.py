@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import dot, norm
 from curvature._types import Status, Tree, Vector
 from curvature.linalg._cg import truncated_cg
@@ -46,6 +47,7 @@ class NewtonCGState(NamedTuple):
     stored: Unevaluated
 
 
+@public
 def newton_cg(*, max_inner_steps: int | None = None) -> SecondOrder:
     """Newton's method by conjugate gradients and a line search: an optax transformation that never forms the Hessian.
 
@@ -90,15 +92,15 @@ def newton_cg(*, max_inner_steps: int | None = None) -> SecondOrder:
         doi:10.1007/s10107-019-01362-7.
     """
     if max_inner_steps is not None:
-        _checks.check_count("newton_cg", "max_inner_steps", max_inner_steps, least=1)
+        _checks.check_count("max_inner_steps", max_inner_steps, least=1)
     if isinstance(max_inner_steps, jax.Array):  # it cannot be looked up
-        return second_order("newton_cg", _init, functools.partial(_step, max_inner_steps), dense=False)
+        return second_order(_init, functools.partial(_step, max_inner_steps), dense=False)
     return _build_once(max_inner_steps)
 
 
 @functools.lru_cache(maxsize=64)
 def _build_once(max_inner_steps: int | None) -> SecondOrder:
-    return second_order("newton_cg", _init, functools.partial(_step, max_inner_steps), dense=False)
+    return second_order(_init, functools.partial(_step, max_inner_steps), dense=False)
 
 
 def _init(x: Vector, params: Tree) -> NewtonCGState:

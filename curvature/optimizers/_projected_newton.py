@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import matmul, norm
 from curvature._types import Scalar, Status, Tree, Vector
 from curvature.linalg._subproblems import RegionStep
@@ -44,6 +45,7 @@ from curvature.optimizers._wrappers import is_placeholder, wrappable
 FaceSubproblem = Literal["exact", "cg"]
 
 
+@public
 def projected_newton(lower: Tree = None, upper: Tree = None, *, subproblem: FaceSubproblem = "cg") -> SecondOrder:
     """Newton's method within ``lower <= x <= upper``: an optax transformation for smooth objectives, convex or not.
 
@@ -93,23 +95,23 @@ def projected_newton(lower: Tree = None, upper: Tree = None, *, subproblem: Face
         and 5.2, doi:10.1137/S1052623498345075; Conn, Gould and Toint, Trust-Region Methods (2000), chapter 12,
         doi:10.1137/1.9780898719857.
     """
-    _checks.check_choice("projected_newton", "subproblem", subproblem, FaceSubproblem)
+    _checks.check_choice("subproblem", subproblem, FaceSubproblem)
     step = _step_exact if subproblem == "exact" else _step_by_cg
 
     def init_fn(params: Tree) -> Any:
         if not is_placeholder(params):
-            box_of("projected_newton", lower, upper, "params", params)
+            box_of(lower, upper, "params", params)
         return at_start(_init, params)
 
     def update_fn(updates: Tree, state: Any, params: Tree | None = None, **extra_args: Any) -> tuple[Tree, Any]:
-        params = _checks.require_extra("projected_newton", "params", params)
-        box = box_of("projected_newton", lower, upper, "params", params)
+        params = _checks.require_extra("params", params)
+        box = box_of(lower, upper, "params", params)
         in_box = functools.partial(step, flat(box))
-        updates, state = second_order_update("projected_newton", in_box, updates, state, params, **extra_args)
+        updates, state = second_order_update(in_box, updates, state, params, **extra_args)
         return stay_inside(box, params, updates), state
 
     kind = DenseSecondOrder if subproblem == "exact" else SecondOrder
-    return kind(*wrappable("projected_newton", init_fn, update_fn))
+    return kind(*wrappable(init_fn, update_fn))
 
 
 def _init(x: Vector, params: Tree) -> TrustRegionState:

@@ -41,11 +41,7 @@ class DenseResidualMethod(ResidualMethod):
 
 
 def residual_method(
-    name: str,
-    init: Callable[[Vector, Tree], Any],
-    step: Callable[[Any, Linearized, Request], tuple[Vector, Any]],
-    *,
-    dense: bool,
+    init: Callable[[Vector, Tree], Any], step: Callable[[Any, Linearized, Request], tuple[Vector, Any]], *, dense: bool
 ) -> ResidualMethod:
     """A transformation from ``init(x, params) -> state`` and ``step(state, linearized, request) -> (step, state)``."""
 
@@ -60,11 +56,11 @@ def residual_method(
         request: Request | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, Any]:
-        params = _checks.check_point(name, "params", _checks.require_residuals(name, "params", params))
-        gradient_for(name, updates, grad)  # which the residuals give anyway: a changed one would be ignored
+        params = _checks.check_point("params", _checks.require_residuals("params", params))
+        gradient_for(updates, grad)  # which the residuals give anyway: a changed one would be ignored
         if linearized is None:
-            residual_fn = bind_extras(_checks.require_residuals(name, "residual_fn", residual_fn), extra_args)
-            linearized = linearize_residuals(name, residual_fn, params, loss="linear", scale=jnp.ones(()), dense=dense)
+            residual_fn = bind_extras(_checks.require_residuals("residual_fn", residual_fn), extra_args)
+            linearized = linearize_residuals(residual_fn, params, loss="linear", scale=jnp.ones(()), dense=dense)
         if request is None:
             request = Request(decrement=jnp.asarray(False), shorter=jnp.asarray(False))
         usable = is_finite(linearized.value, linearized.grad)
@@ -72,7 +68,7 @@ def residual_method(
         return ravel(params)[1](jnp.where(usable, vector, 0)), unless_lost(usable, after, state)
 
     kind = DenseResidualMethod if dense else ResidualMethod
-    return kind(*wrappable(name, functools.partial(at_start, init), update))
+    return kind(*wrappable(functools.partial(at_start, init), update))
 
 
 class Curvature(NamedTuple):

@@ -105,20 +105,20 @@ class Linearized(NamedTuple):
     value_after: Callable[[Vector], Scalar]
 
 
-def trace_residuals(function: str, residual_fn: Callable[[Tree], Any], x: Tree) -> Program:
+def trace_residuals(residual_fn: Callable[[Tree], Any], x: Tree) -> Program:
     """The residuals traced at ``x``, once they are known to be arrays of floats."""
-    program = trace(lambda x: (_checks.check_arrays(function, "residuals", residual_fn(x)), None), x)
-    _checks.check_residuals(function, program.out)
+    program = trace(lambda x: (_checks.check_arrays("residuals", residual_fn(x)), None), x)
+    _checks.check_residuals(program.out)
     return program
 
 
 def linearize_residuals(
-    function: str, residual_fn: Callable[[Tree], Any], x: Tree, *, loss: str, scale: Scalar, dense: bool
+    residual_fn: Callable[[Tree], Any], x: Tree, *, loss: str, scale: Scalar, dense: bool
 ) -> Linearized:
     """One evaluation of the residuals, and their derivative: a factored matrix, or products with it."""
-    program = trace_residuals(function, residual_fn, x)
+    program = trace_residuals(residual_fn, x)
     point, unravel = ravel(x)
-    out, push, pull, matrix = (_dense_map if dense else _linear_map)(function, program)
+    out, push, pull, matrix = (_dense_map if dense else _linear_map)(program)
     scale = jnp.asarray(scale, point.dtype)
     weighted = weigh(flat(out, point.dtype), loss, scale)
     value, weights, residual = weighted.value, weighted.weights, weighted.residual
@@ -144,11 +144,9 @@ def linearize_residuals(
     )
 
 
-def weighted_jacobian(
-    function: str, residual_fn: Callable[[Tree], Any], x: Tree, *, loss: str, scale: Scalar
-) -> Matrix:
+def weighted_jacobian(residual_fn: Callable[[Tree], Any], x: Tree, *, loss: str, scale: Scalar) -> Matrix:
     """The Jacobian of the residuals with its rows weighted by the loss, as ``linearize_residuals`` factors it."""
-    out, _, _, matrix = _dense_map(function, trace_residuals(function, residual_fn, x))
+    out, _, _, matrix = _dense_map(trace_residuals(residual_fn, x))
     return weigh(flat(out, matrix.dtype), loss, scale).weights[:, None] * matrix
 
 
@@ -211,14 +209,14 @@ def rounding_of(columns: Vector, x: Vector) -> Scalar:
     return jnp.finfo(x.dtype).eps * jnp.sum(columns * jnp.abs(x))
 
 
-def _dense_map(function: str, program: Program) -> tuple[Tree, Product, Product, Matrix]:
+def _dense_map(program: Program) -> tuple[Tree, Product, Product, Matrix]:
     """The residuals, products with their Jacobian, and it, by forward or reverse mode."""
     dtype = ravel(program.x)[0].dtype
 
     def fun(x: Tree) -> Tree:
         return program.fun(x)[0]
 
-    if choose_jacobian(function, program, "auto") == "fwd":
+    if choose_jacobian(program, "auto") == "fwd":
         out, push = jax.linearize(fun, program.x)
         matrix = matrix_of_products(map_basis(push, program.x, "auto"), num_entries(program.x)).T
     else:
@@ -228,9 +226,9 @@ def _dense_map(function: str, program: Program) -> tuple[Tree, Product, Product,
     return out, lambda v: matmul(matrix, v), lambda w: matmul(matrix.T, w), matrix
 
 
-def _linear_map(function: str, program: Program) -> tuple[Tree, Product, Product, None]:
+def _linear_map(program: Program) -> tuple[Tree, Product, Product, None]:
     """The residuals and products with their Jacobian, which is never formed."""
-    out, push, pull = push_and_pull(function, "residuals", program, select("", "", program.x, ""))
+    out, push, pull = push_and_pull("residuals", program, select("", program.x, ""))
     point, unravel = ravel(program.x)
     residual, restore = ravel(out)
 

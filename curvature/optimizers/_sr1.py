@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from curvature._errors import public
 from curvature._numerics import dot, matmul, norm
 from curvature._types import Matrix, Scalar, Status, Tree, Vector
 from curvature.linalg._subproblems import factor_model, solve_region
@@ -65,6 +66,7 @@ class _Trial(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
+@public
 def sr1() -> FirstOrder:
     """SR1 in a trust region: an optax transformation for smooth objectives, convex or not; gradients only.
 
@@ -106,7 +108,7 @@ def sr1() -> FirstOrder:
     References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithm 6.2; Conn, Gould and Toint (1991),
         doi:10.1007/BF01594934.
     """
-    return first_order("sr1", _init, _step)
+    return first_order(_init, _step)
 
 
 def _init(x: Vector, params: Tree) -> SR1State:

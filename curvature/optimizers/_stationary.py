@@ -91,7 +91,7 @@ def examine(
         if box is not None:
             moved = project(box, moved)
             goes_on = jnp.any(ravel(moved)[0] != x)  # else the bounds end the way
-        value, new = evaluate("minimize", value_fn, moved)
+        value, new = evaluate(value_fn, moved)
         value, new = value.astype(level.dtype), ravel(new)[0]
         spread = choose(is_probe, jnp.maximum(last.spread, jnp.abs(new - grad)), last.spread)
         slope = jnp.abs(dot(new, way))

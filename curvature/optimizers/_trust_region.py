@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import dot, norm
 from curvature._types import Scalar, Status, Tree, Vector
 from curvature.linalg._cg import truncated_cg
@@ -80,6 +81,7 @@ class Solver(NamedTuple):
     solve: Callable[[Scalar], tuple[RegionStep, Int[Array, ""]]]  # and those that one takes
 
 
+@public
 def trust_region(
     subproblem: Subproblem = "cg",
     *,
@@ -142,11 +144,11 @@ def trust_region(
     References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithms 4.1 and 7.2; Conn, Gould and
         Toint, Trust-Region Methods (2000), sections 7.3 and 17.4.2, doi:10.1137/1.9780898719857.
     """
-    _checks.check_choice("trust_region", "subproblem", subproblem, Subproblem)
+    _checks.check_choice("subproblem", subproblem, Subproblem)
     if initial_radius is not None:
-        _checks.check_positive("trust_region", "initial_radius", initial_radius)
+        _checks.check_positive("initial_radius", initial_radius)
     if max_inner_steps is not None:
-        _checks.check_count("trust_region", "max_inner_steps", max_inner_steps, least=1)
+        _checks.check_count("max_inner_steps", max_inner_steps, least=1)
     if isinstance(initial_radius, jax.Array) or isinstance(max_inner_steps, jax.Array):  # they cannot be looked up
         return _build(subproblem, initial_radius, max_inner_steps)
     return _build_once(subproblem, initial_radius, max_inner_steps)
@@ -189,7 +191,7 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
             status=trial_status(accepted, last.value, last.predicted),
         )
 
-    return second_order("trust_region", init, step, dense=subproblem == "exact")
+    return second_order(init, step, dense=subproblem == "exact")
 
 
 _build_once = functools.lru_cache(maxsize=64)(_build)  # so that equal settings find the compiled solve again

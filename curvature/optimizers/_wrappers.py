@@ -11,27 +11,30 @@ import optax
 from jax.core import Tracer
 
 from curvature import _checks
+from curvature._errors import later
 from curvature._types import Tree
 
 Init = Callable[[Tree], Any]
 Update = Callable[..., tuple[Tree, Any]]
 
 
-def wrappable(name: str, init: Init, update: Update) -> tuple[Any, Any]:
+def wrappable(init: Init, update: Update) -> tuple[Any, Any]:
     """``init`` and ``update`` as optax's wrappers can take them.
 
     ``init`` also takes the placeholder of ``optax.tree.map_params``, and makes a state that a jitted step may donate.
     An error on a tree with masked leaves says so.
     """
 
+    @later
     def init_fn(params: Tree) -> Any:
         if is_placeholder(params):
             return init(params)
-        params = _checks.check_point(name, "params", params)
-        return in_own_buffers(_naming_masks(name, "init", params, init, params))
+        params = _checks.check_point("params", params)
+        return in_own_buffers(_naming_masks("init", params, init, params))
 
+    @later
     def update_fn(updates: Tree, state: Any, params: Tree | None = None, **extra_args: Any) -> tuple[Tree, Any]:
-        return _naming_masks(name, "update", params, update, updates, state, params, **extra_args)
+        return _naming_masks("update", params, update, updates, state, params, **extra_args)
 
     return init_fn, update_fn
 
@@ -63,7 +66,7 @@ def in_own_buffers(state: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf if isinstance(leaf, Tracer) else jnp.array(leaf, copy=True), state)
 
 
-def gradient_for(name: str, updates: Tree | None, grad: Tree | None) -> Any:
+def gradient_for(updates: Tree | None, grad: Tree | None) -> Any:
     """The gradient of an update, where ``updates`` and ``grad=`` are the same arrays but for masked leaves.
 
     What changed the updates before, such as weight decay or clipping in an ``optax.chain``, has not changed
@@ -72,7 +75,7 @@ def gradient_for(name: str, updates: Tree | None, grad: Tree | None) -> Any:
     if updates is None or grad is None:
         return grad if updates is None else updates
     if not _are_same(updates, grad):
-        _checks.refuse_changed_gradient(name)
+        _checks.refuse_changed_gradient()
     return updates
 
 
@@ -91,14 +94,14 @@ def _are_equal(one: Any, other: Any) -> bool:
     return np.array_equal(one, other, equal_nan=True)
 
 
-def _naming_masks(name: str, method: str, params: Tree, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _naming_masks(method: str, params: Tree, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The call, whose errors say so where parts of ``params`` are masked: no function of the user expects that."""
     try:
         return function(*args, **kwargs)
     except Exception as failure:
         masked = _masked_paths(params)
         if masked:
-            raise _checks.masked_params(name, method, masked, failure) from failure
+            raise _checks.masked_params(method, masked, failure) from failure
         raise
 
 

@@ -116,7 +116,7 @@ def _has_finite_rule(closed: ClosedJaxpr, ranges: Sequence[Range], assumed: froz
         return True
     if find_blocker(closed.jaxpr, moving, [True] * len(closed.jaxpr.outvars), "fwd") is not None:
         return False
-    rule = pushforward("hessian", closed, moving).jaxpr.jaxpr
+    rule = pushforward(closed, moving).jaxpr.jaxpr
     return _finite_outputs(rule, [*ranges, *[_UNKNOWN] * sum(moving)], assumed | {text}) is not None
 
 

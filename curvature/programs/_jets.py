@@ -22,7 +22,6 @@ from curvature.programs._legality import active_equation_outputs, active_loop_ou
 from curvature.programs._primitives import BILINEAR, LINEAR_ENTRYWISE
 from curvature.programs._pushforward import Pushforward, is_elementwise, pushforward
 
-FUNCTION = "laplacian"  # the function that errors name
 BY_ENTRY = "entry by entry"
 BY_REVERSE = "each direction, by reverse mode"
 
@@ -183,7 +182,7 @@ def _partials(alone: _Equation) -> tuple[dict[int, Any], dict[tuple[int, int], A
     values, active = alone.values, alone.active
     first, second = {}, {}
     for n, i in enumerate(active):
-        slope = pushforward(FUNCTION, alone.closed, _one_hot(i, values)).jaxpr
+        slope = pushforward(alone.closed, _one_hot(i, values)).jaxpr
         ones = jnp.ones_like(values[i])
         if not active_outputs(slope.jaxpr, [False] * len(values) + [True])[0]:
             continue
@@ -191,7 +190,7 @@ def _partials(alone: _Equation) -> tuple[dict[int, Any], dict[tuple[int, int], A
         for m, j in enumerate(active[: n + 1]):
             moving = [*_one_hot(j, values), False]
             if active_outputs(slope.jaxpr, moving)[0]:
-                bend = pushforward(FUNCTION, slope, moving).along([*values, ones], [jnp.ones_like(values[j])])[0]
+                bend = pushforward(slope, moving).along([*values, ones], [jnp.ones_like(values[j])])[0]
                 second[n, m] = bend if n == m else 2 * bend
     return first, second
 
@@ -208,7 +207,7 @@ def _push_generic(alone: _Equation, log: list[Step]) -> list[Jet]:
     values, active = alone.values, alone.active
     jets = [alone.jets[i] for i in active]
     moving, still = [i in active for i in range(len(values))], [False] * len(active)
-    first = pushforward(FUNCTION, alone.closed, moving)
+    first = pushforward(alone.closed, moving)
     reached = active_outputs(first.jaxpr.jaxpr, [False] * len(moving) + [True] * len(active))
     bent = active_outputs(first.jaxpr.jaxpr, moving + still)
     jacs = jax.vmap(lambda v: first.along(values, v))([jet.jac for jet in jets])
@@ -241,7 +240,7 @@ def _second_derivatives(alone: _Equation, first: Pushforward, moving: list[bool]
         products = jax.vmap(jex.core.jaxpr_as_fun(alone.closed))(*[jet.jac for jet in alone.jets])[0]
         return "bilinear", [2 * jnp.sum(products, axis=0)]
     jacs = [alone.jets[i].jac for i in alone.active]
-    second = pushforward(FUNCTION, first.jaxpr, moving)
+    second = pushforward(first.jaxpr, moving)
     each = jax.vmap(lambda v: second.along([*alone.values, *v], v))(jacs)
     return "each direction" if second.mode == "fwd" else BY_REVERSE, [jnp.sum(array, axis=0) for array in each]
 

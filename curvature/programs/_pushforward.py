@@ -52,10 +52,10 @@ def directional_derivative(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: T
     return derivative, (out, aux)
 
 
-def pushforward(function: str, closed: ClosedJaxpr, moving: Sequence[bool]) -> Pushforward:
+def pushforward(closed: ClosedJaxpr, moving: Sequence[bool]) -> Pushforward:
     """Differentiate with respect to the ``moving`` arguments: forward, or else by reverse mode applied twice."""
     live = [True] * len(closed.jaxpr.outvars)
-    mode = choose_forward(function, lambda mode: find_blocker(closed.jaxpr, moving, live, mode))
+    mode = choose_forward(lambda mode: find_blocker(closed.jaxpr, moving, live, mode))
     fun = jex.core.jaxpr_as_fun(closed)
     floating = [is_floating(v) for v in closed.jaxpr.outvars]
 
@@ -74,7 +74,7 @@ def pushforward(function: str, closed: ClosedJaxpr, moving: Sequence[bool]) -> P
     return Pushforward(made.replace(jaxpr=live_jaxpr), mode)
 
 
-def choose_forward(function: str, blocker: Callable[[str], Blocker | None]) -> str:
+def choose_forward(blocker: Callable[[str], Blocker | None]) -> str:
     """The mode of a derivative along a direction: forward wherever it is legal."""
     blockers = {}
     for mode in ("fwd", "rev"):
@@ -82,7 +82,7 @@ def choose_forward(function: str, blocker: Callable[[str], Blocker | None]) -> s
         if found is None:
             return mode
         blockers[mode] = str(found)
-    raise _checks.no_legal_mode(function, blockers)
+    raise _checks.no_legal_mode(blockers)
 
 
 def derivative_along(mode: str, fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: Tree) -> tuple[Any, Any]:
@@ -204,7 +204,7 @@ def _has_entrywise_rule(closed: ClosedJaxpr, shape: tuple[int, ...], assumed: fr
         return True
     if find_blocker(closed.jaxpr, moving, [True] * len(closed.jaxpr.outvars), "fwd") is not None:
         return False
-    return _is_entrywise(pushforward("laplacian", closed, moving).jaxpr.jaxpr, shape, assumed | {text})
+    return _is_entrywise(pushforward(closed, moving).jaxpr.jaxpr, shape, assumed | {text})
 
 
 def _shape_of(v: Any) -> tuple[int, ...]:

@@ -195,7 +195,7 @@ class Taps:
         return captured, d
 
 
-def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
+def trace_taps(loss: Objective, params: Tree, example: tuple[Any, ...]) -> Taps | None:
     """The taps of a loss; None if the loss has no reverse mode or no jaxpr, or if no parameter meets data.
 
     None also if parameters become complex numbers, because shifts and cotangents are real here, or if parameters enter
@@ -205,10 +205,10 @@ def trace_taps(function: str, loss: Objective, params: Tree, example: tuple[Any,
 
     # 1. Trace the loss, as a function of parameters and example, and of the parameters alone.
     def value(point: tuple[Tree, tuple[Any, ...]]) -> tuple[Any, None]:
-        return _checks.check_arrays(function, "loss", loss(point[0], *point[1])), None
+        return _checks.check_arrays("loss", loss(point[0], *point[1])), None
 
     whole = _traced.trace(value, (params, example))
-    _checks.check_scalar_output(function, "loss", whole.out)
+    _checks.check_scalar_output("loss", whole.out)
     if whole.jaxpr is None:
         return None
     program = _traced.trace(lambda params: whole.fun((params, example)), params)

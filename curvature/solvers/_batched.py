@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from curvature import _checks
 from curvature._compile_cache import compiled
+from curvature._errors import public
 from curvature._types import MinimizeResult, Objective, Status, Tree
 from curvature.solvers._loop import Limits, Loop, may_step, settle, start_loop, stepper
 from curvature.solvers._methods import Method, resolve
@@ -38,6 +39,7 @@ class _Layout(NamedTuple):
     is_mapped: tuple[bool, ...]
 
 
+@public
 def minimize_batched(
     fun: Objective,
     x0_batch: Tree,
@@ -94,20 +96,19 @@ def minimize_batched(
         >>> jnp.allclose(result.x[:, 0], jnp.array([1.0, 2.0, 4.0])), result.success
         (Array(True, dtype=bool), Array([ True,  True,  True], dtype=bool))
     """
-    name = "minimize_batched"
-    _checks.check_callable(name, "fun", fun)
+    _checks.check_callable("fun", fun)
     if hessian is not None:
-        _checks.check_callable(name, "hessian", hessian)
-    x0 = _checks.check_point(name, "x0_batch", x0_batch)
+        _checks.check_callable("hessian", hessian)
+    x0 = _checks.check_point("x0_batch", x0_batch)
     args, axes = (args_batch, in_axes) if type(args_batch) is tuple else ((args_batch,), _of_one(in_axes))
-    _checks.check_data(name, args)
-    _checks.check_concrete(name, {"x0_batch": x0, "args_batch": args})
-    lanes, leaf_axes = _checks.check_problems(name, x0, args, axes)
+    _checks.check_data(args)
+    _checks.check_concrete({"x0_batch": x0, "args_batch": args})
+    lanes, leaf_axes = _checks.check_problems(x0, args, axes)
     data, layout = _split(args, leaf_axes)
     first = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), x0)
-    _checks.check_entries(name, "x0_batch", first)
-    limits = limits_of(name, first, gtol, rtol, max_steps)
-    how = {"layout": layout, "transformation": resolve(name, method, first, hessian), "hessian": hessian}
+    _checks.check_entries("x0_batch", first)
+    limits = limits_of(first, gtol, rtol, max_steps)
+    how = {"layout": layout, "transformation": resolve(method, first, hessian), "hessian": hessian}
     loop = _align(compiled(_start, fun, (x0, data))(x0, data, limits, **how), jax.tree.leaves(x0)[0])
     data = data._replace(mapped=_align(data.mapped, jax.tree.leaves(x0)[0]))
     return _run_blocks(compiled(_advance, fun, (x0, data)), how, loop, data, limits, lanes)

@@ -9,11 +9,13 @@ from jaxtyping import Array, Float
 
 from curvature import _checks
 from curvature._compile_cache import compiled
+from curvature._errors import public
 from curvature._types import Tree
 from curvature.optimizers._robust import Loss
 from curvature.solvers._least_squares import Limits, check_limits, run, run_in_two
 
 
+@public
 def curve_fit(
     model: Callable[..., Array],
     xdata: Tree,
@@ -58,11 +60,11 @@ def curve_fit(
         (Array([1.04, 1.99], dtype=float32), Array([[ 0.0214, -0.0071],
                [-0.0071,  0.0036]], dtype=float32))
     """
-    _checks.check_callable("curve_fit", "model", model)
-    ydata = _checks.check_observations("curve_fit", ydata)
-    p0 = _checks.check_start("curve_fit", "p0", p0)
-    _checks.check_data("curve_fit", (xdata,))
-    limits = check_limits("curve_fit", p0, "levenberg-marquardt", loss, f_scale, None, 0.0, max_steps)
+    _checks.check_callable("model", model)
+    ydata = _checks.check_observations(ydata)
+    p0 = _checks.check_start("p0", p0)
+    _checks.check_data((xdata,))
+    limits = check_limits(p0, "levenberg-marquardt", loss, f_scale, None, 0.0, max_steps)
     return run_in_two(compiled(_fit, model, (p0, xdata, ydata)), (p0, xdata, ydata, limits), loss=loss)
 
 
@@ -79,7 +81,7 @@ def _fit(
 ) -> tuple[tuple[Tree, Float[Array, "n n"]], Any]:
     def residuals(params: Tree, xdata: Tree, ydata: Array) -> Array:
         predictions = model(params, xdata)
-        _checks.check_predictions("curve_fit", predictions, ydata)
+        _checks.check_predictions(predictions, ydata)
         return predictions - ydata
 
     data = xdata, ydata

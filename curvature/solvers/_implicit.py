@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, Float
 
+from curvature._errors import calling
 from curvature._sharding import vary_like
 from curvature._trees import ravel
 from curvature._types import Tree, Vector
@@ -87,6 +88,7 @@ def _solution(
 
 
 @functools.partial(_solution.defjvp, symbolic_zeros=True)
+@calling("minimize")
 def _solution_jvp(objective: Lifted, primals: Any, tangents: Any) -> Any:
     x, value = _solution(objective, *primals)
     free, operands = primals[2:]
@@ -99,8 +101,8 @@ def _solution_jvp(objective: Lifted, primals: Any, tangents: Any) -> Any:
         now = dict(zip(moving, point[1], strict=True))
         return objective(point[0], *(now.get(i, operand) for i, operand in enumerate(operands)))
 
-    program = trace_objective("minimize", "fun", joint, (x, [operands[i] for i in moving]), ())
-    composition = choose_composition("minimize", program, "auto")
+    program = trace_objective("fun", joint, (x, [operands[i] for i in moving]), ())
+    composition = choose_composition(program, "auto")
     _, (_, slopes), product, _ = linearize_program(program, composition)
     at_rest = jax.tree.map(jnp.zeros_like, program.x)
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._compile_cache import compiled, is_traced
+from curvature._errors import later, public
 from curvature._numerics import norm
 from curvature._sharding import vary_like
 from curvature._trees import num_entries, ravel
@@ -75,6 +76,7 @@ class _Loop(NamedTuple):
     is_deferred: Bool[Array, ""]  # whether the next update needs the decrement, which this program does without
 
 
+@public
 def least_squares(
     residuals: Callable[..., Tree],
     x0: Tree,
@@ -157,10 +159,10 @@ def least_squares(
         offset orthogonality convergence criterion for nonlinear least squares, Technometrics 23 (1981),
         doi:10.1080/00401706.1981.10486268.
     """
-    _checks.check_callable("least_squares", "residuals", residuals)
-    x0 = _checks.check_start("least_squares", "x0", x0)
-    args = _checks.check_data("least_squares", args)
-    limits = check_limits("least_squares", x0, method, loss, f_scale, gtol, rtol, max_steps)
+    _checks.check_callable("residuals", residuals)
+    x0 = _checks.check_start("x0", x0)
+    args = _checks.check_data(args)
+    limits = check_limits(x0, method, loss, f_scale, gtol, rtol, max_steps)
     return run_in_two(compiled(run, residuals, (x0, args)), (x0, args, limits), method=method, loss=loss)
 
 
@@ -179,18 +181,16 @@ def run_in_two(program: Callable[..., Any], operands: tuple[Any, ...], **how: An
     return program(*operands, loop, deferred=False, **how)[0]
 
 
-def check_limits(
-    function: str, x0: Tree, method: Any, loss: Any, f_scale: Any, gtol: Any, rtol: Any, max_steps: Any
-) -> Limits:
+def check_limits(x0: Tree, method: Any, loss: Any, f_scale: Any, gtol: Any, rtol: Any, max_steps: Any) -> Limits:
     """The numbers as arrays, and the words known."""
-    _checks.check_residual_method(function, method, tuple(_METHODS), isinstance(method, ResidualMethod))
-    _checks.check_choice(function, "loss", loss, Loss)
-    _checks.check_positive(function, "f_scale", f_scale)
+    _checks.check_residual_method(method, tuple(_METHODS), isinstance(method, ResidualMethod))
+    _checks.check_choice("loss", loss, Loss)
+    _checks.check_positive("f_scale", f_scale)
     if gtol is None:
         gtol = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x0)) ** 0.5
     for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
-        _checks.check_nonnegative(function, name, tolerance)
-    _checks.check_count(function, "max_steps", max_steps)
+        _checks.check_nonnegative(name, tolerance)
+    _checks.check_count("max_steps", max_steps)
     dtype = ravel(x0)[0].dtype
     return Limits(
         jnp.asarray(gtol, dtype),
@@ -217,7 +217,7 @@ def run(
     Data and limits are operands, so that new ones find the program they need. Derivatives are taken of the solution, so
     nothing that goes through the loop has any.
     """
-    program, x0 = trace_from(lambda x: trace_residuals("least_squares", lambda x: residuals(x, *args), x), x0)
+    program, x0 = trace_from(lambda x: trace_residuals(lambda x: residuals(x, *args), x), x0)
     num_residuals = num_entries(program.out)
     residuals_of, operands = lift(program)
     scaled = [limits.f_scale, *operands]
@@ -225,8 +225,9 @@ def run(
     def cost(x: Tree, scale: Array, *operands: Any) -> Array:
         return half_sum(flat(residuals_of(x, *operands), scale.dtype), loss, scale)
 
+    @later
     def jacobian(x: Tree, scale: Array, *operands: Any) -> Array:
-        return weighted_jacobian("least_squares", lambda x: residuals_of(x, *operands), x, loss=loss, scale=scale)
+        return weighted_jacobian(lambda x: residuals_of(x, *operands), x, loss=loss, scale=scale)
 
     x0, limits, data = jax.lax.stop_gradient((x0, limits, operands))
 
@@ -238,7 +239,7 @@ def run(
     dense = isinstance(transformation, DenseResidualMethod)
 
     def linearize(x: Tree) -> Linearized:
-        return linearize_residuals("least_squares", residual_fn, x, loss=loss, scale=limits.f_scale, dense=dense)
+        return linearize_residuals(residual_fn, x, loss=loss, scale=limits.f_scale, dense=dense)
 
     def advance(before: _Loop) -> _Loop:
         linear, loop = linearize(before.x), before

@@ -245,7 +245,7 @@ def start_loop(
     if isinstance(transformation, SecondOrder):
         loop = loop._replace(origin=Origin(x0, infinity, zero))
     if isinstance(transformation, FirstOrder):
-        stored = jax.lax.stop_gradient(Stored(*evaluate("minimize", value_fn, x0), x0))
+        stored = jax.lax.stop_gradient(Stored(*evaluate(value_fn, x0), x0))
         loop = loop._replace(state=loop.state._replace(stored=stored))
         point = _seen(loop, _stored_point(loop), limits, callback, box)
         loop = _observed(_begin(loop, point, limits), point)
@@ -294,12 +294,12 @@ def _evaluate(
     extras: dict[str, Any] = {}
     if isinstance(transformation, FirstOrder):
         return _stored_point(loop), {"value": loop.state.stored.value}
-    program = trace_objective("minimize", "fun", value_fn, loop.x, ())
+    program = trace_objective("fun", value_fn, loop.x, ())
     if hessian is not None:
-        value, grad = value_and_grad("minimize", program)
+        value, grad = value_and_grad(program)
         extras["hessian_fn"] = lambda x: hessian(x, *args)
     elif isinstance(transformation, SecondOrder):
-        composition = choose_composition("minimize", program, "auto")
+        composition = choose_composition(program, "auto")
         value, grad, extras["hvp_fn"], _ = linearize_program(program, composition)
     else:
         value, grad = _stored_or_fresh(program, loop)
@@ -328,11 +328,9 @@ def _stored_or_fresh(program: Program, loop: Loop) -> tuple[Float[Array, ""], Tr
         last = last[-1]
     value, grad = getattr(last, "value", None), getattr(last, "grad", None)
     if value is None or jax.tree.structure(grad) != jax.tree.structure(loop.x):
-        return value_and_grad("minimize", program)
+        return value_and_grad(program)
     dtype = program.out.dtype
-    return jax.lax.cond(
-        jnp.isfinite(value), lambda: (jnp.asarray(value, dtype), grad), lambda: value_and_grad("minimize", program)
-    )
+    return jax.lax.cond(jnp.isfinite(value), lambda: (jnp.asarray(value, dtype), grad), lambda: value_and_grad(program))
 
 
 def _begin(loop: Loop, point: Point, limits: Limits) -> Loop:

@@ -37,17 +37,15 @@ def _named(method: str) -> WithStatus:
     return METHODS[method]()
 
 
-def resolve(
-    function: str, method: Method, x0: Tree, hessian: Callable[..., Tree] | None
-) -> optax.GradientTransformation:
+def resolve(method: Method, x0: Tree, hessian: Callable[..., Tree] | None) -> optax.GradientTransformation:
     """The transformation that a method names."""
     if isinstance(method, optax.GradientTransformation):
         transformation = method
     else:
-        _checks.check_method(function, method, ("auto", *METHODS))
+        _checks.check_method(method, ("auto", *METHODS))
         small = num_entries(x0) <= DENSE_ENTRIES
         automatic = "trust-exact" if hessian is not None or small else "trust-region"
         transformation = _named(automatic if method == "auto" else method)
     if hessian is not None:
-        _checks.check_hessian_used(function, method, isinstance(transformation, DenseSecondOrder))
+        _checks.check_hessian_used(method, isinstance(transformation, DenseSecondOrder))
     return transformation

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from curvature import _checks
 from curvature._compile_cache import compiled
+from curvature._errors import public
 from curvature._sharding import vary_like
 from curvature._trees import num_entries
 from curvature._types import MinimizeResult, Objective, Tree
@@ -24,6 +25,7 @@ from curvature.solvers._progress import close, start_watch
 from curvature.transforms._compositions import trace_objective
 
 
+@public
 def minimize(
     fun: Objective,
     x0: Tree,
@@ -123,28 +125,28 @@ def minimize(
     References: Conn, Gould and Toint, Trust-Region Methods (2000), section 12.1.4, doi:10.1137/1.9780898719857, and
         Byrd, Lu, Nocedal and Zhu (1995), equation (6.1), doi:10.1137/0916069, for the projected gradient.
     """
-    _checks.check_callable("minimize", "fun", fun)
-    x0 = _checks.check_start("minimize", "x0", x0)
-    args = _checks.check_data("minimize", args)
+    _checks.check_callable("fun", fun)
+    x0 = _checks.check_start("x0", x0)
+    args = _checks.check_data(args)
     for name, function in {"hessian": hessian, "callback": callback}.items():
         if function is not None:
-            _checks.check_callable("minimize", name, function)
-    limits = limits_of("minimize", x0, gtol, rtol, max_steps)
+            _checks.check_callable(name, function)
+    limits = limits_of(x0, gtol, rtol, max_steps)
     most_steps: Any = max_steps
     if history:
-        _checks.check_static_count("minimize", "max_steps", most_steps, least=0)
+        _checks.check_static_count("max_steps", most_steps, least=0)
     if bounds is None:
-        resolved, box = resolve("minimize", method, x0, hessian), None
+        resolved, box = resolve(method, x0, hessian), None
     else:
         resolved = resolve_bounded(method, num_entries(x0) <= DENSE_ENTRIES, hessian is not None)
-        box = box_of("minimize", *_checks.check_pair_of_bounds("minimize", bounds), "x0", x0)
+        box = box_of(*_checks.check_pair_of_bounds(bounds), "x0", x0)
     return compiled(_run, fun, (x0, args))(
         x0, args, limits, box, method=resolved, hessian=hessian, callback=callback,
         history_length=int(most_steps) + 1 if history else 0, progress=bool(progress),
     )  # fmt: skip
 
 
-def limits_of(function: str, x0: Tree, gtol: ArrayLike | None, rtol: ArrayLike, max_steps: ArrayLike) -> Limits:
+def limits_of(x0: Tree, gtol: ArrayLike | None, rtol: ArrayLike, max_steps: ArrayLike) -> Limits:
     """The limits, checked; without ``gtol`` a point converges that is stationary to rounding."""
     dtype = _of_vector(*(leaf.dtype for leaf in jax.tree.leaves(x0)))
     to_rounding = gtol is None
@@ -152,15 +154,13 @@ def limits_of(function: str, x0: Tree, gtol: ArrayLike | None, rtol: ArrayLike, 
         gtol = 0.0
     plain = all(type(number) in (int, float) for number in (gtol, rtol, max_steps))
     build: Any = _limits_once if plain else _limits  # arrays cannot be looked up
-    return build(function, dtype, gtol, rtol, max_steps, to_rounding)
+    return build(dtype, gtol, rtol, max_steps, to_rounding)
 
 
-def _limits(
-    function: str, dtype: Any, gtol: ArrayLike, rtol: ArrayLike, max_steps: ArrayLike, to_rounding: bool
-) -> Limits:
+def _limits(dtype: Any, gtol: ArrayLike, rtol: ArrayLike, max_steps: ArrayLike, to_rounding: bool) -> Limits:
     for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
-        _checks.check_nonnegative(function, name, tolerance)
-    _checks.check_count(function, "max_steps", max_steps)
+        _checks.check_nonnegative(name, tolerance)
+    _checks.check_count("max_steps", max_steps)
     return Limits(
         _operand(gtol, dtype), _operand(rtol, dtype), _operand(max_steps, jnp.int32), _operand(to_rounding, bool)
     )
@@ -199,7 +199,7 @@ def _run(
 
     Derivatives are taken of the solution, so nothing that goes through the loop has any.
     """
-    program, x0 = trace_from(lambda x: trace_objective("minimize", "fun", fun, x, args), x0)
+    program, x0 = trace_from(lambda x: trace_objective("fun", fun, x, args), x0)
     objective, operands = lift(program)
     x0, args, limits, data, walls = jax.lax.stop_gradient((x0, args, limits, operands, box))
     value_fn = functools.partial(_at, objective, data)

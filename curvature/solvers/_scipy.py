@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from curvature import _checks
 from curvature._compile_cache import cached
+from curvature._errors import public
 from curvature._trees import ravel
 from curvature._types import Objective, Tree
 from curvature.optimizers._bounds import box_of, flat, project
@@ -41,6 +42,7 @@ class _Programs(NamedTuple):
     matrix: Callable[..., Float[Array, "n n"]]
 
 
+@public
 def scipy_minimize(
     fun: Objective,
     x0: Tree,
@@ -95,18 +97,18 @@ def scipy_minimize(
         >>> bool(result.success), jnp.round(result.x["a"], 2), result.x_flat.shape
         (True, Array([1., 2.], dtype=float32), (3,))
     """
-    _checks.check_callable("scipy_minimize", "fun", fun)
-    x0 = _checks.check_start("scipy_minimize", "x0", x0)
-    args = _checks.check_data("scipy_minimize", args)
-    _checks.check_concrete("scipy_minimize", {"x0": x0, "args": args, "bounds": bounds})
+    _checks.check_callable("fun", fun)
+    x0 = _checks.check_start("x0", x0)
+    args = _checks.check_data(args)
+    _checks.check_concrete({"x0": x0, "args": args, "bounds": bounds})
     if callback is not None:
-        _checks.check_callable("scipy_minimize", "callback", callback)
+        _checks.check_callable("callback", callback)
     method = ("BFGS" if bounds is None else "L-BFGS-B") if method is None else method
-    _checks.check_choice("scipy_minimize", "method", method, ScipyMethod)
+    _checks.check_choice("method", method, ScipyMethod)
     box = None
     if bounds is not None:
-        _checks.check_bounded_method("scipy_minimize", method, _BOUNDED)
-        box = box_of("scipy_minimize", *_checks.check_pair_of_bounds("scipy_minimize", bounds), "x0", x0)
+        _checks.check_bounded_method(method, _BOUNDED)
+        box = box_of(*_checks.check_pair_of_bounds(bounds), "x0", x0)
         x0 = project(box, x0)
     optimize: Any = importlib.import_module("scipy.optimize")  # not at the top: it takes a quarter of a second
     vector, unravel = ravel(x0)
@@ -183,11 +185,11 @@ def _at(reference: Callable[[], Any], like: Tree, args: tuple[Any, ...]) -> Call
 
 
 def _value(reference: Callable[[], Any], vector: Array, like: Tree, args: tuple[Any, ...]) -> Array:
-    return trace_objective("scipy_minimize", "fun", _at(reference, like, args), vector, ()).fun(vector)[0]
+    return trace_objective("fun", _at(reference, like, args), vector, ()).fun(vector)[0]
 
 
 def _value_and_grad(reference: Callable[[], Any], vector: Array, like: Tree, args: tuple[Any, ...]) -> Any:
-    return evaluate("scipy_minimize", _at(reference, like, args), vector)
+    return evaluate(_at(reference, like, args), vector)
 
 
 def _product(reference: Callable[[], Any], vector: Array, like: Tree, args: tuple[Any, ...], v: Array) -> Array:

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Int
 
 from curvature import _checks
+from curvature._errors import calling, public
 from curvature._types import Tree
 from curvature.optimizers._wrappers import wrappable
 from curvature.training._stochastic import (
@@ -31,8 +32,6 @@ from curvature.training._stochastic import (
 
 SpatialAxes = Callable[[tuple[int, ...]], tuple[int, ...]]
 
-_NAME = "scale_by_adahessian"
-
 
 class AdaHessianState(NamedTuple):
     """The state of ``scale_by_adahessian``: plain arrays, ready for a checkpoint.
@@ -50,12 +49,14 @@ class AdaHessianState(NamedTuple):
     key: KeyData
 
 
+@calling("scale_by_adahessian")
 def kernel_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """All axes but the last two: the spatial axes of a convolution kernel in flax's layout, none for a matrix."""
-    _checks.check_shape(_NAME, shape)
+    _checks.check_shape(shape)
     return tuple(range(len(shape) - 2))
 
 
+@public
 def adahessian(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -109,9 +110,10 @@ def adahessian(
     scale = scale_by_adahessian(
         key=key, b1=b1, b2=b2, eps=eps, power=power, spatial_axes=spatial_axes, refresh_every=refresh_every
     )
-    return with_learning_rate("adahessian", scale, learning_rate, weight_decay, mask)
+    return with_learning_rate(scale, learning_rate, weight_decay, mask)
 
 
+@public
 def scale_by_adahessian(
     *,
     key: Key,
@@ -165,16 +167,16 @@ def scale_by_adahessian(
 
     References: Yao et al. (arXiv:2006.00719), equations 8 to 12 and section 3.
     """
-    data = key_data(_NAME, key)
+    data = key_data(key)
     for option, value in {"b1": b1, "b2": b2}.items():
-        _checks.check_decay(_NAME, option, value)
+        _checks.check_decay(option, value)
     for option, value in {"eps": eps, "power": power}.items():
-        _checks.check_nonnegative(_NAME, option, value)
-    _checks.check_callable(_NAME, "spatial_axes", spatial_axes)
-    _checks.check_static_count(_NAME, "refresh_every", refresh_every, 1)
+        _checks.check_nonnegative(option, value)
+    _checks.check_callable("spatial_axes", spatial_axes)
+    _checks.check_static_count("refresh_every", refresh_every, 1)
 
     setting = _Setting(key, data, b1, b2, eps, power, spatial_axes, refresh_every)
-    functions = wrappable(_NAME, partial(_init, setting), partial(_update, setting))
+    functions = wrappable(partial(_init, setting), partial(_update, setting))
     return optax.GradientTransformationExtraArgs(*functions)
 
 
@@ -206,8 +208,8 @@ def _update(
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
 ) -> tuple[Tree, Any]:
-    updates, params = check_update(_NAME, updates, params)
-    product = product_of_extras(_NAME, params, hvp_fn, value_fn, extra_args)
+    updates, params = check_update(updates, params)
+    product = product_of_extras(params, hvp_fn, value_fn, extra_args)
 
     def refresh_second_moment() -> Tree:
         diagonal = hutchinson(params, key_of_step(setting.key, state.key, state.count), product)

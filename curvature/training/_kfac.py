@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import dot, matmul, norm
 from curvature._trees import ravel
 from curvature._types import Scalar, Tree, Vector
@@ -35,8 +36,6 @@ from curvature.training._stochastic import (
     widened,
 )
 
-_NAME = "kfac"
-
 
 class KFACState(NamedTuple):
     """The state of ``kfac``: plain arrays, ready for a checkpoint.
@@ -60,6 +59,7 @@ class KFACState(NamedTuple):
     key: KeyData | None
 
 
+@public
 def kfac(
     model: Callable[..., Any],
     loss: Callable[..., Any],
@@ -148,27 +148,27 @@ def kfac(
         optimization using Kronecker-factored approximations (ICLR 2017), section 5.
     """
     for option, function in {"model": model, "loss": loss}.items():
-        _checks.check_static_function(_NAME, option, function)
+        _checks.check_static_function(option, function)
     for option, value in {"learning_rate": learning_rate, "damping": damping}.items():
         if value is not None:
-            _checks.check_schedule(_NAME, option, value)
+            _checks.check_schedule(option, value)
     for option, value in {"momentum": momentum, "decay": decay}.items():
-        _checks.check_decay(_NAME, option, value)
+        _checks.check_decay(option, value)
     every = {"adapt_every": adapt_every, "refresh_every": refresh_every, "invert_every": invert_every}
     for option, count in every.items():
         if count is not None or option != "adapt_every":
-            _checks.check_static_count(_NAME, option, count, 1)
+            _checks.check_static_count(option, count, 1)
     if kl_limit is not None:
-        _checks.check_positive(_NAME, "kl_limit", kl_limit)
-    _checks.check_choice(_NAME, "kind", kind, Kind)
-    key = sampling_key(_NAME, kind, likelihood, key)
+        _checks.check_positive("kl_limit", kl_limit)
+    _checks.check_choice("kind", kind, Kind)
+    key = sampling_key(kind, likelihood, key)
     factors = partial(KroneckerOperator, kind=kind, likelihood=likelihood, sharing=sharing, reduction=reduction)
     example = example if type(example) is tuple else (example,)
     setting = _Setting(
         model, loss, structure_of(example), learning_rate, momentum, damping, adapt_every, decay,
         refresh_every, invert_every, exact, kl_limit, likelihood, factors, key,
     )  # fmt: skip
-    functions = wrappable(_NAME, partial(_init, setting), partial(_update, setting))
+    functions = wrappable(partial(_init, setting), partial(_update, setting))
     return optax.GradientTransformationExtraArgs(*functions)
 
 
@@ -222,7 +222,7 @@ def _init(setting: _Setting, params: Tree) -> Any:
         step=jax.tree.map(jnp.zeros_like, params),
         factors=factors,
         inverse=inverse,
-        key=None if setting.key is None else key_data(_NAME, setting.key),
+        key=None if setting.key is None else key_data(setting.key),
     )
 
 
@@ -250,10 +250,10 @@ def _update(
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
 ) -> tuple[Tree, Any]:
-    updates, params = check_update(_NAME, updates, params)
-    batch = _checks.require_data(_NAME, args)
+    updates, params = check_update(updates, params)
+    batch = _checks.require_data(args)
     if is_adaptive(setting.damping, setting.adapt_every):
-        gradient_for(_NAME, updates, grad)  # the ratio would be wrong for a gradient that is not the objective's
+        gradient_for(updates, grad)  # the ratio would be wrong for a gradient that is not the objective's
     damping = damping_at(setting.damping, state.damping, state.count)
     # 1. Refresh the factors and their inverse: the direction d.
     factors, inverse = _refresh(setting, state, params, batch, damping)

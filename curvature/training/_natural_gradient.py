@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._numerics import dot
 from curvature._trees import ravel
 from curvature._types import Scalar, Tree
@@ -29,8 +30,6 @@ from curvature.training._stochastic import (
 )
 
 NaturalSolver = Literal["cg", "woodbury"]
-
-_NAME = "natural_gradient"
 
 
 class NaturalGradientState(NamedTuple):
@@ -53,6 +52,7 @@ class NaturalGradientState(NamedTuple):
     key: KeyData | None
 
 
+@public
 def natural_gradient(
     model: Callable[..., Any],
     loss: Callable[..., Any],
@@ -118,21 +118,21 @@ def natural_gradient(
         (2010); Martens, arXiv:1412.1193; Martens and Grosse, arXiv:1503.05671, section 6.5, for the damping.
     """
     for option, function in {"model": model, "loss": loss}.items():
-        _checks.check_static_function(_NAME, option, function)
+        _checks.check_static_function(option, function)
     for option, value in {"learning_rate": learning_rate, "damping": damping}.items():
-        _checks.check_schedule(_NAME, option, value)
+        _checks.check_schedule(option, value)
     if adapt_every is not None:
-        _checks.check_static_count(_NAME, "adapt_every", adapt_every, 1)
-    _checks.check_choice(_NAME, "kind", kind, FisherKind)
-    _checks.check_choice(_NAME, "solver", solver, NaturalSolver)
-    _checks.check_nonnegative(_NAME, "rtol", rtol)
+        _checks.check_static_count("adapt_every", adapt_every, 1)
+    _checks.check_choice("kind", kind, FisherKind)
+    _checks.check_choice("solver", solver, NaturalSolver)
+    _checks.check_nonnegative("rtol", rtol)
     if max_inner_steps is not None:
-        _checks.check_static_count(_NAME, "max_inner_steps", max_inner_steps, 1)
-    key = sampling_key(_NAME, kind, likelihood, key)
+        _checks.check_static_count("max_inner_steps", max_inner_steps, 1)
+    key = sampling_key(kind, likelihood, key)
     setting = _Setting(
         model, loss, learning_rate, damping, adapt_every, kind, likelihood, solver, rtol, max_inner_steps, key
     )
-    functions = wrappable(_NAME, partial(_init, setting), partial(_update, setting))
+    functions = wrappable(partial(_init, setting), partial(_update, setting))
     return optax.GradientTransformationExtraArgs(*functions)
 
 
@@ -162,7 +162,7 @@ class _Setting(NamedTuple):
 def _init(setting: _Setting, params: Tree) -> Any:
     dtype = ravel(params)[0].dtype
     zero, one = jnp.asarray(0, jnp.int32), jnp.asarray(1, dtype)
-    data = None if setting.key is None else key_data(_NAME, setting.key)
+    data = None if setting.key is None else key_data(setting.key)
     return NaturalGradientState(zero, at_step(setting.damping, zero, dtype), one, zero, jnp.zeros_like(one), data)
 
 
@@ -178,10 +178,10 @@ def _update(
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
 ) -> tuple[Tree, Any]:
-    updates, params = check_update(_NAME, updates, params)
-    batch = _checks.require_data(_NAME, args)
+    updates, params = check_update(updates, params)
+    batch = _checks.require_data(args)
     if is_adaptive(setting.damping, setting.adapt_every):
-        gradient_for(_NAME, updates, grad)  # the ratio would be wrong for a gradient that is not the objective's
+        gradient_for(updates, grad)  # the ratio would be wrong for a gradient that is not the objective's
     damping = damping_at(setting.damping, state.damping, state.count)
     op = setting.fisher(state, params, batch)
     natural, info = solve(

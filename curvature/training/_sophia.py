@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
+from curvature._errors import public
 from curvature._types import Tree
 from curvature.operators._likelihoods import Likelihood
 from curvature.optimizers._wrappers import wrappable
@@ -31,8 +32,6 @@ from curvature.training._stochastic import (
 
 DiagonalEstimator = Literal["hutchinson", "gauss-newton-bartlett"]
 
-_NAME = "scale_by_sophia"
-
 
 class SophiaState(NamedTuple):
     """The state of ``scale_by_sophia``: plain arrays, ready for a checkpoint.
@@ -53,6 +52,7 @@ class SophiaState(NamedTuple):
     key: KeyData
 
 
+@public
 def sophia(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -120,9 +120,10 @@ def sophia(
         eps=eps,
         refresh_every=refresh_every,
     )
-    return with_learning_rate("sophia", scale, learning_rate, weight_decay, mask)
+    return with_learning_rate(scale, learning_rate, weight_decay, mask)
 
 
+@public
 def scale_by_sophia(
     *,
     key: Key,
@@ -187,20 +188,20 @@ def scale_by_sophia(
     References: Liu et al. (arXiv:2305.14342), algorithms 1 to 3, with random signs instead of Gaussian probes, which
         reduces the variance.
     """
-    data = key_data(_NAME, key)
-    _checks.check_choice(_NAME, "estimator", estimator, DiagonalEstimator)
+    data = key_data(key)
+    _checks.check_choice("estimator", estimator, DiagonalEstimator)
     for option, value in {"b1": b1, "b2": b2}.items():
-        _checks.check_decay(_NAME, option, value)
+        _checks.check_decay(option, value)
     for option, value in {"gamma": gamma, "eps": eps}.items():
-        _checks.check_positive(_NAME, option, value)
-    _checks.check_static_count(_NAME, "refresh_every", refresh_every, 1)
+        _checks.check_positive(option, value)
+    _checks.check_static_count("refresh_every", refresh_every, 1)
     estimate: Callable[..., Any] = _estimate_by_products
     if estimator == "gauss-newton-bartlett":
-        _checks.check_drawn_gradient(_NAME, model, loss, likelihood)
-        _checks.check_choice(_NAME, "likelihood", likelihood, Likelihood)
+        _checks.check_drawn_gradient(model, loss, likelihood)
+        _checks.check_choice("likelihood", likelihood, Likelihood)
         estimate = partial(_estimate_by_labels, model, loss, likelihood)
     setting = _Setting(estimate, key, data, b1, b2, gamma, eps, refresh_every)
-    functions = wrappable(_NAME, partial(_init, setting), partial(_update, setting))
+    functions = wrappable(partial(_init, setting), partial(_update, setting))
     return optax.GradientTransformationExtraArgs(*functions)
 
 
@@ -220,15 +221,15 @@ class _Setting(NamedTuple):
 def _estimate_by_products(
     params: Tree, key: Any, args: Any, hvp_fn: Any, value_fn: Any, extra_args: dict[str, Any]
 ) -> Callable[[], Tree]:
-    product = product_of_extras(_NAME, params, hvp_fn, value_fn, extra_args)
+    product = product_of_extras(params, hvp_fn, value_fn, extra_args)
     return lambda: hutchinson(params, key, product)
 
 
 def _estimate_by_labels(
     model: Any, loss: Any, likelihood: Any, params: Tree, key: Any, args: Any, *_: Any
 ) -> Callable[[], Tree]:
-    batch = _checks.require_data(_NAME, args)
-    return lambda: gauss_newton_bartlett(_NAME, model, loss, likelihood, params, batch, key)
+    batch = _checks.require_data(args)
+    return lambda: gauss_newton_bartlett(model, loss, likelihood, params, batch, key)
 
 
 def _init(setting: _Setting, params: Tree) -> Any:
@@ -247,7 +248,7 @@ def _update(
     value_fn: Callable[..., Any] | None = None,
     **extra_args: Any,
 ) -> tuple[Tree, Any]:
-    updates, params = check_update(_NAME, updates, params)
+    updates, params = check_update(updates, params)
     step_key = key_of_step(setting.key, state.key, state.count)
     estimate = setting.estimate(params, step_key, args, hvp_fn, value_fn, extra_args)
     momentum = running_mean(state.momentum, updates, setting.b1)

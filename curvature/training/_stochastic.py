@@ -20,18 +20,18 @@ KeyData = UInt32[Array, " words"]
 """A key as plain integers, which every checkpoint format can hold."""
 
 
-def key_data(function: str, key: Key) -> KeyData:
+def key_data(key: Key) -> KeyData:
     """The words of a typed or raw key."""
-    _checks.check_key(function, key)
+    _checks.check_key(key)
     return jax.random.key_data(key)
 
 
-def sampling_key(function: str, kind: str, likelihood: str | None, key: Key | None) -> Key | None:
+def sampling_key(kind: str, likelihood: str | None, key: Key | None) -> Key | None:
     """The key for ``kind="sampled"``, checked; None for kinds that draw no labels."""
-    _checks.check_sampling(function, kind, likelihood, key)
+    _checks.check_sampling(kind, likelihood, key)
     if kind != "sampled":
         return None
-    _checks.check_key(function, key)
+    _checks.check_key(key)
     return key
 
 
@@ -40,10 +40,10 @@ def key_of_step(key: Key, data: KeyData, count: Int[Array, ""]) -> PRNGKeyArray:
     return jax.random.fold_in(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)), count)
 
 
-def check_update(function: str, updates: Tree, params: Tree | None) -> tuple[Tree, Tree]:
+def check_update(updates: Tree, params: Tree | None) -> tuple[Tree, Tree]:
     """The arguments ``updates`` and ``params`` of ``update``, as arrays of the same shapes and dtypes."""
-    params = _checks.check_point(function, "params", _checks.require_extra(function, "params", params))
-    return _checks.check_direction(function, "updates", updates, "params", params), params
+    params = _checks.check_point("params", _checks.require_extra("params", params))
+    return _checks.check_direction("updates", updates, "params", params), params
 
 
 Mask = Tree | Callable[[Tree], Tree]
@@ -51,30 +51,25 @@ Mask = Tree | Callable[[Tree], Tree]
 
 
 def with_learning_rate(
-    function: str,
     scale: optax.GradientTransformationExtraArgs,
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: float | Array,
     mask: Mask | None,
 ) -> optax.GradientTransformationExtraArgs:
     """``x <- x - learning_rate (u + weight_decay x)`` with the updates ``u`` of ``scale``."""
-    _checks.check_schedule(function, "learning_rate", learning_rate)
-    _checks.check_nonnegative(function, "weight_decay", weight_decay)
+    _checks.check_schedule("learning_rate", learning_rate)
+    _checks.check_nonnegative("weight_decay", weight_decay)
     decay = optax.add_decayed_weights(weight_decay, mask)
     return optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate))
 
 
 def product_of_extras(
-    function: str,
-    params: Tree,
-    hvp_fn: Callable[[Tree], Tree] | None,
-    value_fn: Callable[..., Any] | None,
-    extra_args: dict[str, Any],
+    params: Tree, hvp_fn: Callable[[Tree], Tree] | None, value_fn: Callable[..., Any] | None, extra_args: dict[str, Any]
 ) -> Callable[[Tree], Tree]:
     """The ``hvp_fn=`` of an update, or the products with the Hessian of its ``value_fn=``."""
     if hvp_fn is not None:
         return hvp_fn
-    fun = bind_extras(_checks.require_extra(function, "value_fn", value_fn), extra_args)
+    fun = bind_extras(_checks.require_extra("value_fn", value_fn), extra_args)
     return lambda v: hvp(fun, params, v)
 
 
@@ -91,7 +86,6 @@ def hutchinson(params: Tree, key: PRNGKeyArray, hvp_fn: Callable[[Tree], Tree]) 
 
 
 def gauss_newton_bartlett(
-    function: str,
     model: Callable[..., Any],
     loss: Callable[..., Any],
     likelihood: _likelihoods.Likelihood,
@@ -106,9 +100,9 @@ def gauss_newton_bartlett(
     mean over B rows it is ``B`` times the squared gradient: Liu et al. (arXiv:2305.14342), algorithm 2.
     """
     outputs, pull = jax.vjp(lambda params: model(params, *args), params)
-    _checks.check_logits(function, likelihood, outputs)
+    _checks.check_logits(likelihood, outputs)
     family = _likelihoods.FAMILIES[likelihood]
-    weights = _likelihoods.label_weights(function, loss, outputs, args, family)
+    weights = _likelihoods.label_weights(loss, outputs, args, family)
     scores = _likelihoods.draw_scores(family, key, outputs, jnp.zeros((), jnp.int32), num_samples=1)
     columns = jax.tree.map(lambda weight, score: jnp.sqrt(weight) * score[0], weights, scores)
     return jax.tree.map(jnp.square, widened(pull(columns)[0]))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvature import _checks
+from curvature._errors import of_class, public
 from curvature._trees import Structure, leaf_paths, select
 from curvature._types import Tree
 
@@ -38,17 +39,19 @@ class MatrixView:
         spans = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
         return dict(zip(leaf_paths(self.structure.unflatten(self.sizes)), spans, strict=True))
 
+    @of_class
     def __getitem__(self, paths: tuple[str, str]) -> Float[Array, "*lanes rows columns"]:
         """The block of two sub-trees, named by their paths, as a matrix."""
-        _checks.check_path_pair("MatrixView", "paths", paths)
+        _checks.check_path_pair("paths", paths)
         rows, columns = (self._span(path) for path in paths)
         return self.matrix[..., rows, columns]
 
     def _span(self, path: str) -> slice:
-        leaves = select("MatrixView", "path", self.structure.unflatten(self.sizes), path).leaves
+        leaves = select("path", self.structure.unflatten(self.sizes), path).leaves
         return slice(sum(self.sizes[: leaves.start]), sum(self.sizes[: leaves.stop]))
 
 
+@public
 def matrix_view(blocks: Tree, x: Tree) -> MatrixView:
     """The Hessian ``blocks`` as one n x n matrix, whose rows and columns are named by the paths of leaves.
 
@@ -83,14 +86,14 @@ def matrix_view(blocks: Tree, x: Tree) -> MatrixView:
         Array([[2.],
                [4.]], dtype=float32)
     """
-    x = _checks.check_point("matrix_view", "x", x)
+    x = _checks.check_point("x", x)
     sizes = tuple(leaf.size for leaf in jax.tree.leaves(x))
-    return MatrixView(matrix_of("matrix_view", "blocks", blocks, x), jax.tree.structure(x), sizes)
+    return MatrixView(matrix_of("blocks", blocks, x), jax.tree.structure(x), sizes)
 
 
-def matrix_of(function: str, name: str, blocks: Tree, x: Tree) -> Float[Array, "n n"]:
+def matrix_of(name: str, blocks: Tree, x: Tree) -> Float[Array, "n n"]:
     """A tree like ``x`` of trees like ``x`` as one matrix."""
-    rows = _checks.check_hessian(function, name, blocks, x)
+    rows = _checks.check_hessian(name, blocks, x)
     with jax.numpy_dtype_promotion("standard"):  # blocks may differ in dtype even where users are strict
         dtype = jnp.result_type(*jax.tree.leaves(blocks))
     return jnp.concatenate([side_by_side(row, leaf.size, dtype) for row, leaf in rows])

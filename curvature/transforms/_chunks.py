@@ -11,6 +11,7 @@ from jax.extend.core import Jaxpr, Var
 from jaxtyping import Array, Float
 
 from curvature import _checks
+from curvature._errors import calling, later, public
 from curvature._sharding import entry, is_sharded, zeros
 from curvature._types import ChunkSize, Tree
 from curvature.programs._primitives import CONVOLUTION
@@ -74,6 +75,7 @@ def _bytes_written(jaxpr: Jaxpr) -> int:
     return written
 
 
+@public
 def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, chunk_size: ChunkSize = "auto") -> Callable:
     """``jax.vmap`` in bounded memory: lanes run in equal chunks, one chunk after the other.
 
@@ -104,32 +106,27 @@ def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, chunk_si
         >>> curvature.vmap(jnp.dot, in_axes=(0, None), chunk_size=2)(jnp.eye(3), jnp.array([1.0, 2.0, 3.0]))
         Array([1., 2., 3.], dtype=float32)
     """
-    _checks.check_callable("vmap", "f", f)
-    _checks.check_chunk_size("vmap", chunk_size)
+    _checks.check_callable("f", f)
+    _checks.check_chunk_size(chunk_size)
     in_axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes
 
     def mapped(*args: Any, **kwargs: Any) -> Any:
-        lanes = _checks.check_lanes("vmap", in_axes, args, kwargs)
-
+        @later
         def call(operands: Any) -> Any:
             return f(*operands[0], **operands[1])
 
-        return map_chunks("vmap", call, (args, kwargs), (in_axes, 0), out_axes, lanes, chunk_size)
+        with calling("vmap"):
+            lanes = _checks.check_lanes(in_axes, args, kwargs)
+            return map_chunks(call, (args, kwargs), (in_axes, 0), out_axes, lanes, chunk_size)
 
     return mapped
 
 
 def map_chunks(
-    function: str,
-    call: Callable[[Any], Any],
-    operands: Any,
-    axes: Any,
-    out_axes: Any,
-    lanes: int,
-    chunk_size: ChunkSize,
+    call: Callable[[Any], Any], operands: Any, axes: Any, out_axes: Any, lanes: int, chunk_size: ChunkSize
 ) -> Any:
     """Map ``call`` over the axes of ``operands``, one chunk at a time; ``axes`` is a prefix of ``operands``."""
-    in_axes = _checks.check_prefix(function, "in_axes", axes, operands)
+    in_axes = _checks.check_prefix("in_axes", axes, operands)
 
     def take(start: Any, size: int) -> Any:
         return _on_mapped(lambda leaf, axis: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis), operands, in_axes)
@@ -148,7 +145,7 @@ def map_chunks(
     return _on_mapped(
         lambda leaf, axis: jnp.moveaxis(_join(leaf, lanes), 0, axis),
         stacked,
-        _checks.check_prefix(function, "out_axes", out_axes, stacked),
+        _checks.check_prefix("out_axes", out_axes, stacked),
         otherwise=lambda leaf: leaf[0],
     )
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvature import _checks
+from curvature._errors import later, public
 from curvature._sharding import entry, vary_like
 from curvature._types import ChunkSize, Objective, Tree
 from curvature.programs import _traced
@@ -35,6 +36,7 @@ class _Steps(NamedTuple):
     weighted_sum: Callable[[Any, Array], list[Array]]
 
 
+@public
 def per_example_grad_norm(
     loss: Objective, *, chunk_size: ChunkSize = "auto", check: bool = False
 ) -> PerExampleFunction:
@@ -78,17 +80,17 @@ def per_example_grad_norm(
     References: Goodfellow, Efficient per-example gradient computations (arXiv:1510.01799), for one position; Li et al.,
         Large language models can be strong differentially private learners (arXiv:2110.05679, section 4), for several.
     """
-    name = "per_example_grad_norm"
-    _checks.check_callable(name, "loss", loss)
-    _checks.check_chunk_size(name, chunk_size)
+    _checks.check_callable("loss", loss)
+    _checks.check_chunk_size(chunk_size)
 
-    report = reporter(name, loss, routes_in_words)
+    report = reporter(loss, routes_in_words)
 
+    @later
     def norms(params: Tree, *batch: Any) -> Float[Array, " batch"]:
-        params, batch, example = open_batch(name, params, batch, summed=False)
+        params, batch, example = open_batch(params, batch, summed=False)
         if check:
-            check_few_examples(name, loss, params, batch, run, expected, report)
-        steps = _steps(name, loss, params, example)
+            check_few_examples(loss, params, batch, run, expected, report)
+        steps = _steps(loss, params, example)
         norm = vmap(lambda *example: jnp.sqrt(steps.square(steps.differentiate(example))), chunk_size=chunk_size)
         return norm(*jax.tree.leaves(batch))
 
@@ -101,6 +103,7 @@ def per_example_grad_norm(
     return PerExampleFunction(norms, report)
 
 
+@public
 def clipped_grad(
     loss: Objective, max_norm: Any, *, chunk_size: ChunkSize = "auto", check: bool = False
 ) -> PerExampleFunction:
@@ -137,21 +140,21 @@ def clipped_grad(
     References: Abadi et al., Deep learning with differential privacy (arXiv:1607.00133, algorithm 1); one pass for both
         as in Bu et al., Differentially private optimization on large model at small cost (arXiv:2210.00038).
     """
-    name = "clipped_grad"
-    _checks.check_callable(name, "loss", loss)
-    _checks.check_positive(name, "max_norm", max_norm)
-    _checks.check_chunk_size(name, chunk_size)
+    _checks.check_callable("loss", loss)
+    _checks.check_positive("max_norm", max_norm)
+    _checks.check_chunk_size(chunk_size)
 
-    report = reporter(name, loss, routes_in_words)
+    report = reporter(loss, routes_in_words)
 
+    @later
     def clipped(params: Tree, *batch: Any) -> tuple[Tree, Float[Array, " batch"]]:
-        params, batch, example = open_batch(name, params, batch)
+        params, batch, example = open_batch(params, batch)
         if check:
-            check_few_examples(name, loss, params, batch, run, _expected_clipped, report, max_norm)
+            check_few_examples(loss, params, batch, run, _expected_clipped, report, max_norm)
         leaves, structure = jax.tree.flatten(params)
         examples = jax.tree.leaves(batch)
         dtype, size = accumulator(leaves), len(examples[0])
-        steps = _steps(name, loss, params, example)
+        steps = _steps(loss, params, example)
 
         def sums(part: tuple[Array, list[Array]], counted: Array) -> tuple[list[Array], Array]:
             places, examples = part
@@ -184,11 +187,11 @@ def _expected_clipped(gradients: Gradients, max_norm: Any, eps: float) -> list[E
     return [*(Expected(*pair, eps**-0.5) for pair in zip(clipped, sizes, strict=True)), *each_norm(norms, eps)]
 
 
-def _steps(name: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> _Steps:
+def _steps(loss: Objective, params: Tree, example: tuple[Any, ...]) -> _Steps:
     """The steps by taps; by gradients for a loss without taps."""
-    taps = trace_taps(name, loss, params, example)
+    taps = trace_taps(loss, params, example)
     if taps is None:
-        return _steps_by_gradients(name, loss, params, jax.tree.structure(example))
+        return _steps_by_gradients(loss, params, jax.tree.structure(example))
     return _steps_by_taps(taps, jax.tree.leaves(params))
 
 
@@ -206,11 +209,11 @@ def _steps_by_taps(taps: Taps, leaves: Sequence[Array]) -> _Steps:
     return _Steps(lambda example: taps.cotangents(values, example), lambda pair: square(*pair), weighted_sum)
 
 
-def _steps_by_gradients(name: str, loss: Objective, params: Tree, structure: Any) -> _Steps:
+def _steps_by_gradients(loss: Objective, params: Tree, structure: Any) -> _Steps:
     dtype = accumulator(jax.tree.leaves(params))
 
     def differentiate(example: Sequence[Any]) -> list[Array]:
-        gradient = formed_gradient(name, loss, params, structure.unflatten(example))
+        gradient = formed_gradient(loss, params, structure.unflatten(example))
         return [leaf.astype(dtype) for leaf in jax.tree.leaves(gradient)]
 
     def square(gradient: list[Array]) -> Array:
@@ -229,7 +232,7 @@ def routes_in_words(taps: Taps | None, params: Tree) -> list[str]:
     return [route.description for route in routes_of(taps)]
 
 
-def formed_gradient(name: str, loss: Objective, params: Tree, example: tuple[Any, ...]) -> Tree:
+def formed_gradient(loss: Objective, params: Tree, example: tuple[Any, ...]) -> Tree:
     """The gradient of one example by a legal mode."""
     program = _traced.trace(lambda params: (loss(params, *example), None), params)
-    return gradient_of(program, params, _modes.choose_jacobian(name, program, "auto"))[0]
+    return gradient_of(program, params, _modes.choose_jacobian(program, "auto"))[0]

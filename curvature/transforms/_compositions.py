@@ -15,13 +15,13 @@ from curvature.transforms._jacobian import gradient_of, jacobian_of, summed_jaco
 
 
 def hessian_of(
-    function: str, program: _traced.Program, mode: HessianMode, chunk_size: ChunkSize, blocks: HessianBlocks = None
+    program: _traced.Program, mode: HessianMode, chunk_size: ChunkSize, blocks: HessianBlocks = None
 ) -> tuple[Tree, Any]:
     """The Hessian of a traced function at its point, or the ``blocks`` of it, and the function's aux."""
     x = program.x
-    composition = _modes.choose_composition(function, program, mode, whole=not isinstance(blocks, tuple | list))
+    composition = _modes.choose_composition(program, mode, whole=not isinstance(blocks, tuple | list))
     if blocks != "diagonal":
-        rows, columns = (select(function, "blocks", x, path) for path in blocks or ("", ""))
+        rows, columns = (select("blocks", x, path) for path in blocks or ("", ""))
         return _block(program, composition, rows, columns, chunk_size)
     results, auxes = zip(
         *(_block(program, composition, leaf, leaf, chunk_size) for leaf in leaf_subtrees(x)), strict=True
@@ -60,12 +60,10 @@ def linearize_program(program: _traced.Program, composition: str) -> tuple[Any, 
     return value, grad, lambda v: product_of(program, composition, v), aux
 
 
-def trace_objective(
-    function: str, name: str, f: Objective, x: Tree, args: tuple[Any, ...], has_aux: bool = False
-) -> _traced.Program:
+def trace_objective(name: str, f: Objective, x: Tree, args: tuple[Any, ...], has_aux: bool = False) -> _traced.Program:
     """``f`` traced at ``x``; raises unless it returns one floating scalar."""
-    program = _traced.trace(lambda x: with_aux(function, f(x, *args), has_aux), x)
-    _checks.check_scalar_output(function, name, program.out)
+    program = _traced.trace(lambda x: with_aux(f(x, *args), has_aux), x)
+    _checks.check_scalar_output(name, program.out)
     return program
 
 

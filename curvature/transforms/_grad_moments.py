@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from curvature import _checks
+from curvature._errors import later, public
 from curvature._types import ChunkSize, Objective, Tree
 from curvature.programs._tap_gradients import factors, from_canonical
 from curvature.programs._taps import Site, Taps, trace_taps
@@ -34,6 +35,7 @@ class GradMoments(NamedTuple):
     variance: Tree
 
 
+@public
 def per_example_grad_moments(
     loss: Objective, *, chunk_size: ChunkSize = "auto", check: bool = False
 ) -> PerExampleFunction:
@@ -67,23 +69,23 @@ def per_example_grad_moments(
 
     References: Dangel et al., BackPACK (arXiv:1912.10985, appendix A.1).
     """
-    name = "per_example_grad_moments"
-    _checks.check_callable(name, "loss", loss)
-    _checks.check_chunk_size(name, chunk_size)
+    _checks.check_callable("loss", loss)
+    _checks.check_chunk_size(chunk_size)
 
-    report = reporter(name, loss, routes_in_words)
+    report = reporter(loss, routes_in_words)
 
+    @later
     def moments(params: Tree, *batch: Any) -> GradMoments:
-        params, batch, example = open_batch(name, params, batch)
+        params, batch, example = open_batch(params, batch)
         if check:
-            check_few_examples(name, loss, params, batch, run, _expected_moments, report)
+            check_few_examples(loss, params, batch, run, _expected_moments, report)
         leaves, structure = jax.tree.flatten(params)
         examples = jax.tree.leaves(batch)
-        taps = trace_taps(name, loss, params, example)
+        taps = trace_taps(loss, params, example)
 
         def by_gradients(examples: Sequence[Array], weights: Array) -> _Sums:
             part = jax.tree.structure(batch).unflatten(examples)
-            gradients = jax.vmap(lambda *example: formed_gradient(name, loss, params, example))(*part)
+            gradients = jax.vmap(lambda *example: formed_gradient(loss, params, example))(*part)
             return _sum_gradients(jax.tree.leaves(gradients), weights)
 
         of_part = by_gradients if taps is None else _sums_by_taps(taps, leaves)

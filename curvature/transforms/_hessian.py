@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from curvature import _checks
+from curvature._errors import calling, later, public
 from curvature._trees import Subtree, leaf_subtrees
 from curvature._types import ChunkSize, HessianBlocks, HessianMode, Objective, Tree
 from curvature.programs import _traced
@@ -20,6 +21,7 @@ from curvature.transforms._mean_hessian import hessian_of_examples, routes_of_ex
 from curvature.transforms._self_check_second import check_diagonal, check_hessian, subject_of
 
 
+@public
 def hvp(f: Objective, x: Tree, v: Tree, *args: Any, mode: HessianMode = "auto") -> Tree:
     """The Hessian-vector product ``H v``, with ``H[i, j] = d^2 f / dx_i dx_j`` at ``x``, without forming ``H``.
 
@@ -54,10 +56,11 @@ def hvp(f: Objective, x: Tree, v: Tree, *args: Any, mode: HessianMode = "auto") 
 
     References: Pearlmutter, Fast exact multiplication by the Hessian (1994), doi:10.1162/neco.1994.6.1.147.
     """
-    program, composition = _prepare("hvp", f, x, args, mode, has_aux=False)
-    return product_of(program, composition, _checks.check_direction("hvp", "v", v, "x", program.x))
+    program, composition = _prepare(f, x, args, mode, has_aux=False)
+    return product_of(program, composition, _checks.check_direction("v", v, "x", program.x))
 
 
+@public
 def linearize_grad(f: Objective, x: Tree, *args: Any, has_aux: bool = False, mode: HessianMode = "auto") -> tuple:
     """Value, gradient and the map ``v -> H v`` from one evaluation of ``f``.
 
@@ -84,15 +87,17 @@ def linearize_grad(f: Objective, x: Tree, *args: Any, has_aux: bool = False, mod
         >>> value, grad, hvp_fn(jnp.array([1.0, 1.0]))
         (Array(9., dtype=float32), Array([ 3., 12.], dtype=float32), Array([ 6., 12.], dtype=float32))
     """
-    program, composition = _prepare("linearize_grad", f, x, args, mode, has_aux)
+    program, composition = _prepare(f, x, args, mode, has_aux)
     value, grad, hvp_fn, aux = linearize_program(program, composition)
 
+    @calling("hvp_fn")
     def checked_hvp(v: Tree) -> Tree:
-        return hvp_fn(_checks.check_direction("hvp_fn", "v", v, "x", program.x))
+        return hvp_fn(_checks.check_direction("v", v, "x", program.x))
 
     return (value, grad, checked_hvp, aux) if has_aux else (value, grad, checked_hvp)
 
 
+@public
 def hessian(
     f: Callable[..., Any],
     argnums: SupportsIndex | Sequence[int] = 0,
@@ -154,25 +159,26 @@ def hessian(
         >>> curvature.hessian(lambda x: x["b"] * jnp.sum(x["a"] ** 2), blocks=("a", "b"))(x)
         Array([2., 4.], dtype=float32)
     """
-    _checks.check_callable("hessian", "f", f)
-    _checks.check_choice("hessian", "mode", mode, HessianMode)
-    _checks.check_chunk_size("hessian", chunk_size)
-    _checks.check_blocks("hessian", blocks)
+    _checks.check_callable("f", f)
+    _checks.check_choice("mode", mode, HessianMode)
+    _checks.check_chunk_size(chunk_size)
+    _checks.check_blocks(blocks)
     by_examples = mode == "auto" and chunk_size == "auto" and not has_aux
 
+    @later
     def hessian_fn(*args: Any, **kwargs: Any) -> Any:
-        fun, x = bind_argnums("hessian", f, argnums, has_aux, args, kwargs)
+        fun, x = bind_argnums(f, argnums, has_aux, args, kwargs)
         program = _traced.trace(fun, x)
-        _checks.check_floating_output("hessian", "f", program.out)
+        _checks.check_floating_output("f", program.out)
         result, aux = evaluate(program)
         if check and program.jaxpr is not None:
-            subject = subject_of("hessian", program, lambda program: evaluate(program)[0], result, routes)
+            subject = subject_of(program, lambda program: evaluate(program)[0], result, routes)
             check_hessian(subject, blocks)
         return (result, aux) if has_aux else result
 
     def evaluate(program: _traced.Program) -> tuple[Any, Any]:
         assembled = hessian_of_examples(program, blocks) if by_examples else None
-        return hessian_of("hessian", program, mode, chunk_size, blocks) if assembled is None else (assembled, None)
+        return hessian_of(program, mode, chunk_size, blocks) if assembled is None else (assembled, None)
 
     def routes(program: _traced.Program) -> dict[str, str]:
         return routes_of_examples(program) if by_examples else {}
@@ -181,15 +187,16 @@ def hessian(
 
 
 def _prepare(
-    function: str, f: Objective, x: Tree, args: tuple[Any, ...], mode: HessianMode, has_aux: bool
+    f: Objective, x: Tree, args: tuple[Any, ...], mode: HessianMode, has_aux: bool
 ) -> tuple[_traced.Program, str]:
     """The objective traced at ``x``, and the composition to differentiate it by."""
-    _checks.check_callable(function, "f", f)
-    _checks.check_choice(function, "mode", mode, HessianMode)
-    program = trace_objective(function, "f", f, _checks.check_point(function, "x", x), args, has_aux)
-    return program, _modes.choose_composition(function, program, mode)
+    _checks.check_callable("f", f)
+    _checks.check_choice("mode", mode, HessianMode)
+    program = trace_objective("f", f, _checks.check_point("x", x), args, has_aux)
+    return program, _modes.choose_composition(program, mode)
 
 
+@public
 def hessian_diagonal(
     f: Objective,
     x: Tree,
@@ -237,14 +244,14 @@ def hessian_diagonal(
     References: Griewank and Walther, Evaluating Derivatives, 2nd ed. (2008), section 13.3 (second derivatives from
         univariate Taylor series), doi:10.1137/1.9780898717761.
     """
-    _checks.check_callable("hessian_diagonal", "f", f)
-    _checks.check_choice("hessian_diagonal", "mode", mode, HessianMode)
-    _checks.check_chunk_size("hessian_diagonal", chunk_size)
-    program = trace_objective("hessian_diagonal", "f", f, _checks.check_point("hessian_diagonal", "x", x), args)
+    _checks.check_callable("f", f)
+    _checks.check_choice("mode", mode, HessianMode)
+    _checks.check_chunk_size(chunk_size)
+    program = trace_objective("f", f, _checks.check_point("x", x), args)
     result = _diagonal(program, mode, chunk_size)
     if check and program.jaxpr is not None:
         evaluate = functools.partial(_diagonal, mode=mode, chunk_size=chunk_size)
-        check_diagonal(subject_of("hessian_diagonal", program, evaluate, result))
+        check_diagonal(subject_of(program, evaluate, result))
     return result
 
 
@@ -252,7 +259,7 @@ def _diagonal(program: _traced.Program, mode: HessianMode, chunk_size: ChunkSize
     """The diagonal of a traced objective, leaf by leaf: equations before the use of a leaf carry no tangents."""
     if mode == "auto" and program.composition_blocker("fwd_over_fwd") is None:
         mode = "fwd_over_fwd"
-    composition = _modes.choose_composition("hessian_diagonal", program, mode)
+    composition = _modes.choose_composition(program, mode)
     diagonals = []
     for leaf in leaf_subtrees(program.x):
         x = leaf.take(program.x)

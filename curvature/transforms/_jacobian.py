@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from curvature import _checks, _trees
+from curvature._errors import later, public
 from curvature._sharding import place_like, vary_like, varying_axes
 from curvature._types import ChunkSize, JacobianMode, Tree
 from curvature.programs import _traced
@@ -15,6 +16,7 @@ from curvature.transforms import _chunks, _modes
 from curvature.transforms._chunks import map_chunks
 
 
+@public
 def jacobian(
     f: Callable[..., Any],
     argnums: SupportsIndex | Sequence[int] = 0,
@@ -59,15 +61,16 @@ def jacobian(
     References: Griewank and Walther, Evaluating Derivatives, 2nd ed. (2008), sections 3.1 (forward), 3.2 (reverse),
         doi:10.1137/1.9780898717761.
     """
-    _checks.check_callable("jacobian", "f", f)
-    _checks.check_choice("jacobian", "mode", mode, JacobianMode)
-    _checks.check_chunk_size("jacobian", chunk_size)
+    _checks.check_callable("f", f)
+    _checks.check_choice("mode", mode, JacobianMode)
+    _checks.check_chunk_size(chunk_size)
 
+    @later
     def jacobian_fn(*args: Any, **kwargs: Any) -> Any:
-        fun, x = bind_argnums("jacobian", f, argnums, has_aux, args, kwargs)
+        fun, x = bind_argnums(f, argnums, has_aux, args, kwargs)
         program = _traced.trace_on_device(fun, x)
-        _checks.check_floating_output("jacobian", "f", program.out)
-        chosen = _modes.choose_jacobian("jacobian", program, mode)
+        _checks.check_floating_output("f", program.out)
+        chosen = _modes.choose_jacobian(program, mode)
         result, (_, aux) = jacobian_of(program.fun, program.x, chosen, chunk_size)
         return (result, aux) if has_aux else result
 
@@ -75,28 +78,28 @@ def jacobian(
 
 
 def bind_argnums(
-    function: str, f: Callable[..., Any], argnums: SupportsIndex | Sequence[int], has_aux: bool, args: Any, kwargs: Any
+    f: Callable[..., Any], argnums: SupportsIndex | Sequence[int], has_aux: bool, args: Any, kwargs: Any
 ) -> tuple[Callable[[Tree], tuple[Any, Any]], Tree]:
     """``f`` as a function of the tree of the chosen arguments that returns ``(out, aux)``, and that tree."""
-    _checks.check_argnums(function, argnums, len(args))
+    _checks.check_argnums(argnums, len(args))
     many = isinstance(argnums, Sequence)
     positions = [int(i) % len(args) for i in (argnums if isinstance(argnums, Sequence) else (argnums,))]
-    points = tuple(_checks.check_point(function, f"argument {i}", args[i]) for i in positions)
+    points = tuple(_checks.check_point(f"argument {i}", args[i]) for i in positions)
 
     def fun(x: Tree) -> tuple[Any, Any]:
         full = list(args)
         for position, value in zip(positions, x if many else (x,), strict=True):
             full[position] = value
-        return with_aux(function, f(*full, **kwargs), has_aux)
+        return with_aux(f(*full, **kwargs), has_aux)
 
     return fun, points if many else points[0]
 
 
-def with_aux(function: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
+def with_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
     """``(out, aux)``; aux is None for a function without aux."""
-    _checks.check_arrays(function, "f", out)
+    _checks.check_arrays("f", out)
     if has_aux:
-        _checks.check_aux_output(function, "f", out)
+        _checks.check_aux_output("f", out)
         return out
     return out, None
 
@@ -175,7 +178,7 @@ def map_basis(product: Callable[[Tree], Tree], like: Tree, chunk_size: ChunkSize
     lanes = _trees.num_entries(like)
     if lanes == 1:  # without vmap, the product has no batch of one
         return jax.tree.map(lambda leaf: leaf[None], product(jax.tree.map(jnp.ones_like, like)))
-    return map_chunks("jacobian", lambda i: product(_basis_vector(like, i)), jnp.arange(lanes), 0, 0, lanes, chunk_size)
+    return map_chunks(lambda i: product(_basis_vector(like, i)), jnp.arange(lanes), 0, 0, lanes, chunk_size)
 
 
 def _basis_vector(like: Tree, i: Int[Array, ""]) -> Tree:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvature import _checks, _trees
+from curvature._errors import calling, public
 from curvature._types import Objective, Tree
 from curvature.programs import _traced
 from curvature.programs._jets import BY_REVERSE, Jet, Step, push_jets
@@ -19,6 +20,7 @@ from curvature.transforms._self_check_second import check_laplacian
 _EAGER = Step("a branch on a value", "jvp of jvp of the whole function, for each direction", "f")
 
 
+@public
 def laplacian(
     f: Objective, *, factor: Tree | None = None, with_value: bool = False, check: bool = False
 ) -> "Laplacian":
@@ -70,7 +72,7 @@ def laplacian(
         Laplacian, Nature Machine Intelligence (2024), arXiv:2307.08214; Dangel et al., Collapsing Taylor mode automatic
         differentiation (2025), arXiv:2505.13644.
     """
-    _checks.check_callable("laplacian", "f", f)
+    _checks.check_callable("f", f)
     return Laplacian(f, factor, with_value, check)
 
 
@@ -107,6 +109,7 @@ class Laplacian:
     with_value: bool
     check: bool = False
 
+    @calling("laplacian")
     def __call__(self, x: Tree, *args: Any) -> Any:
         """The Laplacian at ``x``, or ``(value, laplacian)``."""
         program, directions = self._prepare(x, args)
@@ -115,6 +118,7 @@ class Laplacian:
         value, result = _evaluate(program, directions, [])
         return (value, result) if self.with_value else result
 
+    @calling("laplacian")
     def explain(self, x: Tree, *args: Any) -> LaplacianReport:
         """How each equation of ``f`` is differentiated; traces ``f`` and evaluates nothing."""
         program, directions = self._prepare(x, args)
@@ -126,11 +130,11 @@ class Laplacian:
 
     def _prepare(self, x: Tree, args: tuple[Any, ...]) -> tuple[_traced.Program, Tree]:
         """``f`` traced at ``x``, and the directions."""
-        x = _checks.check_point("laplacian", "x", x)
-        _checks.check_entries("laplacian", "x", x)
-        factor = None if self.factor is None else _checks.check_factor("laplacian", "factor", self.factor, "x", x)
-        program = _traced.trace(lambda x: (_checks.check_arrays("laplacian", "f", self.f(x, *args)), None), x)
-        _checks.check_floating_output("laplacian", "f", program.out)
+        x = _checks.check_point("x", x)
+        _checks.check_entries("x", x)
+        factor = None if self.factor is None else _checks.check_factor("factor", self.factor, "x", x)
+        program = _traced.trace(lambda x: (_checks.check_arrays("f", self.f(x, *args)), None), x)
+        _checks.check_floating_output("f", program.out)
         return program, _identity(x) if factor is None else factor
 
 
@@ -162,7 +166,7 @@ def _by_hessian(program: _traced.Program, directions: Tree) -> Any:
             return jax.tree.map(lambda out, rows: _contract(rows, v, out), program.out, gradient), ()
 
         first = _traced.trace(slope, program.x)
-        return derivative_along(choose_forward("laplacian", first.blocker), first.fun, program.x, v)[0]
+        return derivative_along(choose_forward(first.blocker), first.fun, program.x, v)[0]
 
     return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.vmap(along)(directions))
 
@@ -185,6 +189,7 @@ def _identity(x: Tree) -> Tree:
     return structure.unflatten(rows)
 
 
+@public
 def directional_derivatives(f: Objective, x: Tree, v: Tree, *args: Any, order: int) -> tuple[Any, ...]:
     """The derivatives ``d^k/dt^k f(x + t v)`` at t = 0, for k = 1 to ``order``.
 
@@ -212,14 +217,14 @@ def directional_derivatives(f: Objective, x: Tree, v: Tree, *args: Any, order: i
         >>> curvature.directional_derivatives(f, jnp.array([2.0, 0.0]), jnp.array([1.0, 1.0]), order=3)
         (Array(13., dtype=float32), Array(12., dtype=float32), Array(6., dtype=float32))
     """
-    _checks.check_callable("directional_derivatives", "f", f)
-    _checks.check_count("directional_derivatives", "order", order, 1)
-    x = _checks.check_point("directional_derivatives", "x", x)
-    v = _checks.check_direction("directional_derivatives", "v", v, "x", x)
-    program = _traced.trace(lambda x: (_checks.check_arrays("directional_derivatives", "f", f(x, *args)), ()), x)
-    _checks.check_floating_output("directional_derivatives", "f", program.out)
+    _checks.check_callable("f", f)
+    _checks.check_count("order", order, 1)
+    x = _checks.check_point("x", x)
+    v = _checks.check_direction("v", v, "x", x)
+    program = _traced.trace(lambda x: (_checks.check_arrays("f", f(x, *args)), ()), x)
+    _checks.check_floating_output("f", program.out)
     for _ in range(order):
-        mode = choose_forward("directional_derivatives", program.blocker)
+        mode = choose_forward(program.blocker)
         program = _traced.trace(functools.partial(derivative_along, mode, program.fun, v=v), x)
     last, lower = program.fun(x)
     derivatives = [last]

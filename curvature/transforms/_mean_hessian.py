@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from curvature import _checks, _trees
+from curvature._errors import later, public
 from curvature._sharding import entry
 from curvature._trees import Subtree, leaf_paths, leaf_subtrees, ravel, select
 from curvature._types import ChunkSize, HessianBlocks, Objective, Tree
@@ -32,6 +33,7 @@ _FEWER = 2
 """Heuristic: taps pay if they take so many times fewer directions than there are parameters."""
 
 
+@public
 def mean_hessian(
     loss: Objective, *, chunk_size: ChunkSize = "auto", blocks: HessianBlocks = None, check: bool = False
 ) -> PerExampleFunction:
@@ -82,18 +84,19 @@ def mean_hessian(
     References: Botev et al. (arXiv:1706.03662) and Dangel et al. (arXiv:1902.01813) give recursions for the diagonal
         blocks. The blocks between layers and the grouping of the products have no reference.
     """
-    _checks.check_callable("mean_hessian", "loss", loss)
-    _checks.check_chunk_size("mean_hessian", chunk_size)
-    _checks.check_blocks("mean_hessian", blocks)
+    _checks.check_callable("loss", loss)
+    _checks.check_chunk_size(chunk_size)
+    _checks.check_blocks(blocks)
 
-    report = reporter("mean_hessian", loss, _routes)
+    report = reporter(loss, _routes)
 
+    @later
     def hessian_fn(params: Tree, *batch: Any) -> Tree:
-        params, batch, _ = open_batch("mean_hessian", params, batch)
+        params, batch, _ = open_batch(params, batch)
         result = _hessian_of_batch(loss, params, batch, blocks, chunk_size)
         if check:
             evaluate = functools.partial(_hessian_of_batch, blocks=blocks, chunk_size=chunk_size)
-            subject = subject_of_mean("mean_hessian", loss, params, batch, evaluate, result, report)
+            subject = subject_of_mean(loss, params, batch, evaluate, result, report)
             check_hessian(subject, blocks)
         return result
 
@@ -105,10 +108,10 @@ def _hessian_of_batch(
 ) -> Tree:
     """The Hessian of the mean of a loss over a batch that has been checked."""
     example = jax.tree.map(lambda leaf: leaf[0], batch)
-    points = _points_of(trace_taps("mean_hessian", loss, params, example))
+    points = _points_of(trace_taps(loss, params, example))
     if points is None:
         return _by_products(loss, params, batch, blocks)
-    return _assemble("mean_hessian", points, params, jax.tree.leaves(batch), blocks, chunk_size)
+    return _assemble(points, params, jax.tree.leaves(batch), blocks, chunk_size)
 
 
 def routes_of_examples(program: _traced.Program) -> dict[str, str]:
@@ -126,7 +129,7 @@ def hessian_of_examples(program: _traced.Program, blocks: HessianBlocks) -> Tree
     if found is None:
         return None
     examples, points = found
-    return _assemble("hessian", points, program.x, examples.batch, blocks, "auto")
+    return _assemble(points, program.x, examples.batch, blocks, "auto")
 
 
 def find_structure(program: _traced.Program) -> tuple[Examples, Points] | None:
@@ -134,22 +137,17 @@ def find_structure(program: _traced.Program) -> tuple[Examples, Points] | None:
     examples = find_examples(program)
     if examples is None:
         return None
-    points = _points_of(trace_taps("hessian", examples.loss, program.x, tuple(entry(leaf) for leaf in examples.batch)))
+    points = _points_of(trace_taps(examples.loss, program.x, tuple(entry(leaf) for leaf in examples.batch)))
     if points is None or _FEWER * points.num_directions > _trees.num_entries(program.x):
         return None
     return examples, points
 
 
 def _assemble(
-    function: str,
-    points: Points,
-    params: Tree,
-    examples: Sequence[Array],
-    blocks: HessianBlocks,
-    chunk_size: ChunkSize,
+    points: Points, params: Tree, examples: Sequence[Array], blocks: HessianBlocks, chunk_size: ChunkSize
 ) -> Tree:
     """The Hessian of the mean, or the ``blocks`` of it, as a tree of trees."""
-    leaves, parts = jax.tree.leaves(params), _subtree_pairs(function, params, blocks)
+    leaves, parts = jax.tree.leaves(params), _subtree_pairs(params, blocks)
     pairs = {
         (i, j) for rows, columns in parts for i in _leaf_numbers(rows, leaves) for j in _leaf_numbers(columns, leaves)
     }
@@ -184,11 +182,11 @@ def _points_of(taps: Taps | None) -> Points | None:
     return find_points(taps)
 
 
-def _subtree_pairs(function: str, params: Tree, blocks: HessianBlocks) -> list[tuple[Subtree, Subtree]]:
+def _subtree_pairs(params: Tree, blocks: HessianBlocks) -> list[tuple[Subtree, Subtree]]:
     """The pairs of sub-trees whose blocks are returned."""
     if blocks == "diagonal":
         return [(leaf, leaf) for leaf in leaf_subtrees(params)]
-    rows, columns = (select(function, "blocks", params, path) for path in blocks or ("", ""))
+    rows, columns = (select("blocks", params, path) for path in blocks or ("", ""))
     return [(rows, columns)]
 
 
@@ -222,7 +220,7 @@ def _by_products(loss: Objective, params: Tree, batch: tuple[Any, ...], blocks: 
     def mean(params: Tree) -> tuple[Array, None]:
         return jnp.mean(jax.vmap(loss, (None,) + (0,) * len(batch))(params, *batch)), None
 
-    return hessian_of("mean_hessian", _traced.trace(mean, params), "auto", "auto", blocks)[0]
+    return hessian_of(_traced.trace(mean, params), "auto", "auto", blocks)[0]
 
 
 def _blocks_of_leaves(
@@ -276,7 +274,7 @@ def _derived_curvature(
         terms = [jnp.sum(gradients[root] * values[root]).astype(weights.dtype) for root in derived]
         return jnp.sum(jnp.stack(terms)), None
 
-    rows, _ = hessian_of("mean_hessian", _traced.trace(weighted_roots, list(leaves)), "auto", "auto")
+    rows, _ = hessian_of(_traced.trace(weighted_roots, list(leaves)), "auto", "auto")
     return {(i, j): block for i, row in enumerate(rows) for j, block in enumerate(row)}
 
 

@@ -16,7 +16,7 @@ from curvature.programs._traced import Program, has_primitive
 _ORDER = get_args(HessianMode)[1:]  # cheapest first
 
 
-def choose_composition(function: str, program: Program, mode: HessianMode, *, whole: bool = False) -> str:
+def choose_composition(program: Program, mode: HessianMode, *, whole: bool = False) -> str:
     """The composition to use: ``mode`` itself if it is legal, or the cheapest legal one for "auto".
 
     ``whole`` says that a matrix is formed and not products with vectors: see ``_order_for_matrix``.
@@ -26,24 +26,24 @@ def choose_composition(function: str, program: Program, mode: HessianMode, *, wh
         if blocker is None:
             return mode
         legal = [other for other in _ORDER if program.composition_blocker(other) is None]
-        raise _checks.illegal_mode(function, mode, str(blocker), legal)
+        raise _checks.illegal_mode(mode, str(blocker), legal)
     blockers = {}
     for candidate in _order_for_matrix(program) if whole else _ORDER:
         blockers[candidate] = program.composition_blocker(candidate)
         if blockers[candidate] is None:
             return candidate
-    raise _checks.no_legal_mode(function, {name: str(blocker) for name, blocker in blockers.items()})
+    raise _checks.no_legal_mode({name: str(blocker) for name, blocker in blockers.items()})
 
 
-def legal_modes(function: str, mode: str, blockers: dict[str, Blocker | None]) -> list[str]:
+def legal_modes(mode: str, blockers: dict[str, Blocker | None]) -> list[str]:
     """``mode`` itself if it is legal; for "auto" all legal modes among the keys of ``blockers``, in their order."""
     legal = [name for name, blocker in blockers.items() if blocker is None]
     if not legal:
-        raise _checks.no_legal_mode(function, {name: str(blocker) for name, blocker in blockers.items()})
+        raise _checks.no_legal_mode({name: str(blocker) for name, blocker in blockers.items()})
     if mode == "auto":
         return legal
     if mode not in legal:
-        raise _checks.illegal_mode(function, mode, str(blockers[mode]), legal)
+        raise _checks.illegal_mode(mode, str(blockers[mode]), legal)
     return [mode]
 
 
@@ -82,11 +82,11 @@ _FEW_LANES = 8
 """Heuristic: for so few inputs both modes take about the same time, and forward mode is the smaller program."""
 
 
-def choose_jacobian(function: str, program: Program, mode: JacobianMode) -> str:
+def choose_jacobian(program: Program, mode: JacobianMode) -> str:
     """The mode to use: ``mode`` itself if it is legal; for "auto" forward for tall Jacobians, reverse for wide."""
     inputs, outputs = num_entries(program.x), num_entries(program.out)
     is_tall = outputs >= inputs and (
         inputs <= _FEW_LANES or outputs >= _TALL_ON_CPU * inputs or not _moves_tangents(program)
     )
     order = ("fwd", "rev") if is_tall else ("rev", "fwd")
-    return legal_modes(function, mode, {name: program.blocker(name) for name in order})[0]
+    return legal_modes(mode, {name: program.blocker(name) for name in order})[0]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from curvature import _checks
+from curvature._errors import later, public
 from curvature._types import ChunkSize, HessianMode, Objective, Tree
 from curvature.programs import _traced
 from curvature.transforms import _modes
@@ -12,6 +13,7 @@ from curvature.transforms._compositions import hessian_of
 from curvature.transforms._jacobian import gradient_of
 
 
+@public
 def per_example_grad(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Callable[..., Tree]:
     """The gradient of ``loss`` for each example: ``G[b] = d loss(params, *example_b) / d params``.
 
@@ -42,12 +44,13 @@ def per_example_grad(loss: Objective, *, chunk_size: ChunkSize = "auto") -> Call
     """
 
     def gradient(program: _traced.Program) -> Tree:
-        mode = _modes.choose_jacobian("per_example_grad", program, "auto")
+        mode = _modes.choose_jacobian(program, "auto")
         return gradient_of(program, program.x, mode)[0]
 
-    return _map_over_batch("per_example_grad", loss, gradient, chunk_size)
+    return _map_over_batch(loss, gradient, chunk_size)
 
 
+@public
 def per_example_hessian(
     loss: Objective, *, mode: HessianMode = "auto", chunk_size: ChunkSize = "auto"
 ) -> Callable[..., Tree]:
@@ -74,32 +77,33 @@ def per_example_hessian(
         Array([[[1., 2.],
                 [2., 4.]]], dtype=float32)
     """
-    _checks.check_choice("per_example_hessian", "mode", mode, HessianMode)
+    _checks.check_choice("mode", mode, HessianMode)
 
     def one_hessian(program: _traced.Program) -> Tree:
-        return hessian_of("per_example_hessian", program, mode, None)[0]
+        return hessian_of(program, mode, None)[0]
 
-    return _map_over_batch("per_example_hessian", loss, one_hessian, chunk_size)
+    return _map_over_batch(loss, one_hessian, chunk_size)
 
 
 def _map_over_batch(
-    function: str, loss: Objective, derivative: Callable[[_traced.Program], Tree], chunk_size: ChunkSize
+    loss: Objective, derivative: Callable[[_traced.Program], Tree], chunk_size: ChunkSize
 ) -> Callable[..., Tree]:
     """``derivative`` of the loss at ``params``, mapped over the leading axis of the batch."""
-    _checks.check_callable(function, "loss", loss)
-    _checks.check_chunk_size(function, chunk_size)
+    _checks.check_callable("loss", loss)
+    _checks.check_chunk_size(chunk_size)
 
     def derivative_of_example(params: Tree, *example: Any) -> Tree:
         def value(params: Tree) -> tuple[Any, None]:
-            return _checks.check_arrays(function, "loss", loss(params, *example)), None
+            return _checks.check_arrays("loss", loss(params, *example)), None
 
         program = _traced.trace_on_device(value, params)
-        _checks.check_scalar_output(function, "loss", program.out)
+        _checks.check_scalar_output("loss", program.out)
         return derivative(program)
 
+    @later
     def over_batch(params: Tree, *batch: Any) -> Tree:
-        params = _checks.check_point(function, "params", params)
-        _checks.check_batch(function, batch)
+        params = _checks.check_point("params", params)
+        _checks.check_batch(batch)
         return vmap(derivative_of_example, (None,) + (0,) * len(batch), chunk_size=chunk_size)(params, *batch)
 
     return over_batch

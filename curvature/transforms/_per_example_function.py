@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from curvature import _checks
+from curvature._errors import caller, later
 from curvature._sharding import entry, gathered, vary_like
 from curvature._trees import leaf_paths
 from curvature._types import Objective, Tree
@@ -49,29 +50,28 @@ class PerExampleFunction:
         return self.function(params, *batch)
 
 
-def reporter(
-    function: str, loss: Objective, routes: Callable[[Taps | None, Tree], list[str]]
-) -> Callable[..., LeafReport]:
+def reporter(loss: Objective, routes: Callable[[Taps | None, Tree], list[str]]) -> Callable[..., LeafReport]:
     """``PerExampleFunction.report``; ``routes`` makes a sentence for each leaf from the taps of the loss."""
 
+    @later
     def report(params: Tree, *batch: Any) -> LeafReport:
-        params, _, example = open_batch(function, params, batch)
-        sentences = routes(trace_taps(function, loss, params, example), params)
-        return LeafReport(function, dict(zip(leaf_paths(params), sentences, strict=True)))
+        params, _, example = open_batch(params, batch)
+        sentences = routes(trace_taps(loss, params, example), params)
+        return LeafReport(caller(), dict(zip(leaf_paths(params), sentences, strict=True)))
 
     return report
 
 
 def open_batch(
-    function: str, params: Tree, batch: tuple[Any, ...], summed: bool = True
+    params: Tree, batch: tuple[Any, ...], summed: bool = True
 ) -> tuple[Tree, tuple[Any, ...], tuple[Any, ...]]:
     """Parameters and batch, checked, and the first example.
 
     A batch that is sharded over an explicit mesh is gathered if its examples are ``summed``: each product that
     contracts a sharded axis would otherwise have to state the sharding of its result. On auto axes XLA chooses it.
     """
-    params = _checks.check_point(function, "params", params)
-    _checks.check_batch(function, batch)
+    params = _checks.check_point("params", params)
+    _checks.check_batch(batch)
     batch = jax.tree.map(jnp.asarray, batch)
     batch = jax.tree.map(gathered, batch) if summed else batch
     return vary_like(params, batch), batch, jax.tree.map(entry, batch)

@@ -20,6 +20,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from jaxtyping import Array
 
+from curvature._errors import caller
 from curvature._types import Objective, Tree
 from curvature.programs import _traced
 from curvature.programs._jaxprs import Equation, Variable, dependents, inline
@@ -262,9 +263,9 @@ def describe_leaf(path: str, route: str | None, lines: Sequence[str]) -> str:
     return f"Leaf {path or 'x'!r} enters through {where or 'no equation'}{rule}."
 
 
-def failure(function: str, what: str, by: str, excess: Excess, leaves: Sequence[str], remedy: str) -> RuntimeError:
+def failure(what: str, by: str, excess: Excess, leaves: Sequence[str], remedy: str) -> RuntimeError:
     """The error of a failed check: ``what`` differs from the result ``by`` another composition."""
     return RuntimeError(
-        f"{function}: check=True found that {what} differs from {by} by {excess.error:.1e} of its size, expected at "
+        f"{caller()}: check=True found that {what} differs from {by} by {excess.error:.1e} of its size, expected at "
         f"most {excess.tolerance:.1e}. {' '.join(leaves)} {remedy}"
     )

@@ -52,7 +52,6 @@ _REMEDY = (
 
 
 def check_few_examples(
-    function: str,
     loss: Objective,
     params: Tree,
     batch: tuple[Any, ...],
@@ -64,7 +63,6 @@ def check_few_examples(
     """Raise if a function of the gradients of a few examples differs from the ``formula`` of these gradients.
 
     Args:
-        function: the public function.
         loss: the loss of one example.
         params: the parameters.
         batch: the examples, of which three are taken, in chunks of two.
@@ -109,7 +107,7 @@ def check_few_examples(
     sentences = [
         describe_leaf(paths[k], routes[paths[k]], entries_of(of_example.jaxpr, k, len(paths))) for k in faulty[:2]
     ]
-    raise failure(function, "the result for three examples", "jax.vmap(jax.grad(loss))", excess, sentences, _REMEDY)
+    raise failure("the result for three examples", "jax.vmap(jax.grad(loss))", excess, sentences, _REMEDY)
 
 
 def _restrict_to_leaf(loss: Objective, params: Tree, leaf: int | None) -> tuple[Objective, Tree]:

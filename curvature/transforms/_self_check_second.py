@@ -48,7 +48,6 @@ class Subject(NamedTuple):
     """A second derivative under test.
 
     Attributes:
-        function: the public function.
         program: the function that is differentiated, traced.
         values: the operands of the derivative, and the derivative that the call returns.
         plain: from the operands to the function of ``x`` for JAX to differentiate, and ``x``.
@@ -56,7 +55,6 @@ class Subject(NamedTuple):
         routes: from the path of each leaf to the rule that was applied to it.
     """
 
-    function: str
     program: _traced.Program
     values: Values
     plain: Callable[[Any], tuple[Callable[[Tree], Any], Tree]]
@@ -70,7 +68,6 @@ class Subject(NamedTuple):
 
 
 def subject_of(
-    function: str,
     program: _traced.Program,
     evaluate: Callable[[_traced.Program], Any],
     result: Any,
@@ -87,11 +84,10 @@ def subject_of(
         return evaluate(rebuild(program, *operands))
 
     values = (program.x, program.jaxpr.consts), result
-    return Subject(function, program, values, plain, evaluate_at, lambda: routes(program))
+    return Subject(program, values, plain, evaluate_at, lambda: routes(program))
 
 
 def subject_of_mean(
-    function: str,
     loss: Objective,
     params: Tree,
     batch: tuple[Any, ...],
@@ -116,7 +112,7 @@ def subject_of_mean(
 
     program = _traced.trace(lambda params: (mean_of(loss, batch)(params), None), params)
     values = (params, batch, consts_of(of_example)), result
-    return Subject(function, program, values, plain, evaluate_at, lambda: report(params, *batch).routes)
+    return Subject(program, values, plain, evaluate_at, lambda: report(params, *batch).routes)
 
 
 def check_hessian(subject: Subject, blocks: HessianBlocks) -> None:
@@ -137,7 +133,7 @@ def check_hessian(subject: Subject, blocks: HessianBlocks) -> None:
     paths, (first, second) = leaf_paths(x), (min(row, column), max(row, column))
     what = f"H v (the block of {paths[row] or 'x'!r} and {paths[column] or 'x'!r} is farthest off)"
     leaves = _describe_leaves(subject, dict.fromkeys((first, second)))
-    raise failure(subject.function, what, "forward over reverse mode applied to f", excess, leaves, _REMEDY)
+    raise failure(what, "forward over reverse mode applied to f", excess, leaves, _REMEDY)
 
 
 def _describe_leaves(subject: Subject, leaves: Sequence[int] | dict[int, None]) -> list[str]:
@@ -154,7 +150,7 @@ def _leaf_pairs(x: Tree, blocks: HessianBlocks) -> Pairs:
     numbers = range(len(jax.tree.leaves(x)))
     if blocks == "diagonal":
         return [(i, i) for i in numbers]
-    rows, columns = (select("hessian", "blocks", x, path) for path in blocks or ("", ""))
+    rows, columns = (select("blocks", x, path) for path in blocks or ("", ""))
     return list(itertools.product(numbers[rows.leaves], numbers[columns.leaves]))
 
 
@@ -284,7 +280,7 @@ def check_diagonal(subject: Subject) -> None:
     if excess.ratio > 1:
         at_fault = _describe_leaves(subject, [chosen[number][0]])
         what, by = "an entry of the diagonal", "that of forward over reverse mode applied to f"
-        raise failure(subject.function, what, by, excess, at_fault, _REMEDY)
+        raise failure(what, by, excess, at_fault, _REMEDY)
 
 
 def check_laplacian(program: _traced.Program, along: Callable[[_traced.Program, Tree], Any]) -> None:
@@ -298,7 +294,7 @@ def check_laplacian(program: _traced.Program, along: Callable[[_traced.Program, 
     """
     eps = eps_of(program)
     every = list(range(len(jax.tree.leaves(program.x))))
-    subject = subject_of("laplacian", program, lambda program: program, None)
+    subject = subject_of(program, lambda program: program, None)
 
     def of_leaves(chosen: Sequence[Sequence[int]]) -> Callable[[Values], list[Sides]]:
         return lambda values: [_laplacian_sides(subject, along, eps, part, values) for part in chosen]
@@ -312,7 +308,7 @@ def check_laplacian(program: _traced.Program, along: Callable[[_traced.Program, 
     number, of_leaf = worst(single)
     at_fault = _describe_leaves(subject, [number] if of_leaf.ratio > 1 else every)
     what, by = "the Laplacian along two random directions", "v' H v by forward over reverse mode applied to f"
-    raise failure(subject.function, what, by, excess, at_fault, _REMEDY)
+    raise failure(what, by, excess, at_fault, _REMEDY)
 
 
 def _laplacian_sides(

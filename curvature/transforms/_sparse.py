@@ -10,6 +10,7 @@ from jax.experimental.sparse import BCOO
 from jaxtyping import Array
 
 from curvature import _checks, _trees
+from curvature._errors import later, public
 from curvature._trees import ravel
 from curvature._types import JacobianMode, Objective, SparseHessianMode, Tree
 from curvature.programs import _traced
@@ -24,6 +25,7 @@ except ImportError as error:  # not installed, or built for another version of J
     _asdex_error = error
 
 
+@public
 def sparse_hessian(
     f: Objective, x: Tree, *args: Any, pattern: Any = None, mode: SparseHessianMode = "auto"
 ) -> Callable[..., BCOO]:
@@ -72,13 +74,13 @@ def sparse_hessian(
     References: Coleman and More, Estimation of sparse Hessian matrices and graph coloring problems (1984),
         doi:10.1007/BF02612334; Gebremedhin, Manne and Pothen (2005), section 4, doi:10.1137/S0036144504444711.
     """
-    _checks.check_extra("sparse_hessian", "asdex", "sparse", _asdex_error)
-    _checks.check_callable("sparse_hessian", "f", f)
-    _checks.check_choice("sparse_hessian", "mode", mode, SparseHessianMode)
-    x = _checks.check_point("sparse_hessian", "x", x)
-    program = trace_objective("sparse_hessian", "f", f, x, args)
+    _checks.check_extra("asdex", "sparse", _asdex_error)
+    _checks.check_callable("f", f)
+    _checks.check_choice("mode", mode, SparseHessianMode)
+    x = _checks.check_point("x", x)
+    program = trace_objective("f", f, x, args)
     order = get_args(SparseHessianMode)[1:]
-    chosen = legal_modes("sparse_hessian", mode, {name: program.composition_blocker(name) for name in order})[0]
+    chosen = legal_modes(mode, {name: program.composition_blocker(name) for name in order})[0]
     vector, unravel = ravel(x)
     shape = (vector.size, vector.size)
 
@@ -86,8 +88,8 @@ def sparse_hessian(
         return f(unravel(vector), *args)
 
     if pattern is None:
-        pattern = _find_pattern("sparse_hessian", asdex.hessian_sparsity, fun, vector, args)
-    rows, columns = _checks.check_pattern("sparse_hessian", pattern, shape)
+        pattern = _find_pattern(asdex.hessian_sparsity, fun, vector, args)
+    rows, columns = _checks.check_pattern(pattern, shape)
     sparsity = _make_sparsity(np.concatenate([rows, columns]), np.concatenate([columns, rows]), shape, vector)
     if is_symmetric(program):
         coloring = asdex.hessian_coloring_from_sparsity(sparsity, mode=chosen)
@@ -97,12 +99,13 @@ def sparse_hessian(
     seeds = jnp.asarray(np.asarray(coloring.colors)[:, None] == colors, vector.dtype)
 
     def products(seeds: Array, vector: Array, *args: Any) -> Array:
-        hvp_fn = linearize_program(trace_objective("sparse_hessian", "f", fun, vector, args), chosen)[2]
+        hvp_fn = linearize_program(trace_objective("f", fun, vector, args), chosen)[2]
         return jax.vmap(hvp_fn, in_axes=1, out_axes=1)(seeds)  # colors innermost: XLA shares the rows among its threads
 
-    return _compile_parts("sparse_hessian", products, seeds, _positions_of_entries(coloring, columns=True), coloring, x)
+    return _compile_parts(products, seeds, _positions_of_entries(coloring, columns=True), coloring, x)
 
 
+@public
 def sparse_jacobian(
     f: Callable[..., Any], x: Tree, *args: Any, pattern: Any = None, mode: JacobianMode = "auto"
 ) -> Callable[..., BCOO]:
@@ -146,36 +149,32 @@ def sparse_jacobian(
     References: Curtis, Powell and Reid, On the estimation of sparse Jacobian matrices (1974),
         doi:10.1093/imamat/13.1.117; Gebremedhin, Manne and Pothen (2005), section 3, doi:10.1137/S0036144504444711.
     """
-    _checks.check_extra("sparse_jacobian", "asdex", "sparse", _asdex_error)
-    _checks.check_callable("sparse_jacobian", "f", f)
-    _checks.check_choice("sparse_jacobian", "mode", mode, JacobianMode)
-    x = _checks.check_point("sparse_jacobian", "x", x)
-    program = _traced.trace(lambda x: (_checks.check_arrays("sparse_jacobian", "f", f(x, *args)), None), x)
-    _checks.check_floating_output("sparse_jacobian", "f", program.out)
+    _checks.check_extra("asdex", "sparse", _asdex_error)
+    _checks.check_callable("f", f)
+    _checks.check_choice("mode", mode, JacobianMode)
+    x = _checks.check_point("x", x)
+    program = _traced.trace(lambda x: (_checks.check_arrays("f", f(x, *args)), None), x)
+    _checks.check_floating_output("f", program.out)
     order = get_args(JacobianMode)[1:]
-    legal = legal_modes("sparse_jacobian", mode, {name: program.blocker(name) for name in order})
+    legal = legal_modes(mode, {name: program.blocker(name) for name in order})
     vector, unravel = ravel(x)
 
     def fun(vector: Array, *args: Any) -> Array:
         return ravel(f(unravel(vector), *args))[0]
 
     if pattern is None:
-        pattern = _find_pattern("sparse_jacobian", asdex.jacobian_sparsity, fun, vector, args)
+        pattern = _find_pattern(asdex.jacobian_sparsity, fun, vector, args)
     shape = (_trees.num_entries(program.out), vector.size)
-    sparsity = _make_sparsity(*_checks.check_pattern("sparse_jacobian", pattern, shape), shape, vector)
+    sparsity = _make_sparsity(*_checks.check_pattern(pattern, shape), shape, vector)
     coloring = asdex.jacobian_coloring_from_sparsity(sparsity, mode=legal[0] if len(legal) == 1 else None)
 
     def products(_: None, vector: Array, *args: Any) -> Array:
         return asdex.compressed_jacobian_from_coloring(lambda vector: fun(vector, *args), coloring)(vector)
 
-    return _compile_parts(
-        "sparse_jacobian", products, None, _positions_of_entries(coloring, columns=False), coloring, x
-    )
+    return _compile_parts(products, None, _positions_of_entries(coloring, columns=False), coloring, x)
 
 
-def _find_pattern(
-    function: str, find: Callable[..., Any], fun: Callable[..., Array], vector: Array, args: tuple[Any, ...]
-) -> Any:
+def _find_pattern(find: Callable[..., Any], fun: Callable[..., Array], vector: Array, args: tuple[Any, ...]) -> Any:
     """The pattern that asdex finds for all values of the data.
 
     asdex evaluates what depends on plain numbers and NumPy arrays alone: all data is passed as JAX arrays.
@@ -184,7 +183,7 @@ def _find_pattern(
     try:
         return find(fun, vector, *data)
     except Exception as error:  # of any type, for a primitive or an operand that asdex does not know
-        raise _checks.no_pattern(function, error) from error
+        raise _checks.no_pattern(error) from error
 
 
 def _make_sparsity(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int], vector: Array) -> Any:
@@ -195,7 +194,7 @@ def _make_sparsity(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]
 
 
 def _compile_parts(
-    function: str, products: Callable[..., Array], seeds: Array | None, where: Array, coloring: Any, like: Tree
+    products: Callable[..., Array], seeds: Array | None, where: Array, coloring: Any, like: Tree
 ) -> Callable[..., BCOO]:
     """The function of the point and the data, from the products of all colors and the positions of the entries.
 
@@ -218,9 +217,10 @@ def _compile_parts(
     def entries(products: Array, where: Array) -> Array:
         return products.reshape(-1).at[where].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
+    @later
     def evaluate(x: Tree, *args: Any) -> BCOO:
-        x = _checks.check_direction(function, "x", x, "the prepared x", like)
-        _checks.check_data(function, args)
+        x = _checks.check_direction("x", x, "the prepared x", like)
+        _checks.check_data(args)
         return form.unflatten([entries(compressed(seeds, x, *args), where), indices])
 
     return evaluate
@@ -231,7 +231,7 @@ def _positions_of_entries(coloring: Any, columns: bool) -> Array:
     if coloring.sparsity.nnz == 0:
         return jnp.zeros(0, np.int32)
     shape = coloring.num_colors, coloring.sparsity.shape[coloring.mode == "rev"]
-    _checks.check_index_range("sparse_hessian" if columns else "sparse_jacobian", shape)
+    _checks.check_index_range(shape)
     numbers = np.arange(shape[0] * shape[1], dtype=np.int32)
     numbers = numbers.reshape(shape[::-1]).T if columns else numbers.reshape(shape)
     return asdex.decompress_data(jnp.asarray(numbers), coloring)

@@ -273,7 +273,7 @@ def test_curvature_that_rounding_hides_is_scaled_up_to_its_square_root(dtype):
     root = float(jnp.finfo(dtype).eps) ** 0.5
     diagonal = jnp.array([4.0, 4 * root, 0.04 * root, 0.0], dtype)
     fun = lambda x: jnp.vdot(diagonal, x**2) / 2
-    local, d = resolved(_localize("", x := jnp.ones(4, dtype), fun(x), diagonal, fun, None, None))
+    local, d = resolved(_localize(x := jnp.ones(4, dtype), fun(x), diagonal, fun, None, None))
     assert_close(d, jnp.array([1.0, 1.0, 0.1, root**0.5], dtype), dtype)
     assert_close(local.hessian(), jnp.diag(jnp.array([4.0, 4 * root, 4 * root, 0.0], dtype)), dtype)
     assert_close(local.value_after(jnp.array([0, 0, 0.1, 0], dtype)), fun(jnp.array([1, 1, 2, 1], dtype)), dtype)

@@ -99,7 +99,7 @@ def normalized(x):
 
 def choice(f):
     program = _traced.trace(lambda p: (f(p), None), P)
-    return _modes.choose_composition("hessian", program, "auto", whole=True)
+    return _modes.choose_composition(program, "auto", whole=True)
 
 
 @pytest.mark.parametrize("loss", [squares, cross_entropy, by_logsumexp])

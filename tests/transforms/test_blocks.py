@@ -50,7 +50,7 @@ def test_paths_are_spelled_by_keystr():
 @pytest.mark.parametrize("path", PATHS)
 def test_a_sub_tree_is_taken_and_put_back(path):
     x = make_point()
-    part = select("hessian", "blocks", x, path)
+    part = select("blocks", x, path)
     assert_trees_close(part.take(x), at(x, path))
     doubled = part.put(x, jax.tree.map(lambda leaf: 2 * leaf, part.take(x)))
     assert_trees_close(part.take(doubled), jax.tree.map(lambda leaf: 2 * leaf, at(x, path)))

@@ -71,13 +71,13 @@ def plant(monkeypatch, name):
         right = module.trace_taps
         wrong = lambda p, x, y: loss({"w": p["w"], "b": 2 * p["b"] - jax.lax.stop_gradient(p["b"])}, x, y)
 
-        def trace(name, of_example, params, example):
+        def trace(of_example, params, example):
             alone = not isinstance(params, dict)  # one leaf alone: only that of ``b`` is wrong
             if alone and params.ndim == 2:
-                return right(name, of_example, params, example)
+                return right(of_example, params, example)
             if alone:
-                return right(name, lambda p, *e: of_example(2 * p - jax.lax.stop_gradient(p), *e), params, example)
-            return right(name, wrong, params, example)
+                return right(lambda p, *e: of_example(2 * p - jax.lax.stop_gradient(p), *e), params, example)
+            return right(wrong, params, example)
 
         monkeypatch.setattr(module, "trace_taps", trace)
 

@@ -42,41 +42,41 @@ class ExampleTaps:
     """
 
     def __init__(
-        self, name: str, model: Objective, loss: Objective, x: Tree, args: tuple[Any, ...], kind: OutputSide, key: Any
+        self, model: Objective, loss: Objective, x: Tree, args: tuple[Any, ...], kind: OutputSide, key: Any
     ) -> None:
-        self.size = _checks.check_examples(name, "args", args)
+        self.size = _checks.check_examples("args", args)
         leaves, self._structure = jax.tree.flatten(jax.tree.map(jnp.asarray, args))
         self._is_row = [leaf.ndim > 0 for leaf in leaves]
         self.rows = [gathered(leaf) for leaf in leaves if leaf.ndim > 0]
         self._shared = [leaf for leaf in leaves if leaf.ndim == 0]
-        self._name, self._model, self._kind = name, model, kind
+        self._model, self._kind = model, kind
         self._x, self._key, self.leaves = x, key, jax.tree.leaves(x)
 
         first = [leaf[0] for leaf in self.rows]
         args = self._structure.unflatten(leaves)
         whole = jax.eval_shape(lambda x: model(x, *args), x)
-        _checks.check_floating_output(name, "model", whole)
+        _checks.check_floating_output("model", whole)
         one = self._outputs_of_one(first)
-        kind.check(name, one)
-        _checks.check_scalar_output(name, "loss", jax.eval_shape(lambda outputs: loss(outputs, *args), whole))
-        outputs = OutputRows(name, whole, one, self.size)
-        check_model_examples(name, model, x, args, outputs, self.size)
-        check_loss_examples(name, loss, args, outputs, self.size)
+        kind.check(one)
+        _checks.check_scalar_output("loss", jax.eval_shape(lambda outputs: loss(outputs, *args), whole))
+        outputs = OutputRows(whole, one, self.size)
+        check_model_examples(model, x, args, outputs, self.size)
+        check_loss_examples(loss, args, outputs, self.size)
 
         def of_rows(_: Any, rows: Tree, *args: Any) -> Array:
             return loss(outputs.join(rows), *args)
 
         batch = outputs.structure(self.size), *args
         words, weighted = ("the loss", kind.reduction), kind.kind != "empirical"
-        check_reduction(name, words, (loss,), of_rows, (), batch, may_be_neither=weighted)
-        side = kind.of_batch(name, lambda rows: of_rows((), rows, *args), outputs.split(model(x, *args)))
+        check_reduction(words, (loss,), of_rows, (), batch, may_be_neither=weighted)
+        side = kind.of_batch(lambda rows: of_rows((), rows, *args), outputs.split(model(x, *args)))
         self.side = jax.tree.map(gathered, side)
         counted = kind.has_curvature(self.side)
         self.shares = counted / jnp.maximum(jnp.sum(counted), 1)
 
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
         self._zero = zero
-        self.taps = trace_taps(name, self._probe, x, (first, self._shared, zero, zero))
+        self.taps = trace_taps(self._probe, x, (first, self._shared, zero, zero))
         self.sites = [] if self.taps is None else self.taps.sites
         self._values = Environment() if self.taps is None else self.taps.parameter_values(self.leaves)
 
@@ -85,7 +85,7 @@ class ExampleTaps:
         try:
             return jax.eval_shape(lambda x: self._model(x, *self._args(row)), self._x)
         except (TypeError, ValueError, IndexError) as error:
-            raise _checks.no_batch_of_one(self._name, error) from error
+            raise _checks.no_batch_of_one(error) from error
 
     def _args(self, row: Sequence[Array], shared: Sequence[Array] | None = None) -> tuple[Any, ...]:
         """The arguments of a batch of one."""
@@ -106,7 +106,7 @@ class ExampleTaps:
         def of_column(column: Float[Array, " outputs"]) -> Captured:
             data = row, self._shared, unravel(column), self._zero
             if self.taps is None:
-                return None, jax.tree.leaves(formed_gradient(self._name, self._probe, self._x, data))
+                return None, jax.tree.leaves(formed_gradient(self._probe, self._x, data))
             return self.taps.cotangents(self._values, jax.tree.leaves(data))
 
         return jax.vmap(of_column, out_axes=(None, 0))(columns * weight.astype(columns.dtype))

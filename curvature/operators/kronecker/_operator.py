@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from curvature import _checks
+from curvature._errors import calling, of_class
 from curvature._sharding import vary_like
 from curvature._trees import leaf_paths
 from curvature._types import ChunkSize, Objective, Tree
@@ -107,6 +108,7 @@ class KroneckerOperator(LinearOperator):
     routes: tuple[tuple[str, str], ...] = static()
     is_symmetric = True
 
+    @of_class
     def __init__(
         self,
         model: Objective,
@@ -122,25 +124,24 @@ class KroneckerOperator(LinearOperator):
         num_samples: int = 1,
         chunk_size: ChunkSize = "auto",
     ) -> None:
-        name = type(self).__name__
-        _checks.check_callable(name, "model", model)
-        _checks.check_callable(name, "loss", loss)
+        _checks.check_callable("model", model)
+        _checks.check_callable("loss", loss)
         for option, value, words in [
             ("approximation", approximation, Approximation),
             ("sharing", sharing, Sharing),
             ("kind", kind, Kind),
             ("reduction", reduction, Reduction),
         ]:
-            _checks.check_choice(name, option, value, words)
+            _checks.check_choice(option, value, words)
         if likelihood is not None:
-            _checks.check_choice(name, "likelihood", likelihood, Likelihood)
-        _checks.check_count(name, "num_samples", num_samples, 1)
-        _checks.check_chunk_size(name, chunk_size)
-        _checks.check_sampling(name, kind, likelihood, key)
-        x = vary_like(_checks.check_point(name, "x", x), args)
+            _checks.check_choice("likelihood", likelihood, Likelihood)
+        _checks.check_count("num_samples", num_samples, 1)
+        _checks.check_chunk_size(chunk_size)
+        _checks.check_sampling(kind, likelihood, key)
+        x = vary_like(_checks.check_point("x", x), args)
         used_key = key if kind == "sampled" else None
         side = OutputSide(kind, likelihood, num_samples, reduction)
-        examples = ExampleTaps(name, model, loss, x, args, side, used_key)
+        examples = ExampleTaps(model, loss, x, args, side, used_key)
         rules = rules_of(examples.taps, examples.leaves, sharing)
         blocks = build_blocks(examples, rules, sharing, approximation == "ekfac", chunk_size)
         leaves, structure = jax.tree.flatten(structure_of(x))
@@ -165,6 +166,7 @@ class KroneckerOperator(LinearOperator):
         """How the block of each leaf is formed."""
         return LeafReport("KroneckerOperator", dict(self.routes))
 
+    @calling("KroneckerOperator.inverse")
     def inverse(self, damping: ArrayLike, *, exact: bool = True) -> "KroneckerOperator":
         """The inverse of the matrix plus ``c I``, as a ``KroneckerOperator``.
 
@@ -181,12 +183,13 @@ class KroneckerOperator(LinearOperator):
 
         References: Martens and Grosse (arXiv:1503.05671, sections 6.3 and 6.6).
         """
-        amount = self._amount("inverse", damping)
+        amount = self._amount(damping)
         return replace(self, blocks=tuple(block.inverse(amount, exact) for block in self.blocks))
 
+    @calling("KroneckerOperator.logdet")
     def logdet(self, damping: ArrayLike = 0.0) -> Float[Array, ""]:
         """``log det(matrix + damping I)``; minus infinity, or a large negative number by rounding, if singular."""
-        amount = self._amount("logdet", damping)
+        amount = self._amount(damping)
         return jnp.sum(jnp.stack([block.logdet(amount) for block in self.blocks]))
 
     def trace(self) -> Float[Array, ""]:
@@ -198,6 +201,6 @@ class KroneckerOperator(LinearOperator):
         parts = zip(self.blocks, self.structure[1], strict=True)
         return self.structure[0].unflatten([block.diagonal().astype(like.dtype) for block, like in parts])
 
-    def _amount(self, method: str, damping: ArrayLike) -> Float[Array, ""]:
-        _checks.check_nonnegative(f"KroneckerOperator.{method}", "damping", damping)
+    def _amount(self, damping: ArrayLike) -> Float[Array, ""]:
+        _checks.check_nonnegative("damping", damping)
         return jnp.asarray(damping).astype(jax.tree.leaves(self.blocks)[0].dtype)

@@ -27,28 +27,27 @@ class OutputSide(NamedTuple):
     num_samples: int
     reduction: Reduction
 
-    def check(self, function: str, one: Tree) -> None:
+    def check(self, one: Tree) -> None:
         """Refuse outputs of a batch of one whose Hessian cannot be factored."""
-        _checks.check_likelihood(function, self.likelihood, one)
+        _checks.check_likelihood(self.likelihood, one)
         if self.kind == "exact" and self.likelihood is None:
-            _checks.check_output_size(function, sum(leaf.size for leaf in jax.tree.leaves(one)))
+            _checks.check_output_size(sum(leaf.size for leaf in jax.tree.leaves(one)))
 
-    def of_batch(self, function: str, loss: Callable[[Tree], Array], rows: Tree) -> Any:
+    def of_batch(self, loss: Callable[[Tree], Array], rows: Tree) -> Any:
         """The arrays from which ``columns`` are formed, with examples along the leading axis; evaluates the loss.
 
         Args:
-            function: the public name, for errors.
             loss: the loss of the whole batch as a function of the rows of its outputs; it does not couple rows.
             rows: the outputs; row b is the output of a batch of example b alone.
         """
         if self.kind == "empirical":
-            scores = _ravel_rows(loss_gradient(function, loss, rows, ()))
+            scores = _ravel_rows(loss_gradient(loss, rows, ()))
             # The score of a mean has the factor 1/B and its square 1/B^2.
             return scores * math.sqrt(len(scores)) if self.reduction == "mean" else scores
         if self.likelihood is None:
-            return _diagonal_blocks(function, loss, rows)
+            return _diagonal_blocks(loss, rows)
         (logits,) = jax.tree.leaves(rows)
-        (weights,) = jax.tree.leaves(label_weights(function, loss, rows, (), FAMILIES[self.likelihood]))
+        (weights,) = jax.tree.leaves(label_weights(loss, rows, (), FAMILIES[self.likelihood]))
         return _at_least_single(logits), _at_least_single(weights)
 
     def has_curvature(self, side: Any) -> Float[Array, " examples"]:
@@ -72,14 +71,12 @@ class OutputSide(NamedTuple):
         return (jnp.sqrt(weights / self.num_samples)[None] * scores).reshape(self.num_samples, -1)
 
 
-def _diagonal_blocks(
-    function: str, loss: Callable[[Tree], Array], rows: Tree
-) -> Float[Array, "examples outputs outputs"]:
+def _diagonal_blocks(loss: Callable[[Tree], Array], rows: Tree) -> Float[Array, "examples outputs outputs"]:
     """``H_b``, the Hessian of the loss of the batch with respect to the outputs of example b, for each b.
 
     The loss couples no two examples, so the product with a vector repeated for all examples holds ``H_b t`` of all b.
     """
-    product = loss_hessian(function, loss, rows, ())
+    product = loss_hessian(loss, rows, ())
 
     def of_direction(t: Tree) -> Array:
         repeated = jax.tree.map(lambda leaf, row: place_like(jnp.broadcast_to(row, leaf.shape), leaf), rows, t)
