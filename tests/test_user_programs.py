@@ -117,7 +117,7 @@ def gated_recurrent_unit(p, x, y):
 
 @program([(4, 2)], re=(3, 2, 2), im=(3, 2, 2), w=(2, 2))
 def fourier_layer(p, x):
-    modes = jnp.einsum("fi,fio->fo", jnp.fft.rfft(x, axis=0), p["re"] + 1j * p["im"])
+    modes = jnp.einsum("fi,fij->fj", jnp.fft.rfft(x, axis=0), p["re"] + 1j * p["im"])
     return jnp.mean(nn.gelu(jnp.fft.irfft(modes, n=4, axis=0) + x @ p["w"]) ** 2)
 
 

@@ -261,3 +261,13 @@ def test_a_power_law_in_a_box_in_single_precision():
     result = curvature.minimize(misfit, jnp.array([1, 0.5, 2], "f4"), data, bounds=bounds)
     np.testing.assert_allclose(result.value, 396.0227720, rtol=1e-4)
     np.testing.assert_allclose(result.x, [1.90852806, 9.72706386e-04, 4.00813147], rtol=1e-2)
+
+
+def test_a_point_on_its_way_has_not_converged():
+    # columns of condition 1e5, squared by the sum: in single precision the gradient is rounding where the value is not
+    t = np.linspace(-1.6, 1.6, 31)
+    matrix = np.stack([t ** (2 * k) for k in range(8)], axis=1)
+    data = [jnp.asarray(array, jnp.float32) for array in (matrix, 78 * np.exp(-(t**2)) + 0.1 * np.cos(5 * t))]
+    start = jnp.ones(8, jnp.float32)
+    result = curvature.minimize(lambda x, a, y: jnp.sum((a @ x - y) ** 2), start, tuple(data), method="trust-exact")
+    assert result.value < 1e-4  # 2e-8 in double precision, and 0.007 after 64 steps

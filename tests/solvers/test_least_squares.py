@@ -428,6 +428,26 @@ def test_the_saddle_where_two_terms_merge_is_no_success_in_single_precision():
     assert not jnp.any(fits.success & (fits.value > 3.72))
 
 
+@pytest.mark.thin
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("amplitude", [0.1, 1.0])
+@pytest.mark.parametrize("start", [(1.0, 1.0), (-1.0, 20.0), (30.0, 0.01)])
+def test_second_derivatives_that_are_not_finite_are_left_out(start, amplitude, dtype):
+    # a root with a guard at zero: in reverse mode, and so in second derivatives, its derivative there is zero times inf
+    t = np.linspace(0, 4, 9)
+    y = 2 * np.exp(-np.sqrt(0.7 * t)) + amplitude * np.cos(7 * t)
+
+    def residuals(p, t, y):
+        return p[0] * jnp.exp(-jnp.where(t > 0, jnp.sqrt(p[1] * t), 0.0)) - y
+
+    fit = curvature.least_squares(residuals, jnp.asarray(start, dtype), (jnp.asarray(t, dtype), jnp.asarray(y, dtype)))
+    want = scipy.optimize.least_squares(
+        lambda p: p[0] * np.exp(-np.sqrt(p[1] * t)) - y, [2.0, 0.7], bounds=([-99, 1e-9], 99), xtol=1e-15, ftol=1e-15
+    )
+    assert fit.success
+    np.testing.assert_allclose(fit.value, want.cost, rtol=1e-5 if dtype == np.float32 else 1e-10)
+
+
 def test_steps_to_where_derivatives_are_not_finite_are_taken_back():
     """In single precision ``exp(-p1)`` overflows on the way: the value is finite there, and its derivative NaN."""
     k = np.arange(27.0)
