@@ -117,17 +117,6 @@ def examine(
     return Verdict(is_stationary, last.passes & last.drifts, is_last & (last.value == -jnp.inf))
 
 
-def is_short(x: Tree, before: Tree, start: Tree) -> Bool[Array, ""]:
-    """Whether no entry has moved by more than half of its digits.
-
-    A step that lowers the value and moves ``x`` farther may follow a valley whose slope is lost in the rounding of the
-    gradient across it; from there it goes on.
-    """
-    (x, _), (before, _), (start, _) = ravel(x), ravel(before), ravel(start)
-    root = float(jnp.finfo(x.dtype).eps) ** 0.5
-    return jnp.all(jnp.abs(x - before) <= root * jnp.maximum(jnp.abs(x), root * jnp.abs(start)))
-
-
 def _reach(point: Any, start: Tree) -> Vector:
     """How far each entry moves in a probe, in roundings of its dtype or of that of the objective."""
     least = float(jnp.finfo(point.value.dtype).eps)

@@ -24,7 +24,7 @@ from curvature.optimizers._method import (
     noise_of,
     value_and_grad,
 )
-from curvature.optimizers._stationary import examine, is_short
+from curvature.optimizers._stationary import examine
 from curvature.programs._traced import Program
 from curvature.solvers._progress import Watch, observe
 from curvature.transforms._compositions import linearize_program, trace_objective
@@ -97,7 +97,9 @@ class Check(NamedTuple):
     due: Bool[Array, ""]
     num_steps: Int[Array, ""]  # at which it was last
     wait: Int[Array, ""]  # how many steps later it may be again: 0 after the end
-    settles: Bool[Array, ""]  # whether the last step has led nowhere new, in value or in x
+    settles: Bool[
+        Array, ""
+    ]  # whether the last step lowered the value by rounding, or by next to nothing of the largest
 
 
 class Loop(NamedTuple):
@@ -350,11 +352,10 @@ def _begin(loop: Loop, point: Point, limits: Limits) -> Loop:
 def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
     """Update the best point and the status: is it converged, out of steps, stuck, or broken?
 
-    Stuck is asked only of methods that descend at every step; others may wander and recover. They are when a row of
+    Only methods that descend at every step can be stuck; others may wander and recover. They are stuck when a row of
     steps lowers neither the value, by more than its rounding, nor the gradient; or when the steps of a longer row lower
-    the value by less than a rounding each, and have not halved the gradient: among so many, a lower value now and then
-    is what rounding brings up by itself. In the longest row the roundings are those of the largest value seen: so well
-    is the curvature known along the way that the method has come, and what is left is a valley its model cannot see.
+    the value by less than a rounding each, as chance does, and have not halved the gradient. In the longest row the
+    roundings are those of the largest value seen: what is left is a valley that the model of the method cannot see.
     """
     first = loop.best.value == jnp.inf
     tolerance = choose(first, loop.tolerance + limits.rtol * point.grad_norm, loop.tolerance)
@@ -378,8 +379,9 @@ def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
     status = _status_if(converged, Status.CONVERGED, status)
     since = loop.num_steps - loop.check.num_steps
     due = limits.to_rounding & (since >= choose(lower, np.int32(_INTERVAL), loop.check.wait))
-    num_steps = choose(due, loop.num_steps, loop.check.num_steps)
-    check = Check(due, num_steps, loop.check.wait, ~lower | is_short(point.x, loop.best.x, loop.start))
+    hidden = jnp.finfo(tolerance.dtype).eps * mark.noise[1]
+    settles = ~(lower & (point.value < loop.best.value - hidden))
+    check = Check(due, choose(due, loop.num_steps, loop.check.num_steps), loop.check.wait, settles)
     return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, mark=mark, status=status, check=check)
 
 
