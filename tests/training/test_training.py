@@ -473,9 +473,7 @@ def test_estimates_of_the_diagonal_are_unbiased():
         "hutchinson": (jax.vmap(lambda key: _stochastic.hutchinson(params, key, product))(keys), hessian),
         "bartlett": (
             jax.vmap(
-                lambda key: _stochastic.gauss_newton_bartlett(
-                    "sophia", network, cross_entropy, "categorical", params, data, key
-                )
+                lambda key: _stochastic.gauss_newton_bartlett(network, cross_entropy, "categorical", params, data, key)
             )(keys),
             ggn,
         ),
