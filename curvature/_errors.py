@@ -54,10 +54,7 @@ def of_class(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, 
 def _naming(name_of: Callable[[tuple[Any, ...]], str], function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        token = _NAME.set(name_of(args))
-        try:
+        with calling(name_of(args)):
             return function(*args, **kwargs)
-        finally:
-            _NAME.reset(token)
 
     return call

@@ -26,7 +26,6 @@ _WOLFE = 0.9  # N&W (3.7b): the share of the slope that may be left
 _EXPANSION = (2.0, 10.0)  # how much longer the next trial is while every one is too short
 _MARGIN = 0.1  # a trial keeps this share of the bracket away from its ends
 _BISECT = 3  # every so many trials the bracket is halved, whatever the cubic says
-_HIDDEN = 0.1  # times the noise of a value over sqrt(eps): half of its digits, which slopes keep where it loses them
 _FAIR = 4.0  # by how much a step of guessed length may miss the fall that a parabola with its two slopes has
 
 
@@ -229,7 +228,9 @@ def _attempt(
     trial = LinePoint(t, value, dot(grad, direction))
     finite = jnp.isfinite(value) & jnp.isfinite(trial.slope)
     steep, lower = _WOLFE * jnp.abs(start.slope), value <= start.value + _ARMIJO * t * start.slope
-    noise = _HIDDEN * float(jnp.finfo(start.value.dtype).eps) ** -0.5 * local.noise  # half of the digits
+    noise = float(jnp.finfo(start.value.dtype).eps) ** 0.5 * jnp.abs(
+        start.value
+    )  # half of the digits, which slopes keep
     same = (value <= start.value + noise) & (trial.slope <= (2 * _ARMIJO - 1) * start.slope)
     fall, parabola = start.value - value, -t / 2 * (start.slope + trial.slope)
     low_enough = finite & (lower | same) & (~is_guess | _is_fair(fall, parabola, noise))

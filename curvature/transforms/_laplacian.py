@@ -14,7 +14,7 @@ from curvature._types import Objective, Tree
 from curvature.programs import _traced
 from curvature.programs._jets import BY_REVERSE, Jet, Step, push_jets
 from curvature.programs._pushforward import choose_forward, derivative_along, directional_derivative, inconsistent_rule
-from curvature.transforms._jacobian import jacobian_of
+from curvature.transforms._jacobian import jacobian_of, with_aux
 from curvature.transforms._self_check_second import check_laplacian
 
 _EAGER = Step("a branch on a value", "jvp of jvp of the whole function, for each direction", "f")
@@ -133,7 +133,7 @@ class Laplacian:
         x = _checks.check_point("x", x)
         _checks.check_entries("x", x)
         factor = None if self.factor is None else _checks.check_factor("factor", self.factor, "x", x)
-        program = _traced.trace(lambda x: (_checks.check_arrays("f", self.f(x, *args)), None), x)
+        program = _traced.trace(lambda x: with_aux(self.f(x, *args), False), x)
         _checks.check_floating_output("f", program.out)
         return program, _identity(x) if factor is None else factor
 

@@ -15,6 +15,7 @@ from curvature._trees import ravel
 from curvature._types import JacobianMode, Objective, SparseHessianMode, Tree
 from curvature.programs import _traced
 from curvature.transforms._compositions import is_symmetric, linearize_program, trace_objective
+from curvature.transforms._jacobian import with_aux
 from curvature.transforms._modes import legal_modes
 
 _asdex_error: ImportError | None = None
@@ -153,7 +154,7 @@ def sparse_jacobian(
     _checks.check_callable("f", f)
     _checks.check_choice("mode", mode, JacobianMode)
     x = _checks.check_point("x", x)
-    program = _traced.trace(lambda x: (_checks.check_arrays("f", f(x, *args)), None), x)
+    program = _traced.trace(lambda x: with_aux(f(x, *args), False), x)
     _checks.check_floating_output("f", program.out)
     order = get_args(JacobianMode)[1:]
     legal = legal_modes(mode, {name: program.blocker(name) for name in order})
