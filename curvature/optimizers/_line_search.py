@@ -228,9 +228,8 @@ def _attempt(
     trial = LinePoint(t, value, dot(grad, direction))
     finite = jnp.isfinite(value) & jnp.isfinite(trial.slope)
     steep, lower = _WOLFE * jnp.abs(start.slope), value <= start.value + _ARMIJO * t * start.slope
-    noise = float(jnp.finfo(start.value.dtype).eps) ** 0.5 * jnp.abs(
-        start.value
-    )  # half of the digits, which slopes keep
+    # Changes in the last half of the digits of the value are left to the slopes.
+    noise = float(jnp.finfo(start.value.dtype).eps) ** 0.5 * jnp.abs(start.value)
     same = (value <= start.value + noise) & (trial.slope <= (2 * _ARMIJO - 1) * start.slope)
     fall, parabola = start.value - value, -t / 2 * (start.slope + trial.slope)
     low_enough = finite & (lower | same) & (~is_guess | _is_fair(fall, parabola, noise))
