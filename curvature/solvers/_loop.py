@@ -34,7 +34,8 @@ _PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond roun
 _WINDOWS = (100, 500)  # steps that together must halve the gradient or lower the value by more than their roundings,
 _ROUNDINGS = 100  # which are so many: in the long window those of the largest value seen
 _RETREAT = 0.25  # the share that is left of a step to a point where a method can do nothing
-_INTERVAL = 64  # steps that lower the value until the best point is examined nevertheless
+_INTERVAL = np.int32(64)  # the best point is examined after so many steps even if each of them lowers the value
+_LEARNING = 5  # steps that lower nothing, of which a method without the Hessian still learns: until a first examination
 _SHARES = (10, 2)  # of all steps taken, the windows of a long solve: slow convergence is none the less convergence
 
 
@@ -95,11 +96,9 @@ class Check(NamedTuple):
     """When the best point is examined, and whether it may pass."""
 
     due: Bool[Array, ""]
-    num_steps: Int[Array, ""]  # at which it was last
+    num_steps: Int[Array, ""]  # at which it was last, or the value was last lowered
     wait: Int[Array, ""]  # how many steps later it may be again: 0 after the end
-    settles: Bool[
-        Array, ""
-    ]  # whether the last step lowered the value by rounding, or by next to nothing of the largest
+    settles: Bool[Array, ""]  # whether the last step lowered the value by rounding, or next to nothing of the largest
 
 
 class Loop(NamedTuple):
@@ -231,17 +230,18 @@ def start_loop(
     zero = jnp.asarray(0, jnp.int32)
     infinity = jnp.full_like(limits.gtol, jnp.inf)
     never = jnp.full_like(infinity, jnp.inf, shape=(len(_WINDOWS),))
+    wait = np.int32(1 if isinstance(transformation, SecondOrder) else _LEARNING)
     loop = Loop(
         x=x0,
         state=jax.lax.stop_gradient(transformation.init(x0)),
-        best=Point(x0, infinity, jax.tree.map(jnp.zeros_like, x0), infinity, infinity),
+        best=Point(x0, infinity, jax.tree.map(jnp.zeros_like, x0), infinity, jnp.zeros_like(infinity)),
         tolerance=limits.gtol,
         num_steps=zero,
         idle_steps=zero,
         mark=Mark(never, never, jnp.zeros_like(never), jnp.zeros_like(never, jnp.int32)),
         status=jnp.asarray(Status.RUNNING, jnp.int32),
         start=x0,
-        check=Check(jnp.zeros_like(zero, bool), zero, zero + 1, jnp.ones_like(zero, bool)),
+        check=Check(jnp.zeros_like(zero, bool), zero, zero + wait, jnp.ones_like(zero, bool)),
         watch=watch,
     )
     if isinstance(transformation, SecondOrder):
@@ -362,7 +362,7 @@ def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
     finite = jnp.isfinite(point.value) & jnp.isfinite(point.grad_norm)
     converged = finite & (point.grad_norm <= tolerance)
 
-    lower = first | (point.value < loop.best.value - loop.best.noise)  # without a best point both are infinite
+    lower = point.value < loop.best.value - loop.best.noise
     flatter = (point.value <= loop.best.value + loop.best.noise) & (point.grad_norm < loop.best.grad_norm)
     better = finite & (lower | flatter)
     later = (point.value <= loop.best.value) & (point.grad_norm <= 2 * loop.best.grad_norm)  # gains that both hide
@@ -377,11 +377,11 @@ def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
         status = _status_if(stuck, _status_if(limits.to_rounding, Status.SETTLED, Status.STALLED), status)
     status = choose(finite, status, _status_if(first, Status.NONFINITE_START, Status.NONFINITE))
     status = _status_if(converged, Status.CONVERGED, status)
-    since = loop.num_steps - loop.check.num_steps
-    due = limits.to_rounding & (since >= choose(lower, np.int32(_INTERVAL), loop.check.wait))
-    hidden = jnp.finfo(tolerance.dtype).eps * mark.noise[1]
-    settles = ~(lower & (point.value < loop.best.value - hidden))
-    check = Check(due, choose(due, loop.num_steps, loop.check.num_steps), loop.check.wait, settles)
+    checked = choose(lower, loop.num_steps, loop.check.num_steps)
+    due = (loop.num_steps - checked >= loop.check.wait) | (jax.lax.rem(loop.num_steps, _INTERVAL) == _INTERVAL - 1)
+    next_to_nothing = jnp.maximum(loop.best.noise, jnp.finfo(tolerance.dtype).eps * mark.noise[1])
+    settles = ~(point.value < loop.best.value - next_to_nothing)
+    check = Check(limits.to_rounding & due, choose(due, loop.num_steps, checked), loop.check.wait, settles)
     return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, mark=mark, status=status, check=check)
 
 

@@ -271,3 +271,23 @@ def test_a_point_on_its_way_has_not_converged():
     start = jnp.ones(8, jnp.float32)
     result = curvature.minimize(lambda x, a, y: jnp.sum((a @ x - y) ** 2), start, tuple(data), method="trust-exact")
     assert result.value < 1e-4  # 2e-8 in double precision, and 0.007 after 64 steps
+
+
+@pytest.mark.parametrize("method", ["bfgs", "l-bfgs"])
+@pytest.mark.parametrize("objective", ["parabola", "circle"])
+def test_the_floor_of_a_valley_is_no_minimum(method, objective):
+    # after six steps the point is on the floor to a rounding of x, and the gradient is what that rounding makes of it:
+    # only from steps that lower nothing does the method learn along which way the value still falls
+    if objective == "parabola":
+        start, least = [-1.2, 1.0], 0.0
+
+        def fun(x):
+            return 1e6 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+    else:
+        start, least = [1.1, 0.1], -1.0
+
+        def fun(x):
+            return x[0] + 1e5 * (x[0] ** 2 + x[1] ** 2 - 1) ** 2
+
+    result = curvature.minimize(fun, jnp.array(start, jnp.float32), method=method)
+    assert result.value < least + 1e-2
