@@ -67,6 +67,7 @@ from curvature._checks._options import check_size as check_size
 from curvature._checks._options import check_static_count as check_static_count
 from curvature._checks._options import require_data as require_data
 from curvature._checks._options import require_extra as require_extra
+from curvature._checks._options import spelled as spelled
 from curvature._checks._residuals import check_observations as check_observations
 from curvature._checks._residuals import check_predictions as check_predictions
 from curvature._checks._residuals import check_residual_method as check_residual_method

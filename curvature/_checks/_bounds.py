@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from curvature._checks._describe import describe, is_array_like
+from curvature._checks._options import spelled
 from curvature._errors import caller
 from curvature._types import Tree
 
@@ -25,12 +26,14 @@ def check_pair_of_bounds(bounds: Any) -> tuple[Tree, Tree]:
     return bounds[0], bounds[1]
 
 
-def check_bounded_method(method: Any, names: tuple[str, ...]) -> None:
-    """Refuse bounds for a method that cannot keep them."""
-    if not (isinstance(method, str) and method in names):
+def check_bounded_method(method: Any, names: tuple[str, ...]) -> str:
+    """The name that ``method`` spells; refuses bounds for a method that cannot keep them."""
+    name = spelled(method, names)
+    if not (isinstance(name, str) and name in names):
         raise ValueError(
             f"{caller()}: method={method!r} takes no bounds; those that do are {', '.join(map(repr, names))}."
         )
+    return name
 
 
 def check_bound(name: str, bound: Any, unbounded: float, x_name: str, x: Tree) -> Tree:

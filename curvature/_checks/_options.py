@@ -1,6 +1,6 @@
 """Input checks of options: names, numbers, counts, keys, argument positions, optional libraries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, get_args
 
 import jax
@@ -28,13 +28,24 @@ def check_order(order: Any) -> None:
         raise ValueError(f"{caller()}: order={order!r}, expected 1 or 2.")
 
 
-def check_method(method: Any, names: tuple[str, ...]) -> None:
-    """Refuse a method that is not one of the names; the caller has handled optax transformations."""
-    if not isinstance(method, str) or method not in names:
+def spelled(value: Any, names: Iterable[str]) -> Any:
+    """The name that ``value`` spells, in any case, with ``_`` or nothing for ``-``; or else ``value`` itself."""
+
+    def letters(word: str) -> str:
+        return word.lower().replace("-", "").replace("_", "")
+
+    return {letters(name): name for name in names}.get(letters(value), value) if isinstance(value, str) else value
+
+
+def check_method(method: Any, names: tuple[str, ...]) -> str:
+    """The name that ``method`` spells; the caller has handled optax transformations."""
+    name = spelled(method, names)
+    if name not in names:
         raise ValueError(
             f"{caller()}: method={method!r} is unknown, expected one of {', '.join(map(repr, names))} "
             "or an optax transformation such as curvature.newton() or optax.lbfgs()."
         )
+    return name
 
 
 def check_hessian_used(method: Any, used: bool) -> None:

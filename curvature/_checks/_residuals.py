@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from curvature._checks._describe import describe, is_array_like
 from curvature._checks._functions import check_floating_output
+from curvature._checks._options import spelled
 from curvature._errors import caller
 
 T = TypeVar("T")
@@ -25,13 +26,15 @@ def check_residuals(out: Any) -> None:
         raise TypeError(f"{caller()}: residuals returns no entries, expected at least one number.")
 
 
-def check_residual_method(method: Any, names: tuple[str, ...], is_ours: bool) -> None:
-    """Refuse a method that is neither one of the names nor (``is_ours``) a transformation that takes residuals."""
-    if method not in names if isinstance(method, str) else not is_ours:
+def check_residual_method(method: Any, names: tuple[str, ...], is_ours: bool) -> Any:
+    """The name that ``method`` spells, or (``is_ours``) ``method`` itself, a transformation that takes residuals."""
+    name = spelled(method, names)
+    if name not in names if isinstance(name, str) else not is_ours:
         raise ValueError(
             f"{caller()}: method={method!r} is unknown, expected one of {', '.join(map(repr, names))}, "
             "curvature.levenberg_marquardt(...) or curvature.gauss_newton(...)."
         )
+    return name
 
 
 def require_residuals(name: str, value: T | None) -> T:

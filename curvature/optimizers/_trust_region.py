@@ -83,7 +83,7 @@ class Solver(NamedTuple):
 
 @public
 def trust_region(
-    subproblem: Subproblem = "cg",
+    subproblem: Subproblem = "gltr",
     *,
     initial_radius: float | Array | None = None,
     max_inner_steps: int | None = None,
@@ -103,12 +103,12 @@ def trust_region(
         subproblem: ``"cg"`` never forms the Hessian: conjugate gradients stopped at the boundary, on negative curvature
             (which they follow to the boundary), or at a residual that falls with the gradient. ``"gltr"`` keeps a
             basis of the Krylov space, of up to 100 vectors, and minimizes over that on the boundary too, at any radius
-            without further products: what ``minimize`` takes. Where 100 vectors do not reach that residual inside the
-            region, conjugate gradients go on without them; and up to 100 variables, where they would span the whole
-            space, it is ``"exact"``, unless ``max_inner_steps`` asks for less. ``"exact"`` forms the Hessian, of
-            products that are taken together, and solves the subproblem to rounding by one eigendecomposition, the hard
-            case included; variables that curve less than the square root of the rounding unit beside the largest are
-            scaled up to that, so that rounding does not hide them.
+            without further products: the default, here and in ``minimize``. Where 100 vectors do not reach that
+            residual inside the region, conjugate gradients go on without them; and up to 100 variables, where they
+            would span the whole space, it is ``"exact"``, unless ``max_inner_steps`` asks for less. ``"exact"`` forms
+            the Hessian, of products that are taken together, and solves the subproblem to rounding by one
+            eigendecomposition, the hard case included; variables that curve less than the square root of the rounding
+            unit beside the largest are scaled up to that, so that rounding does not hide them.
         initial_radius: the radius of the first step, in the units of ``params``; ``None`` guesses
             ``norm(params) / 100``, or ``abs(value) / norm(grad) / 100`` at 0, and takes a step that falls as the model
             foresees, to a factor of 4, so that a guess that is too long does not end on a plateau.

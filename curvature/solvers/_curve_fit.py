@@ -64,7 +64,7 @@ def curve_fit(
     ydata = _checks.check_observations(ydata)
     p0 = _checks.check_start("p0", p0)
     _checks.check_data((xdata,))
-    limits = check_limits(p0, "levenberg-marquardt", loss, f_scale, None, 0.0, max_steps)
+    limits = check_limits(p0, loss, f_scale, None, 0.0, max_steps)
     return run_in_two(compiled(_fit, model, (p0, xdata, ydata)), (p0, xdata, ydata, limits), loss=loss)
 
 

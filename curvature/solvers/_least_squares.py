@@ -121,8 +121,8 @@ def least_squares(
         x0: where to start, any tree of floating arrays.
         args: data: a tuple, or one argument that is not a tuple.
         method: ``"levenberg-marquardt"``, ``"dogleg"`` or ``"gauss-newton"``, which form the Jacobian for up to 500
-            variables and 2^24 entries and work by products with it beyond; or ``levenberg_marquardt(...)`` or
-            ``gauss_newton(...)``, to choose.
+            variables and 2^24 entries and work by products with it beyond, spelled as for ``minimize``; or
+            ``levenberg_marquardt(...)`` or ``gauss_newton(...)``, to choose.
         loss: what grows slower than squares where residuals are large.
         f_scale: the size of a residual from which on ``loss`` holds it down.
         gtol: see above; ``None`` is the square root of the rounding unit of ``x0``: 1.5e-8 in double precision, 3.5e-4
@@ -162,7 +162,8 @@ def least_squares(
     _checks.check_callable("residuals", residuals)
     x0 = _checks.check_start("x0", x0)
     args = _checks.check_data(args)
-    limits = check_limits(x0, method, loss, f_scale, gtol, rtol, max_steps)
+    method = _checks.check_residual_method(method, tuple(_METHODS), isinstance(method, ResidualMethod))
+    limits = check_limits(x0, loss, f_scale, gtol, rtol, max_steps)
     return run_in_two(compiled(run, residuals, (x0, args)), (x0, args, limits), method=method, loss=loss)
 
 
@@ -181,9 +182,8 @@ def run_in_two(program: Callable[..., Any], operands: tuple[Any, ...], **how: An
     return program(*operands, loop, deferred=False, **how)[0]
 
 
-def check_limits(x0: Tree, method: Any, loss: Any, f_scale: Any, gtol: Any, rtol: Any, max_steps: Any) -> Limits:
-    """The numbers as arrays, and the words known."""
-    _checks.check_residual_method(method, tuple(_METHODS), isinstance(method, ResidualMethod))
+def check_limits(x0: Tree, loss: Any, f_scale: Any, gtol: Any, rtol: Any, max_steps: Any) -> Limits:
+    """The numbers as arrays, and the loss known."""
     _checks.check_choice("loss", loss, Loss)
     _checks.check_positive("f_scale", f_scale)
     if gtol is None:

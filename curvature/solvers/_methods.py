@@ -26,7 +26,7 @@ METHODS: dict[str, Callable[[], WithStatus]] = {
     "newton": newton,
     "newton-cg": newton_cg,
     "cubic-newton": cubic_newton,
-    "trust-region": lambda: trust_region("gltr"),
+    "trust-region": trust_region,
     "trust-exact": lambda: trust_region("exact"),
 }
 DENSE_ENTRIES = 100  # up to here "auto" forms the Hessian
@@ -42,10 +42,10 @@ def resolve(method: Method, x0: Tree, hessian: Callable[..., Tree] | None) -> op
     if isinstance(method, optax.GradientTransformation):
         transformation = method
     else:
-        _checks.check_method(method, ("auto", *METHODS))
+        name = _checks.check_method(method, ("auto", *METHODS))
         small = num_entries(x0) <= DENSE_ENTRIES
         automatic = "trust-exact" if hessian is not None or small else "trust-region"
-        transformation = _named(automatic if method == "auto" else method)
+        transformation = _named(automatic if name == "auto" else name)
     if hessian is not None:
         _checks.check_hessian_used(method, isinstance(transformation, DenseSecondOrder))
     return transformation

@@ -72,7 +72,8 @@ def minimize(
         args: data for ``fun``: a tuple, or one argument that is not a tuple.
         method: ``"trust-exact"``, ``"trust-region"`` (by conjugate gradients), ``"newton"``, ``"newton-cg"``,
             ``"cubic-newton"``, ``"bfgs"``, ``"l-bfgs"``, ``"sr1"``, any optax transformation of gradients, or
-            ``"auto"``: exact up to 100 entries, by conjugate gradients beyond.
+            ``"auto"``: exact up to 100 entries, by conjugate gradients beyond. A name may be spelled as its function
+            is, in any case: ``"trust_region"``, ``"LBFGS"``.
         gtol: the absolute tolerance, in units of the gradient; ``None`` asks for a point that is stationary to
             rounding.
         rtol: the tolerance relative to the first gradient: another test that does not depend on the scale of ``fun``,

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,7 @@ def scipy_minimize(
     if callback is not None:
         _checks.check_callable("callback", callback)
     method = ("BFGS" if bounds is None else "L-BFGS-B") if method is None else method
+    method = _checks.spelled(method, get_args(ScipyMethod))
     _checks.check_choice("method", method, ScipyMethod)
     box = None
     if bounds is not None:

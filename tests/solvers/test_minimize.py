@@ -489,3 +489,21 @@ def test_progress_bears_gradients_that_single_precision_does_not_hold(capsys):
     jax.effects_barrier()
     assert result.success
     assert "max|grad| 2.0e+40 of 1.0e+20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [("trust_region", "trust-region"), ("LBFGS", "l-bfgs"), ("Newton_CG", "newton-cg"), ("BFGS", "bfgs")],
+)
+def test_a_method_may_be_spelled_as_its_function_in_any_case(spelling, name):
+    for bounds in (None, (-5.0, 5.0))[: 2 if name in ("trust-region", "l-bfgs") else 1]:
+        spelled, named = (
+            curvature.minimize(rosenbrock, jnp.zeros(3), method=method, bounds=bounds) for method in (spelling, name)
+        )
+        assert spelled.status == Status.CONVERGED
+        np.testing.assert_array_equal(spelled.x, named.x)
+
+
+def test_a_method_for_residuals_may_be_spelled_as_its_function():
+    fit = curvature.least_squares(lambda x: x - 3, jnp.ones(2), method="Levenberg_Marquardt")
+    np.testing.assert_allclose(fit.x, 3)
