@@ -103,12 +103,12 @@ def scipy_minimize(
     _checks.check_concrete({"x0": x0, "args": args, "bounds": bounds})
     if callback is not None:
         _checks.check_callable("callback", callback)
-    method = ("BFGS" if bounds is None else "L-BFGS-B") if method is None else method
-    method = _checks.spelled(method, get_args(ScipyMethod))
-    _checks.check_choice("method", method, ScipyMethod)
+    default = "BFGS" if bounds is None else "L-BFGS-B"
+    name: str = default if method is None else _checks.spelled(method, get_args(ScipyMethod))
+    _checks.check_choice("method", name, ScipyMethod)
     box = None
     if bounds is not None:
-        _checks.check_bounded_method(method, _BOUNDED)
+        _checks.check_bounded_method(name, _BOUNDED)
         box = box_of(*_checks.check_pair_of_bounds(bounds), "x0", x0)
         x0 = project(box, x0)
     optimize: Any = importlib.import_module("scipy.optimize")  # not at the top: it takes a quarter of a second
@@ -116,12 +116,12 @@ def scipy_minimize(
     given = dict(zip(("lb", "ub"), map(_widen, flat(box)), strict=True)) if box is not None else None
     result = optimize.minimize(
         x0=_widen(vector),
-        method=method,
+        method=name,
         bounds=None if given is None else optimize.Bounds(**given),
         tol=tol,
         options=None if options is None else dict(options),
         callback=None if callback is None else _telling(callback, x0, optimize.OptimizeResult),
-        **_derivatives(_programs(fun), method, x0, args),
+        **_derivatives(_programs(fun), name, x0, args),
     )
     result.x_flat, result.x = result.x, unravel(jnp.asarray(result.x, vector.dtype))
     return result
