@@ -1,4 +1,4 @@
-"""Type aliases, modes, statuses and result types that all rooms share."""
+"""Type aliases, modes, statuses and result types that all packages share."""
 
 import enum
 from collections.abc import Callable

@@ -108,7 +108,7 @@ class ModeReport(Printable):
         flat = [path for path in self.without_curvature if path not in self.unused]
         if flat:
             findings.append(
-                f"The Hessian is zero in the rows and columns of {', '.join(flat)}, whatever the values: "
+                f"The Hessian is zero in the rows and columns of {', '.join(flat)} at all values: "
                 "f is linear there, or piecewise linear."
             )
         return findings

@@ -73,9 +73,9 @@ def minimize_in_box(model: BoxModel, radius: Scalar, solve_face: FaceSolver) -> 
     """A step within box and region that is at least as good as the Cauchy step, by TRON.
 
     The Cauchy step, along the projected path of steepest descent, says which bounds hold. Then the model is minimized
-    over the variables that are free, and the projected path to that minimizer is searched; as long as it meets new
-    bounds, and the region's boundary has not stopped it, the variables still free go on. So the step can gain and lose
-    many bounds at once, and becomes Newton's step on the face of the solution.
+    over the variables that are free, and the projected path to that minimizer is searched. While it meets new
+    bounds inside the region, the variables still free move further. So the step can gain and lose many bounds at once,
+    and becomes Newton's step on the face of the solution.
 
     The model is first scaled by powers of two to a radius and a gradient of order 1, so that no square leaves the range
     and a step that reaches a bound reaches it exactly.
@@ -140,9 +140,9 @@ def _cauchy(model: BoxModel, radius: Scalar) -> Path:
 def _within(model: BoxModel, start: Reached, target: Vector, free: Mask) -> tuple[Vector, Scalar]:
     """The direction to a face's minimizer, and the share of it up to the first bound, where the model still falls."""
     direction = jnp.where(free, target - start.step, 0)
-    room = jnp.where(direction > 0, model.steps.upper, model.steps.lower) - start.step
-    shares = jnp.where(direction != 0, room / jnp.where(direction != 0, direction, 1), 1)
-    return direction, jnp.minimum(jnp.min(shares) * (1 + 4 * jnp.finfo(room.dtype).eps), 1)  # not short of it
+    to_bound = jnp.where(direction > 0, model.steps.upper, model.steps.lower) - start.step
+    shares = jnp.where(direction != 0, to_bound / jnp.where(direction != 0, direction, 1), 1)
+    return direction, jnp.minimum(jnp.min(shares) * (1 + 4 * jnp.finfo(to_bound.dtype).eps), 1)  # not short of it
 
 
 def _search(model: BoxModel, start: Reached, path: Path) -> Reached:

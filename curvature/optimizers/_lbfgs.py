@@ -155,7 +155,7 @@ def remember(pairs: Pairs, step: Vector, change: Vector, expected: Scalar) -> Pa
 
     ``expected`` is the curvature ``s'Bs`` that the memory had along the step. The triangle ``[[R, c], [0, d]]`` of
     inner products has the inverse ``[[R^-1, -R^-1 c / d], [0, 1 / d]]``, and without its first row and column the
-    inverse is that of the rest: so the inverse too is written in the place of the oldest pair, and never solved for.
+    inverse is that of what remains. So the inverse is updated where the oldest pair was, and never solved for.
     """
     most = len(pairs.sy)
     place = pairs.count % most
@@ -164,7 +164,9 @@ def remember(pairs: Pairs, step: Vector, change: Vector, expected: Scalar) -> Pa
     curvature = dot(step, change)
     useful = shows_curvature(step, change)
 
-    def write(rows: Array, row: Array) -> Array:  # what is no use leaves the row as it is, without a copy of the others
+    def write(
+        rows: Array, row: Array
+    ) -> Array:  # a useless pair leaves its row unchanged, without a copy of the others
         old = jax.lax.dynamic_index_in_dim(rows, place, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(useful, row, old), place, 0)
 

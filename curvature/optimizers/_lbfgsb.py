@@ -31,7 +31,7 @@ from curvature.optimizers._trust_region import ACCEPT, POOR, Trial, next_radius
 from curvature.optimizers._wrappers import is_placeholder, wrappable
 
 _DAMPING = 0.1  # N&W take 0.2 in section 18.3
-_FAR = 10  # a trial whose value rises by more than so many times what the model has it fall is of another landscape
+_FAR = 10  # a trial that raises the value by more than this times the predicted reduction: the model says nothing there
 _FORCING = 1e-3  # the relative residual on a face: products with the matrix cost no evaluation
 
 

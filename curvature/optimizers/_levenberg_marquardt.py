@@ -113,7 +113,7 @@ def levenberg_marquardt(
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` whose state is a ``LevenbergMarquardtState``. The same settings
-        return the same object, so that a compiled ``least_squares`` is found again.
+        return the same object, so that the compiled ``least_squares`` is reused.
 
     Raises:
         ValueError: for an unknown subproblem or a radius out of range; from ``update`` when an argument is missing.
@@ -145,7 +145,7 @@ def levenberg_marquardt(
     _checks.check_choice("subproblem", subproblem, LeastSquaresSubproblem)
     if initial_radius is not None:
         _checks.check_positive("initial_radius", initial_radius)
-    if isinstance(initial_radius, jax.Array):  # it cannot be looked up
+    if isinstance(initial_radius, jax.Array):  # an array is no key of a cache
         return _build(subproblem, initial_radius)
     return _build_once(subproblem, initial_radius)
 

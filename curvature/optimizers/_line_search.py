@@ -25,7 +25,7 @@ _ARMIJO = 1e-4  # N&W (3.6a)
 _WOLFE = 0.9  # N&W (3.7b): the share of the slope that may be left
 _EXPANSION = (2.0, 10.0)  # how much longer the next trial is while every one is too short
 _MARGIN = 0.1  # a trial keeps this share of the bracket away from its ends
-_BISECT = 3  # every so many trials the bracket is halved, whatever the cubic says
+_BISECT = 3  # every so many trials the bracket is halved instead of following the cubic
 _FAIR = 4.0  # by how much a step of guessed length may miss the fall that a parabola with its two slopes has
 
 
@@ -214,7 +214,7 @@ def pair_of(step: Vector, change: Vector) -> Pair:
 
 
 def shows_curvature(step: Vector, change: Vector) -> Bool[Array, ""]:
-    """Whether ``s'y`` is positive beyond the rounding of its own sum, in whatever units each variable comes."""
+    """Whether ``s'y`` is positive beyond the rounding of its own sum, in any units of the variables."""
     products = step * change
     return jnp.sum(products) > jnp.finfo(step.dtype).eps * jnp.sum(jnp.abs(products))
 

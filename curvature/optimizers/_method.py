@@ -89,7 +89,7 @@ class Slope(NamedTuple):
     value: Scalar
     noise: Scalar  # the change of the value that rounding alone can make
     grad: Vector  # NaN where it is not usable
-    usable: Bool[Array, ""]  # whether value and gradient are finite and those of ``x``; else the memory stays as it is
+    usable: Bool[Array, ""]  # whether value and gradient are finite and those of ``x``; else the memory stays unchanged
     value_and_grad_after: Callable[[Vector], tuple[Scalar, Vector]]
 
 
@@ -237,7 +237,7 @@ def _operands(
     value_fn: Callable[..., Any] | None,
     extra_args: dict[str, Any],
 ) -> tuple[Tree, Scalar, Tree, Callable[[Tree], Any]]:
-    """What every update of ours needs, checked; ``value_fn`` is bound to the extra arguments that it takes."""
+    """The checked arguments that every update needs; ``value_fn`` is bound to the extra arguments that it takes."""
     params = _checks.check_point("params", _checks.require_extra("params", params))
     value = _checks.require_extra("value", value)
     value_fn = _checks.require_extra("value_fn", value_fn)

@@ -53,12 +53,12 @@ def newton_cg(*, max_inner_steps: int | None = None) -> SecondOrder:
 
     The direction solves ``H d = -g`` to a residual that falls with the gradient. Where conjugate gradients meet a
     direction of negative curvature, the one of the lowest curvature seen is added, as long as the last step, and the
-    line search goes on for as long as the value falls. Otherwise the step is cut from 1 until the value falls by
+    line search continues while the value falls. Otherwise the step is cut from 1 until the value falls by
     ``1e-4`` of what the slope promises, give or take 10 roundings. Nothing depends on the scale of the objective.
 
     Use it where ``optax.lbfgs()`` stands: ``update(grad, state, params, value=, grad=, value_fn=)`` returns the step to
     an accepted point. If there is none, the step is zero and ``state.status`` says why. With ``hvp_fn=`` the products
-    are those of another matrix, such as a Gauss-Newton matrix on a batch of its own: Hessian-free training.
+    are those of another matrix, such as a Gauss-Newton matrix on another batch: Hessian-free training.
 
     Args:
         max_inner_steps: the most conjugate gradient steps of an update; ``None`` is 2 n + 10.
@@ -93,7 +93,7 @@ def newton_cg(*, max_inner_steps: int | None = None) -> SecondOrder:
     """
     if max_inner_steps is not None:
         _checks.check_count("max_inner_steps", max_inner_steps, least=1)
-    if isinstance(max_inner_steps, jax.Array):  # it cannot be looked up
+    if isinstance(max_inner_steps, jax.Array):  # an array is no key of a cache
         return second_order(_init, functools.partial(_step, max_inner_steps), dense=False)
     return _build_once(max_inner_steps)
 

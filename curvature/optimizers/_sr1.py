@@ -30,7 +30,7 @@ _ACCEPT = 1e-4  # N&W algorithm 6.2: the least ratio of actual to predicted redu
 _POOR, _GOOD = 0.1, 0.75
 _SKIP = 1e-8  # N&W (6.26)
 _FAIR = 4.0  # by how much the fall of a step of guessed length may miss what the model foresees
-_FAR = 10  # a trial whose value rises by more than so many times what the model has it fall is of another landscape
+_FAR = 10  # a trial that raises the value by more than this times the predicted reduction: the model says nothing there
 
 
 class SR1State(NamedTuple):

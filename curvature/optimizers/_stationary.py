@@ -1,4 +1,4 @@
-"""Test of stationarity to rounding, and of descent that goes on toward infinity."""
+"""Tests of stationarity to rounding, and of descent toward infinity."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

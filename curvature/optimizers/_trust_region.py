@@ -104,7 +104,7 @@ def trust_region(
             (which they follow to the boundary), or at a residual that falls with the gradient. ``"gltr"`` keeps a
             basis of the Krylov space, of up to 100 vectors, and minimizes over that on the boundary too, at any radius
             without further products: the default, here and in ``minimize``. Where 100 vectors do not reach that
-            residual inside the region, conjugate gradients go on without them; and up to 100 variables, where they
+            residual inside the region, conjugate gradients continue without them; and up to 100 variables, where they
             would span the whole space, it is ``"exact"``, unless ``max_inner_steps`` asks for less. ``"exact"`` forms
             the Hessian, of products that are taken together, and solves the subproblem to rounding by one
             eigendecomposition, the hard case included; variables that curve less than the square root of the rounding
@@ -116,7 +116,7 @@ def trust_region(
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` whose state is a ``TrustRegionState``. The same settings return the
-        same object, so that a compiled ``minimize`` is found again.
+        same object, so that the compiled ``minimize`` is reused.
 
     Raises:
         ValueError: for an unknown subproblem or a number out of range; from ``update`` when an argument is missing.
@@ -149,7 +149,7 @@ def trust_region(
         _checks.check_positive("initial_radius", initial_radius)
     if max_inner_steps is not None:
         _checks.check_count("max_inner_steps", max_inner_steps, least=1)
-    if isinstance(initial_radius, jax.Array) or isinstance(max_inner_steps, jax.Array):  # they cannot be looked up
+    if isinstance(initial_radius, jax.Array) or isinstance(max_inner_steps, jax.Array):  # arrays are no keys of a cache
         return _build(subproblem, initial_radius, max_inner_steps)
     return _build_once(subproblem, initial_radius, max_inner_steps)
 
@@ -222,7 +222,7 @@ def _gltr(local: Local, inner: Inner, radius: Scalar) -> Solver:
 
 
 def steihaug(local: Local, inner: Inner, radius: Scalar) -> Solver:
-    """Conjugate gradients, anew at each radius."""
+    """Conjugate gradients, from zero at each radius."""
     exponent, unit = inner.exponent, -inner.gradient
 
     def solve(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:

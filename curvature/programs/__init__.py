@@ -1,4 +1,4 @@
-"""Reading a function as a program (a jaxpr): the only room that knows primitives.
+"""Reading a function as a program (a jaxpr): the only package that knows primitives.
 
 In the order in which a function is read:
 

@@ -20,7 +20,7 @@ from curvature.solvers._methods import Method, resolve
 from curvature.solvers._minimize import limits_of
 from curvature.solvers._progress import Watch
 
-_BLOCK = 5  # steps between two looks at who has finished: ours, by benchmarks/batched.py
+_BLOCK = 5  # steps between two looks at who has finished; heuristic, chosen with benchmarks/batched.py
 _LEAST = 16  # so few lanes cost about what one does
 _WORTH = 0.6  # a batch this much smaller is worth its compilation; half, for sizes that are powers of two
 
@@ -54,10 +54,10 @@ def minimize_batched(
 ) -> MinimizeResult:
     """Minimize ``fun(x, *args)`` from many starts, or for many data, without waiting for the slowest.
 
-    The result is that of ``jax.vmap(minimize)``, where every lane is carried along until the last one has finished.
-    Here the lanes run in blocks of 5 steps; between two blocks the host looks who has finished, and once half of them
-    have, the others go on alone, in a batch of the next power of two. So there are few programs to compile, found again
-    by later calls.
+    The result is that of ``jax.vmap(minimize)``, in which every lane takes steps until the last one has finished. Here
+    the lanes run in blocks of 5 steps. Between two blocks the host checks which lanes have finished. Once half of them
+    have, the others continue in a batch of the next power of two. So few programs are compiled, and later calls reuse
+    them.
 
     Lanes that are sharded over devices along their leading axis stay so as long as the devices divide them evenly.
 
@@ -75,12 +75,12 @@ def minimize_batched(
         hessian: as for ``minimize``.
 
     Returns:
-        A ``MinimizeResult`` whose fields have a leading axis of lanes: each has a status of its own. Starts that are
+        A ``MinimizeResult`` whose fields have a leading axis of lanes: each lane has its own status. Starts that are
         NaN or infinite are reported there.
 
     Raises:
-        TypeError: as ``minimize``; when an operand is traced, since the host decides who goes on: within ``jit``,
-            ``grad`` and ``vmap`` map ``minimize`` itself.
+        TypeError: as ``minimize``; when an operand is traced, since the host decides which lanes continue: within
+            ``jit``, ``grad`` and ``vmap`` map ``minimize`` itself.
         ValueError: as ``minimize``, and for axes of lanes that are missing or differ in size.
 
     Cost: that of ``jax.vmap(minimize)`` up to the end of the block in which half of the lanes have finished, half of
@@ -187,7 +187,7 @@ def _advance(
 def _run_blocks(
     advance: Callable[..., Loop], how: dict[str, Any], loop: Loop, data: _Data, limits: Limits, lanes: int
 ) -> MinimizeResult:
-    """Blocks of steps until nobody runs; ``where`` says which lanes the loop at hand belongs to."""
+    """Blocks of steps until no lane runs; ``where`` holds the lanes of ``loop`` in the whole batch."""
     found, where = _outcome(loop), np.arange(lanes)
     while True:
         loop = advance(loop, data, limits, **how)

@@ -37,7 +37,7 @@ _SMALL = 1000  # entries, as for ``solve``: above, no matrix is formed
 def trace_from(traced: Callable[[Tree], Program], x0: Tree) -> tuple[Program, Tree]:
     """The function traced at the start, and the start.
 
-    Inside ``shard_map`` that varies from device to device if the function does: each solves a problem of its own.
+    Inside ``shard_map`` that varies from device to device if the function does: each device solves its own problem.
     """
     program = traced(x0)
     varying = vary_like(x0, program.out)

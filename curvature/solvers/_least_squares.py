@@ -44,7 +44,7 @@ _PERSISTENCE = 100  # heuristic: as many where the sum curves down, so that ther
 
 
 class Limits(NamedTuple):
-    """Arrays, whatever numbers the user gave, so that other numbers find the same program."""
+    """The tolerances as arrays, which are operands: other numbers use the same compiled program."""
 
     gtol: Float[Array, ""]
     rtol: Float[Array, ""]

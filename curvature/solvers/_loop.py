@@ -40,7 +40,7 @@ _SHARES = (10, 2)  # of all steps taken, the windows of a long solve: slow conve
 
 
 class MinimizeStep(NamedTuple):
-    """What the callback of ``minimize`` is told at each iterate.
+    """What ``minimize`` passes to its callback at each iterate.
 
     Attributes:
         num_steps: the steps taken so far.
@@ -56,7 +56,7 @@ class MinimizeStep(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Arrays, whatever numbers the user gave, so that other numbers find the same program."""
+    """The tolerances as arrays, which are operands: other numbers use the same compiled program."""
 
     gtol: Float[Array, ""]
     rtol: Float[Array, ""]
@@ -160,7 +160,7 @@ def stepper(
     """The body of the loop: from a point to the next, which is judged.
 
     A method that keeps value and gradient in its state judges the point that it has reached, so that nothing is done in
-    vain at the last one. Any other evaluates the point and judges it before it goes on, unless it ends there.
+    vain at the last one. Any other evaluates the point and judges it before the next step, unless it ends there.
     """
     has_status = isinstance(transformation, WithStatus)
     update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update

@@ -56,8 +56,8 @@ def minimize(
     far from ``x0`` again, it is ``NO_MINIMUM``, as for separable classes in logistic regression.
 
     The program is compiled once for each ``fun``, ``hessian``, ``callback``, method and shape, functions being
-    told apart as objects, as ``jit`` does; data, tolerances and ``max_steps`` are operands. It runs under ``jit`` and
-    under ``vmap``, where each lane stops by itself with a status of its own. Inside ``shard_map`` each device minimizes
+    compared as objects, as ``jit`` does; data, tolerances and ``max_steps`` are operands. It runs under ``jit`` and
+    under ``vmap``, where each lane stops alone with its own status. Inside ``shard_map`` each device minimizes
     what ``fun`` gives there; what ``psum`` has summed over devices they minimize together.
 
     The solution, not the iteration, is differentiated, in forward and reverse mode and to any order, by ``args`` and by
@@ -80,7 +80,7 @@ def minimize(
             which a start far away loosens.
         max_steps: the most steps.
         hessian: ``hessian(x, *args)`` forms the Hessian, as ``curvature.hessian(fun)`` would, for the methods that form
-            one; then ``fun`` needs no second derivative. Make it once: a new one compiles anew.
+            one; then ``fun`` needs no second derivative. Make it once: a new function is compiled again.
         bounds: ``(lower, upper)``, each a tree like ``x0`` or a prefix of one, where a number stands for all entries
             below it; ``None`` and infinities are no bound. ``x0`` is projected into the box, which no iterate and no
             trial point leaves, and converged means that the projected gradient passes,
@@ -91,7 +91,7 @@ def minimize(
         callback: called on the host with a ``MinimizeStep`` at every iterate, the first and the last included. Not for
             ``vmap``, where it would be called for lanes that have stopped.
         history: whether to keep value and gradient norm of every point in ``result.history``. It holds two numbers for
-            each of ``max_steps + 1`` points, whatever the steps taken, so ``max_steps`` is static then.
+            each of ``max_steps + 1`` points, however few steps are taken, so ``max_steps`` is static then.
         progress: whether to write a line on standard error that says how far the gradient has come. The loop asks the
             host, at first after a few steps and then about twice a second, and when to be asked again. Not for
             ``vmap``.
@@ -154,7 +154,7 @@ def limits_of(x0: Tree, gtol: ArrayLike | None, rtol: ArrayLike, max_steps: Arra
     if gtol is None:
         gtol = 0.0
     plain = all(type(number) in (int, float) for number in (gtol, rtol, max_steps))
-    build: Any = _limits_once if plain else _limits  # arrays cannot be looked up
+    build: Any = _limits_once if plain else _limits  # arrays are no keys of a cache
     return build(dtype, gtol, rtol, max_steps, to_rounding)
 
 

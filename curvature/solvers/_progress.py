@@ -1,4 +1,4 @@
-"""What a running loop tells on the way: a record of its steps, and a line that says how far it has come."""
+"""History and progress report of a running solve: a record of its steps, and a bar on the screen."""
 
 import math
 import sys
@@ -19,7 +19,7 @@ _WIDTH = 20  # of the bar
 
 
 class Report(NamedTuple):
-    """When the loop last spoke, and when it will next; carried by the loop, so that the host keeps nothing."""
+    """When the loop last reported, and when it will next; carried by the loop, so that the host keeps no state."""
 
     next_step: Int[Array, ""]
     step: Int[Array, ""]
@@ -28,14 +28,14 @@ class Report(NamedTuple):
 
 
 class Watch(NamedTuple):
-    """What a loop carries for those who watch; None for what nobody has asked for."""
+    """What a loop carries to report its progress; None for a report that was not requested."""
 
     history: History | None = None
     report: Report | None = None
 
 
 def start_watch(like: Float[Array, ""], history_length: int, progress: bool) -> Watch:
-    """Before the first step; ``like`` is of the dtype of the objective."""
+    """The empty record before the first step; ``like`` has the dtype of the objective."""
     zero, empty = jnp.asarray(0, jnp.int32), jnp.full(history_length, jnp.nan, like.dtype)
     return Watch(
         history=History(empty, empty) if history_length else None,

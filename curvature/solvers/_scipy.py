@@ -149,13 +149,13 @@ def _derivatives(programs: _Programs, method: str, x0: Tree, args: tuple[Any, ..
 
 
 def _widen(array: Array) -> Any:
-    """A NumPy array in double precision, or a float, of its own memory, in which SciPy may write."""
+    """A NumPy array in double precision, or a float, as a copy, into which SciPy may write."""
     wide = np.array(array, np.float64)
     return float(wide) if wide.ndim == 0 else wide
 
 
 def _telling(callback: Callable[..., Any], x0: Tree, result_type: type) -> Callable[..., Any]:
-    """The callback as SciPy calls it, told the point as a tree; SciPy reads its signature, and so it is kept."""
+    """The callback as SciPy calls it, with the point as a tree. SciPy reads its signature, which is kept."""
     vector, unravel = ravel(x0)
 
     def tree(x: np.ndarray) -> Tree:

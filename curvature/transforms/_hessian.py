@@ -36,7 +36,7 @@ def hvp(f: Objective, x: Tree, v: Tree, *args: Any, mode: HessianMode = "auto") 
             over reverse, reverse over reverse, reverse over forward, forward over forward.
 
     Returns:
-        ``H v``, shaped like ``x``. Whether ``H`` is of a mean or a sum over data follows ``f``. In every mode
+        ``H v``, shaped like ``x``. ``H`` is the Hessian of a mean or of a sum over data, as ``f`` is. In every mode
         ``H[i, j]`` is the derivative of entry i of the gradient with respect to ``x_j``, also where a custom rule that
         is no derivative makes ``H`` asymmetric. Inside ``jax.shard_map``, at an ``x`` that the devices share, ``H`` is
         of the sum over the devices, as for ``jax.grad`` and ``jax.hessian``.
