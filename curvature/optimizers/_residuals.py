@@ -28,6 +28,8 @@ Product = Callable[[Array], Array]
 LOST = 2  # heuristic: singular values, and gradients beside the residuals, of 2 n roundings are zero
 _SAMPLES = 3  # random signs by which the norm of a second derivative is estimated: rarely too small by a factor of 10
 _NUM_COEFFICIENTS = 2 + 2 * _SAMPLES
+_FORWARD_VARIABLES = 10  # Heuristic: with so few, n^2 derivatives in forward mode take little more time than n
+_FORWARD_ENTRIES = 2**16  # products with the Hessian, and a fifth of the compilation; for as many numbers in memory.
 _PROBES = 8  # random rows by which the norms of columns are estimated where no column is formed
 
 
@@ -153,22 +155,36 @@ def weighted_jacobian(residual_fn: Callable[[Tree], Any], x: Tree, *, loss: str,
 def _second_order(
     program: Program, residual: Array, weighted: Weighted, factors: Factors
 ) -> Callable[[Bool[Array, ""] | None], SecondOrder] | None:
-    """The Hessians of ``c'r(x)`` for fixed ``c``, one after the other; None where ``residuals`` has none."""
+    """The Hessians of ``c'r(x)`` for fixed ``c``; None where ``residuals`` has none.
+
+    With few variables they are contracted from the Hessians of all residuals; else they are formed one after the other.
+    """
     if program.jaxpr is None or program.composition_blocker("fwd_over_fwd") is not None:
         return None
     point, unravel = ravel(program.x)
-    shape = (_NUM_COEFFICIENTS, point.size, point.size)
+    n, m = point.size, residual.size
+    shape = (_NUM_COEFFICIENTS, n, n)
 
-    def hessian(coefficients: Array) -> Float[Array, "n n"]:
-        def combination(x: Vector) -> Scalar:
-            return dot(coefficients, flat(program.fun(unravel(x))[0], point.dtype))
+    def residuals(x: Vector) -> Float[Array, " m"]:
+        return flat(program.fun(unravel(x))[0], point.dtype)
 
-        rows = map_basis(linearize_grad(combination, point)[2], point, None)
+    def contracted(coefficients: Float[Array, "k m"]) -> Float[Array, "k n n"]:
+        each = jax.jacfwd(jax.jacfwd(residuals))(point)
+        return jnp.reshape(matmul(coefficients, jnp.reshape(each, (m, n**2))), (-1, n, n))
+
+    def hessian(coefficients: Float[Array, " m"]) -> Float[Array, "n n"]:
+        rows = map_basis(linearize_grad(lambda x: dot(coefficients, residuals(x)), point)[2], point, None)
         return (rows + rows.T) / 2
+
+    is_small = n <= _FORWARD_VARIABLES and n**2 * m <= _FORWARD_ENTRIES
 
     def evaluate(tested: Bool[Array, ""] | None) -> SecondOrder:
         if tested is None:
-            hessians = jnp.zeros(shape, point.dtype).at[0].set(hessian(weighted.slope * residual))
+            slope = weighted.slope * residual
+            first = contracted(slope[None])[0] if is_small else hessian(slope)
+            hessians = jnp.zeros(shape, point.dtype).at[0].set(first)
+        elif is_small:
+            hessians = contracted(_coefficients(residual, point, weighted, factors))
         else:
             coefficients = _coefficients(residual, point, weighted, factors)
             hessians = jax.lax.fori_loop(

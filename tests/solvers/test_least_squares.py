@@ -10,7 +10,7 @@ import scipy.optimize
 import curvature
 from benchmarks.mgh import PROBLEMS
 from curvature import Status
-from curvature.optimizers import _residual_method
+from curvature.optimizers import _residual_method, _residuals
 from curvature.optimizers._residual_method import Request
 from tests.oracles import assert_close
 
@@ -492,3 +492,20 @@ def test_the_decrement_is_compiled_only_for_fits_that_ask_for_it(monkeypatch, lo
     assert traced
     steps = jax.jit(lambda x: curvature.least_squares(lambda x: x**2 + 5, x, loss=loss).num_steps)(jnp.ones(1))
     assert fit.num_steps == steps  # one program or two: the same solve
+
+
+@pytest.mark.parametrize("loss", ["linear", "huber", "cauchy"])
+@pytest.mark.parametrize("tested", [None, True])
+def test_the_hessians_of_residuals_are_those_of_jax_with_few_variables_and_with_many(loss, tested, monkeypatch):
+    x, data = jnp.array([2.0, 1.1, 0.3]), (jnp.asarray(T), jnp.asarray(Y))
+    found = []
+    for few in (10, 0):
+        monkeypatch.setattr(_residuals, "_FORWARD_VARIABLES", few)
+        linear = _residuals.linearize_residuals(
+            lambda x: decay(x, *data), x, loss=loss, scale=jnp.asarray(0.5), dense=True
+        )
+        found.append(linear.second_order(None if tested is None else jnp.asarray(tested)))
+    assert_close(found[0], found[1])
+    if loss == "linear":
+        want = jnp.einsum("m,mij->ij", decay(x, *data), jax.hessian(lambda x: decay(x, *data))(x))
+        assert_close(found[0].matrix, want)
