@@ -37,7 +37,7 @@ class Reached(NamedTuple):
 
 
 class Path(NamedTuple):
-    """A way down, to be projected onto the box, and how it was found.
+    """A descent direction, to be projected onto the box, and how it was found.
 
     The search takes at least the share ``least`` of it: what surely descends.
     """
@@ -49,7 +49,7 @@ class Path(NamedTuple):
 
 
 class _Search(NamedTuple):
-    """A step along a projected path: how much of it, where that leads, and whether it is far enough down."""
+    """A step along a projected path: its share, the point it reaches, and whether the decrease suffices."""
 
     share: Scalar
     reached: Reached

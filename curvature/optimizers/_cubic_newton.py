@@ -144,7 +144,7 @@ def _in_units(local: Local, length: Scalar, unit: Scalar) -> Local:
 
 
 def _search_weight(local: Local, model: QuadraticModel, weight: Scalar) -> _Trial:
-    """Let the weight grow until the model's step is accepted; only the value is evaluated at each trial."""
+    """Increase the weight until the model's step is accepted; only the value is evaluated at each trial."""
     noise = local.noise + jnp.finfo(local.noise.dtype).tiny
 
     def running(trial: _Trial) -> Bool[Array, ""]:
@@ -182,7 +182,7 @@ def _heavier(trial: _Trial) -> Scalar:
 
 
 def _next_weight(last: _Trial, size: Scalar) -> Scalar:
-    """The lesser after a good step, but enough to be felt: the cubic term's share of the gradient is no rounding."""
+    """A smaller weight after a good step, at which the cubic term still exceeds the rounding of the gradient."""
     low, high = _LESS
     wanted = jnp.where(jnp.isfinite(last.lipschitz), last.lipschitz, 0)
     lighter = jnp.clip(wanted, low * last.weight, high * last.weight)

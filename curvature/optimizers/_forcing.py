@@ -1,4 +1,4 @@
-"""When the solution of a Newton system by an iteration is good enough."""
+"""Forcing terms: the residual at which the iterative solution of a Newton system is accepted."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Inner(NamedTuple):
 
 
 def inner_solve(local: Local, size: Scalar, first: Scalar, max_inner_steps: int | None) -> Inner:
-    """To a residual that falls with the gradient, so that the steps converge superlinearly.
+    """A solve to a residual that falls with the gradient, so that the steps converge superlinearly.
 
     ``size`` is the norm of the gradient, ``first`` that of the first one.
     """

@@ -70,7 +70,7 @@ class LBFGSBState(NamedTuple):
 
 
 class _Tried(NamedTuple):
-    """One radius tried, the gradient there, and what is remembered of it."""
+    """One trial: the step at a radius, the gradient there, and the memory with it."""
 
     trial: Trial
     grad: Vector
@@ -171,7 +171,7 @@ def _step(box: Box, state: LBFGSBState, slope: Slope) -> tuple[Vector, Scalar, V
 
 
 def _search_radius(box: Box, memory: LBFGSBMemory, radius: Scalar, is_guess: Bool[Array, ""], slope: Slope) -> _Tried:
-    """Shrink the region until the model's step is accepted; every trial has a gradient, and is remembered."""
+    """Shrink the region until the model's step is accepted; every trial has a gradient and enters the memory."""
     noise = slope.noise + jnp.finfo(slope.noise.dtype).tiny
     steps = around(box, slope.x)
     limit = jnp.asarray(4 * len(memory.steps) + 10, jnp.int32)

@@ -30,7 +30,7 @@ _FAIR = 4.0  # by how much a step of guessed length may miss the fall that a par
 
 
 def with_gradients(local: Local, is_guess: Bool[Array, ""] | None = None) -> Local:
-    """The objective that is NaN wherever its gradient is not finite: from there no Newton step leads on.
+    """The objective, made NaN wherever its gradient is not finite: no Newton step can start there.
 
     Where the length of the steps ``is_guess``, it is NaN after any step that does not look like one along a parabola.
     """
@@ -65,7 +65,7 @@ class ValueSearch(NamedTuple):
 
 
 def search_values(local: Local, direction: Vector, slope: Scalar, grows: Bool[Array, ""] | bool = False) -> ValueSearch:
-    """From the full step down to one of sufficient decrease, N&W (3.4), or, where it ``grows``, up while that pays.
+    """Backtrack from the full step to sufficient decrease, N&W (3.4); where it ``grows``, lengthen it while that pays.
 
     Only the value is evaluated at each trial. A trial at minus infinity is too long.
     """
@@ -108,7 +108,7 @@ class LinePoint(NamedTuple):
 
 
 class LineSearch(NamedTuple):
-    """Where the search stands. All of ``low`` is too short a step, all of ``high`` too long a one.
+    """The state of the search. All of ``low`` is too short a step, all of ``high`` too long a one.
 
     A trial at minus infinity is too long; ``is_unbounded`` says that there was one.
     """

@@ -1,4 +1,4 @@
-"""What our optimizers share: the optax protocol with a status, and the objective around the current point."""
+"""Shared by the optimizers: the optax protocol with a status, and the objective around the current point."""
 
 import functools
 import inspect
@@ -33,11 +33,11 @@ class WithStatus(optax.GradientTransformationExtraArgs):
 
 
 class FirstOrder(WithStatus):
-    """One that evaluates the gradient at each trial; ``state.stored`` has value and gradient at the new point."""
+    """A ``WithStatus`` that evaluates the gradient at each trial and stores it and the value in ``state.stored``."""
 
 
 class SecondOrder(WithStatus):
-    """One whose ``update`` takes two more extra arguments.
+    """A ``WithStatus`` whose ``update`` takes two more extra arguments.
 
     ``hvp_fn=`` is the Hessian's product at ``params``, and ``hessian_fn=`` a function of ``params`` that forms it;
     without them the Hessian is that of ``value_fn``. An update moves to a point it has accepted.
@@ -45,7 +45,7 @@ class SecondOrder(WithStatus):
 
 
 class DenseSecondOrder(SecondOrder):
-    """One that forms the Hessian."""
+    """A ``SecondOrder`` that forms the Hessian."""
 
 
 class Unevaluated(NamedTuple):

@@ -37,7 +37,7 @@ class ResidualMethod(WithStatus):
 
 
 class DenseResidualMethod(ResidualMethod):
-    """One that forms the Jacobian."""
+    """A ``ResidualMethod`` that forms the Jacobian."""
 
 
 def residual_method(

@@ -1,4 +1,4 @@
-"""Losses that grow slower than squares, and the weights by which a sum of squares stands for them."""
+"""Robust losses and their reweighted least-squares form."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple

@@ -160,7 +160,7 @@ def _step(state: SR1State, local: Slope) -> tuple[Vector, Scalar, Vector, SR1Sta
 
 
 def _attempt(trial: _Trial, local: Slope, is_guess: Bool[Array, ""]) -> _Trial:
-    """Minimize the model in the region, look, learn, and judge."""
+    """Minimize the model in the region, evaluate the trial, update the matrix, and accept or reject the trial."""
     noise = local.noise + jnp.finfo(local.noise.dtype).tiny
     step, predicted, _ = solve_region(
         factor_model(trial.hessian, local.grad), jnp.maximum(trial.radius, shortest_radius(local))

@@ -62,7 +62,7 @@ class TrustRegionState(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """One radius tried: the step, what the model promised, what came."""
+    """One trial: the step at a radius, the predicted and the actual reduction."""
 
     radius: Scalar
     step: Vector
@@ -307,7 +307,7 @@ def _judge(
     is_fair: Callable[[Trial], Bool[Array, ""]],
     grows: Bool[Array, ""] | bool,
 ) -> _Search:
-    """Keep the trial, or what was accepted before it; end unless another radius is worth a value."""
+    """Keep the trial, or the step accepted before it; stop unless another radius is worth an evaluation."""
     good, found = trial.ratio > _GOOD, is_fair(last)
     falls_on = local.value - trial.value >= _LASTING * (local.value - last.value)
     improves = is_fair(trial) & (~found | ((trial.value < last.value - local.noise) & (good | falls_on)))

@@ -15,7 +15,7 @@ from curvature._types import Status, Tree, messages_of
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LeastSquaresResult:
-    """What ``least_squares`` found. Under ``vmap`` every field has a leading axis of lanes.
+    """The result of ``least_squares``. Under ``vmap`` every field has a leading axis of lanes.
 
     Attributes:
         x: the best point: the one that passed the convergence test or, on failure, the lowest one seen.

@@ -1,4 +1,4 @@
-"""Derivatives of a minimizer by the data of its objective: of the solution, not of the iteration that found it.
+"""Implicit differentiation of a minimizer with respect to the data of its objective.
 
 At a minimizer ``grad f(x, a) = 0``, and as the data move by ``da`` it stays so: ``H dx = -(d grad f / da) da``, with
 ``H`` the Hessian by ``x``. That is the implicit function theorem. The value moves by ``(df / da) da`` alone, since the

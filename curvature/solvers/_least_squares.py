@@ -211,11 +211,11 @@ def run(
     loss: Loss,
     deferred: bool,
 ) -> tuple[LeastSquaresResult, _Loop]:
-    """The loop itself, from the start or where another program has stopped, and where it ends.
+    """Run the loop from the start, or from where another program stopped; returns its last state too.
 
     If the decrement is ``deferred``, it stops before the first update that needs it, with the status RUNNING.
     Data and limits are operands, so that new ones find the program they need. Derivatives are taken of the solution, so
-    nothing that goes through the loop has any.
+    nothing in the loop has any.
     """
     program, x0 = trace_from(lambda x: trace_residuals(lambda x: residuals(x, *args), x), x0)
     num_residuals = num_entries(program.out)

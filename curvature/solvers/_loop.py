@@ -73,7 +73,7 @@ class Point(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """The last progress that no luck explains, as each of the two windows has it.
+    """The last iterate that lowered the value or halved the gradient by more than rounding, for either window.
 
     The value, the smallest gradient, the roundings that count, and when.
     """
@@ -102,7 +102,7 @@ class Check(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """Where a solve stands: ``minimize`` carries it from step to step, ``minimize_batched`` from block to block."""
+    """The state of a solve: ``minimize`` carries it from step to step, ``minimize_batched`` from block to block."""
 
     x: Tree
     state: Any
@@ -157,7 +157,7 @@ def stepper(
     callback: Callable[[MinimizeStep], None] | None = None,
     box: Box | None = None,
 ) -> Callable[[Loop], Loop]:
-    """The body of the loop: from a point to the next, which is judged.
+    """The body of the loop: a step, and the convergence test at the point that it reaches.
 
     A method that keeps value and gradient in its state judges the point that it has reached, so that nothing is done in
     vain at the last one. Any other evaluates the point and judges it before the next step, unless it ends there.
@@ -257,14 +257,14 @@ def start_loop(
 def _arrive(
     loop: Loop, point: Point, limits: Limits, has_status: bool, callback: Callable[..., None] | None, box: Box | None
 ) -> Loop:
-    """Judge the point that the loop stands at, and tell those who watch, unless it ended on the way there."""
+    """Test the current point for convergence and report it, unless the last update has ended the solve."""
     point = _seen(loop, point, limits, callback, box)
     judged = _judge(loop, point, limits, has_status)
     return _observed(judged._replace(status=choose(is_running(loop), judged.status, loop.status)), point)
 
 
 def _seen(loop: Loop, point: Point, limits: Limits, callback: Callable[..., None] | None, box: Box | None) -> Point:
-    """The point with the gradient that counts within bounds, which is then passed to the callback.
+    """The point with the norm of its projected gradient, after a call of the callback.
 
     Its clipped form is in units of ``x`` as well, and depends on the units of the objective. So it serves the absolute
     tolerance alone.

@@ -196,7 +196,7 @@ def _run(
     history_length: int,
     progress: bool,
 ) -> MinimizeResult:
-    """The whole solve; data and limits are operands, so that new ones find the program they need.
+    """The whole solve; data and limits are operands, so that new values use the same compiled program.
 
     Derivatives are taken of the solution, so nothing that goes through the loop has any.
     """
