@@ -48,7 +48,7 @@ class Run(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
     parser.add_argument("--max-n", type=int, default=50)
     parser.add_argument("--max-steps", type=int, default=1000)
