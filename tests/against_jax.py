@@ -310,8 +310,8 @@ def _gauss_newton(case: Case, p: Any, example: Any) -> tuple[list[Any], Any]:
 
 # ---- comparison -----------------------------------------------------------------------------------------------------
 
-# The numbers of a program are near one. Where all its terms cancel, in the gradient too, only rounding is left. With the
-# tolerance of single precision, 2e-3, this scale allows 16 roundings of one.
+# The numbers of a program are near one. Where all its terms cancel, in the gradient too, only rounding is left. With
+# the tolerance of single precision, 2e-3, this scale allows 16 roundings of one.
 _LEAST_SCALE = 1e-3
 
 
