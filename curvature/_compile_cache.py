@@ -205,7 +205,7 @@ class _ArrayIdentity:
 def _captured_values(function: Any, seen: set[int]) -> Iterator[Any]:
     """The numbers and arrays that a function, and the functions that it names, read from closures and globals.
 
-    They are part of the key: after an assignment to such a variable, the program of the old value must not be reused.
+    They are part of the key: after an assignment to one of them, the program of the old value must not be reused.
     """
     if not isinstance(function, types.FunctionType) or id(function) in seen:
         return

@@ -310,9 +310,9 @@ def _gauss_newton(case: Case, p: Any, example: Any) -> tuple[list[Any], Any]:
 
 # ---- comparison -----------------------------------------------------------------------------------------------------
 
-# The numbers of a program are near one. Where all its terms cancel, in the gradient too, only rounding is left. With
-# the tolerance of single precision, 2e-3, this scale allows 16 roundings of one.
-_LEAST_SCALE = 1e-3
+# The numbers of a program are near one. Where all its terms cancel, in the gradient too, only rounding is left.
+_LEAST_SCALE = 1e-4
+_ROUNDINGS = 16  # of one, which are allowed where the tolerance at this scale is less: in single precision
 
 
 def _difference(ours: Any, theirs: Any, tolerance: float, scale: float) -> str | None:
@@ -359,7 +359,9 @@ def failures_of(case: Case, tolerance: float, number: int = 0, only: Sequence[st
     if only:
         checks = {name: check for name, check in checks.items() if name in only}
     together = _evaluate(lambda *data: {name: check.ours(*data) for name, check in checks.items()}, case)
-    scale = float(np.abs(truth.gradient).max(initial=_LEAST_SCALE))  # of rounding, where a Hessian is zero
+    rounding = _ROUNDINGS * max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(case.p)), default=0.0)
+    least = max(_LEAST_SCALE, rounding / tolerance)
+    scale = float(np.abs(truth.gradient).max(initial=least))  # of rounding, where a Hessian is zero
     failures = {}
     for name, check in checks.items():
         ours = _evaluate(check.ours, case) if isinstance(together, Exception) else together[name]

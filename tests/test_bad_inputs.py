@@ -394,6 +394,11 @@ CASES = {
         ValueError,
         r"jacobian: argnums=\(\) is empty",
     ),
+    "minimize-method-that-is-an-array": (
+        lambda: curvature.minimize(square, 1.0, method=np.zeros(2)),
+        ValueError,
+        r"minimize: method=array\(\[0., 0.\]\) is unknown, expected one of .*'trust-exact'",
+    ),
     "minimize-unknown-method": (
         lambda: curvature.minimize(square, 1.0, method="gradient-descent"),
         ValueError,

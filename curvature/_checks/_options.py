@@ -40,7 +40,7 @@ def spelled(value: Any, names: Iterable[str]) -> Any:
 def check_method(method: Any, names: tuple[str, ...]) -> str:
     """The name that ``method`` spells; the caller has handled optax transformations."""
     name = spelled(method, names)
-    if name not in names:
+    if not (isinstance(name, str) and name in names):
         raise ValueError(
             f"{caller()}: method={method!r} is unknown, expected one of {', '.join(map(repr, names))} "
             "or an optax transformation such as curvature.newton() or optax.lbfgs()."

@@ -76,7 +76,7 @@ def is_free(steps: StepBox, step: Vector) -> Mask:
 
 
 def stay_inside(box: Box, x: Tree, step: Tree) -> Tree:
-    """The step, such that ``x + step`` is in the box as it is rounded.
+    """The step, such that the rounded ``x + step`` is in the box.
 
     A step to a bound is ``upper - x`` rounded, and may so end one rounding beyond it. One rounding of the step less is
     then on this side of it, because rounding is monotone.

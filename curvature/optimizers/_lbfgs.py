@@ -164,9 +164,8 @@ def remember(pairs: Pairs, step: Vector, change: Vector, expected: Scalar) -> Pa
     curvature = dot(step, change)
     useful = shows_curvature(step, change)
 
-    def write(
-        rows: Array, row: Array
-    ) -> Array:  # a useless pair leaves its row unchanged, without a copy of the others
+    # A useless pair leaves its row unchanged, without a copy of the other rows.
+    def write(rows: Array, row: Array) -> Array:
         old = jax.lax.dynamic_index_in_dim(rows, place, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(useful, row, old), place, 0)
 

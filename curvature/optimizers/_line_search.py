@@ -214,7 +214,7 @@ def pair_of(step: Vector, change: Vector) -> Pair:
 
 
 def shows_curvature(step: Vector, change: Vector) -> Bool[Array, ""]:
-    """Whether ``s'y`` is positive beyond the rounding of its own sum, in any units of the variables."""
+    """Whether ``s'y`` exceeds the rounding of the sum that forms it; units of the variables do not matter."""
     products = step * change
     return jnp.sum(products) > jnp.finfo(step.dtype).eps * jnp.sum(jnp.abs(products))
 

@@ -343,7 +343,7 @@ def noise_of(value: Scalar) -> Scalar:
 def hides(local: Slope | Local, step: Vector, value: Scalar) -> Bool[Array, ""]:
     """Whether the value is the same after a step so short that the difference may be lost inside the objective.
 
-    ``log(1 + r^2)`` is 0 for every ``abs(r) < sqrt(eps)``, and the rounding of 0 says nothing of it. Such a step
+    ``log(1 + r^2)`` is 0 for every ``abs(r) < sqrt(eps)``, and the rounding of 0 says nothing of it. This step
     is to be judged by the gradient it leads to, and so is accepted: of at most ``sqrt(eps) norm(x)``.
     """
     root = float(jnp.finfo(step.dtype).eps) ** 0.5

@@ -28,8 +28,9 @@ Product = Callable[[Array], Array]
 LOST = 2  # heuristic: singular values, and gradients beside the residuals, of 2 n roundings are zero
 _SAMPLES = 3  # random signs by which the norm of a second derivative is estimated: rarely too small by a factor of 10
 _NUM_COEFFICIENTS = 2 + 2 * _SAMPLES
-_FORWARD_VARIABLES = 10  # Heuristic: with so few, n^2 derivatives in forward mode take little more time than n
-_FORWARD_ENTRIES = 2**16  # products with the Hessian, and a fifth of the compilation; for as many numbers in memory.
+# Heuristic: with so few variables and so many second derivatives at most, all of them in forward mode take little more
+# time than n products with a Hessian, and a quarter of the compilation.
+_FORWARD_VARIABLES, _FORWARD_ENTRIES = 10, 2**16
 _PROBES = 8  # random rows by which the norms of columns are estimated where no column is formed
 
 
@@ -180,13 +181,14 @@ def _second_order(
 
     def evaluate(tested: Bool[Array, ""] | None) -> SecondOrder:
         if tested is None:
-            slope = weighted.slope * residual
-            first = contracted(slope[None])[0] if is_small else hessian(slope)
-            hessians = jnp.zeros(shape, point.dtype).at[0].set(first)
-        elif is_small:
-            hessians = contracted(_coefficients(residual, point, weighted, factors))
+            coefficients = (weighted.slope * residual)[None]
         else:
             coefficients = _coefficients(residual, point, weighted, factors)
+        if is_small:
+            hessians = jnp.zeros(shape, point.dtype).at[: len(coefficients)].set(contracted(coefficients))
+        elif tested is None:
+            hessians = jnp.zeros(shape, point.dtype).at[0].set(hessian(coefficients[0]))
+        else:
             hessians = jax.lax.fori_loop(
                 0,
                 jnp.where(tested, _NUM_COEFFICIENTS, 1),

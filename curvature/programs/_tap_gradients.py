@@ -61,7 +61,7 @@ def canonical_gradient(use: Factors) -> Float[Array, "groups rows columns"]:
     """The gradient in canonical form."""
     if not isinstance(use.a, Lookup):
         return jnp.einsum("gsi,gso->gio", use.a, use.d)  # g: group, s: position, i: row, o: column
-    rows = jnp.where(use.a.rows < 0, use.a.size, use.a.rows)  # out of range, so that it is dropped
+    rows = jnp.where(use.a.rows < 0, use.a.size, use.a.rows)  # out of range, hence dropped
 
     def scatter(rows: Array, d: Array) -> Array:
         return jnp.zeros((use.a.size, d.shape[1]), d.dtype).at[rows].add(d, mode="drop")

@@ -50,8 +50,9 @@ def minimize(
 
     with ``eps`` the rounding unit, over four vectors ``c`` of factors between -1 and 1, and with 64 for 16 where no
     further step is found. So other units of ``f`` or ``x`` change nothing but the units. The test is made where a step
-    has not lowered the value by more than its rounding, and every 64 steps, where it has lowered it by no more than
-    ``10 eps^2`` of the largest value seen. Nothing else is called success.
+    has not lowered the value by more than its rounding, or five in a row have not for a method without the Hessian;
+    and every 64 steps, if the last one has lowered it by no more than ``10 eps^2`` of the largest value seen. Nothing
+    else is called success.
     Where the value settles and the test fails, the status is ``SETTLED``. Where the value does not rise again half as
     far from ``x0`` again, it is ``NO_MINIMUM``, as for separable classes in logistic regression.
 
