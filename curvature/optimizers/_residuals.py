@@ -20,7 +20,7 @@ from curvature.optimizers._robust import Weighted, half_sum, weigh
 from curvature.programs._traced import Program, trace
 from curvature.transforms._hessian import linearize_grad
 from curvature.transforms._jacobian import map_basis
-from curvature.transforms._modes import choose_jacobian
+from curvature.transforms._modes import choose_jacobian, pays_forward
 
 Matrix = Float[Array, "m n"]
 Product = Callable[[Array], Array]
@@ -28,9 +28,6 @@ Product = Callable[[Array], Array]
 LOST = 2  # heuristic: singular values, and gradients beside the residuals, of 2 n roundings are zero
 _SAMPLES = 3  # random signs by which the norm of a second derivative is estimated: rarely too small by a factor of 10
 _NUM_COEFFICIENTS = 2 + 2 * _SAMPLES
-# Heuristic: with so few variables and so many second derivatives at most, all of them in forward mode take little more
-# time than n products with a Hessian, and a quarter of the compilation.
-_FORWARD_VARIABLES, _FORWARD_ENTRIES = 10, 2**16
 _PROBES = 8  # random rows by which the norms of columns are estimated where no column is formed
 
 
@@ -177,7 +174,7 @@ def _second_order(
         rows = map_basis(linearize_grad(lambda x: dot(coefficients, residuals(x)), point)[2], point, None)
         return (rows + rows.T) / 2
 
-    is_small = n <= _FORWARD_VARIABLES and n**2 * m <= _FORWARD_ENTRIES
+    is_small = pays_forward(program)
 
     def evaluate(tested: Bool[Array, ""] | None) -> SecondOrder:
         if tested is None:

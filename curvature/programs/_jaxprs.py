@@ -49,6 +49,14 @@ def is_real(v: Any) -> bool:
     return jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.floating)
 
 
+def largest_array(jaxpr: Jaxpr | ClosedJaxpr | None) -> int:
+    """The number of entries of the largest array that an equation reads or writes, also in the bodies of equations."""
+    equations = [] if jaxpr is None else jaxpr.eqns
+    sizes = [v.aval.size for eqn in equations for v in (*eqn.invars, *eqn.outvars) if hasattr(v.aval, "size")]
+    bodies = [largest_array(body) for eqn in equations for body in jex.core.jaxprs_in_params(eqn.params)]
+    return max([1, *sizes, *bodies])
+
+
 def dependents(jaxpr: Jaxpr, given: Iterable[Variable]) -> set[Variable]:
     """The variables that depend on the given ones, and the given ones themselves."""
     found = {v for v in given if isinstance(v, Var)}

@@ -15,6 +15,7 @@ from curvature._types import Status, Tree
 from curvature.optimizers._bounds import Box, around, downhill, projected_gradient_norm
 from curvature.optimizers._method import (
     MAX_TRIALS,
+    DenseSecondOrder,
     FirstOrder,
     SecondOrder,
     Stored,
@@ -28,7 +29,7 @@ from curvature.optimizers._stationary import examine
 from curvature.programs._traced import Program
 from curvature.solvers._progress import Watch, observe
 from curvature.transforms._compositions import linearize_program, trace_objective
-from curvature.transforms._modes import choose_composition
+from curvature.transforms._modes import choose_for_solver
 
 _PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond rounding, before a method has stalled
 _WINDOWS = (100, 500)  # steps that together must halve the gradient or lower the value by more than their roundings,
@@ -301,7 +302,7 @@ def _evaluate(
         value, grad = value_and_grad(program)
         extras["hessian_fn"] = lambda x: hessian(x, *args)
     elif isinstance(transformation, SecondOrder):
-        composition = choose_composition(program, "auto")
+        composition = choose_for_solver(program, forms_hessian=isinstance(transformation, DenseSecondOrder))
         value, grad, extras["hvp_fn"], _ = linearize_program(program, composition)
     else:
         value, grad = _stored_or_fresh(program, loop)
@@ -342,10 +343,8 @@ def _begin(loop: Loop, point: Point, limits: Limits) -> Loop:
     status = jnp.where(limits.max_steps > 0, Status.RUNNING, Status.MAX_STEPS)
     status = jnp.where(point.grad_norm <= tolerance, Status.CONVERGED, status)
     status = jnp.where(finite, status, Status.NONFINITE_START).astype(jnp.int32)
-    value, grad_norm, noise = (
-        jnp.broadcast_to(a, (len(_WINDOWS),)) for a in (point.value, point.grad_norm, point.noise)
-    )
-    mark = Mark(value, grad_norm, noise, loop.mark.num_steps)
+    windows = [jnp.broadcast_to(a, len(_WINDOWS)) for a in (point.value, point.grad_norm, point.noise)]
+    mark = Mark(*windows, loop.mark.num_steps)
     return loop._replace(best=point, tolerance=tolerance, mark=mark, status=status)
 
 

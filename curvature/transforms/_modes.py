@@ -9,6 +9,7 @@ from curvature import _checks
 from curvature._trees import num_entries
 from curvature._types import HessianMode, JacobianMode
 from curvature.programs._finiteness import keeps_finite
+from curvature.programs._jaxprs import largest_array
 from curvature.programs._legality import Blocker
 from curvature.programs._primitives import CONVOLUTION
 from curvature.programs._traced import Program, has_primitive
@@ -33,6 +34,26 @@ def choose_composition(program: Program, mode: HessianMode, *, whole: bool = Fal
         if blockers[candidate] is None:
             return candidate
     raise _checks.no_legal_mode({name: str(blocker) for name, blocker in blockers.items()})
+
+
+_FORWARD_VARIABLES, _FORWARD_ENTRIES = 10, 2**16
+"""Heuristic: with so few variables and so many second derivatives of one array at most, forward over forward takes
+little more time than n products with the Hessian, and a quarter of the compilation."""
+
+
+def choose_for_solver(program: Program, *, forms_hessian: bool) -> str:
+    """The composition for a solver, the sooner compiled if that is worth it: it may be less finite than "auto".
+
+    Where one derivative is infinite, forward over forward makes all of them NaN, and a solver can use neither.
+    """
+    return "fwd_over_fwd" if forms_hessian and pays_forward(program) else choose_composition(program, "auto")
+
+
+def pays_forward(program: Program) -> bool:
+    """Whether forward over forward is legal, with so few variables and so small arrays that it is best."""
+    n = num_entries(program.x)
+    is_small = n <= _FORWARD_VARIABLES and n**2 * largest_array(program.jaxpr) <= _FORWARD_ENTRIES
+    return is_small and program.jaxpr is not None and program.composition_blocker("fwd_over_fwd") is None
 
 
 def legal_modes(mode: str, blockers: dict[str, Blocker | None]) -> list[str]:

@@ -12,6 +12,7 @@ from benchmarks.mgh import PROBLEMS
 from curvature import Status
 from curvature.optimizers import _residual_method, _residuals
 from curvature.optimizers._residual_method import Request
+from curvature.transforms import _modes
 from tests.oracles import assert_close, assert_trees_close
 
 CHOSEN = ["freudenstein-roth", "meyer", "powell singular", "brown-dennis"]
@@ -500,7 +501,7 @@ def test_the_hessians_of_residuals_are_those_of_jax_with_few_variables_and_with_
     x, data = jnp.array([2.0, 1.1, 0.3]), (jnp.asarray(T), jnp.asarray(Y))
     found = []
     for few in (10, 0):
-        monkeypatch.setattr(_residuals, "_FORWARD_VARIABLES", few)
+        monkeypatch.setattr(_modes, "_FORWARD_VARIABLES", few)
         linear = _residuals.linearize_residuals(
             lambda x: decay(x, *data), x, loss=loss, scale=jnp.asarray(0.5), dense=True
         )
