@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
-from curvature._numerics import dot
+from curvature._numerics import dot, matmul
 from curvature._sharding import vary_like
 from curvature._trees import ravel
 from curvature._types import Scalar, Tree, Vector
@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
 class _Examination(NamedTuple):
     count: Scalar  # of the points evaluated
     passes: Bool[Array, ""]
-    spread: Vector  # the largest change of each entry of the gradient over the probes
+    changes: Float[Array, "k n"]  # of the gradient, in each probe
     peak: Scalar  # the highest value over the probes
     value: Scalar  # at the last point
     slope: Scalar  # along the way, at the last point
@@ -56,8 +56,10 @@ def examine(
     The point is stationary to rounding if no entry of its gradient exceeds the largest change of that entry as ``x``
     moves to ``x + 16 eps max(|x|, sqrt(eps) |x0|) c``, for four vectors ``c`` of factors between -1 and 1. The maximum
     gives a scale to an entry whose minimizer is zero. The changes include the rounding of the gradient itself, and they
-    follow the units of the objective and of each variable. At the last point, from which no step led on, four times
-    these changes are allowed: directions of large curvature can keep a method from using the others to the end.
+    follow the units of the objective and of each variable. Nor may the gradient be longer than all changes when their
+    parts along the first change are left out, in the units of these moves. At the last point, from which no step led
+    on, four times these changes are allowed: directions of large curvature can keep a method from using the others to
+    the end.
 
     At a pole such as that of ``log(abs(x))`` the gradient changes sign as well; there the value rises, over a probe, by
     more than ``sqrt(eps)`` of what it rises half as far again from ``x0``.
@@ -93,13 +95,14 @@ def examine(
             goes_on = jnp.any(ravel(moved)[0] != x)  # else the bounds end the way
         value, new = evaluate(value_fn, moved)
         value, new = value.astype(level.dtype), ravel(new)[0]
-        spread = choose(is_probe, jnp.maximum(last.spread, jnp.abs(new - grad)), last.spread)
+        here = (jnp.arange(_PROBES, dtype=x.dtype) == last.count)[:, None]
+        changes = jnp.where(here, new - grad, last.changes)
         slope = jnp.abs(dot(new, way))
         factor = jax.lax.select(count < _PROBES, real(_HOPELESS), real(1))
         return _Examination(
             count=count,
-            passes=jnp.all(size <= factor * spread) | is_last,
-            spread=spread,
+            passes=jnp.all(size <= factor * jnp.max(jnp.abs(changes), 0)) | is_last,
+            changes=changes,
             peak=choose(is_probe, jnp.maximum(last.peak, value), last.peak),
             value=value,
             slope=slope,
@@ -109,12 +112,30 @@ def examine(
 
     zero: Any = np.zeros((), x.dtype)
     no: Any = np.zeros((), bool)
-    first = _Examination(zero, wanted, jnp.zeros_like(x), point.value, point.value, zero, no, no)
+    none = jnp.zeros_like(x, shape=(_PROBES, x.size))
+    first = _Examination(zero, wanted, none, point.value, point.value, zero, no, no)
     last = jax.lax.while_loop(running, evaluate_next, vary_like(jax.tree.map(jnp.asarray, first), (point, start)))
     lenience = jax.lax.select(is_last, real(_LENIENCE), real(1))
     is_pole = last.peak > level + flat * jnp.maximum(last.value - point.value, 0)
-    is_stationary = last.passes & jnp.all(size <= lenience * last.spread) & ~is_pole
+    is_stationary = last.passes & jnp.all(size <= lenience * jnp.max(jnp.abs(last.changes), 0)) & ~is_pole
+    units = reach / jnp.maximum(jnp.max(reach), jnp.finfo(x.dtype).tiny)  # with them all changes are in one unit
+    is_stationary &= _changes_as_much_across(units * grad, units[None] * last.changes, lenience)
     return Verdict(is_stationary, last.passes & last.drifts, is_last & (last.value == -jnp.inf))
+
+
+def _changes_as_much_across(grad: Vector, changes: Float[Array, "k n"], lenience: Scalar) -> Bool[Array, ""]:
+    """Whether the gradient is no longer than its changes also across the direction in which it changes most.
+
+    On the floor of a narrow valley any probe changes the gradient most across the valley, and so does the first. What
+    is left of the gradient when this direction is projected out is the slope along the floor.
+    """
+    rows = jnp.concatenate([changes, grad[None]])
+    rows = rows / jnp.maximum(jnp.max(jnp.abs(rows)), jnp.finfo(rows.dtype).tiny)  # so that no square underflows
+    rounding = (4 * grad.size * jnp.finfo(grad.dtype).eps) ** 2
+    across = rows[0]
+    shares = matmul(rows, across) / jnp.maximum(jnp.sum(across**2), rounding)
+    squares = jnp.sum((rows - shares[:, None] * across[None]) ** 2, 1)
+    return squares[-1] <= lenience**2 * jnp.max(squares[:-1]) + rounding
 
 
 def _reach(point: Any, start: Tree) -> Vector:

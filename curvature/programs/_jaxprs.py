@@ -57,6 +57,12 @@ def largest_array(jaxpr: Jaxpr | ClosedJaxpr | None) -> int:
     return max([1, *sizes, *bodies])
 
 
+def num_equations(jaxpr: Jaxpr | ClosedJaxpr | None) -> int:
+    """The number of equations, with those of their bodies."""
+    equations = [] if jaxpr is None else jaxpr.eqns
+    return sum(1 + sum(map(num_equations, jex.core.jaxprs_in_params(eqn.params))) for eqn in equations)
+
+
 def dependents(jaxpr: Jaxpr, given: Iterable[Variable]) -> set[Variable]:
     """The variables that depend on the given ones, and the given ones themselves."""
     found = {v for v in given if isinstance(v, Var)}

@@ -9,7 +9,7 @@ from curvature import _checks
 from curvature._trees import num_entries
 from curvature._types import HessianMode, JacobianMode
 from curvature.programs._finiteness import keeps_finite
-from curvature.programs._jaxprs import largest_array
+from curvature.programs._jaxprs import largest_array, num_equations
 from curvature.programs._legality import Blocker
 from curvature.programs._primitives import CONVOLUTION
 from curvature.programs._traced import Program, has_primitive
@@ -41,12 +41,19 @@ _FORWARD_VARIABLES, _FORWARD_ENTRIES = 10, 2**16
 little more time than n products with the Hessian, and a quarter of the compilation."""
 
 
+_LONG_PROGRAM = 128
+"""Heuristic: so many equations take seconds to compile; Kepler's equation in 25 steps has 263, a test function 40."""
+
+
 def choose_for_solver(program: Program, *, forms_hessian: bool) -> str:
-    """The composition for a solver, the sooner compiled if that is worth it: it may be less finite than "auto".
+    """The composition for a solver: of a long program the one that compiles soonest, though less finite than "auto".
 
     Where one derivative is infinite, forward over forward makes all of them NaN, and a solver can use neither.
     """
-    return "fwd_over_fwd" if forms_hessian and pays_forward(program) else choose_composition(program, "auto")
+    is_long = num_equations(program.jaxpr) >= _LONG_PROGRAM
+    return (
+        "fwd_over_fwd" if forms_hessian and is_long and pays_forward(program) else choose_composition(program, "auto")
+    )
 
 
 def pays_forward(program: Program) -> bool:

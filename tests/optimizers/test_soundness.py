@@ -7,6 +7,7 @@ import pytest
 
 import curvature
 from curvature import Status
+from curvature.solvers import _loop
 
 FIRST_ORDER = ["bfgs", "l-bfgs", "sr1"]
 METHODS = ["trust-exact", "trust-region", "newton", "newton-cg", "cubic-newton", *FIRST_ORDER]
@@ -291,3 +292,43 @@ def test_the_floor_of_a_valley_is_no_minimum(method, objective):
 
     result = curvature.minimize(fun, jnp.array(start, jnp.float32), method=method)
     assert result.value < least + 1e-2
+
+
+@pytest.mark.parametrize("method", ["bfgs", "l-bfgs"])
+def test_a_valley_that_rounding_hides_is_no_success(method):
+    # single precision cannot follow this floor, and any rounding of x changes the gradient by more than what it is; yet
+    # these changes are across the floor, and the gradient along it is 1
+    result = curvature.minimize(
+        lambda x: x[0] + 1e6 * (x[0] ** 2 + x[1] ** 2 - 1) ** 2, jnp.array([1.1, 0.1], jnp.float32), method=method
+    )
+    assert result.value > -0.9  # the least is -1
+    assert result.status == Status.STALLED
+
+
+@pytest.mark.parametrize(("method", "exact"), [("trust-exact", True), ("newton", True), ("trust-region", False)])
+def test_long_programs_of_few_variables_form_the_hessian_forward(method, exact, monkeypatch):
+    # Kepler's equation by forty fixed-point steps: the program is long, and compiling its reverse derivative longer
+    def anomaly(x):
+        value = jnp.asarray(np.linspace(0.1, 3, 7), x.dtype)
+        mean = value
+        for _ in range(40):
+            value = mean + x[0] * jnp.sin(value)
+        return value * x[1]
+
+    target = anomaly(jnp.array([0.3, 2.0]))
+    chosen = []
+    original = _loop.linearize_program
+
+    def recorded(program, composition):
+        chosen.append(composition)
+        return original(program, composition)
+
+    monkeypatch.setattr(_loop, "linearize_program", recorded)
+    fun = lambda x: jnp.sum((anomaly(x) - target) ** 2)
+    result = curvature.minimize(fun, jnp.array([0.2, 1.5]), method=method)
+    assert set(chosen) == {"fwd_over_fwd" if exact else "fwd_over_rev"}
+    np.testing.assert_allclose(result.x, [0.3, 2.0], rtol=1e-8)
+    np.testing.assert_allclose(result.grad, jax.grad(fun)(result.x), atol=1e-10)
+    chosen.clear()
+    curvature.minimize(lambda x: jnp.sum((x - 1) ** 2), jnp.zeros(2), method=method)
+    assert set(chosen) == {"fwd_over_rev"}

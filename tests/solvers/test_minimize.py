@@ -323,10 +323,10 @@ def test_the_objective_may_differ_from_its_point_in_precision(method):
         np.testing.assert_allclose(np.asarray(result.x, float), data, atol=0.05)
 
 
-@pytest.mark.parametrize(("method", "most"), [("trust-exact", 769), ("bfgs", 743), ("l-bfgs", 798)])
+@pytest.mark.parametrize(("method", "most"), [("trust-exact", 811), ("bfgs", 785), ("l-bfgs", 840)])
 def test_the_program_stays_small(method, most):
     # what the first call of a small problem takes is compilation, which goes by the number of operations; the test of
-    # stationarity to rounding takes a hundred and ten of them
+    # stationarity to rounding takes a hundred and fifty of them
     def count(jaxpr):
         bodies = [body for eqn in jaxpr.eqns for body in jex.core.jaxprs_in_params(eqn.params)]
         return len(jaxpr.eqns) + sum(map(count, bodies))
