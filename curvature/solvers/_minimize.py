@@ -49,12 +49,13 @@ def minimize(
         |grad f(x)_i| <= max_c |grad f(x + 16 eps max(|x|, sqrt(eps) |x0|) c)_i - grad f(x)_i|
 
     with ``eps`` the rounding unit, over four vectors ``c`` of factors between -1 and 1, and with 64 for 16 where no
-    further step is found. So other units of ``f`` or ``x`` change nothing but the units. The test is made where a step
-    has not lowered the value by more than its rounding, or five in a row have not for a method without the Hessian;
-    and every 64 steps, if the last one has lowered it by no more than ``10 eps^2`` of the largest value seen. Nothing
-    else is called success.
-    Where the value settles and the test fails, the status is ``SETTLED``. Where the value does not rise again half as
-    far from ``x0`` again, it is ``NO_MINIMUM``, as for separable classes in logistic regression.
+    further step is found. The norm of the gradient may not exceed those of its changes either when their parts along
+    the first change are left out: on the floor of a narrow valley all changes are across the floor. So other units of
+    ``f`` or ``x`` change nothing but the units. The test is made where a step has not lowered the value by more than
+    its rounding, or five in a row have not for a method without the Hessian; and every 64 steps, if the last one has
+    lowered it by no more than ``10 eps^2`` of the largest value seen. Nothing else is called success. Where the value
+    settles and the test fails, the status is ``SETTLED``. Where the value does not rise again half as far from ``x0``
+    again, it is ``NO_MINIMUM``, as for separable classes in logistic regression.
 
     The program is compiled once for each ``fun``, ``hessian``, ``callback``, method and shape, functions being
     compared as objects, as ``jit`` does; data, tolerances and ``max_steps`` are operands. It runs under ``jit`` and
