@@ -208,50 +208,15 @@ def run(
     def jacobian(x: Tree, scale: Array, *operands: Any) -> Array:
         return _residuals.weighted_jacobian(lambda x: residuals_of(x, *operands), x, loss=loss, scale=scale)
 
-    x0, limits, f_scale, data = jax.lax.stop_gradient((x0, limits, f_scale, operands))
-
-    def residual_fn(x: Tree) -> Tree:
-        return residuals_of(x, *data)
-
     if isinstance(method, str):
         n = num_entries(x0)
         method = _METHODS[method](n <= _DENSE_VARIABLES and n * num_residuals <= _DENSE_ENTRIES)
-    update_fn: Callable[..., tuple[Tree, Any]] = method.update
-    dense = isinstance(method, DenseResidualMethod)
-
-    def linearize(x: Tree) -> _residuals.Linearized:
-        return _residuals.linearize_residuals(residual_fn, x, loss=loss, scale=f_scale, dense=dense)
-
-    def advance(before: _Loop) -> _Loop:
-        linear, loop = linearize(before.x), before
-        point = _point(loop.x, linear)
-        allowed = _allowed(loop, point, limits)
-        flat = point.offset <= allowed
-        doubtful = flat & _loses_rank(linear)
-        loop = _test_convergence(loop, point, flat & ~doubtful, limits)
-        request = Request(doubtful | (loop.idle_steps > 0), loop.taken_back, deferred)
-
-        def update(loop: _Loop) -> _Loop:
-            updates, state = update_fn(None, loop.state, loop.x, linearized=linear, request=request)
-            return _moved(loop, point, updates, state, allowed, request)
-
-        def take_back(loop: _Loop) -> _Loop:
-            return loop._replace(x=loop.before, taken_back=jnp.ones_like(loop.taken_back))
-
-        running, finite = is_running(loop), _is_finite(point)
-        loop = jax.lax.cond(running & finite, update, lambda loop: loop, loop)
-        loop = jax.lax.cond(is_running(loop) & ~finite, take_back, lambda loop: loop, loop)
-        if not deferred or linear.second_order is None:
-            return loop
-        missing = running & finite & request.decrement
-        return choose(missing, before._replace(is_deferred=missing), loop)
-
-    start = resumed
-    if start is None:
-        start = _start(method.init(x0), jax.eval_shape(lambda x: _point(x, linearize(x)), x0), x0, limits)
-        start = vary_like(start, x0)  # what is counted in a step varies as the step does, and so from the start
+    x0, limits, f_scale, data = jax.lax.stop_gradient((x0, limits, f_scale, operands))
+    solve = _Solve(lambda x: residuals_of(x, *data), limits, method, loss, f_scale, deferred)
+    # What is counted in a step varies as the step does, and so from the start.
+    start = vary_like(solve.start(x0), x0) if resumed is None else resumed
     start = start._replace(is_deferred=jnp.zeros_like(start.is_deferred))
-    loop = jax.lax.while_loop(lambda loop: is_running(loop) & ~loop.is_deferred, advance, start)
+    loop = jax.lax.while_loop(lambda loop: is_running(loop) & ~loop.is_deferred, solve.advance, start)
     best = loop.best
     degrees = num_residuals - num_entries(x0)
     x, value = implicit_minimizer(cost, scaled, best.x, best.value)
@@ -263,23 +228,71 @@ def run(
     return LeastSquaresResult(x, value, found, best.grad, loop.num_steps, loop.status, root, degrees), loop
 
 
-def _start(state: Any, shapes: _Point, x0: Tree, limits: Limits) -> _Loop:
-    """The loop before the first evaluation; the tolerance is zero until the first offset is known."""
-    zero = jnp.asarray(0, jnp.int32)
-    infinity = jnp.full_like(limits.gtol, jnp.inf)
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return _Loop(
-        x=x0,
-        before=x0,
-        taken_back=jnp.asarray(False),
-        state=state,
-        best=nothing._replace(value=infinity, offset=infinity),
-        tolerance=jnp.zeros_like(infinity),
-        num_steps=zero,
-        idle_steps=zero,
-        status=jnp.asarray(Status.RUNNING, jnp.int32),
-        is_deferred=jnp.asarray(False),
-    )
+class _Solve(NamedTuple):
+    """What a loop fits, how, and to which limits; its methods are the parts of the loop, as in ``_loop.Solve``."""
+
+    residual_fn: Callable[[Tree], Tree]
+    limits: Limits
+    method: ResidualMethod
+    loss: str
+    f_scale: Scalar
+    deferred: bool
+
+    def start(self, x0: Tree) -> _Loop:
+        """The loop before the first evaluation; the tolerance is zero until the first offset is known."""
+        zero, no = jnp.asarray(0, jnp.int32), jnp.asarray(False)
+        infinity = jnp.full_like(self.limits.gtol, jnp.inf)
+        shapes = jax.eval_shape(lambda x: _point(x, self._linearize(x)), x0)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return _Loop(
+            x=x0,
+            before=x0,
+            taken_back=no,
+            state=self.method.init(x0),
+            best=nothing._replace(value=infinity, offset=infinity),
+            tolerance=jnp.zeros_like(infinity),
+            num_steps=zero,
+            idle_steps=zero,
+            status=jnp.asarray(Status.RUNNING, jnp.int32),
+            is_deferred=no,
+        )
+
+    def advance(self, before: _Loop) -> _Loop:
+        """The body of the loop: evaluate the point, test it, and take a step or take the last one back."""
+        linear = self._linearize(before.x)
+        point = _point(before.x, linear)
+        finite = jnp.isfinite(point.value) & jnp.isfinite(point.offset)
+        finite &= jnp.isfinite(norm(ravel(point.grad)[0]))
+        # 1. Test the point for convergence.
+        tolerance = jnp.where(before.best.value == jnp.inf, self.limits.rtol * point.offset, before.tolerance)
+        allowed = self.limits.gtol * jnp.sqrt(2 * point.value) + tolerance + point.rounding
+        allowed = jnp.where(finite & jnp.isfinite(allowed), allowed, -1)
+        flat = point.offset <= allowed
+        doubtful = flat & _loses_rank(linear)
+        loop = before._replace(tolerance=tolerance)
+        loop = _test_convergence(loop, point, flat & ~doubtful, finite, self.limits.max_steps)
+        # 2. Take a step, or take the last one back where it led to derivatives that are not finite.
+        request = Request(doubtful | (loop.idle_steps > 0), loop.taken_back, self.deferred)
+        update_fn: Callable[..., tuple[Tree, Any]] = self.method.update
+
+        def update(loop: _Loop) -> _Loop:
+            updates, state = update_fn(None, loop.state, loop.x, linearized=linear, request=request)
+            return _moved(loop, point, updates, state, allowed, request)
+
+        def take_back(loop: _Loop) -> _Loop:
+            return loop._replace(x=loop.before, taken_back=jnp.ones_like(loop.taken_back))
+
+        running = is_running(loop)
+        loop = jax.lax.cond(running & finite, update, lambda loop: loop, loop)
+        loop = jax.lax.cond(is_running(loop) & ~finite, take_back, lambda loop: loop, loop)
+        if not self.deferred or linear.second_order is None:
+            return loop
+        missing = running & finite & request.decrement
+        return choose(missing, before._replace(is_deferred=missing), loop)
+
+    def _linearize(self, x: Tree) -> _residuals.Linearized:
+        dense = isinstance(self.method, DenseResidualMethod)
+        return _residuals.linearize_residuals(self.residual_fn, x, loss=self.loss, scale=self.f_scale, dense=dense)
 
 
 def _point(x: Tree, linear: _residuals.Linearized) -> _Point:
@@ -315,17 +328,6 @@ def _moved(loop: _Loop, point: _Point, updates: Tree, state: Any, allowed: Scala
     )
 
 
-def _is_finite(point: _Point) -> Bool[Array, ""]:
-    return jnp.isfinite(point.value) & jnp.isfinite(point.offset) & jnp.isfinite(norm(ravel(point.grad)[0]))
-
-
-def _allowed(loop: _Loop, point: _Point, limits: Limits) -> Scalar:
-    """What the linear model, or Newton's, may still expect to remove of the residuals where a solve has converged."""
-    tolerance = jnp.where(loop.best.value == jnp.inf, limits.rtol * point.offset, loop.tolerance)
-    allowed = limits.gtol * jnp.sqrt(2 * point.value) + tolerance + point.rounding
-    return jnp.where(_is_finite(point) & jnp.isfinite(allowed), allowed, -1)
-
-
 def _loses_rank(linear: _residuals.Linearized) -> Bool[Array, ""]:
     """Whether the Jacobian has directions that are lost in rounding, where only the Hessian can say what they do."""
     if linear.factors is None or linear.second_order is None:
@@ -333,24 +335,21 @@ def _loses_rank(linear: _residuals.Linearized) -> Bool[Array, ""]:
     return jnp.any(linear.factors.values == 0)
 
 
-def _test_convergence(loop: _Loop, point: _Point, converged: Bool[Array, ""], limits: Limits) -> _Loop:
+def _test_convergence(loop: _Loop, point: _Point, converged: Array, finite: Array, max_steps: Array) -> _Loop:
     """Update the best point and the status: is it converged, out of steps, or stuck?
 
     Where it is not finite, the solve ends only if it stands at the start or if too many steps in a row led nowhere.
     """
     first = loop.best.value == jnp.inf
-    finite = _is_finite(point)
-
     lower = point.value < loop.best.value - loop.best.noise
     flatter = (point.value <= loop.best.value + loop.best.noise) & (point.offset < loop.best.offset)
     better = finite & (lower | flatter)
     best = choose(better | converged | first, point, loop.best)
     idle_steps = jnp.where(better, 0, loop.idle_steps + jnp.where(loop.taken_back, 0, 1))
 
-    status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
+    status = jnp.where(loop.num_steps >= max_steps, Status.MAX_STEPS, Status.RUNNING)
     curves_down = (loop.idle_steps > 0) & jnp.isinf(loop.state.decrement)
     status = jnp.where(idle_steps >= jnp.where(curves_down, _PERSISTENCE, _PATIENCE), Status.STALLED, status)
     status = jnp.where(first & ~finite, Status.NONFINITE_START, status)
     status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
-    tolerance = jnp.where(first, limits.rtol * point.offset, loop.tolerance)
-    return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, status=status)
+    return loop._replace(best=best, idle_steps=idle_steps, status=status)
