@@ -22,6 +22,9 @@ _GROWTH = 4.0  # of the region after a good step,
 _DOUBLING = 2.0  # and within one update,
 _LASTING = 1.25  # where the fall of the value grows by this with it, though the model is poor
 
+Flag = Bool[Array, ""] | bool
+"""Known or traced; where it is known to be false, nothing is compiled for the other case."""
+
 
 class Trial(NamedTuple):
     """A trial step, or the one accepted before where the last is no better."""
@@ -77,8 +80,8 @@ def search(
     *,
     learned: Any = None,
     accept: float = ACCEPT,
-    is_guess: Bool[Array, ""] | bool = False,
-    grows: Bool[Array, ""] | bool = False,
+    is_guess: Flag = False,
+    grows: Flag = False,
     inner_steps: Int[Array, ""] | int = 0,
 ) -> Trial:
     """Try the step at ``start``, and after each rejection at the size that ``resize`` gives, until one is accepted.
@@ -111,7 +114,7 @@ def search(
     def try_next(last: Trial) -> _Search:
         # 1. Choose the size.
         size = (resize or shrink)(last)
-        if grows is not False:  # if it is known that none grows, nothing is compiled for that
+        if grows is not False:
             size = jnp.where(is_fair(last), _DOUBLING * last.size, size)
         size = jnp.where(last.count == 0, last.size, size)
         # 2. Evaluate the trial, and compare the actual with the predicted reduction.

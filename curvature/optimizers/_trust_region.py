@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from curvature import _checks
 from curvature._errors import public
@@ -15,7 +15,7 @@ from curvature.linalg._cg import truncated_cg
 from curvature.linalg._gltr import MAX_BASIS, krylov_model, solve_krylov_region
 from curvature.linalg._subproblems import RegionStep, factor_model, solve_region
 from curvature.optimizers._forcing import Inner, first_norm, inner_solve
-from curvature.optimizers._globalize import POOR, Attempt, Trial, guess_radius, search
+from curvature.optimizers._globalize import POOR, Attempt, Flag, Trial, guess_radius, search
 from curvature.optimizers._method import Local, SecondOrder, Unevaluated, resolved, reused, second_order
 
 Subproblem = Literal["exact", "gltr", "cg"]
@@ -185,9 +185,9 @@ def search_radius(
     local: Local,
     solve: RegionSolver,
     radius: Scalar,
-    is_guess: Bool[Array, ""] | bool = False,
+    is_guess: Flag = False,
     *,
-    grows: Bool[Array, ""] | bool = False,
+    grows: Flag = False,
     num_shared: Any = 0,
 ) -> Trial:
     """Shrink the region until the model's step is accepted; only the value is evaluated at each trial.

@@ -11,16 +11,8 @@ from jaxtyping import Array, Int
 from curvature import _checks
 from curvature._errors import calling, public
 from curvature._types import Tree
-from curvature.training._stochastic import (
-    Key,
-    KeyData,
-    Mask,
-    ScaledByDiagonal,
-    estimate_by_products,
-    unbiased,
-    widened,
-    with_learning_rate,
-)
+from curvature.training import _stochastic
+from curvature.training._stochastic import Key, KeyData, Mask, ScaledByDiagonal
 
 SpatialAxes = Callable[[tuple[int, ...]], tuple[int, ...]]
 
@@ -102,7 +94,7 @@ def adahessian(
     scale = scale_by_adahessian(
         key=key, b1=b1, b2=b2, eps=eps, power=power, spatial_axes=spatial_axes, refresh_every=refresh_every
     )
-    return with_learning_rate(scale, learning_rate, weight_decay, mask)
+    return _stochastic.with_learning_rate(scale, learning_rate, weight_decay, mask)
 
 
 @public
@@ -167,9 +159,9 @@ def scale_by_adahessian(
     _checks.check_static_count("refresh_every", refresh_every, 1)
 
     def estimate(params: Tree, extras: dict[str, Any]) -> Callable[[Key], Tree]:
-        diagonal = estimate_by_products(params, extras)
+        diagonal = _stochastic.estimate_by_products(params, extras)
         return lambda key: jax.tree.map(
-            lambda leaf: jnp.square(_block_means(leaf, spatial_axes)), widened(diagonal(key))
+            lambda leaf: jnp.square(_block_means(leaf, spatial_axes)), _stochastic.widened(diagonal(key))
         )
 
     def scale(momentum: Tree, second: Tree, updates: Tree, count: Array) -> tuple[Tree]:
@@ -177,7 +169,8 @@ def scale_by_adahessian(
             u = m / (v ** jnp.asarray(power / 2, v.dtype) + jnp.asarray(eps, v.dtype))
             return u.astype(like.dtype)
 
-        means, squares = unbiased(momentum, b1, count + 1), unbiased(second, b2, count // refresh_every + 1)
+        means = _stochastic.unbiased(momentum, b1, count + 1)
+        squares = _stochastic.unbiased(second, b2, count // refresh_every + 1)
         return (jax.tree.map(scaled, means, squares, updates),)
 
     return ScaledByDiagonal(key, b1, b2, refresh_every).transformation(AdaHessianState, estimate, scale)

@@ -12,15 +12,8 @@ from curvature import _checks
 from curvature._errors import public
 from curvature._types import Tree
 from curvature.operators._likelihoods import Likelihood
-from curvature.training._stochastic import (
-    Key,
-    KeyData,
-    Mask,
-    ScaledByDiagonal,
-    estimate_by_products,
-    gauss_newton_bartlett,
-    with_learning_rate,
-)
+from curvature.training import _stochastic
+from curvature.training._stochastic import Key, KeyData, Mask, ScaledByDiagonal
 
 DiagonalEstimator = Literal["hutchinson", "gauss-newton-bartlett"]
 
@@ -112,7 +105,7 @@ def sophia(
         eps=eps,
         refresh_every=refresh_every,
     )
-    return with_learning_rate(scale, learning_rate, weight_decay, mask)
+    return _stochastic.with_learning_rate(scale, learning_rate, weight_decay, mask)
 
 
 @public
@@ -193,9 +186,9 @@ def scale_by_sophia(
     def estimate(params: Tree, extras: dict[str, Any]) -> Callable[[Key], Tree]:
         args = extras.pop("args", None)
         if estimator == "hutchinson":
-            return estimate_by_products(params, extras)
+            return _stochastic.estimate_by_products(params, extras)
         batch = _checks.require_data(args)
-        square: Callable[..., Tree] = gauss_newton_bartlett
+        square: Callable[..., Tree] = _stochastic.gauss_newton_bartlett
         return lambda key: square(model, loss, likelihood, params, batch, key)
 
     def ratio(m: Array, h: Array) -> Array:
