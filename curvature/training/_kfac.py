@@ -155,16 +155,16 @@ def kfac(
         KroneckerOperator, model, loss, kind=kind, likelihood=likelihood, sharing=sharing, reduction=reduction
     )
     factors = _Factors(operator, decay, refresh_every, invert_every, exact, key)
-    shapes = structure_of(example if type(example) is tuple else (example,))
+    example = structure_of(example if type(example) is tuple else (example,))
     has_momentum = isinstance(momentum, jax.Array) or momentum != 0  # the value of an array may be unknown
 
     def start(params: Tree, damping: Scalar) -> tuple[Any, ...]:
         arrays: Any = damping, damping  # for a placeholder of params, whose number of arrays is unknown, one leaf each
         if not is_placeholder(params):
-            zeros = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), factors.structures(params, shapes, damping)
+            shapes = factors.structures(params, example, damping)
+            arrays = tuple(
+                tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(operator)) for operator in shapes
             )
-            arrays = tuple(tuple(jax.tree.leaves(op)) for op in zeros)
         return jax.tree.map(jnp.zeros_like, params), *arrays
 
     def propose(updates: Tree, state: Any, params: Tree, batch: tuple[Any, ...], damping: Scalar) -> Proposal:
