@@ -31,7 +31,6 @@ from curvature.operators._interop import as_scipy as as_scipy
 from curvature.operators._jacobian_operators import JacobianOperator as JacobianOperator
 from curvature.operators._jacobian_operators import NTKOperator as NTKOperator
 from curvature.operators.kronecker._operator import KroneckerOperator as KroneckerOperator
-from curvature.optimizers._bfgs import bfgs as bfgs
 from curvature.optimizers._cubic_newton import cubic_newton as cubic_newton
 from curvature.optimizers._gauss_newton import gauss_newton as gauss_newton
 from curvature.optimizers._lbfgs import lbfgs as lbfgs
@@ -40,7 +39,8 @@ from curvature.optimizers._levenberg_marquardt import levenberg_marquardt as lev
 from curvature.optimizers._newton import newton as newton
 from curvature.optimizers._newton_cg import newton_cg as newton_cg
 from curvature.optimizers._projected_newton import projected_newton as projected_newton
-from curvature.optimizers._sr1 import sr1 as sr1
+from curvature.optimizers._quasi_newton import bfgs as bfgs
+from curvature.optimizers._quasi_newton import sr1 as sr1
 from curvature.optimizers._trust_region import trust_region as trust_region
 from curvature.solvers._batched import minimize_batched as minimize_batched
 from curvature.solvers._curve_fit import curve_fit as curve_fit

@@ -13,7 +13,6 @@ from curvature.linalg._preconditioners import NystromPreconditioner as NystromPr
 from curvature.linalg._spectral_density import SpectralDensity as SpectralDensity
 from curvature.linalg._trace import Estimate as Estimate
 from curvature.operators._base import DampingOperator as DampingOperator
-from curvature.optimizers._bfgs import BFGSState as BFGSState
 from curvature.optimizers._cubic_newton import CubicNewtonState as CubicNewtonState
 from curvature.optimizers._gauss_newton import GaussNewtonState as GaussNewtonState
 from curvature.optimizers._lbfgs import LBFGSState as LBFGSState
@@ -21,7 +20,8 @@ from curvature.optimizers._lbfgsb import LBFGSBState as LBFGSBState
 from curvature.optimizers._levenberg_marquardt import LevenbergMarquardtState as LevenbergMarquardtState
 from curvature.optimizers._newton import NewtonState as NewtonState
 from curvature.optimizers._newton_cg import NewtonCGState as NewtonCGState
-from curvature.optimizers._sr1 import SR1State as SR1State
+from curvature.optimizers._quasi_newton import BFGSState as BFGSState
+from curvature.optimizers._quasi_newton import SR1State as SR1State
 from curvature.optimizers._trust_region import TrustRegionState as TrustRegionState
 from curvature.solvers._loop import MinimizeStep as MinimizeStep
 from curvature.training._adahessian import AdaHessianState as AdaHessianState

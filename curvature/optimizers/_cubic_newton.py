@@ -1,30 +1,20 @@
 """Newton's method with adaptive cubic regularization."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from curvature._errors import public
 from curvature._numerics import norm
-from curvature._types import Scalar, Status, Tree, Vector
+from curvature._types import Scalar, Vector
 from curvature.linalg._subproblems import QuadraticModel, factor_model, solve_cubic
-from curvature.optimizers._method import (
-    MAX_TRIALS,
-    Local,
-    SecondOrder,
-    Unevaluated,
-    first_length,
-    hides,
-    resolved,
-    second_order,
-    trial_status,
-    unevaluated,
-)
+from curvature.optimizers._globalize import GOOD, Attempt, Trial, first_length, search, trial_status
+from curvature.optimizers._method import Local, SecondOrder, Unevaluated, resolved, second_order
 
-_ACCEPT, _GOOD = 0.1, 0.75  # Cartis, Gould and Toint (2011), algorithm 2.1: ratios for a step, and for a lesser weight
+_ACCEPT = 0.1  # Cartis, Gould and Toint (2011), algorithm 2.1: the least ratio that is a step
 _LESS = (0.01, 0.5)  # by which a weight falls after a good step, and grows after none
 _MORE = (2.0, 100.0)
 
@@ -43,16 +33,6 @@ class CubicNewtonState(NamedTuple):
     num_trials: Int[Array, ""]
     status: Int[Array, ""]
     stored: Unevaluated
-
-
-class _Trial(NamedTuple):
-    weight: Scalar
-    step: Vector
-    value: Scalar
-    predicted: Scalar
-    lipschitz: Scalar  # the weight for which the model would have been exact here
-    ratio: Scalar
-    count: Int[Array, ""]
 
 
 @functools.lru_cache(maxsize=64)
@@ -95,17 +75,7 @@ def cubic_newton() -> SecondOrder:
     References: Nesterov and Polyak (2006), doi:10.1007/s10107-006-0706-8; Cartis, Gould and Toint (2011), algorithm
         2.1, doi:10.1007/s10107-009-0286-5.
     """
-    return second_order(_init, _step, dense=True)
-
-
-def _init(x: Vector, params: Tree) -> CubicNewtonState:
-    zero = jnp.asarray(0, jnp.int32)
-    return CubicNewtonState(
-        weight=jnp.asarray(0, x.dtype),
-        num_trials=zero,
-        status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=unevaluated(params),
-    )
+    return second_order(CubicNewtonState, _step, dense=True)
 
 
 def _step(state: CubicNewtonState, local: Local) -> tuple[Vector, CubicNewtonState]:
@@ -115,7 +85,8 @@ def _step(state: CubicNewtonState, local: Local) -> tuple[Vector, CubicNewtonSta
     local, size = _in_units(local, length, unit), size / unit
     first = size / first_length(local, size) ** 2  # where there is no curvature the first step is that long
     weight = jnp.where(state.weight > 0, state.weight * (length / unit) * length, first)
-    last = _search_weight(local, factor_model(local.hessian(), local.grad), weight)
+    model = factor_model(local.hessian(), local.grad)
+    last = search(local, _attempt(local, model), weight, _heavier, learned=jnp.zeros_like(weight), accept=_ACCEPT)
     accepted = last.ratio >= _ACCEPT
     return jnp.where(accepted, length * last.step / d, 0), state._replace(
         weight=_next_weight(last, size) * (unit / length) / length,
@@ -143,52 +114,34 @@ def _in_units(local: Local, length: Scalar, unit: Scalar) -> Local:
     )
 
 
-def _search_weight(local: Local, model: QuadraticModel, weight: Scalar) -> _Trial:
-    """Increase the weight until the model's step is accepted; only the value is evaluated at each trial."""
-    noise = local.noise + jnp.finfo(local.noise.dtype).tiny
+def _attempt(local: Local, model: QuadraticModel) -> Callable[[Scalar, Scalar], Attempt]:
+    """Trials teach the weight for which the cubic model would have been exact: half a Lipschitz constant."""
 
-    def running(trial: _Trial) -> Bool[Array, ""]:
-        hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
-        return (trial.count == 0) | (~(trial.ratio >= _ACCEPT) & ~hopeless & (trial.count < MAX_TRIALS))
-
-    def attempt(trial: _Trial) -> _Trial:
-        weight = jnp.where(trial.count == 0, trial.weight, _heavier(trial))
-        step, predicted, _ = solve_cubic(model, weight)
-        value, length = local.value_after(step), norm(step)
+    def attempt(weight: Scalar, _: Scalar) -> Attempt:
+        region = solve_cubic(model, weight)
+        value, length = local.value_after(region.step), norm(region.step)
         cubic = weight * length * length * length / 3
-        ratio = (local.value - value + noise) / (jnp.maximum(predicted - cubic, 0) + noise)
-        ratio = jnp.where(jnp.isfinite(value), ratio, -jnp.inf).astype(weight.dtype)
-        ratio = jnp.where(hides(local, step, value), 1, ratio)
-        lipschitz = 3 * (value - local.value + predicted) / jnp.where(length > 0, length, 1) ** 3
-        return _Trial(weight, step, value, predicted, lipschitz, ratio, trial.count + 1)
+        exact = 3 * (value - local.value + region.predicted) / jnp.where(length > 0, length, 1) ** 3
+        region = region._replace(predicted=region.predicted - cubic)
+        return Attempt(region, value, jnp.isfinite(value), learn=lambda ratio: exact)
 
-    zero = jnp.zeros_like(local.value)
-    start = _Trial(
-        weight=weight + zero,
-        step=jnp.zeros_like(local.grad),
-        value=local.value,
-        predicted=zero,
-        lipschitz=zero,
-        ratio=zero,
-        count=jnp.zeros_like(zero, jnp.int32),
-    )
-    return jax.lax.while_loop(running, attempt, start)
+    return attempt
 
 
-def _heavier(trial: _Trial) -> Scalar:
+def _heavier(trial: Trial) -> Scalar:
     low, high = _MORE
-    wanted = jnp.where(jnp.isfinite(trial.lipschitz), trial.lipschitz, jnp.inf)
-    return jnp.clip(wanted, low * trial.weight, high * trial.weight)
+    wanted = jnp.where(jnp.isfinite(trial.learned), trial.learned, jnp.inf)
+    return jnp.clip(wanted, low * trial.size, high * trial.size)
 
 
-def _next_weight(last: _Trial, size: Scalar) -> Scalar:
+def _next_weight(last: Trial, size: Scalar) -> Scalar:
     """A smaller weight after a good step, at which the cubic term still exceeds the rounding of the gradient."""
     low, high = _LESS
-    wanted = jnp.where(jnp.isfinite(last.lipschitz), last.lipschitz, 0)
-    lighter = jnp.clip(wanted, low * last.weight, high * last.weight)
+    wanted = jnp.where(jnp.isfinite(last.learned), last.learned, 0)
+    lighter = jnp.clip(wanted, low * last.size, high * last.size)
     length = norm(last.step)
     felt = jnp.finfo(size.dtype).eps * size / jnp.where(length > 0, length, 1) ** 2
-    weight = jnp.where(last.ratio > _GOOD, jnp.maximum(lighter, felt), last.weight)
+    weight = jnp.where(last.ratio > GOOD, jnp.maximum(lighter, felt), last.size)
     weight = jnp.where(last.ratio >= _ACCEPT, weight, _heavier(last))
     limits = jnp.finfo(weight.dtype)
     return jnp.clip(weight, limits.tiny, limits.max / 8)

@@ -9,18 +9,12 @@ from jaxtyping import Array, Float, Int
 from curvature import _checks
 from curvature._errors import public
 from curvature._numerics import dot, matmul, norm
-from curvature._types import Status, Tree, Vector
+from curvature._types import Vector
+from curvature.optimizers import _residual_method
 from curvature.optimizers._forcing import first_norm, inner_solve
 from curvature.optimizers._line_search import search_values
-from curvature.optimizers._method import Unevaluated, trial_status, unevaluated
-from curvature.optimizers._residual_method import (
-    Request,
-    ResidualMethod,
-    curvature_if,
-    decrement_of,
-    residual_method,
-    scaled_local,
-)
+from curvature.optimizers._method import Unevaluated
+from curvature.optimizers._residual_method import Request, ResidualMethod
 from curvature.optimizers._residuals import Linearized, where_positive
 from curvature.optimizers._trust_region import steihaug
 
@@ -94,10 +88,10 @@ def gauss_newton(solver: GaussNewtonSolver = "exact") -> ResidualMethod:
 
     def step(state: GaussNewtonState, linear: Linearized, request: Request) -> tuple[Vector, GaussNewtonState]:
         scale = where_positive(linear.columns)
-        local = scaled_local(linear, scale)
+        local = _residual_method.scaled_local(linear, scale)
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
-        curvature = curvature_if(jnp.asarray(False), request, linear)
+        curvature = _residual_method.curvature_if(jnp.asarray(False), request, linear)
         if solver == "exact":
             direction = _solution(linear)
             if curvature is not None:
@@ -105,30 +99,18 @@ def gauss_newton(solver: GaussNewtonSolver = "exact") -> ResidualMethod:
         else:
             infinity = jnp.full_like(size, jnp.inf)
             inner = inner_solve(local, size, first, None)
-            direction = steihaug(local, inner, infinity).solve(infinity)[0].step
-        direction = jnp.where(request.shorter, _SHORTER * state.step_size, 1) * direction
-        slope = dot(local.grad, direction)
-        last = search_values(local, direction, slope)
-        return jnp.where(last.accepted, last.step_size * direction / scale, 0), state._replace(
-            step_size=jnp.where(request.shorter, _SHORTER * state.step_size, 1) * last.step_size,
-            num_trials=last.count,
-            grad_norm=first,
-            decrement=decrement_of(curvature, size),
-            status=trial_status(last.accepted, last.value, slope),
-        )
+            direction = steihaug(local, inner)(infinity)[0].step
+        share = jnp.where(request.shorter, _SHORTER * state.step_size, 1)
+        direction = share * direction
+        step, fields = search_values(local, direction, dot(local.grad, direction))
+        fields["step_size"] *= share
+        decrement = _residual_method.decrement_of(curvature, size)
+        return step / scale, state._replace(grad_norm=first, decrement=decrement, **fields)
 
-    return residual_method(_init, step, dense=solver == "exact")
+    def start(x: Vector) -> dict[str, Array]:
+        return {"step_size": jnp.asarray(1, x.dtype), "decrement": jnp.asarray(jnp.inf, x.dtype)}
 
-
-def _init(x: Vector, params: Tree) -> GaussNewtonState:
-    return GaussNewtonState(
-        step_size=jnp.asarray(1, x.dtype),
-        num_trials=jnp.asarray(0, jnp.int32),
-        grad_norm=jnp.asarray(0, x.dtype),
-        decrement=jnp.asarray(jnp.inf, x.dtype),
-        status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=unevaluated(params),
-    )
+    return _residual_method.residual_method(GaussNewtonState, step, dense=solver == "exact", start=start)
 
 
 def _solution(linear: Linearized) -> Vector:

@@ -1,7 +1,7 @@
 """L-BFGS in compact form, on a ring buffer of steps and gradient changes."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 from curvature import _checks
 from curvature._errors import public
 from curvature._numerics import dot, matmul
-from curvature._types import Scalar, Status, Tree, Vector
+from curvature._types import Scalar, Vector
 from curvature.optimizers._line_search import descend, shows_curvature
-from curvature.optimizers._method import FirstOrder, Slope, Stored, first_order, nothing_stored
+from curvature.optimizers._method import FirstOrder, Slope, Stored, first_order
 
 # Pairs by default. XLA's CPU compiler runs a program whose arrays take at most 512 bytes each in one thread, others on
 # a pool of threads, which costs more than a few variables are worth: 8 x 8 doubles are 512 bytes.
@@ -114,20 +114,11 @@ def lbfgs(memory_size: int | None = None) -> FirstOrder:
 
 @functools.lru_cache(maxsize=64)  # so that equal settings find the compiled solve again
 def _build(memory_size: int | None) -> FirstOrder:
-    return first_order(functools.partial(_init, memory_size), _step)
+    def start(x: Vector) -> dict[str, Any]:
+        few = _MEMORY if x.size > _FEW_VARIABLES else _MEMORY_OF_FEW
+        return {"pairs": no_pairs(memory_size or few, x.size, x.dtype)}
 
-
-def _init(memory_size: int | None, x: Vector, params: Tree) -> LBFGSState:
-    if memory_size is None:
-        memory_size = _MEMORY if x.size > _FEW_VARIABLES else _MEMORY_OF_FEW
-    zero = jnp.asarray(0, jnp.int32)
-    return LBFGSState(
-        pairs=no_pairs(memory_size, x.size, x.dtype),
-        step_size=jnp.asarray(0, x.dtype),
-        num_trials=zero,
-        status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=nothing_stored(params),
-    )
+    return first_order(LBFGSState, _step, start=start)
 
 
 def _step(state: LBFGSState, local: Slope) -> tuple[Vector, Scalar, Vector, LBFGSState]:

@@ -6,32 +6,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from curvature import _checks
 from curvature._errors import public
 from curvature._numerics import dot, matmul, norm
-from curvature._types import Scalar, Status, Tree, Vector
-from curvature.optimizers._bounds import Box, around, box_of, downhill, flat, stay_inside
+from curvature._types import Scalar, Tree, Vector
+from curvature.optimizers._bounds import around, downhill, stay_inside
 from curvature.optimizers._box_subproblem import BoxModel, conjugate_gradients, minimize_in_box
-from curvature.optimizers._method import (
-    MAX_TRIALS,
-    FirstOrder,
-    Slope,
-    at_start,
-    choose,
-    first_length,
-    first_order_update,
-    hides,
-    nothing_stored,
-    shrink_factor,
-    trial_status,
-)
-from curvature.optimizers._trust_region import ACCEPT, POOR, Trial, next_radius
-from curvature.optimizers._wrappers import is_placeholder, wrappable
+from curvature.optimizers._globalize import FAR, POOR, Attempt, guess_radius, search
+from curvature.optimizers._method import FirstOrder, Slope, Stored, choose, first_order
 
 _DAMPING = 0.1  # N&W take 0.2 in section 18.3
-_FAR = 10  # a trial that raises the value by more than this times the predicted reduction: the model says nothing there
 _FORCING = 1e-3  # the relative residual on a face: products with the matrix cost no evaluation
 
 
@@ -66,15 +52,7 @@ class LBFGSBState(NamedTuple):
     memory: LBFGSBMemory
     num_trials: Int[Array, ""]
     status: Int[Array, ""]
-    stored: Any
-
-
-class _Tried(NamedTuple):
-    """One trial: the step at a radius, the gradient there, and the memory with it."""
-
-    trial: Trial
-    grad: Vector
-    memory: LBFGSBMemory
+    stored: Stored
 
 
 @public
@@ -127,84 +105,38 @@ def lbfgsb(lower: Tree = None, upper: Tree = None, *, memory_size: int = 10) -> 
         and 18.3.
     """
     _checks.check_static_count("memory_size", memory_size, 1)
-    init = functools.partial(_init, memory_size)
 
-    def init_fn(params: Tree) -> LBFGSBState:
-        if not is_placeholder(params):
-            box_of(lower, upper, "params", params)
-        return at_start(init, params)
+    def start(x: Vector) -> dict[str, Any]:
+        none, newest = jnp.zeros((memory_size, x.size), x.dtype), jnp.asarray(memory_size - 1, jnp.int32)
+        return {"memory": LBFGSBMemory(none, none, newest, jnp.asarray(0, x.dtype))}
 
-    def update_fn(updates: Tree, state: Any, params: Tree | None = None, **extra_args: Any) -> tuple[Tree, Any]:
-        params = _checks.require_extra("params", params)
-        box = box_of(lower, upper, "params", params)
-        step = functools.partial(_step, flat(box))
-        updates, state = first_order_update(step, updates, state, params, **extra_args)
-        return stay_inside(box, params, updates), state
-
-    return FirstOrder(*wrappable(init_fn, update_fn))
+    return first_order(LBFGSBState, _step, start=start, bounds=(lower, upper))
 
 
-def _init(memory_size: int, x: Vector, params: Tree) -> LBFGSBState:
-    zero, none = jnp.asarray(0, x.dtype), jnp.zeros((memory_size, x.size), x.dtype)
-    return LBFGSBState(
-        radius=zero,
-        memory=LBFGSBMemory(none, none, jnp.asarray(memory_size - 1, jnp.int32), zero),
-        num_trials=jnp.asarray(0, jnp.int32),
-        status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=nothing_stored(params),
-    )
-
-
-def _step(box: Box, state: LBFGSBState, slope: Slope) -> tuple[Vector, Scalar, Vector, LBFGSBState]:
-    is_guess = state.radius == 0
-    radius = jnp.where(is_guess, first_length(slope, norm(slope.grad)), state.radius)
-    last, grad, memory = _search_radius(box, state.memory, radius, is_guess, slope)
-    accepted = last.ratio >= ACCEPT
-    state = state._replace(
-        radius=jnp.where(accepted, next_radius(last), jnp.where(slope.usable, POOR * radius, state.radius)),
-        memory=memory,
-        num_trials=last.count,
-        status=trial_status(accepted, last.value, last.predicted),
-    )
-    value, grad = jnp.where(accepted, last.value, slope.value), jnp.where(accepted, grad, slope.grad)
-    return jnp.where(accepted, last.step, 0), value, grad, state
-
-
-def _search_radius(box: Box, memory: LBFGSBMemory, radius: Scalar, is_guess: Bool[Array, ""], slope: Slope) -> _Tried:
-    """Shrink the region until the model's step is accepted; every trial has a gradient and enters the memory."""
-    noise = slope.noise + jnp.finfo(slope.noise.dtype).tiny
-    steps = around(box, slope.x)
-    limit = jnp.asarray(4 * len(memory.steps) + 10, jnp.int32)
+def _step(state: LBFGSBState, slope: Slope) -> tuple[Vector, Scalar, Vector, LBFGSBState]:
+    """Every trial has a gradient and teaches the matrix, whether it is accepted or not."""
+    assert slope.box is not None
+    box, steps = slope.box, around(slope.box, slope.x)
+    limit = jnp.asarray(4 * len(state.memory.steps) + 10, jnp.int32)
     solve_face = conjugate_gradients(jnp.asarray(_FORCING, slope.grad.dtype), limit)
 
-    def running(tried: _Tried) -> Bool[Array, ""]:
-        trial = tried.trial
-        hopeless = jnp.isnan(trial.predicted) | (trial.value == -jnp.inf)
-        accepted = (trial.ratio >= least) & (trial.ratio <= most)
-        return (trial.count == 0) | (~accepted & ~hopeless & (trial.count < MAX_TRIALS))
+    def attempt(radius: Scalar, learned: tuple[Vector, LBFGSBMemory]) -> Attempt:
+        memory = learned[1]
+        product = _product(memory, norm(downhill(steps, slope.grad)) / radius)
+        region, inner_steps = minimize_in_box(BoxModel(slope.grad, product, None, steps), radius, solve_face)
+        region = region._replace(step=stay_inside(box, slope.x, region.step))
+        value, grad = slope.value_and_grad_after(region.step)
+        taught = _remember(memory, product, region.step, grad - slope.grad)
+        usable = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
+        return Attempt(region, value, usable, inner_steps, lambda ratio: (grad, choose(ratio > -FAR, taught, memory)))
 
-    def attempt(tried: _Tried) -> _Tried:
-        last = tried.trial
-        shrunk = norm(last.step) * shrink_factor(slope.value, dot(slope.grad, last.step), last.value)
-        radius = jnp.where(last.count == 0, last.radius, shrunk)
-        product = _product(tried.memory, norm(downhill(steps, slope.grad)) / radius)
-        model = BoxModel(slope.grad, product, None, steps)
-        (step, predicted, on_boundary), inner_steps = minimize_in_box(model, radius, solve_face)
-        step = stay_inside(box, slope.x, step)
-        value, grad = slope.value_and_grad_after(step)
-        ratio = (slope.value - value + noise) / (jnp.maximum(predicted, 0) + noise)
-        finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
-        ratio = jnp.where(finite, ratio, -jnp.inf).astype(radius.dtype)
-        ratio = jnp.where(hides(slope, step, value), 1, ratio)
-        trial = Trial(radius, step, value, predicted, on_boundary, ratio, last.count + 1, inner_steps)
-        learned = _remember(tried.memory, product, step, grad - slope.grad)
-        return _Tried(trial, grad, choose(ratio > -_FAR, learned, tried.memory))
-
-    least, most = jnp.where(is_guess, POOR, ACCEPT), jnp.where(is_guess, 1 / POOR, jnp.inf)
-    zero, none = jnp.zeros_like(slope.grad[0]), jnp.zeros_like(slope.grad[0], jnp.int32)
-    nowhere, no = jnp.zeros_like(slope.grad), jnp.zeros_like(zero, bool)
-    start = Trial(radius + zero, nowhere, slope.value, zero, no, zero, none, none)
-    return jax.lax.while_loop(running, attempt, _Tried(start, slope.grad, memory))
+    radius, is_guess = guess_radius(slope, state.radius)
+    last = search(slope, attempt, radius, learned=(slope.grad, state.memory), is_guess=is_guess)
+    grad, memory = last.learned
+    rejected = jnp.where(slope.usable, POOR * radius, state.radius)
+    step, state = last.take_step(state, accepted=last.next_radius(), rejected=rejected, memory=memory)
+    value, grad = choose(last.accepted, (last.value, grad), (slope.value, slope.grad))
+    return step, value, grad, state
 
 
 def _product(memory: LBFGSBMemory, first: Scalar) -> Callable[[Vector], Vector]:

@@ -1,7 +1,6 @@
 """The method of Levenberg and Marquardt as a trust region in scaled variables, and two cheaper subproblems."""
 
-import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +9,19 @@ from jaxtyping import Array, Bool, Float, Int
 from curvature import _checks
 from curvature._errors import public
 from curvature._numerics import dot, matmul, norm
-from curvature._types import Scalar, Status, Tree, Vector
+from curvature._types import Scalar, Vector
 from curvature.linalg._subproblems import QuadraticModel, RegionStep, solve_region
+from curvature.optimizers import _residual_method
 from curvature.optimizers._forcing import first_norm, inner_solve
-from curvature.optimizers._method import Local, Unevaluated, choose, trial_status, unevaluated
+from curvature.optimizers._globalize import GOOD, POOR, Trial
+from curvature.optimizers._method import Local, Unevaluated, choose, reused
 from curvature.optimizers._residual_hessian import hessian_in, hessian_model
-from curvature.optimizers._residual_method import (
-    Curvature,
-    Request,
-    ResidualMethod,
-    curvature_if,
-    decrement_of,
-    residual_method,
-    scaled_local,
-)
+from curvature.optimizers._residual_method import Curvature, Request, ResidualMethod
 from curvature.optimizers._residuals import Linearized, region_model, where_positive
-from curvature.optimizers._trust_region import ACCEPT, Solver, Trial, search_radius, steihaug
+from curvature.optimizers._trust_region import RegionSolver, search_radius, steihaug
 
 LeastSquaresSubproblem = Literal["exact", "dogleg", "cg"]
 
-_POOR, _GOOD = 0.25, 0.75  # Moré (1978): below the one ratio the region shrinks, above the other it grows
 _SHORTER = 0.1  # heuristic: of a region that led to where derivatives are not finite, the share to try next
 _FIRST_RADIUS = 100.0  # in norms of the scaled start, as in MINPACK
 
@@ -145,76 +137,64 @@ def levenberg_marquardt(
     _checks.check_choice("subproblem", subproblem, LeastSquaresSubproblem)
     if initial_radius is not None:
         _checks.check_positive("initial_radius", initial_radius)
-    if isinstance(initial_radius, jax.Array):  # an array is no key of a cache
-        return _build(subproblem, initial_radius)
-    return _build_once(subproblem, initial_radius)
+    return _build(subproblem, initial_radius)
 
 
+@reused
 def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | Array | None) -> ResidualMethod:
-    def init(x: Vector, params: Tree) -> LevenbergMarquardtState:
-        zero, none = jnp.asarray(0, x.dtype), jnp.asarray(0, jnp.int32)
-        return LevenbergMarquardtState(
-            radius=jnp.asarray(0 if initial_radius is None else initial_radius, x.dtype),
-            scale=jnp.zeros_like(x),
-            second_order=jnp.asarray(False),
-            last=LastStep(jnp.zeros_like(x), zero, zero, zero, zero),
-            decrement=jnp.asarray(jnp.inf, x.dtype),
-            num_trials=none,
-            num_inner_steps=none,
-            grad_norm=zero,
-            status=jnp.asarray(Status.RUNNING, jnp.int32),
-            stored=unevaluated(params),
-        )
+    def start(x: Vector) -> dict[str, Any]:
+        zero = jnp.asarray(0, x.dtype)
+        return {
+            "radius": jnp.asarray(0 if initial_radius is None else initial_radius, x.dtype),
+            "scale": jnp.zeros_like(x),
+            "second_order": jnp.asarray(False),
+            "last": LastStep(jnp.zeros_like(x), zero, zero, zero, zero),
+            "decrement": jnp.asarray(jnp.inf, x.dtype),
+        }
 
     def step(
         state: LevenbergMarquardtState, linear: Linearized, request: Request
     ) -> tuple[Vector, LevenbergMarquardtState]:
         largest = jnp.maximum(state.scale, jnp.where(jnp.isfinite(linear.columns), linear.columns, 0))
         scale = where_positive(largest)
-        local = scaled_local(linear, scale)
+        local = _residual_method.scaled_local(linear, scale)
         size = norm(local.grad)
         first = first_norm(state.grad_norm, size)
-        radius = jnp.where(state.radius > 0, state.radius, _first_radius(linear, scale))
+        size_of_x = norm(scale * linear.x)
+        first_radius = _FIRST_RADIUS * jnp.where(size_of_x > 0, size_of_x, norm(linear.residual))
+        radius = jnp.where(state.radius > 0, state.radius, first_radius)
         radius = jnp.where(request.shorter, _SHORTER * radius, radius)
         second_order = state.second_order
         if subproblem == "exact":
             second_order = jnp.where(request.shorter, second_order, _second_is_better(linear, state))
-        curvature = curvature_if(second_order, request, linear)
+        curvature = _residual_method.curvature_if(second_order, request, linear)
         if subproblem == "cg":
-            solver = steihaug(local, inner_solve(local, size, first, None), radius)
+            solve = steihaug(local, inner_solve(local, size, first, None))
         else:
             by_second = second_order | (request.decrement & (subproblem == "exact"))
-            solver = _factored(linear, scale, subproblem, by_second, curvature)
-        last = search_radius(local, solver, radius)
-        accepted = last.ratio >= ACCEPT
-        return jnp.where(accepted, last.step / scale, 0), state._replace(
-            radius=jnp.where(accepted, _next_radius(last), _POOR * radius),
+            solve = _factored(linear, scale, subproblem, by_second, curvature)
+        last = search_radius(local, solve, radius)
+        vector, state = last.take_step(
+            state,
+            accepted=_next_radius(last),
+            rejected=POOR * radius,
             scale=largest,
             second_order=second_order,
             last=_last_step(linear, local, scale, last),
-            decrement=decrement_of(curvature, size),
-            num_trials=last.count,
+            decrement=_residual_method.decrement_of(curvature, size),
             num_inner_steps=last.inner_steps,
             grad_norm=first,
-            status=trial_status(accepted, last.value, last.predicted),
         )
+        return vector / scale, state
 
-    return residual_method(init, step, dense=subproblem != "cg")
-
-
-_build_once = functools.lru_cache(maxsize=64)(_build)  # so that equal settings find the compiled solve again
-
-
-def _first_radius(linear: Linearized, scale: Vector) -> Scalar:
-    start = norm(scale * linear.x)
-    return _FIRST_RADIUS * jnp.where(start > 0, start, norm(linear.residual))
+    return _residual_method.residual_method(LevenbergMarquardtState, step, dense=subproblem != "cg", start=start)
 
 
 def _next_radius(last: Trial) -> Scalar:
     """Twice the length of a good step, as Moré (1978) and MINPACK have it, and never left far beyond the steps."""
     length = norm(last.step)
-    follow = (last.ratio >= _GOOD) | ~last.on_boundary
-    return jnp.where(last.ratio < _POOR, _POOR * length, jnp.where(follow, 2 * length, last.radius))
+    follow = (last.ratio >= GOOD) | ~last.on_boundary
+    return jnp.where(last.ratio < POOR, POOR * length, jnp.where(follow, 2 * length, last.size))
 
 
 def _last_step(linear: Linearized, local: Local, scale: Vector, last: Trial) -> LastStep:
@@ -241,7 +221,7 @@ def _second_is_better(linear: Linearized, state: LevenbergMarquardtState) -> Boo
 
 def _factored(
     linear: Linearized, scale: Vector, subproblem: str, by_second: Bool[Array, ""], curvature: Curvature | None
-) -> Solver:
+) -> RegionSolver:
     """The subproblem in the eigenvectors of its matrix: each radius takes O(n^2)."""
     assert linear.factors is not None
     factors = linear.factors
@@ -257,15 +237,13 @@ def _factored(
         return hessian_model(hessian_in(linear, curvature.second, scale)), jnp.ones_like(linear.value)
 
     model, peak = by_jacobian() if curvature is None else jax.lax.cond(by_second, by_hessian, by_jacobian)
-    solve = _dogleg if subproblem == "dogleg" else solve_region
-    none = jnp.asarray(0, jnp.int32)
 
-    def solver(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
-        region = solve(model, radius)
+    def solve(radius: Scalar) -> tuple[RegionStep, int]:
+        region = (_dogleg if subproblem == "dogleg" else solve_region)(model, radius)
         region = region._replace(predicted=peak * (peak * region.predicted))
-        return region if curvature is None else _newton_within(curvature, scale, radius, region), none
+        return region if curvature is None else _newton_within(curvature, scale, radius, region), 0
 
-    return Solver(none, solver)
+    return solve
 
 
 def _newton_within(curvature: Curvature, scale: Vector, radius: Scalar, otherwise: RegionStep) -> RegionStep:

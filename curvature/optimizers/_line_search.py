@@ -9,17 +9,8 @@ from jaxtyping import Array, Bool, Int
 from curvature._errors import calling
 from curvature._numerics import dot, norm
 from curvature._types import Scalar, Status, Vector
-from curvature.optimizers._method import (
-    MAX_TRIALS,
-    Local,
-    Slope,
-    choose,
-    evaluate,
-    first_length,
-    hides,
-    search_status,
-    shrink_factor,
-)
+from curvature.optimizers._globalize import MAX_TRIALS, first_length, hides, search_status, shrink_factor, trial_status
+from curvature.optimizers._method import Local, Slope, choose, evaluate
 
 _ARMIJO = 1e-4  # N&W (3.6a)
 _WOLFE = 0.9  # N&W (3.7b): the share of the slope that may be left
@@ -64,10 +55,13 @@ class ValueSearch(NamedTuple):
     count: Int[Array, ""]
 
 
-def search_values(local: Local, direction: Vector, slope: Scalar, grows: Bool[Array, ""] | bool = False) -> ValueSearch:
+def search_values(
+    local: Local, direction: Vector, slope: Scalar, grows: Bool[Array, ""] | bool = False
+) -> tuple[Vector, dict[str, Array]]:
     """Backtrack from the full step to sufficient decrease, N&W (3.4); where it ``grows``, lengthen it while that pays.
 
-    Only the value is evaluated at each trial. A trial at minus infinity is too long.
+    Only the value is evaluated at each trial. A trial at minus infinity is too long. Returns the step, zero where none
+    is accepted, and the fields ``step_size``, ``num_trials`` and ``status`` of the state after it.
     """
 
     def running(search: ValueSearch) -> Bool[Array, ""]:
@@ -96,7 +90,10 @@ def search_values(local: Local, direction: Vector, slope: Scalar, grows: Bool[Ar
 
     zero = jnp.zeros_like(slope)
     start = ValueSearch(zero + 1, local.value, zero, local.value, zero > 0, zero > 0, jnp.zeros_like(zero, jnp.int32))
-    return jax.lax.while_loop(running, attempt, start)
+    last = jax.lax.while_loop(running, attempt, start)
+    status = trial_status(last.accepted, jnp.where(last.is_unbounded, -jnp.inf, last.value), slope)
+    step = jnp.where(last.accepted, last.step_size * direction, 0)
+    return step, {"step_size": last.step_size, "num_trials": last.count, "status": status}
 
 
 class LinePoint(NamedTuple):

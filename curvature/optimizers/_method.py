@@ -3,18 +3,18 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from curvature import _checks
-from curvature._numerics import norm
 from curvature._trees import ravel
 from curvature._types import Matrix, Objective, Scalar, Status, Tree, Vector
+from curvature.optimizers._bounds import Box, box_of, flat, stay_inside
 from curvature.optimizers._wrappers import gradient_for, is_placeholder, wrappable
 from curvature.programs._traced import Program
 from curvature.transforms._blocks import matrix_of, side_by_side
@@ -24,8 +24,11 @@ from curvature.transforms._jacobian import gradient_of, map_basis
 from curvature.transforms._modes import choose_jacobian
 
 _NOISE = 10  # a change of fewer roundings of the value decides nothing: Conn, Gould and Toint (2000), section 17.4.2
-_SHRINK = (0.1, 0.5)  # a rejected step is cut to a length between these shares of it
-MAX_TRIALS = 40
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Bounds = tuple[Tree, Tree]
+"""The lower and the upper bounds as a user gives them."""
 
 
 class WithStatus(optax.GradientTransformationExtraArgs):
@@ -91,6 +94,7 @@ class Slope(NamedTuple):
     grad: Vector  # NaN where it is not usable
     usable: Bool[Array, ""]  # whether value and gradient are finite and those of ``x``; else the memory stays unchanged
     value_and_grad_after: Callable[[Vector], tuple[Scalar, Vector]]
+    box: Box | None = None  # flat, for methods with bounds
 
 
 class Local(NamedTuple):
@@ -103,86 +107,122 @@ class Local(NamedTuple):
     hvp: Callable[[Vector], Vector]
     hessian: Callable[[], Matrix]
     value_after: Callable[[Vector], Scalar]
+    box: Box | None = None  # flat, for methods with bounds
 
 
 def second_order(
-    init: Callable[[Vector, Tree], Any], step: Callable[[Any, Local], tuple[Vector, Any]], *, dense: bool
-) -> SecondOrder:
-    """An optax transformation from ``init(x, params) -> state`` and ``step(state, local) -> (step, state)``."""
-    functions = wrappable(functools.partial(at_start, init), functools.partial(second_order_update, step))
-    return (DenseSecondOrder if dense else SecondOrder)(*functions)
-
-
-def second_order_update(
+    kind: type[Any],
     step: Callable[[Any, Local], tuple[Vector, Any]],
-    updates: Tree,
-    state: Any,
-    params: Tree | None = None,
     *,
-    value: Any = None,
-    grad: Tree | None = None,
-    value_fn: Callable[..., Any] | None = None,
-    hvp_fn: Callable[[Tree], Tree] | None = None,
-    hessian_fn: Callable[[Tree], Tree] | None = None,
-    **extra_args: Any,
-) -> tuple[Tree, Any]:
-    """The ``update`` of ``second_order``; a gradient that is not finite changes nothing but the status."""
-    params, value, grad, fun = _operands(updates, params, value, grad, value_fn, extra_args)
-    local = _localize(params, value, grad, fun, hvp_fn, hessian_fn)
-    usable = is_finite(value, local.grad)
-    vector, after = step(state, local._replace(grad=choose(usable, local.grad, jnp.full_like(local.grad, jnp.nan))))
-    return ravel(params)[1](choose(usable, vector, jnp.zeros_like(vector))), unless_lost(usable, after, state)
+    dense: bool,
+    start: Callable[[Vector], dict[str, Any]] = lambda x: {},
+    bounds: Bounds | None = None,
+) -> SecondOrder:
+    """An optax transformation from ``step(state, local) -> (step, state)``; see ``transformation`` for the state.
+
+    A gradient that is not finite changes only the status. With ``bounds`` the step ends inside the box ``local.box``.
+    """
+
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extras: Any) -> tuple[Tree, Any]:
+        hvp_fn, hessian_fn = extras.pop("hvp_fn", None), extras.pop("hessian_fn", None)
+        params, value, grad, fun = _operands(updates, params, extras)
+        box = box_of(*bounds, "params", params) if bounds else None
+        local = _localize(params, value, grad, fun, hvp_fn, hessian_fn)
+        usable = is_finite(value, local.grad)
+        grad = choose(usable, local.grad, jnp.full_like(local.grad, jnp.nan))
+        vector, after = step(state, local._replace(grad=grad, box=flat(box) if box else None))
+        updates = ravel(params)[1](choose(usable, vector, jnp.zeros_like(vector)))
+        return stay_inside(box, params, updates) if box else updates, unless_lost(usable, after, state)
+
+    return transformation(DenseSecondOrder if dense else SecondOrder, kind, update, start=start, bounds=bounds)
 
 
 def first_order(
-    init: Callable[[Vector, Tree], Any], step: Callable[[Any, Slope], tuple[Vector, Scalar, Vector, Any]]
-) -> FirstOrder:
-    """An optax transformation from ``init(x, params)`` and ``step(state, slope) -> (step, value, grad, state)``.
-
-    ``value`` and ``grad`` are those after the step, and end in ``state.stored``, where ``init`` leaves
-    ``nothing_stored``. Where the slope is not usable, ``step`` keeps its memory and stays.
-    """
-    functions = wrappable(functools.partial(at_start, init), functools.partial(first_order_update, step))
-    return FirstOrder(*functions)
-
-
-def first_order_update(
+    kind: type[Any],
     step: Callable[[Any, Slope], tuple[Vector, Scalar, Vector, Any]],
-    updates: Tree,
-    state: Any,
-    params: Tree | None = None,
     *,
-    value: Any = None,
-    grad: Tree | None = None,
-    value_fn: Callable[..., Any] | None = None,
-    **extra_args: Any,
-) -> tuple[Tree, Any]:
-    """The ``update`` of ``first_order``.
+    start: Callable[[Vector], dict[str, Any]] = lambda x: {},
+    bounds: Bounds | None = None,
+) -> FirstOrder:
+    """An optax transformation from ``step(state, slope) -> (step, value, grad, state)``; see ``transformation``.
 
-    Where the gradient is not finite, or of another point, the step is zero and nothing is stored, so that
-    ``optax.value_and_grad_from_state`` evaluates afresh.
+    ``value`` and ``grad`` are those after the step, and are stored in ``state.stored``. Where the slope is not usable,
+    ``step`` keeps its memory and returns zero. Where the gradient is not finite, or of another point, nothing is
+    stored, so that ``optax.value_and_grad_from_state`` evaluates both. With ``bounds`` the step ends inside the box
+    ``slope.box``.
     """
-    point, value, grad, fun = _operands(updates, params, value, grad, value_fn, extra_args)
-    x, unravel = ravel(point)
 
-    def value_and_grad_after(step: Vector) -> tuple[Scalar, Vector]:
-        after, grad_after = evaluate(fun, optax.apply_updates(point, unravel(step)))  # rounded as that is
-        return after.astype(x.dtype), ravel(grad_after)[0]
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extras: Any) -> tuple[Tree, Any]:
+        point, value, grad, fun = _operands(updates, params, extras)
+        box = box_of(*bounds, "params", point) if bounds else None
+        x, unravel = ravel(point)
 
-    vector, stale = ravel(grad)[0], _is_stale(state.stored, point, value, grad)
-    usable = is_finite(value, vector) & ~stale
-    vector = jnp.where(usable, vector, jnp.nan)
-    slope = Slope(x, value.astype(x.dtype), noise_of(value).astype(x.dtype), vector, usable, value_and_grad_after)
-    vector, after, grad_after, new = step(state, slope)
-    updates = unravel(vector)
-    after, grad_after = choose(usable, (after, grad_after), (jnp.full_like(after, jnp.inf), jnp.zeros_like(grad_after)))
-    stored = Stored(after.astype(state.stored.value.dtype), unravel(grad_after), optax.apply_updates(point, updates))
-    return updates, new._replace(stored=stored, status=jnp.where(stale, jnp.int32(Status.RUNNING), new.status))
+        def value_and_grad_after(step: Vector) -> tuple[Scalar, Vector]:
+            after, grad_after = evaluate(fun, optax.apply_updates(point, unravel(step)))  # rounded as that is
+            return after.astype(x.dtype), ravel(grad_after)[0]
+
+        vector, stale = ravel(grad)[0], _is_stale(state.stored, point, value, grad)
+        usable = is_finite(value, vector) & ~stale
+        slope = Slope(
+            x=x,
+            value=value.astype(x.dtype),
+            noise=noise_of(value).astype(x.dtype),
+            grad=jnp.where(usable, vector, jnp.nan),
+            usable=usable,
+            value_and_grad_after=value_and_grad_after,
+            box=flat(box) if box else None,
+        )
+        vector, after, grad_after, new = step(state, slope)
+        updates = unravel(vector)
+        nothing = jnp.full_like(after, jnp.inf), jnp.zeros_like(grad_after)
+        after, grad_after = choose(usable, (after, grad_after), nothing)
+        reached = optax.apply_updates(point, updates)
+        stored = Stored(after.astype(state.stored.value.dtype), unravel(grad_after), reached)
+        new = new._replace(stored=stored, status=jnp.where(stale, jnp.int32(Status.RUNNING), new.status))
+        return stay_inside(box, point, updates) if box else updates, new
+
+    return transformation(FirstOrder, kind, update, start=start, bounds=bounds, stored=nothing_stored)
 
 
-def at_start(init: Callable[[Vector, Tree], Any], params: Tree) -> Any:
-    """``init(x, params)``; a placeholder for the parameters has no entries, and a state for it no shapes that count."""
-    return init(jnp.zeros(1, jnp.float32) if is_placeholder(params) else ravel(params)[0], params)
+def transformation(
+    protocol: Callable[..., T],
+    kind: type[Any],
+    update: Callable[..., tuple[Tree, Any]],
+    *,
+    start: Callable[[Vector], dict[str, Any]],
+    bounds: Bounds | None = None,
+    stored: Callable[[Tree], Any] = unevaluated,
+) -> T:
+    """An optax transformation whose state is a named tuple of this ``kind``.
+
+    At first its counts, named ``num_...``, and its other numbers are zero, but for the fields that ``start(x)`` gives.
+    """
+
+    def init(params: Tree) -> Any:
+        if bounds and not is_placeholder(params):
+            box_of(*bounds, "params", params)
+        # A placeholder for the parameters has no entries, and a state for it no shapes that count.
+        x = jnp.zeros(1, jnp.float32) if is_placeholder(params) else ravel(params)[0]
+        fields = {name: jnp.asarray(0, jnp.int32 if name.startswith("num_") else x.dtype) for name in kind._fields}
+        fields |= {"status": jnp.asarray(Status.RUNNING, jnp.int32), "stored": stored(params)}
+        return kind(**fields | start(x))
+
+    return protocol(*wrappable(init, update))
+
+
+def reused(build: Callable[P, T]) -> Callable[P, T]:
+    """``build``, but equal settings return the same transformation, and so use the same compiled solve.
+
+    Arrays cannot be keys of this cache, so settings with an array build another transformation.
+    """
+    cached: Callable[..., T] = functools.lru_cache(maxsize=64)(build)
+
+    @functools.wraps(build)
+    def call(*settings: P.args, **named: P.kwargs) -> T:
+        has_arrays = any(isinstance(setting, jax.Array) for setting in (*settings, *named.values()))
+        return (build if has_arrays else cached)(*settings, **named)
+
+    return call
 
 
 def is_finite(value: Scalar, grad: Vector) -> Bool[Array, ""]:
@@ -229,30 +269,16 @@ def value_and_grad(program: Program) -> tuple[Scalar, Tree]:
     return jnp.asarray(value), grad
 
 
-def _operands(
-    updates: Tree,
-    params: Tree | None,
-    value: Any,
-    grad: Tree | None,
-    value_fn: Callable[..., Any] | None,
-    extra_args: dict[str, Any],
-) -> tuple[Tree, Scalar, Tree, Callable[[Tree], Any]]:
+def _operands(updates: Tree, params: Tree | None, extras: dict[str, Any]) -> tuple[Tree, Scalar, Tree, Objective]:
     """The checked arguments that every update needs; ``value_fn`` is bound to the extra arguments that it takes."""
     params = _checks.check_point("params", _checks.require_extra("params", params))
-    value = _checks.require_extra("value", value)
-    value_fn = _checks.require_extra("value_fn", value_fn)
+    value, grad, value_fn = (extras.pop(name, None) for name in ("value", "grad", "value_fn"))
+    value, value_fn = _checks.require_extra("value", value), _checks.require_extra("value_fn", value_fn)
     grad = _checks.check_direction("grad", gradient_for(updates, grad), "params", params)
-    return params, jnp.asarray(value), grad, bind_extras(value_fn, extra_args)
+    return params, jnp.asarray(value), grad, bind_extras(value_fn, extras)
 
 
-def _localize(
-    params: Tree,
-    value: Scalar,
-    grad: Tree,
-    fun: Callable[[Tree], Any],
-    hvp_fn: Callable[[Tree], Tree] | None,
-    hessian_fn: Callable[[Tree], Tree] | None,
-) -> Local:
+def _localize(params: Tree, value: Scalar, grad: Tree, fun: Objective, hvp_fn: Any, hessian_fn: Any) -> Local:
     """Gather what a step needs; linearizes ``fun`` unless its Hessian products were handed over."""
     x, unravel = ravel(params)
     if hvp_fn is None and hessian_fn is None:
@@ -288,25 +314,6 @@ def bind_extras(value_fn: Callable[..., Any], extras: dict[str, Any]) -> Callabl
     return functools.partial(value_fn, **extras)
 
 
-def first_length(local: Slope | Local, slope: Scalar) -> Scalar:
-    """A guess of how long a first step may be: a hundredth of ``norm(x)``, or of ``abs(f) / norm(g)`` where ``x = 0``.
-
-    ``slope`` is ``norm(g)``.
-    Both follow the units of ``x`` and of ``f``. Without either it is a hundredth. Heuristic: a length that is too short
-    costs a few evaluations, one that is too long may end on a plateau, which is why a step of this length must be one
-    that the model foresees.
-    """
-    size = norm(local.x)
-    unit = jnp.where(size > 0, size, jnp.abs(local.value) / slope)
-    return jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1) / 100
-
-
-def shortest_radius(local: Slope | Local) -> Scalar:
-    """Below this ``grad / radius`` overflows: a subproblem in a smaller region would be NaN, though nothing else is."""
-    limits = jnp.finfo(local.grad.dtype)
-    return limits.tiny + 8 * local.grad.size * (norm(local.grad) / limits.max)
-
-
 def resolved(local: Local, *, by_powers_of_two: bool = False) -> tuple[Local, Vector]:
     """The objective in variables ``d x`` in which no curvature drowns in the rounding of another, and ``d``.
 
@@ -340,44 +347,6 @@ def noise_of(value: Scalar) -> Scalar:
     return _NOISE * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
 
-def hides(local: Slope | Local, step: Vector, value: Scalar) -> Bool[Array, ""]:
-    """Whether the value is the same after a step so short that the difference may be lost inside the objective.
-
-    ``log(1 + r^2)`` is 0 for every ``abs(r) < sqrt(eps)``, and the rounding of 0 says nothing of it. This step
-    is to be judged by the gradient it leads to, and so is accepted: of at most ``sqrt(eps) norm(x)``.
-    """
-    root = float(jnp.finfo(step.dtype).eps) ** 0.5
-    return (value == local.value) & (norm(step) <= root * norm(local.x))
-
-
-def shrink_factor(value: Scalar, slope: Scalar, trial: Scalar) -> Scalar:
-    """The share of a rejected step to try next: the minimizer of the parabola through what is known along it.
-
-    ``slope`` is the gradient times the step. N&W (3.57), kept within ``_SHRINK``, whose lesser end serves a trial that
-    is NaN or infinite.
-    """
-    low, high = map(slope.dtype.type, _SHRINK)
-    factor = -slope / (2 * (trial - value - slope))
-    return jnp.where(jnp.isfinite(factor) & jnp.isfinite(trial), jax.lax.clamp(low, factor, high), low)
-
-
-def trial_status(accepted: Bool[Array, ""], trial: Scalar, model: Scalar) -> Int[Array, ""]:
-    """The status of an update from its last trial value and from what the model promised for it."""
-    running, stalled, nonfinite, unbounded = map(
-        np.int32, (Status.RUNNING, Status.STALLED, Status.NONFINITE, Status.UNBOUNDED)
-    )
-    failed = jax.lax.select(trial == -jnp.inf, unbounded, jax.lax.select(jnp.isnan(model), nonfinite, stalled))
-    return jax.lax.select(accepted, jnp.asarray(running), failed)
-
-
 def choose(condition: Bool[Array, " *shape"], new: Any, old: Any) -> Any:
     """``jnp.where`` of trees whose leaves agree in shape and dtype, a third of its operations."""
     return jax.tree.map(functools.partial(jax.lax.select, condition), new, old)
-
-
-def search_status(
-    accepted: Bool[Array, ""], remembers: Bool[Array, ""], value: Scalar, slope: Scalar
-) -> Int[Array, ""]:
-    """The status of a quasi-Newton update: a failed search is the end only if there is no memory left to drop."""
-    status = trial_status(accepted, value, slope)
-    return jnp.where((status == Status.STALLED) & remembers, Status.RUNNING, status).astype(jnp.int32)

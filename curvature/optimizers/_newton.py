@@ -8,10 +8,10 @@ from jaxtyping import Array, Float, Int
 
 from curvature._errors import public
 from curvature._numerics import dot
-from curvature._types import Status, Tree, Vector
+from curvature._types import Vector
 from curvature.linalg._subproblems import positive_definite_solve
 from curvature.optimizers._line_search import search_values, with_gradients
-from curvature.optimizers._method import Local, SecondOrder, Unevaluated, second_order, trial_status, unevaluated
+from curvature.optimizers._method import Local, SecondOrder, Unevaluated, second_order
 
 
 class NewtonState(NamedTuple):
@@ -66,24 +66,10 @@ def newton() -> SecondOrder:
 
     References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithms 3.1 and 3.2, section 3.4.
     """
-    return second_order(_init, _step, dense=True)
-
-
-def _init(x: Vector, params: Tree) -> NewtonState:
-    return NewtonState(
-        step_size=jnp.asarray(1, x.dtype),
-        num_trials=jnp.asarray(0, jnp.int32),
-        status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=unevaluated(params),
-    )
+    return second_order(NewtonState, _step, dense=True, start=lambda x: {"step_size": jnp.asarray(1, x.dtype)})
 
 
 def _step(state: NewtonState, local: Local) -> tuple[Vector, NewtonState]:
     direction = -positive_definite_solve(local.hessian(), local.grad)
-    slope = dot(local.grad, direction)
-    last = search_values(with_gradients(local), direction, slope)
-    return jnp.where(last.accepted, last.step_size * direction, 0), state._replace(
-        step_size=last.step_size,
-        num_trials=last.count,
-        status=trial_status(last.accepted, jnp.where(last.is_unbounded, -jnp.inf, last.value), slope),
-    )
+    step, fields = search_values(with_gradients(local), direction, dot(local.grad, direction))
+    return step, state._replace(**fields)

@@ -3,26 +3,18 @@
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvature import _checks
 from curvature._errors import public
 from curvature._numerics import dot, norm
-from curvature._types import Status, Tree, Vector
+from curvature._types import Status, Vector
 from curvature.linalg._cg import truncated_cg
 from curvature.optimizers._forcing import first_norm, inner_solve
+from curvature.optimizers._globalize import first_length
 from curvature.optimizers._line_search import search_values, with_gradients
-from curvature.optimizers._method import (
-    Local,
-    SecondOrder,
-    Unevaluated,
-    first_length,
-    second_order,
-    trial_status,
-    unevaluated,
-)
+from curvature.optimizers._method import Local, SecondOrder, Unevaluated, reused, second_order
 
 
 class NewtonCGState(NamedTuple):
@@ -93,27 +85,12 @@ def newton_cg(*, max_inner_steps: int | None = None) -> SecondOrder:
     """
     if max_inner_steps is not None:
         _checks.check_count("max_inner_steps", max_inner_steps, least=1)
-    if isinstance(max_inner_steps, jax.Array):  # an array is no key of a cache
-        return second_order(_init, functools.partial(_step, max_inner_steps), dense=False)
-    return _build_once(max_inner_steps)
+    return _build(max_inner_steps)
 
 
-@functools.lru_cache(maxsize=64)
-def _build_once(max_inner_steps: int | None) -> SecondOrder:
-    return second_order(_init, functools.partial(_step, max_inner_steps), dense=False)
-
-
-def _init(x: Vector, params: Tree) -> NewtonCGState:
-    zero, none = jnp.asarray(0, x.dtype), jnp.asarray(0, jnp.int32)
-    return NewtonCGState(
-        step_size=zero,
-        length=zero,
-        num_trials=none,
-        num_inner_steps=none,
-        grad_norm=zero,
-        status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=unevaluated(params),
-    )
+@reused
+def _build(max_inner_steps: int | None) -> SecondOrder:
+    return second_order(NewtonCGState, functools.partial(_step, max_inner_steps), dense=False)
 
 
 def _step(max_inner_steps: int | None, state: NewtonCGState, local: Local) -> tuple[Vector, NewtonCGState]:
@@ -124,16 +101,9 @@ def _step(max_inner_steps: int | None, state: NewtonCGState, local: Local) -> tu
     slope = dot(local.grad, direction)
     slope = jnp.where(is_finite, slope, jnp.nan)
     is_guess = curves_down & (state.length == 0)
-    last = search_values(with_gradients(local, is_guess), direction, slope, curves_down)
-    step = jnp.where(last.accepted, last.step_size * direction, 0)
-    return step, state._replace(
-        step_size=last.step_size,
-        length=jnp.where(last.accepted, norm(step), length / 4),
-        num_trials=last.count,
-        num_inner_steps=num_inner_steps,
-        grad_norm=first,
-        status=trial_status(last.accepted, jnp.where(last.is_unbounded, -jnp.inf, last.value), slope),
-    )
+    step, fields = search_values(with_gradients(local, is_guess), direction, slope, curves_down)
+    fields["length"] = jnp.where(fields["status"] == Status.RUNNING, norm(step), length / 4)
+    return step, state._replace(num_inner_steps=num_inner_steps, grad_norm=first, **fields)
 
 
 def _direction(

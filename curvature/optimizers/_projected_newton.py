@@ -2,45 +2,22 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from curvature import _checks
 from curvature._errors import public
-from curvature._numerics import matmul, norm
-from curvature._types import Scalar, Status, Tree, Vector
+from curvature._numerics import matmul
+from curvature._types import Scalar, Tree, Vector
 from curvature.linalg._subproblems import RegionStep
-from curvature.optimizers._bounds import Box, StepBox, around, box_of, flat, projected_gradient_norm, stay_inside
-from curvature.optimizers._box_subproblem import (
-    BoxModel,
-    FaceSolver,
-    by_eigenvectors,
-    conjugate_gradients,
-    minimize_in_box,
-)
+from curvature.optimizers import _box_subproblem
+from curvature.optimizers._bounds import StepBox, around, projected_gradient_norm, stay_inside
 from curvature.optimizers._forcing import first_norm, forcing_term
-from curvature.optimizers._method import (
-    DenseSecondOrder,
-    Local,
-    SecondOrder,
-    at_start,
-    first_length,
-    resolved,
-    second_order_update,
-    trial_status,
-    unevaluated,
-)
-from curvature.optimizers._trust_region import (
-    ACCEPT,
-    POOR,
-    Solver,
-    TrustRegionState,
-    next_radius,
-    search_radius,
-)
-from curvature.optimizers._wrappers import is_placeholder, wrappable
+from curvature.optimizers._globalize import POOR, guess_radius
+from curvature.optimizers._method import Local, SecondOrder, resolved, second_order
+from curvature.optimizers._trust_region import TrustRegionState, search_radius
 
 FaceSubproblem = Literal["exact", "cg"]
 
@@ -96,55 +73,34 @@ def projected_newton(lower: Tree = None, upper: Tree = None, *, subproblem: Face
         doi:10.1137/1.9780898719857.
     """
     _checks.check_choice("subproblem", subproblem, FaceSubproblem)
-    step = _step_exact if subproblem == "exact" else _step_by_cg
-
-    def init_fn(params: Tree) -> Any:
-        if not is_placeholder(params):
-            box_of(lower, upper, "params", params)
-        return at_start(_init, params)
-
-    def update_fn(updates: Tree, state: Any, params: Tree | None = None, **extra_args: Any) -> tuple[Tree, Any]:
-        params = _checks.require_extra("params", params)
-        box = box_of(lower, upper, "params", params)
-        in_box = functools.partial(step, flat(box))
-        updates, state = second_order_update(in_box, updates, state, params, **extra_args)
-        return stay_inside(box, params, updates), state
-
-    kind = DenseSecondOrder if subproblem == "exact" else SecondOrder
-    return kind(*wrappable(init_fn, update_fn))
+    dense = subproblem == "exact"
+    return second_order(TrustRegionState, _step_exact if dense else _step_by_cg, dense=dense, bounds=(lower, upper))
 
 
-def _init(x: Vector, params: Tree) -> TrustRegionState:
-    zero = jnp.asarray(0, jnp.int32)
-    return TrustRegionState(
-        radius=jnp.asarray(0, x.dtype),
-        num_trials=zero,
-        num_inner_steps=zero,
-        grad_norm=jnp.asarray(0, x.dtype),
-        status=jnp.asarray(Status.RUNNING, jnp.int32),
-        stored=unevaluated(params),
-    )
-
-
-def _step_exact(box: Box, state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
+def _step_exact(state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
+    assert local.box is not None
+    box = local.box
     scaled, d = resolved(local, by_powers_of_two=True)
     hessian = scaled.hessian()
     product = functools.partial(matmul, hessian)
     steps = StepBox(*(d * bound for bound in around(box, local.x)))
-    model = BoxModel(scaled.grad, product, hessian, steps)
+    model = _box_subproblem.BoxModel(scaled.grad, product, hessian, steps)
 
     def stay(step: Vector) -> Vector:
         return d * stay_inside(box, local.x, step / d)
 
-    step, state = _step(stay, state, scaled, model, by_eigenvectors, state.grad_norm)
+    step, state = _step(stay, state, scaled, model, _box_subproblem.by_eigenvectors, state.grad_norm)
     return step / d, state
 
 
-def _step_by_cg(box: Box, state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
+def _step_by_cg(state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
+    assert local.box is not None
+    box = local.box
     size = projected_gradient_norm(box, local.x, local.grad)
     first = first_norm(state.grad_norm, size)
-    solve_face = conjugate_gradients(forcing_term(first, size), jnp.asarray(2 * local.x.size + 10, jnp.int32))
-    model = BoxModel(local.grad, local.hvp, None, around(box, local.x))
+    limit = jnp.asarray(2 * local.x.size + 10, jnp.int32)
+    solve_face = _box_subproblem.conjugate_gradients(forcing_term(first, size), limit)
+    model = _box_subproblem.BoxModel(local.grad, local.hvp, None, around(box, local.x))
     return _step(functools.partial(stay_inside, box, local.x), state, local, model, solve_face, first)
 
 
@@ -152,24 +108,17 @@ def _step(
     stay: Callable[[Vector], Vector],
     state: TrustRegionState,
     local: Local,
-    model: BoxModel,
-    solve_face: FaceSolver,
+    model: _box_subproblem.BoxModel,
+    solve_face: _box_subproblem.FaceSolver,
     first: Scalar,
 ) -> tuple[Vector, TrustRegionState]:
     """Search the radius whose step within the box is accepted."""
 
-    def solver(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
-        region, inner_steps = minimize_in_box(model, radius, solve_face)
+    def solve(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
+        region, inner_steps = _box_subproblem.minimize_in_box(model, radius, solve_face)
         return region._replace(step=stay(region.step)), inner_steps
 
-    is_guess = state.radius == 0
-    radius = jnp.where(is_guess, first_length(local, norm(local.grad)), state.radius)
-    last = search_radius(local, Solver(jnp.asarray(0, jnp.int32), solver), radius, is_guess, grows=is_guess)
-    accepted = last.ratio >= ACCEPT
-    return jnp.where(accepted, last.step, 0), state._replace(
-        radius=jnp.where(accepted, next_radius(last), POOR * radius),
-        num_trials=last.count,
-        num_inner_steps=last.inner_steps,
-        grad_norm=first,
-        status=trial_status(accepted, last.value, last.predicted),
-    )
+    radius, is_guess = guess_radius(local, state.radius)
+    last = search_radius(local, solve, radius, is_guess, grows=is_guess)
+    fields = {"num_inner_steps": last.inner_steps, "grad_norm": first}
+    return last.take_step(state, accepted=last.next_radius(), rejected=POOR * radius, **fields)

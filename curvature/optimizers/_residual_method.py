@@ -1,6 +1,5 @@
 """The optax protocol of methods that work on residuals, and the variables that they scale."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,10 +10,10 @@ from jaxtyping import Array, Bool
 from curvature import _checks
 from curvature._trees import ravel
 from curvature._types import Matrix, Scalar, Tree, Vector
-from curvature.optimizers._method import Local, WithStatus, at_start, bind_extras, choose, is_finite, unless_lost
+from curvature.optimizers._method import Local, WithStatus, bind_extras, choose, is_finite, transformation, unless_lost
 from curvature.optimizers._residual_hessian import Newton, newton
 from curvature.optimizers._residuals import Linearized, SecondOrder, linearize_residuals
-from curvature.optimizers._wrappers import gradient_for, wrappable
+from curvature.optimizers._wrappers import gradient_for
 from curvature.transforms._jacobian import map_basis
 
 
@@ -41,25 +40,21 @@ class DenseResidualMethod(ResidualMethod):
 
 
 def residual_method(
-    init: Callable[[Vector, Tree], Any], step: Callable[[Any, Linearized, Request], tuple[Vector, Any]], *, dense: bool
+    kind: type[Any],
+    step: Callable[[Any, Linearized, Request], tuple[Vector, Any]],
+    *,
+    dense: bool,
+    start: Callable[[Vector], dict[str, Any]],
 ) -> ResidualMethod:
-    """A transformation from ``init(x, params) -> state`` and ``step(state, linearized, request) -> (step, state)``."""
+    """A transformation from ``step(state, linearized, request) -> (step, state)``; see ``transformation``."""
 
-    def update(
-        updates: Tree,
-        state: Any,
-        params: Tree | None = None,
-        *,
-        grad: Tree | None = None,
-        residual_fn: Callable[..., Any] | None = None,
-        linearized: Linearized | None = None,
-        request: Request | None = None,
-        **extra_args: Any,
-    ) -> tuple[Tree, Any]:
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extras: Any) -> tuple[Tree, Any]:
+        names = "grad", "residual_fn", "linearized", "request"
+        grad, residual_fn, linearized, request = (extras.pop(name, None) for name in names)
         params = _checks.check_point("params", _checks.require_residuals("params", params))
         gradient_for(updates, grad)  # which the residuals give anyway: a changed one would be ignored
         if linearized is None:
-            residual_fn = bind_extras(_checks.require_residuals("residual_fn", residual_fn), extra_args)
+            residual_fn = bind_extras(_checks.require_residuals("residual_fn", residual_fn), extras)
             linearized = linearize_residuals(residual_fn, params, loss="linear", scale=jnp.ones(()), dense=dense)
         if request is None:
             request = Request(decrement=jnp.asarray(False), shorter=jnp.asarray(False))
@@ -67,8 +62,7 @@ def residual_method(
         vector, after = step(state, linearized, request)
         return ravel(params)[1](jnp.where(usable, vector, 0)), unless_lost(usable, after, state)
 
-    kind = DenseResidualMethod if dense else ResidualMethod
-    return kind(*wrappable(functools.partial(at_start, init), update))
+    return transformation(DenseResidualMethod if dense else ResidualMethod, kind, update, start=start)
 
 
 class Curvature(NamedTuple):

@@ -44,12 +44,7 @@ class _Examination(NamedTuple):
 
 
 def examine(
-    value_fn: Callable[[Tree], Any],
-    start: Tree,
-    point: Any,
-    box: Box | None,
-    wanted: Bool[Array, ""],
-    is_last: Bool[Array, ""],
+    value_fn: Callable[[Tree], Any], start: Tree, point: Any, box: Box | None, wanted: Array, is_last: Array
 ) -> Verdict:
     """Evaluate the gradient close to a point, and, if the point is stationary or the last, along the way to it.
 

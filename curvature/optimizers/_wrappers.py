@@ -99,15 +99,11 @@ def _naming_masks(method: str, params: Tree, function: Callable[..., Any], *args
     try:
         return function(*args, **kwargs)
     except Exception as failure:
-        masked = _masked_paths(params)
+        nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
+        masked = [jax.tree_util.keystr(path) for path, node in nodes if _is_masked(node)]
         if masked:
             raise _checks.masked_params(method, masked, failure) from failure
         raise
-
-
-def _masked_paths(params: Tree) -> list[str]:
-    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
-    return [jax.tree_util.keystr(path) for path, node in nodes if _is_masked(node)]
 
 
 def _is_masked(node: Any) -> bool:

@@ -1,6 +1,7 @@
 """Many problems at once, the finished ones dropped on the way."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,9 @@ from curvature import _checks
 from curvature._compile_cache import compiled
 from curvature._errors import public
 from curvature._types import MinimizeResult, Objective, Status, Tree
-from curvature.solvers._loop import Limits, Loop, may_step, settle, start_loop, stepper
+from curvature.solvers._limits import Limits, limits_of
+from curvature.solvers._loop import Loop, Solve, may_step
 from curvature.solvers._methods import Method, resolve
-from curvature.solvers._minimize import limits_of
 from curvature.solvers._progress import Watch
 
 _BLOCK = 5  # steps between two looks at who has finished; heuristic, chosen with benchmarks/batched.py
@@ -32,11 +33,19 @@ class _Data(NamedTuple):
     shared: list[Array]
 
 
-class _Layout(NamedTuple):
-    """How the leaves of ``_Data`` make the arguments; static."""
+class _How(NamedTuple):
+    """How the leaves of ``_Data`` make the arguments, and how each problem is solved; static."""
 
     structure: Any
     is_mapped: tuple[bool, ...]
+    transformation: optax.GradientTransformation
+    hessian: Callable[..., Tree] | None
+
+    def solve(self, fun: Objective, limits: Limits, mapped: list[Any], shared: list[Any]) -> Solve:
+        """The solve of one lane."""
+        sources = {True: iter(mapped), False: iter(shared)}
+        args = self.structure.unflatten([next(sources[is_mapped]) for is_mapped in self.is_mapped])
+        return Solve(lambda x: fun(x, *args), limits, self.transformation, args, self.hessian)
 
 
 @public
@@ -100,97 +109,58 @@ def minimize_batched(
     if hessian is not None:
         _checks.check_callable("hessian", hessian)
     x0 = _checks.check_point("x0_batch", x0_batch)
-    args, axes = (args_batch, in_axes) if type(args_batch) is tuple else ((args_batch,), _of_one(in_axes))
+    args, axes = args_batch, in_axes
+    if type(args) is not tuple:
+        args, axes = (args,), axes if axes is None or isinstance(axes, int) else (axes,)
     _checks.check_data(args)
     _checks.check_concrete({"x0_batch": x0, "args_batch": args})
     lanes, leaf_axes = _checks.check_problems(x0, args, axes)
-    data, layout = _split(args, leaf_axes)
+    leaves, structure = jax.tree.flatten(args)
+    is_mapped = tuple(axis is not _checks.UNMAPPED for axis in leaf_axes)
+    placed = list(zip(map(jnp.asarray, leaves), leaf_axes, is_mapped, strict=True))
+    data = _Data(
+        mapped=[jnp.moveaxis(leaf, axis, 0) for leaf, axis, mapped in placed if mapped],
+        shared=[leaf for leaf, _, mapped in placed if not mapped],
+    )
     first = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), x0)
     _checks.check_entries("x0_batch", first)
     limits = limits_of(first, gtol, rtol, max_steps)
-    how = {"layout": layout, "transformation": resolve(method, first, hessian), "hessian": hessian}
-    loop = _align(compiled(_start, fun, (x0, data))(x0, data, limits, **how), jax.tree.leaves(x0)[0])
+    how = _How(structure, is_mapped, resolve(method, first, hessian), hessian)
+    loop = _align(compiled(_start, fun, (x0, data))(x0, data, limits, how=how), jax.tree.leaves(x0)[0])
     data = data._replace(mapped=_align(data.mapped, jax.tree.leaves(x0)[0]))
-    return _run_blocks(compiled(_advance, fun, (x0, data)), how, loop, data, limits, lanes)
+    advance = functools.partial(compiled(_advance, fun, (x0, data)), how=how)
+    return _run_blocks(advance, loop, data, limits, lanes)
 
 
-def _of_one(in_axes: Any) -> Any:
-    """The axes of the tuple of one argument, from those of the argument."""
-    return in_axes if in_axes is None or isinstance(in_axes, int) else (in_axes,)
-
-
-def _split(args: tuple[Any, ...], axes: Sequence[Any]) -> tuple[_Data, _Layout]:
-    leaves, structure = jax.tree.flatten(args)
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    is_mapped = tuple(axis is not _checks.UNMAPPED for axis in axes)
-    mapped = [
-        jnp.moveaxis(leaf, axis, 0) for leaf, axis in zip(leaves, axes, strict=True) if axis is not _checks.UNMAPPED
-    ]
-    shared = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis is _checks.UNMAPPED]
-    return _Data(mapped, shared), _Layout(structure, is_mapped)
-
-
-def _args_of(layout: _Layout, mapped: Sequence[Any], shared: Sequence[Any]) -> tuple[Any, ...]:
-    """The arguments of one lane."""
-    sources = {True: iter(mapped), False: iter(shared)}
-    return layout.structure.unflatten([next(sources[is_mapped]) for is_mapped in layout.is_mapped])
-
-
-def _start(
-    fun: Objective,
-    x0: Tree,
-    data: _Data,
-    limits: Limits,
-    *,
-    layout: _Layout,
-    transformation: optax.GradientTransformation,
-    hessian: Callable[..., Tree] | None,
-) -> Loop:
+def _start(fun: Objective, x0: Tree, data: _Data, limits: Limits, *, how: _How) -> Loop:
     """The loops of all lanes before their first step."""
 
     def start(x0: Tree, mapped: list[Array]) -> Loop:
-        args = _args_of(layout, mapped, data.shared)
-        return start_loop(lambda x: fun(x, *args), x0, limits, transformation, Watch())
+        return how.solve(fun, limits, mapped, data.shared).start(x0, Watch())
 
     return jax.vmap(start)(x0, data.mapped)
 
 
-def _advance(
-    fun: Objective,
-    loop: Loop,
-    data: _Data,
-    limits: Limits,
-    *,
-    layout: _Layout,
-    transformation: optax.GradientTransformation,
-    hessian: Callable[..., Tree] | None,
-) -> Loop:
+def _advance(fun: Objective, loop: Loop, data: _Data, limits: Limits, *, how: _How) -> Loop:
     """A block of steps for these lanes."""
 
     def advance(loop: Loop, mapped: list[Array]) -> Loop:
-        args = _args_of(layout, mapped, data.shared)
-
-        def value_fn(x: Tree) -> Any:
-            return fun(x, *args)
-
-        step = stepper(value_fn, args, limits, transformation, hessian)
+        solve = how.solve(fun, limits, mapped, data.shared)
         _, loop = jax.lax.while_loop(
             lambda carry: may_step(carry[1]) & (carry[0] < _BLOCK),
-            lambda carry: (carry[0] + 1, step(carry[1])),
+            lambda carry: (carry[0] + 1, solve.advance(carry[1])),
             (jnp.zeros_like(loop.status), loop),
         )
-        return settle(value_fn, limits)(loop)
+        return solve.settle(loop)
 
     return jax.vmap(advance)(loop, data.mapped)
 
 
-def _run_blocks(
-    advance: Callable[..., Loop], how: dict[str, Any], loop: Loop, data: _Data, limits: Limits, lanes: int
-) -> MinimizeResult:
+def _run_blocks(advance: Callable[..., Loop], loop: Loop, data: _Data, limits: Limits, lanes: int) -> MinimizeResult:
     """Blocks of steps until no lane runs; ``where`` holds the lanes of ``loop`` in the whole batch."""
     found, where = _outcome(loop), np.arange(lanes)
     while True:
-        loop = advance(loop, data, limits, **how)
+        loop = advance(loop, data, limits)
         running = np.flatnonzero(np.asarray(loop.status) == Status.RUNNING)
         size = max(_LEAST, 1 << (len(running) - 1).bit_length()) if len(running) else 0
         if size > _WORTH * len(where):
@@ -218,12 +188,15 @@ def _align(tree: Tree, like: Array) -> Tree:
 
 
 def _take(tree: Tree, lanes: np.ndarray) -> Tree:
-    """These lanes alone, spread over the devices that hold all of them."""
+    """These lanes alone, spread over the devices that hold all of them where these divide the lanes evenly."""
 
     def take(leaf: Array) -> Array:
-        if len(leaf.sharding.device_set) == 1:
+        sharding = leaf.sharding
+        if len(sharding.device_set) == 1:
             return leaf[lanes]
-        return jax.device_put(np.asarray(leaf)[lanes], _spread(leaf.sharding, len(lanes)))
+        if len(lanes) % len(sharding.device_set) and isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())  # else every device has them all
+        return jax.device_put(np.asarray(leaf)[lanes], sharding)
 
     return jax.tree.map(take, tree)
 
@@ -239,10 +212,3 @@ def _put(tree: Tree, part: Tree, lanes: np.ndarray) -> Tree:
         return jax.device_put(rows, leaf.sharding)
 
     return jax.tree.map(put, tree, part)
-
-
-def _spread(sharding: Any, lanes: int) -> Any:
-    """The sharding of all lanes where it divides these evenly; else every device has them all."""
-    if lanes % len(sharding.device_set) == 0 or not isinstance(sharding, NamedSharding):
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec())

@@ -10,9 +10,10 @@ from jaxtyping import Array, Float
 from curvature import _checks
 from curvature._compile_cache import compiled
 from curvature._errors import public
-from curvature._types import Tree
+from curvature._types import Scalar, Tree
 from curvature.optimizers._robust import Loss
-from curvature.solvers._least_squares import Limits, check_limits, run, run_in_two
+from curvature.solvers._least_squares import check_limits, run, run_in_two
+from curvature.solvers._limits import Limits
 
 
 @public
@@ -64,8 +65,8 @@ def curve_fit(
     ydata = _checks.check_observations(ydata)
     p0 = _checks.check_start("p0", p0)
     _checks.check_data((xdata,))
-    limits = check_limits(p0, loss, f_scale, None, 0.0, max_steps)
-    return run_in_two(compiled(_fit, model, (p0, xdata, ydata)), (p0, xdata, ydata, limits), loss=loss)
+    operands = p0, xdata, ydata, *check_limits(p0, loss, f_scale, None, 0.0, max_steps)
+    return run_in_two(compiled(_fit, model, (p0, xdata, ydata)), operands, loss=loss)
 
 
 def _fit(
@@ -74,6 +75,7 @@ def _fit(
     xdata: Tree,
     ydata: Array,
     limits: Limits,
+    f_scale: Scalar,
     resumed: Any,
     *,
     loss: Loss,
@@ -84,8 +86,8 @@ def _fit(
         _checks.check_predictions(predictions, ydata)
         return predictions - ydata
 
-    data = xdata, ydata
-    fit, loop = run(residuals, p0, data, limits, resumed, method="levenberg-marquardt", loss=loss, deferred=deferred)
+    how: dict[str, Any] = {"method": "levenberg-marquardt", "loss": loss, "deferred": deferred}
+    fit, loop = run(residuals, p0, (xdata, ydata), limits, f_scale, resumed, **how)
     covariance = fit.covariance()
     covariance = jnp.where(jnp.any(jnp.isinf(covariance)), jnp.inf, covariance)
     return (fit.x, jnp.where(fit.success, covariance, jnp.nan)), loop

@@ -16,22 +16,16 @@ from curvature._numerics import norm
 from curvature._sharding import vary_like
 from curvature._trees import num_entries, ravel
 from curvature._types import Scalar, Status, Tree
+from curvature.optimizers import _residuals
 from curvature.optimizers._gauss_newton import gauss_newton
 from curvature.optimizers._levenberg_marquardt import levenberg_marquardt
 from curvature.optimizers._method import choose
 from curvature.optimizers._residual_method import DenseResidualMethod, Request, ResidualMethod
-from curvature.optimizers._residuals import (
-    Linearized,
-    flat,
-    linearize_residuals,
-    offset,
-    rounding_of,
-    trace_residuals,
-    weighted_jacobian,
-)
 from curvature.optimizers._robust import Loss, half_sum
 from curvature.solvers._fit import LeastSquaresResult
 from curvature.solvers._implicit import implicit_minimizer, known_at, lift, root_at, trace_from
+from curvature.solvers._limits import Limits, limits_of
+from curvature.solvers._loop import is_running
 
 _METHODS: dict[str, Callable[[bool], ResidualMethod]] = {
     "levenberg-marquardt": lambda dense: levenberg_marquardt("exact" if dense else "cg"),
@@ -39,17 +33,8 @@ _METHODS: dict[str, Callable[[bool], ResidualMethod]] = {
     "gauss-newton": lambda dense: gauss_newton("exact" if dense else "cg"),
 }
 _DENSE_VARIABLES, _DENSE_ENTRIES = 500, 2**24  # up to here the Jacobian is formed
-_PATIENCE = 10  # steps without a lower sum or a smaller offset, beyond rounding, before a method has stalled
+_PATIENCE = 10  # steps without a lower sum or a smaller _residuals.offset, beyond rounding, before a method has stalled
 _PERSISTENCE = 100  # heuristic: as many where the sum curves down, so that there is a way on, however level it is
-
-
-class Limits(NamedTuple):
-    """The tolerances as arrays, which are operands: other numbers use the same compiled program."""
-
-    gtol: Float[Array, ""]
-    rtol: Float[Array, ""]
-    max_steps: Int[Array, ""]
-    f_scale: Float[Array, ""]
 
 
 class _Point(NamedTuple):
@@ -163,8 +148,9 @@ def least_squares(
     x0 = _checks.check_start("x0", x0)
     args = _checks.check_data(args)
     method = _checks.check_residual_method(method, tuple(_METHODS), isinstance(method, ResidualMethod))
-    limits = check_limits(x0, loss, f_scale, gtol, rtol, max_steps)
-    return run_in_two(compiled(run, residuals, (x0, args)), (x0, args, limits), method=method, loss=loss)
+    how = {"method": method, "loss": loss}
+    operands = x0, args, *check_limits(x0, loss, f_scale, gtol, rtol, max_steps)
+    return run_in_two(compiled(run, residuals, (x0, args)), operands, **how)
 
 
 def run_in_two(program: Callable[..., Any], operands: tuple[Any, ...], **how: Any) -> Any:
@@ -182,22 +168,14 @@ def run_in_two(program: Callable[..., Any], operands: tuple[Any, ...], **how: An
     return program(*operands, loop, deferred=False, **how)[0]
 
 
-def check_limits(x0: Tree, loss: Any, f_scale: Any, gtol: Any, rtol: Any, max_steps: Any) -> Limits:
-    """The numbers as arrays, and the loss known."""
+def check_limits(x0: Tree, loss: Any, f_scale: Any, gtol: Any, rtol: Any, max_steps: Any) -> tuple[Limits, Any]:
+    """The limits and the scale of the loss as operands, and the loss checked."""
     _checks.check_choice("loss", loss, Loss)
     _checks.check_positive("f_scale", f_scale)
     if gtol is None:
         gtol = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x0)) ** 0.5
-    for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
-        _checks.check_nonnegative(name, tolerance)
-    _checks.check_count("max_steps", max_steps)
-    dtype = ravel(x0)[0].dtype
-    return Limits(
-        jnp.asarray(gtol, dtype),
-        jnp.asarray(rtol, dtype),
-        jnp.asarray(max_steps, jnp.int32),
-        jnp.asarray(f_scale, dtype),
-    )
+    limits = limits_of(x0, gtol, rtol, max_steps)
+    return limits, jnp.asarray(f_scale, limits.gtol.dtype)
 
 
 def run(
@@ -205,6 +183,7 @@ def run(
     x0: Tree,
     args: tuple[Any, ...],
     limits: Limits,
+    f_scale: Scalar,
     resumed: _Loop | None,
     *,
     method: str | ResidualMethod,
@@ -217,57 +196,27 @@ def run(
     Data and limits are operands, so that new ones find the program they need. Derivatives are taken of the solution, so
     nothing in the loop has any.
     """
-    program, x0 = trace_from(lambda x: trace_residuals(lambda x: residuals(x, *args), x), x0)
+    program, x0 = trace_from(lambda x: _residuals.trace_residuals(lambda x: residuals(x, *args), x), x0)
     num_residuals = num_entries(program.out)
     residuals_of, operands = lift(program)
-    scaled = [limits.f_scale, *operands]
+    scaled = [f_scale, *operands]
 
     def cost(x: Tree, scale: Array, *operands: Any) -> Array:
-        return half_sum(flat(residuals_of(x, *operands), scale.dtype), loss, scale)
+        return half_sum(_residuals.flat(residuals_of(x, *operands), scale.dtype), loss, scale)
 
     @later
     def jacobian(x: Tree, scale: Array, *operands: Any) -> Array:
-        return weighted_jacobian(lambda x: residuals_of(x, *operands), x, loss=loss, scale=scale)
+        return _residuals.weighted_jacobian(lambda x: residuals_of(x, *operands), x, loss=loss, scale=scale)
 
-    x0, limits, data = jax.lax.stop_gradient((x0, limits, operands))
-
-    def residual_fn(x: Tree) -> Tree:
-        return residuals_of(x, *data)
-
-    transformation = _resolve(method, num_residuals, num_entries(x0))
-    update_fn: Callable[..., tuple[Tree, Any]] = transformation.update
-    dense = isinstance(transformation, DenseResidualMethod)
-
-    def linearize(x: Tree) -> Linearized:
-        return linearize_residuals(residual_fn, x, loss=loss, scale=limits.f_scale, dense=dense)
-
-    def advance(before: _Loop) -> _Loop:
-        linear, loop = linearize(before.x), before
-        point = _point(loop.x, linear)
-        allowed = _allowed(loop, point, linear, limits)
-        flat = point.offset <= allowed
-        doubtful = flat & _loses_rank(linear)
-        loop = _judge(loop, point, flat & ~doubtful, limits)
-        request = Request(doubtful | (loop.idle_steps > 0), loop.taken_back, deferred)
-
-        def update(loop: _Loop) -> _Loop:
-            updates, state = update_fn(None, loop.state, loop.x, linearized=linear, request=request)
-            return _moved(loop, point, updates, state, allowed, request)
-
-        running, finite = loop.status == Status.RUNNING, _is_finite(point)
-        loop = jax.lax.cond(running & finite, update, lambda loop: loop, loop)
-        loop = jax.lax.cond((loop.status == Status.RUNNING) & ~finite, _take_back, lambda loop: loop, loop)
-        if not deferred or linear.second_order is None:
-            return loop
-        missing = running & finite & request.decrement
-        return choose(missing, before._replace(is_deferred=missing), loop)
-
-    start = resumed
-    if start is None:
-        start = _start(transformation.init(x0), jax.eval_shape(lambda x: _point(x, linearize(x)), x0), x0, limits)
-        start = vary_like(start, x0)  # what is counted in a step varies as the step does, and so from the start
+    if isinstance(method, str):
+        n = num_entries(x0)
+        method = _METHODS[method](n <= _DENSE_VARIABLES and n * num_residuals <= _DENSE_ENTRIES)
+    x0, limits, f_scale, data = jax.lax.stop_gradient((x0, limits, f_scale, operands))
+    solve = _Solve(lambda x: residuals_of(x, *data), limits, method, loss, f_scale, deferred)
+    # What is counted in a step varies as the step does, and so from the start.
+    start = vary_like(solve.start(x0), x0) if resumed is None else resumed
     start = start._replace(is_deferred=jnp.zeros_like(start.is_deferred))
-    loop = jax.lax.while_loop(lambda loop: (loop.status == Status.RUNNING) & ~loop.is_deferred, advance, start)
+    loop = jax.lax.while_loop(lambda loop: is_running(loop) & ~loop.is_deferred, solve.advance, start)
     best = loop.best
     degrees = num_residuals - num_entries(x0)
     x, value = implicit_minimizer(cost, scaled, best.x, best.value)
@@ -279,41 +228,82 @@ def run(
     return LeastSquaresResult(x, value, found, best.grad, loop.num_steps, loop.status, root, degrees), loop
 
 
-def _resolve(method: str | ResidualMethod, num_residuals: int, n: int) -> ResidualMethod:
-    """The method by its name: with the Jacobian where that is small."""
-    if not isinstance(method, str):
-        return method
-    return _METHODS[method](n <= _DENSE_VARIABLES and n * num_residuals <= _DENSE_ENTRIES)
+class _Solve(NamedTuple):
+    """What a loop fits, how, and to which limits; its methods are the parts of the loop, as in ``_loop.Solve``."""
+
+    residual_fn: Callable[[Tree], Tree]
+    limits: Limits
+    method: ResidualMethod
+    loss: str
+    f_scale: Scalar
+    deferred: bool
+
+    def start(self, x0: Tree) -> _Loop:
+        """The loop before the first evaluation; the tolerance is zero until the first offset is known."""
+        zero, no = jnp.asarray(0, jnp.int32), jnp.asarray(False)
+        infinity = jnp.full_like(self.limits.gtol, jnp.inf)
+        shapes = jax.eval_shape(lambda x: _point(x, self._linearize(x)), x0)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return _Loop(
+            x=x0,
+            before=x0,
+            taken_back=no,
+            state=self.method.init(x0),
+            best=nothing._replace(value=infinity, offset=infinity),
+            tolerance=jnp.zeros_like(infinity),
+            num_steps=zero,
+            idle_steps=zero,
+            status=jnp.asarray(Status.RUNNING, jnp.int32),
+            is_deferred=no,
+        )
+
+    def advance(self, before: _Loop) -> _Loop:
+        """The body of the loop: evaluate the point, test it, and take a step or take the last one back."""
+        linear = self._linearize(before.x)
+        point = _point(before.x, linear)
+        finite = jnp.isfinite(point.value) & jnp.isfinite(point.offset)
+        finite &= jnp.isfinite(norm(ravel(point.grad)[0]))
+        # 1. Test the point for convergence.
+        tolerance = jnp.where(before.best.value == jnp.inf, self.limits.rtol * point.offset, before.tolerance)
+        allowed = self.limits.gtol * jnp.sqrt(2 * point.value) + tolerance + point.rounding
+        allowed = jnp.where(finite & jnp.isfinite(allowed), allowed, -1)
+        flat = point.offset <= allowed
+        doubtful = flat & _loses_rank(linear)
+        loop = before._replace(tolerance=tolerance)
+        loop = _test_convergence(loop, point, flat & ~doubtful, finite, self.limits.max_steps)
+        # 2. Take a step, or take the last one back where it led to derivatives that are not finite.
+        request = Request(doubtful | (loop.idle_steps > 0), loop.taken_back, self.deferred)
+        update_fn: Callable[..., tuple[Tree, Any]] = self.method.update
+
+        def update(loop: _Loop) -> _Loop:
+            updates, state = update_fn(None, loop.state, loop.x, linearized=linear, request=request)
+            return _moved(loop, point, updates, state, allowed, request)
+
+        def take_back(loop: _Loop) -> _Loop:
+            return loop._replace(x=loop.before, taken_back=jnp.ones_like(loop.taken_back))
+
+        running = is_running(loop)
+        loop = jax.lax.cond(running & finite, update, lambda loop: loop, loop)
+        loop = jax.lax.cond(is_running(loop) & ~finite, take_back, lambda loop: loop, loop)
+        if not self.deferred or linear.second_order is None:
+            return loop
+        missing = running & finite & request.decrement
+        return choose(missing, before._replace(is_deferred=missing), loop)
+
+    def _linearize(self, x: Tree) -> _residuals.Linearized:
+        dense = isinstance(self.method, DenseResidualMethod)
+        return _residuals.linearize_residuals(self.residual_fn, x, loss=self.loss, scale=self.f_scale, dense=dense)
 
 
-def _start(state: Any, shapes: _Point, x0: Tree, limits: Limits) -> _Loop:
-    """The loop before the first evaluation; the tolerance is zero until the first offset is known."""
-    zero = jnp.asarray(0, jnp.int32)
-    infinity = jnp.full_like(limits.gtol, jnp.inf)
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return _Loop(
-        x=x0,
-        before=x0,
-        taken_back=jnp.asarray(False),
-        state=state,
-        best=nothing._replace(value=infinity, offset=infinity),
-        tolerance=jnp.zeros_like(infinity),
-        num_steps=zero,
-        idle_steps=zero,
-        status=jnp.asarray(Status.RUNNING, jnp.int32),
-        is_deferred=jnp.asarray(False),
-    )
-
-
-def _point(x: Tree, linear: Linearized) -> _Point:
+def _point(x: Tree, linear: _residuals.Linearized) -> _Point:
     return _Point(
         x=x,
         value=linear.value,
         residuals=linear.out,
         grad=ravel(x)[1](linear.grad),
         root=None if linear.factors is None else linear.factors.inverse_root(),
-        offset=offset(linear),
-        rounding=rounding_of(linear.columns, linear.x),
+        offset=_residuals.offset(linear),
+        rounding=_residuals.rounding_of(linear.columns, linear.x),
         noise=linear.noise,
     )
 
@@ -338,48 +328,28 @@ def _moved(loop: _Loop, point: _Point, updates: Tree, state: Any, allowed: Scala
     )
 
 
-def _take_back(loop: _Loop) -> _Loop:
-    """The loop at the point before the last step, which led to values or derivatives that are not finite."""
-    return loop._replace(x=loop.before, taken_back=jnp.ones_like(loop.taken_back))
-
-
-def _is_finite(point: _Point) -> Bool[Array, ""]:
-    return jnp.isfinite(point.value) & jnp.isfinite(point.offset) & jnp.isfinite(norm(ravel(point.grad)[0]))
-
-
-def _allowed(loop: _Loop, point: _Point, linear: Linearized, limits: Limits) -> Scalar:
-    """What the linear model, or Newton's, may still expect to remove of the residuals where a solve has converged."""
-    tolerance = jnp.where(loop.best.value == jnp.inf, limits.rtol * point.offset, loop.tolerance)
-    allowed = limits.gtol * jnp.sqrt(2 * point.value) + tolerance + point.rounding
-    return jnp.where(_is_finite(point) & jnp.isfinite(allowed), allowed, -1)
-
-
-def _loses_rank(linear: Linearized) -> Bool[Array, ""]:
+def _loses_rank(linear: _residuals.Linearized) -> Bool[Array, ""]:
     """Whether the Jacobian has directions that are lost in rounding, where only the Hessian can say what they do."""
     if linear.factors is None or linear.second_order is None:
         return jnp.zeros_like(linear.value, bool)
     return jnp.any(linear.factors.values == 0)
 
 
-def _judge(loop: _Loop, point: _Point, converged: Bool[Array, ""], limits: Limits) -> _Loop:
+def _test_convergence(loop: _Loop, point: _Point, converged: Array, finite: Array, max_steps: Array) -> _Loop:
     """Update the best point and the status: is it converged, out of steps, or stuck?
 
     Where it is not finite, the solve ends only if it stands at the start or if too many steps in a row led nowhere.
     """
     first = loop.best.value == jnp.inf
-    finite = _is_finite(point)
-
-    noise = jnp.where(first, 0, loop.best.noise)
-    lower = point.value < loop.best.value - noise
-    flatter = (point.value <= loop.best.value + noise) & (point.offset < loop.best.offset)
+    lower = point.value < loop.best.value - loop.best.noise
+    flatter = (point.value <= loop.best.value + loop.best.noise) & (point.offset < loop.best.offset)
     better = finite & (lower | flatter)
     best = choose(better | converged | first, point, loop.best)
     idle_steps = jnp.where(better, 0, loop.idle_steps + jnp.where(loop.taken_back, 0, 1))
 
-    status = jnp.where(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
+    status = jnp.where(loop.num_steps >= max_steps, Status.MAX_STEPS, Status.RUNNING)
     curves_down = (loop.idle_steps > 0) & jnp.isinf(loop.state.decrement)
     status = jnp.where(idle_steps >= jnp.where(curves_down, _PERSISTENCE, _PATIENCE), Status.STALLED, status)
     status = jnp.where(first & ~finite, Status.NONFINITE_START, status)
     status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
-    tolerance = jnp.where(first, limits.rtol * point.offset, loop.tolerance)
-    return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, status=status)
+    return loop._replace(best=best, idle_steps=idle_steps, status=status)

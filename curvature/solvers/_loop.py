@@ -13,8 +13,8 @@ from curvature._numerics import norm
 from curvature._trees import ravel
 from curvature._types import Status, Tree
 from curvature.optimizers._bounds import Box, around, downhill, projected_gradient_norm
+from curvature.optimizers._globalize import MAX_TRIALS
 from curvature.optimizers._method import (
-    MAX_TRIALS,
     DenseSecondOrder,
     FirstOrder,
     SecondOrder,
@@ -27,6 +27,7 @@ from curvature.optimizers._method import (
 )
 from curvature.optimizers._stationary import examine
 from curvature.programs._traced import Program
+from curvature.solvers._limits import Limits
 from curvature.solvers._progress import Watch, observe
 from curvature.transforms._compositions import linearize_program, trace_objective
 from curvature.transforms._modes import choose_for_solver
@@ -54,15 +55,6 @@ class MinimizeStep(NamedTuple):
     value: Float[Array, ""]
     grad_norm: Float[Array, ""]
     state: Any
-
-
-class Limits(NamedTuple):
-    """The tolerances as arrays, which are operands: other numbers use the same compiled program."""
-
-    gtol: Float[Array, ""]
-    rtol: Float[Array, ""]
-    max_steps: Int[Array, ""]
-    to_rounding: Bool[Array, ""]  # whether a point that is stationary to rounding has converged
 
 
 class Point(NamedTuple):
@@ -119,7 +111,7 @@ class Loop(NamedTuple):
     origin: Origin | None = None  # for methods whose trials are values alone
 
 
-def is_running(loop: Loop) -> Bool[Array, ""]:
+def is_running(loop: Any) -> Bool[Array, ""]:
     """Whether the loop has not ended yet."""
     return loop.status == Status.RUNNING
 
@@ -129,68 +121,132 @@ def may_step(loop: Loop) -> Bool[Array, ""]:
     return is_running(loop) & ~loop.check.due
 
 
-def settle(value_fn: Callable[[Tree], Any], limits: Limits, box: Box | None = None) -> Callable[[Loop], Loop]:
-    """Examine the best point where that is due, or where a solve without an absolute tolerance has ended."""
+class Solve(NamedTuple):
+    """What a loop minimizes, how, and to which limits; its methods are the parts of the loop."""
 
-    def check(loop: Loop) -> Loop:
+    value_fn: Callable[[Tree], Any]
+    limits: Limits
+    transformation: optax.GradientTransformation
+    args: tuple[Any, ...] = ()
+    hessian: Callable[..., Tree] | None = None
+    callback: Callable[[MinimizeStep], None] | None = None
+    box: Box | None = None
+
+    def start(self, x0: Tree, watch: Watch) -> Loop:
+        """The loop before the first step; the tolerance is ``gtol`` until the first gradient is known."""
+        transformation, limits = self.transformation, self.limits
+        zero = jnp.asarray(0, jnp.int32)
+        infinity = jnp.full_like(limits.gtol, jnp.inf)
+        never = jnp.full_like(infinity, jnp.inf, shape=(len(_WINDOWS),))
+        wait = np.int32(1 if isinstance(transformation, SecondOrder) else _LEARNING)
+        loop = Loop(
+            x=x0,
+            state=jax.lax.stop_gradient(transformation.init(x0)),
+            best=Point(x0, infinity, jax.tree.map(jnp.zeros_like, x0), infinity, jnp.zeros_like(infinity)),
+            tolerance=limits.gtol,
+            num_steps=zero,
+            idle_steps=zero,
+            mark=Mark(never, never, jnp.zeros_like(never), jnp.zeros_like(never, jnp.int32)),
+            status=jnp.asarray(Status.RUNNING, jnp.int32),
+            start=x0,
+            check=Check(jnp.zeros_like(zero, bool), zero, zero + wait, jnp.ones_like(zero, bool)),
+            watch=watch,
+        )
+        if isinstance(transformation, SecondOrder):
+            loop = loop._replace(origin=Origin(x0, infinity, zero))
+        if isinstance(transformation, FirstOrder):
+            stored = jax.lax.stop_gradient(Stored(*evaluate(self.value_fn, x0), x0))
+            loop = loop._replace(state=loop.state._replace(stored=stored))
+            point = self._report(loop, _stored_point(loop))
+            loop = _record(_begin(loop, point, limits), point)
+        return loop
+
+    def advance(self, loop: Loop) -> Loop:
+        """The body of the loop: a step, and the convergence test at the point that it reaches.
+
+        A method that keeps value and gradient in its state tests the point that it has reached, so that nothing is done
+        in vain at the last one. Any other evaluates the point and tests it before the next step, unless it ends there.
+        """
+        if isinstance(self.transformation, FirstOrder):
+            loop = self._update(loop, _stored_point(loop), {"value": loop.state.stored.value})
+            return self._arrive(loop, _stored_point(loop))
+        point, extras = self._evaluate(loop)
+        point = jax.lax.stop_gradient(point)
+        arrived = self._arrive(loop, point)
+        after = jax.lax.cond(
+            is_running(arrived), lambda loop: self._update(loop, point, extras), lambda loop: loop, arrived
+        )
+        return after if loop.origin is None else _cut_step(loop, loop.origin, point, after)
+
+    def settle(self, loop: Loop) -> Loop:
+        """Examine the best point where that is due, or where a solve without an absolute tolerance has ended."""
         due, num_steps, wait, settles = loop.check
-        wanted = limits.to_rounding & (due | ~is_running(loop)) & (wait > 0)
+        wanted = self.limits.to_rounding & (due | ~is_running(loop)) & (wait > 0)
         is_stuck = (loop.status == Status.STALLED) | (loop.status == Status.SETTLED)
-        is_stationary, drifts, is_unbounded = examine(value_fn, loop.start, loop.best, box, wanted, is_stuck)
-        is_stationary &= settles | is_stuck
+        verdict = examine(self.value_fn, loop.start, loop.best, self.box, wanted, is_stuck)
+        is_stationary = verdict.is_stationary & (settles | is_stuck)
         status = _status_if(is_stationary, Status.CONVERGED, loop.status)
+        status = _status_if(verdict.drifts, Status.NO_MINIMUM, status)
         wait = choose(due, jnp.minimum(2 * wait, _INTERVAL), wait)
         return loop._replace(
-            status=_status_if(is_unbounded, Status.UNBOUNDED, _status_if(drifts, Status.NO_MINIMUM, status)),
+            status=_status_if(verdict.is_unbounded, Status.UNBOUNDED, status),
             num_steps=choose(due & is_stationary, num_steps, loop.num_steps),  # an update since then was in vain
             check=Check(jnp.zeros_like(due), num_steps, choose(is_running(loop), wait, np.int32(0)), settles),
         )
 
-    return check
+    def _evaluate(self, loop: Loop) -> tuple[Point, dict[str, Any]]:
+        """The objective at the current point, once, and what else the update takes of a method that stores nothing."""
+        extras: dict[str, Any] = {}
+        program = trace_objective("fun", self.value_fn, loop.x, ())
+        if (hessian := self.hessian) is not None:
+            value, grad = value_and_grad(program)
+            extras["hessian_fn"] = lambda x: hessian(x, *self.args)
+        elif isinstance(self.transformation, SecondOrder):
+            forms_hessian = isinstance(self.transformation, DenseSecondOrder)
+            composition = choose_for_solver(program, forms_hessian=forms_hessian)
+            value, grad, extras["hvp_fn"], _ = linearize_program(program, composition)
+        else:
+            value, grad = _stored_or_fresh(program, loop)
+        extras["value"] = value = jnp.asarray(value)
+        return _point(loop, value, grad), extras
 
+    def _update(self, loop: Loop, point: Point, extras: dict[str, Any]) -> Loop:
+        """The loop after an update of the method."""
 
-def stepper(
-    value_fn: Callable[[Tree], Any],
-    args: tuple[Any, ...],
-    limits: Limits,
-    transformation: optax.GradientTransformation,
-    hessian: Callable[..., Tree] | None,
-    callback: Callable[[MinimizeStep], None] | None = None,
-    box: Box | None = None,
-) -> Callable[[Loop], Loop]:
-    """The body of the loop: a step, and the convergence test at the point that it reaches.
+        def objective(x: Tree, args: Any = None) -> Any:  # optax's line searches refuse what it does not take
+            return self.value_fn(x)
 
-    A method that keeps value and gradient in its state judges the point that it has reached, so that nothing is done in
-    vain at the last one. Any other evaluates the point and judges it before the next step, unless it ends there.
-    """
-    has_status = isinstance(transformation, WithStatus)
-    update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(transformation).update
-
-    def objective(x: Tree, args: Any = None) -> Any:  # optax's line searches refuse what it does not take
-        return value_fn(x)
-
-    def update(loop: Loop, point: Point, extras: dict[str, Any]) -> Loop:
-        updates, state = update_fn(
-            point.grad, loop.state, loop.x, grad=point.grad, value_fn=objective, args=args, **extras
-        )
-        status = state.status if has_status else loop.status
+        extras = extras | {"grad": point.grad, "value_fn": objective, "args": self.args}
+        update_fn: Callable[..., tuple[Tree, Any]] = optax.with_extra_args_support(self.transformation).update
+        updates, state = update_fn(point.grad, loop.state, loop.x, **extras)
+        status = state.status if isinstance(self.transformation, WithStatus) else loop.status
         moved = status == Status.RUNNING
-        if isinstance(transformation, FirstOrder):  # its line search may end lower, though not where it should
+        if isinstance(self.transformation, FirstOrder):  # its line search may end lower, though not where it should
             moved |= (status == Status.UNBOUNDED) & (state.stored.value < point.value)
         x, state = jax.lax.stop_gradient((optax.apply_updates(loop.x, updates), state))  # of what may be closed over
         return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved.astype(jnp.int32))
 
-    def advance(loop: Loop) -> Loop:
-        point, extras = _evaluate(value_fn, args, hessian, loop, transformation)
-        if isinstance(transformation, FirstOrder):
-            loop = update(loop, point, extras)
-            return _arrive(loop, _stored_point(loop), limits, has_status, callback, box)
-        point = jax.lax.stop_gradient(point)
-        arrived = _arrive(loop, point, limits, has_status, callback, box)
-        after = jax.lax.cond(is_running(arrived), lambda loop: update(loop, point, extras), lambda loop: loop, arrived)
-        return after if loop.origin is None else _cut_step(loop, loop.origin, point, after)
+    def _arrive(self, loop: Loop, point: Point) -> Loop:
+        """Test the current point for convergence and report it, unless the last update has ended the solve."""
+        point = self._report(loop, point)
+        tested = _test_convergence(loop, point, self.limits, isinstance(self.transformation, WithStatus))
+        return _record(tested._replace(status=choose(is_running(loop), tested.status, loop.status)), point)
 
-    return advance
+    def _report(self, loop: Loop, point: Point) -> Point:
+        """The point with the norm of its projected gradient, after a call of the callback.
+
+        Its clipped form is in units of ``x`` as well, and depends on the units of the objective. So it serves the
+        absolute tolerance alone.
+        """
+        if self.box is not None:
+            free = downhill(around(self.box, point.x), ravel(point.grad)[0])
+            clipped = projected_gradient_norm(self.box, point.x, point.grad)
+            grad_norm = jnp.where(self.limits.to_rounding, jnp.max(jnp.abs(free)), clipped)
+            point = point._replace(grad_norm=grad_norm.astype(point.grad_norm.dtype))
+        if (callback := self.callback) is not None:
+            step = MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state)
+            jax.lax.cond(is_running(loop), lambda: jax.debug.callback(callback, step), lambda: None)
+        return point
 
 
 def _cut_step(loop: Loop, origin: Origin, point: Point, after: Loop) -> Loop:
@@ -218,96 +274,9 @@ def _cut_step(loop: Loop, origin: Origin, point: Point, after: Loop) -> Loop:
     )
 
 
-def start_loop(
-    value_fn: Callable[[Tree], Any],
-    x0: Tree,
-    limits: Limits,
-    transformation: optax.GradientTransformation,
-    watch: Watch,
-    callback: Callable[[MinimizeStep], None] | None = None,
-    box: Box | None = None,
-) -> Loop:
-    """The loop before the first step; the tolerance is ``gtol`` until the first gradient is known."""
-    zero = jnp.asarray(0, jnp.int32)
-    infinity = jnp.full_like(limits.gtol, jnp.inf)
-    never = jnp.full_like(infinity, jnp.inf, shape=(len(_WINDOWS),))
-    wait = np.int32(1 if isinstance(transformation, SecondOrder) else _LEARNING)
-    loop = Loop(
-        x=x0,
-        state=jax.lax.stop_gradient(transformation.init(x0)),
-        best=Point(x0, infinity, jax.tree.map(jnp.zeros_like, x0), infinity, jnp.zeros_like(infinity)),
-        tolerance=limits.gtol,
-        num_steps=zero,
-        idle_steps=zero,
-        mark=Mark(never, never, jnp.zeros_like(never), jnp.zeros_like(never, jnp.int32)),
-        status=jnp.asarray(Status.RUNNING, jnp.int32),
-        start=x0,
-        check=Check(jnp.zeros_like(zero, bool), zero, zero + wait, jnp.ones_like(zero, bool)),
-        watch=watch,
-    )
-    if isinstance(transformation, SecondOrder):
-        loop = loop._replace(origin=Origin(x0, infinity, zero))
-    if isinstance(transformation, FirstOrder):
-        stored = jax.lax.stop_gradient(Stored(*evaluate(value_fn, x0), x0))
-        loop = loop._replace(state=loop.state._replace(stored=stored))
-        point = _seen(loop, _stored_point(loop), limits, callback, box)
-        loop = _observed(_begin(loop, point, limits), point)
-    return loop
-
-
-def _arrive(
-    loop: Loop, point: Point, limits: Limits, has_status: bool, callback: Callable[..., None] | None, box: Box | None
-) -> Loop:
-    """Test the current point for convergence and report it, unless the last update has ended the solve."""
-    point = _seen(loop, point, limits, callback, box)
-    judged = _judge(loop, point, limits, has_status)
-    return _observed(judged._replace(status=choose(is_running(loop), judged.status, loop.status)), point)
-
-
-def _seen(loop: Loop, point: Point, limits: Limits, callback: Callable[..., None] | None, box: Box | None) -> Point:
-    """The point with the norm of its projected gradient, after a call of the callback.
-
-    Its clipped form is in units of ``x`` as well, and depends on the units of the objective. So it serves the absolute
-    tolerance alone.
-    """
-    if box is not None:
-        free = downhill(around(box, point.x), ravel(point.grad)[0])
-        clipped = projected_gradient_norm(box, point.x, point.grad)
-        grad_norm = jnp.where(limits.to_rounding, jnp.max(jnp.abs(free)), clipped)
-        point = point._replace(grad_norm=grad_norm.astype(point.grad_norm.dtype))
-    if callback is not None:
-        step = MinimizeStep(loop.num_steps, point.value, point.grad_norm, loop.state)
-        jax.lax.cond(is_running(loop), lambda: jax.debug.callback(callback, step), lambda: None)
-    return point
-
-
-def _observed(loop: Loop, point: Point) -> Loop:
+def _record(loop: Loop, point: Point) -> Loop:
     watch = observe(loop.watch, loop.num_steps, point.value, point.grad_norm, loop.tolerance)
     return loop._replace(watch=watch)
-
-
-def _evaluate(
-    value_fn: Callable[[Tree], Any],
-    args: tuple[Any, ...],
-    hessian: Callable[..., Tree] | None,
-    loop: Loop,
-    transformation: optax.GradientTransformation,
-) -> tuple[Point, dict[str, Any]]:
-    """The objective at the current point, once, and what else the method's update takes."""
-    extras: dict[str, Any] = {}
-    if isinstance(transformation, FirstOrder):
-        return _stored_point(loop), {"value": loop.state.stored.value}
-    program = trace_objective("fun", value_fn, loop.x, ())
-    if hessian is not None:
-        value, grad = value_and_grad(program)
-        extras["hessian_fn"] = lambda x: hessian(x, *args)
-    elif isinstance(transformation, SecondOrder):
-        composition = choose_for_solver(program, forms_hessian=isinstance(transformation, DenseSecondOrder))
-        value, grad, extras["hvp_fn"], _ = linearize_program(program, composition)
-    else:
-        value, grad = _stored_or_fresh(program, loop)
-    extras["value"] = value = jnp.asarray(value)
-    return _point(loop, value, grad), extras
 
 
 def _stored_point(loop: Loop) -> Point:
@@ -337,18 +306,18 @@ def _stored_or_fresh(program: Program, loop: Loop) -> tuple[Float[Array, ""], Tr
 
 
 def _begin(loop: Loop, point: Point, limits: Limits) -> Loop:
-    """As ``_judge`` at the first point, which is the best so far, with little to trace and to compile."""
+    """As ``_test_convergence`` at the first point, which is the best so far, with little to trace and to compile."""
     tolerance = limits.gtol + limits.rtol * point.grad_norm
     finite = jnp.isfinite(point.value) & jnp.isfinite(point.grad_norm)
     status = jnp.where(limits.max_steps > 0, Status.RUNNING, Status.MAX_STEPS)
     status = jnp.where(point.grad_norm <= tolerance, Status.CONVERGED, status)
     status = jnp.where(finite, status, Status.NONFINITE_START).astype(jnp.int32)
-    windows = [jnp.broadcast_to(a, len(_WINDOWS)) for a in (point.value, point.grad_norm, point.noise)]
-    mark = Mark(*windows, loop.mark.num_steps)
+    value, grad_norm, noise = (jnp.broadcast_to(a, len(_WINDOWS)) for a in (point.value, point.grad_norm, point.noise))
+    mark = Mark(value, grad_norm, noise, loop.mark.num_steps)
     return loop._replace(best=point, tolerance=tolerance, mark=mark, status=status)
 
 
-def _judge(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
+def _test_convergence(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
     """Update the best point and the status: is it converged, out of steps, stuck, or broken?
 
     Only methods that descend at every step can be stuck; others may wander and recover. They are stuck when a row of

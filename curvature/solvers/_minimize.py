@@ -1,12 +1,10 @@
 """One compiled loop that drives any optax transformation to a point where the gradient vanishes, or says why not."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -14,13 +12,12 @@ from curvature import _checks
 from curvature._compile_cache import compiled
 from curvature._errors import public
 from curvature._sharding import vary_like
-from curvature._trees import num_entries
 from curvature._types import MinimizeResult, Objective, Tree
-from curvature.optimizers._bounds import Box, box_of, rest_on_bounds
-from curvature.solvers._bounded import Resolved, resolve_bounded, start_within
+from curvature.optimizers._bounds import Box, box_of, project, rest_on_bounds
 from curvature.solvers._implicit import implicit_minimizer, lift, trace_from
-from curvature.solvers._loop import Limits, MinimizeStep, Point, is_running, may_step, settle, start_loop, stepper
-from curvature.solvers._methods import DENSE_ENTRIES, Method, resolve
+from curvature.solvers._limits import Limits, limits_of
+from curvature.solvers._loop import MinimizeStep, Point, Solve, is_running, may_step
+from curvature.solvers._methods import Method, resolve, resolve_bounded
 from curvature.solvers._progress import close, start_watch
 from curvature.transforms._compositions import trace_objective
 
@@ -141,48 +138,12 @@ def minimize(
     if bounds is None:
         resolved, box = resolve(method, x0, hessian), None
     else:
-        resolved = resolve_bounded(method, num_entries(x0) <= DENSE_ENTRIES, hessian is not None)
+        resolved = resolve_bounded(method, x0, hessian)
         box = box_of(*_checks.check_pair_of_bounds(bounds), "x0", x0)
     return compiled(_run, fun, (x0, args))(
         x0, args, limits, box, method=resolved, hessian=hessian, callback=callback,
         history_length=int(most_steps) + 1 if history else 0, progress=bool(progress),
     )  # fmt: skip
-
-
-def limits_of(x0: Tree, gtol: ArrayLike | None, rtol: ArrayLike, max_steps: ArrayLike) -> Limits:
-    """The limits, checked; without ``gtol`` a point converges that is stationary to rounding."""
-    dtype = _of_vector(*(leaf.dtype for leaf in jax.tree.leaves(x0)))
-    to_rounding = gtol is None
-    if gtol is None:
-        gtol = 0.0
-    plain = all(type(number) in (int, float) for number in (gtol, rtol, max_steps))
-    build: Any = _limits_once if plain else _limits  # arrays are no keys of a cache
-    return build(dtype, gtol, rtol, max_steps, to_rounding)
-
-
-def _limits(dtype: Any, gtol: ArrayLike, rtol: ArrayLike, max_steps: ArrayLike, to_rounding: bool) -> Limits:
-    for name, tolerance in {"gtol": gtol, "rtol": rtol}.items():
-        _checks.check_nonnegative(name, tolerance)
-    _checks.check_count("max_steps", max_steps)
-    return Limits(
-        _operand(gtol, dtype), _operand(rtol, dtype), _operand(max_steps, jnp.int32), _operand(to_rounding, bool)
-    )
-
-
-_limits_once = functools.lru_cache(typed=True)(_limits)  # numbers are mostly those of the call before
-
-
-def _operand(number: ArrayLike, dtype: Any) -> Any:
-    """The number in that dtype; by NumPy if it is not in JAX's hands, for a kernel takes longer than a small solve."""
-    return jnp.asarray(number, dtype) if isinstance(number, jax.Array) else np.asarray(number, dtype)
-
-
-@functools.cache
-def _of_vector(*dtypes: Any) -> Any:
-    """The dtype of ``ravel(x)`` by those of the leaves."""
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
-    return jnp.dtype(dtype)
 
 
 def _run(
@@ -192,7 +153,7 @@ def _run(
     limits: Limits,
     box: Box | None,
     *,
-    method: Resolved,
+    method: Any,  # a transformation, or where there is a box a function of its bounds that returns one
     hessian: Callable[..., Tree] | None,
     callback: Callable[[MinimizeStep], None] | None,
     history_length: int,
@@ -205,14 +166,15 @@ def _run(
     program, x0 = trace_from(lambda x: trace_objective("fun", fun, x, args), x0)
     objective, operands = lift(program)
     x0, args, limits, data, walls = jax.lax.stop_gradient((x0, args, limits, operands, box))
-    value_fn = functools.partial(_at, objective, data)
-    transformation, x0 = start_within(walls, method, x0)
-    advance = stepper(value_fn, args, limits, transformation, hessian, callback, walls)
-    watch = start_watch(limits.gtol, history_length, progress)
-    start = start_loop(value_fn, x0, limits, transformation, watch, callback, walls)
+    transformation = method
+    if walls is not None:
+        transformation, x0 = method(*walls), project(walls, x0)
+    solve = Solve(lambda x: objective(x, *data), limits, transformation, args, hessian, callback, walls)
+    start = solve.start(x0, start_watch(limits.gtol, history_length, progress))
     start = vary_like(start, x0)  # what is counted in a step varies as the step does, and so from the start
-    check = settle(value_fn, limits, walls)
-    loop = jax.lax.while_loop(is_running, lambda loop: check(jax.lax.while_loop(may_step, advance, loop)), start)
+    loop = jax.lax.while_loop(
+        is_running, lambda loop: solve.settle(jax.lax.while_loop(may_step, solve.advance, loop)), start
+    )
     best, watch = loop.best, loop.watch
     close(watch, loop.num_steps, best.value, best.grad_norm, loop.tolerance)
     if box is None:
@@ -235,7 +197,3 @@ def _minimizer_within(
 
     x, value = implicit_minimizer(shifted, [*leaves, *operands], best.x, best.value, free)
     return jax.tree.map(jnp.add, x, shift), value
-
-
-def _at(objective: Callable[..., Any], operands: Sequence[Any], x: Tree) -> Any:
-    return objective(x, *operands)

@@ -1,5 +1,6 @@
 """History and progress report of a running solve: a record of its steps, and a bar on the screen."""
 
+import functools
 import math
 import sys
 import time
@@ -64,11 +65,8 @@ def observe(
 def close(watch: Watch, step: Any, value: Any, grad_norm: Any, tolerance: Any) -> None:
     """The last line, when the loop has ended."""
     if watch.report is not None:
-        jax.debug.callback(_write_last, watch.report, step, value, grad_norm, tolerance)
-
-
-def _write_last(report: Report, step: Any, value: Any, grad_norm: Any, tolerance: Any) -> None:
-    _write(step, value, grad_norm, report.start_norm, tolerance, end="\n")
+        write_last = functools.partial(_write, end="\n")
+        jax.debug.callback(write_last, step, value, grad_norm, watch.report.start_norm, tolerance)
 
 
 def _speak(report: Report, step: Any, value: Any, grad_norm: Any, tolerance: Any) -> tuple[np.generic, ...]:

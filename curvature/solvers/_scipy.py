@@ -1,6 +1,5 @@
 """SciPy's own minimizers on compiled values, gradients, Hessian products and Hessians."""
 
-import functools
 import importlib
 import inspect
 import weakref
@@ -176,26 +175,17 @@ def _programs(fun: Objective) -> _Programs:
 
 
 def _compile(reference: Callable[[], Any]) -> _Programs:
-    programs = (_value, _value_and_grad, _product, _matrix)
-    return _Programs(*(jax.jit(functools.partial(program, reference)) for program in programs))
+    def at(like: Tree, args: tuple[Any, ...]) -> Callable[[Array], Any]:
+        """The objective as a function of the vector alone."""
+        return lambda vector: reference()(ravel(like)[1](vector), *args)
 
+    def value(vector: Array, like: Tree, args: tuple[Any, ...]) -> Array:
+        return trace_objective("fun", at(like, args), vector, ()).fun(vector)[0]
 
-def _at(reference: Callable[[], Any], like: Tree, args: tuple[Any, ...]) -> Callable[[Array], Any]:
-    """The objective as a function of the vector alone."""
-    return lambda vector: reference()(ravel(like)[1](vector), *args)
-
-
-def _value(reference: Callable[[], Any], vector: Array, like: Tree, args: tuple[Any, ...]) -> Array:
-    return trace_objective("fun", _at(reference, like, args), vector, ()).fun(vector)[0]
-
-
-def _value_and_grad(reference: Callable[[], Any], vector: Array, like: Tree, args: tuple[Any, ...]) -> Any:
-    return evaluate(_at(reference, like, args), vector)
-
-
-def _product(reference: Callable[[], Any], vector: Array, like: Tree, args: tuple[Any, ...], v: Array) -> Array:
-    return hvp(_at(reference, like, args), vector, v)
-
-
-def _matrix(reference: Callable[[], Any], vector: Array, like: Tree, args: tuple[Any, ...]) -> Array:
-    return hessian(_at(reference, like, args))(vector)
+    programs = (
+        value,
+        lambda vector, like, args: evaluate(at(like, args), vector),
+        lambda vector, like, args, v: hvp(at(like, args), vector, v),
+        lambda vector, like, args: hessian(at(like, args))(vector),
+    )
+    return _Programs(*map(jax.jit, programs))

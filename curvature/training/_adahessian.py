@@ -1,7 +1,6 @@
 """AdaHessian: Adam whose second moment averages the squared diagonal of the Hessian."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,23 +11,8 @@ from jaxtyping import Array, Int
 from curvature import _checks
 from curvature._errors import calling, public
 from curvature._types import Tree
-from curvature.optimizers._wrappers import wrappable
-from curvature.training._stochastic import (
-    Key,
-    KeyData,
-    Mask,
-    check_update,
-    hutchinson,
-    keep_if_finite,
-    key_data,
-    key_of_step,
-    product_of_extras,
-    running_mean,
-    unbiased,
-    wide_zeros,
-    widened,
-    with_learning_rate,
-)
+from curvature.training import _stochastic
+from curvature.training._stochastic import Key, KeyData, Mask, ScaledByDiagonal
 
 SpatialAxes = Callable[[tuple[int, ...]], tuple[int, ...]]
 
@@ -110,7 +94,7 @@ def adahessian(
     scale = scale_by_adahessian(
         key=key, b1=b1, b2=b2, eps=eps, power=power, spatial_axes=spatial_axes, refresh_every=refresh_every
     )
-    return with_learning_rate(scale, learning_rate, weight_decay, mask)
+    return _stochastic.with_learning_rate(scale, learning_rate, weight_decay, mask)
 
 
 @public
@@ -167,7 +151,6 @@ def scale_by_adahessian(
 
     References: Yao et al. (arXiv:2006.00719), equations 8 to 12 and section 3.
     """
-    data = key_data(key)
     for option, value in {"b1": b1, "b2": b2}.items():
         _checks.check_decay(option, value)
     for option, value in {"eps": eps, "power": power}.items():
@@ -175,59 +158,22 @@ def scale_by_adahessian(
     _checks.check_callable("spatial_axes", spatial_axes)
     _checks.check_static_count("refresh_every", refresh_every, 1)
 
-    setting = _Setting(key, data, b1, b2, eps, power, spatial_axes, refresh_every)
-    functions = wrappable(partial(_init, setting), partial(_update, setting))
-    return optax.GradientTransformationExtraArgs(*functions)
+    def estimate(params: Tree, extras: dict[str, Any]) -> Callable[[Key], Tree]:
+        diagonal = _stochastic.estimate_by_products(params, extras)
+        return lambda key: jax.tree.map(
+            lambda leaf: jnp.square(_block_means(leaf, spatial_axes)), _stochastic.widened(diagonal(key))
+        )
 
+    def scale(momentum: Tree, second: Tree, updates: Tree, count: Array) -> tuple[Tree]:
+        def scaled(m: Array, v: Array, like: Array) -> Array:
+            u = m / (v ** jnp.asarray(power / 2, v.dtype) + jnp.asarray(eps, v.dtype))
+            return u.astype(like.dtype)
 
-class _Setting(NamedTuple):
-    """The arguments of ``scale_by_adahessian``."""
+        means = _stochastic.unbiased(momentum, b1, count + 1)
+        squares = _stochastic.unbiased(second, b2, count // refresh_every + 1)
+        return (jax.tree.map(scaled, means, squares, updates),)
 
-    key: Key
-    data: KeyData
-    b1: float | Array
-    b2: float | Array
-    eps: float | Array
-    power: float | Array
-    spatial_axes: SpatialAxes
-    refresh_every: int
-
-
-def _init(setting: _Setting, params: Tree) -> Any:
-    zeros = wide_zeros(params)
-    return AdaHessianState(jnp.asarray(0, jnp.int32), zeros, zeros, setting.data)
-
-
-def _update(
-    setting: _Setting,
-    updates: Tree,
-    state: Any,
-    params: Tree | None = None,
-    *,
-    hvp_fn: Callable[[Tree], Tree] | None = None,
-    value_fn: Callable[..., Any] | None = None,
-    **extra_args: Any,
-) -> tuple[Tree, Any]:
-    updates, params = check_update(updates, params)
-    product = product_of_extras(params, hvp_fn, value_fn, extra_args)
-
-    def refresh_second_moment() -> Tree:
-        diagonal = hutchinson(params, key_of_step(setting.key, state.key, state.count), product)
-        squares = jax.tree.map(lambda leaf: jnp.square(_block_means(leaf, setting.spatial_axes)), widened(diagonal))
-        return running_mean(state.second_moment, squares, setting.b2)
-
-    momentum = running_mean(state.momentum, updates, setting.b1)
-    due = state.count % setting.refresh_every == 0
-    second = jax.lax.cond(due, refresh_second_moment, lambda: state.second_moment)
-
-    def scaled(m: Array, v: Array, like: Array) -> Array:
-        u = m / (v ** jnp.asarray(setting.power / 2, v.dtype) + jnp.asarray(setting.eps, v.dtype))
-        return u.astype(like.dtype)
-
-    means = unbiased(momentum, setting.b1, state.count + 1)
-    squares = unbiased(second, setting.b2, state.count // setting.refresh_every + 1)
-    after = AdaHessianState(state.count + 1, momentum, second, state.key)
-    return keep_if_finite((momentum, second), jax.tree.map(scaled, means, squares, updates), after, state)
+    return ScaledByDiagonal(key, b1, b2, refresh_every).transformation(AdaHessianState, estimate, scale)
 
 
 def _block_means(diagonal: Array, spatial_axes: SpatialAxes) -> Array:

@@ -21,20 +21,9 @@ from curvature.operators._pytrees import structure_of
 from curvature.operators.kronecker._factors import Sharing
 from curvature.operators.kronecker._operator import KroneckerOperator
 from curvature.operators.kronecker._outputs import Kind
-from curvature.optimizers._wrappers import gradient_for, is_placeholder, wrappable
-from curvature.training._damping import accept_step, at_step, damping_at, is_adaptive, objective_of
-from curvature.training._stochastic import (
-    Key,
-    KeyData,
-    check_update,
-    keep_if_finite,
-    key_data,
-    key_of_step,
-    running_mean,
-    sampling_key,
-    wide,
-    widened,
-)
+from curvature.optimizers._wrappers import is_placeholder
+from curvature.training._damping import DampedMethod, Proposal, at_step
+from curvature.training._stochastic import Key, KeyData, key_of_step, running_mean, sampling_key, wide, widened
 
 
 class KFACState(NamedTuple):
@@ -162,146 +151,82 @@ def kfac(
         _checks.check_positive("kl_limit", kl_limit)
     _checks.check_choice("kind", kind, Kind)
     key = sampling_key(kind, likelihood, key)
-    factors = partial(KroneckerOperator, kind=kind, likelihood=likelihood, sharing=sharing, reduction=reduction)
-    example = example if type(example) is tuple else (example,)
-    setting = _Setting(
-        model, loss, structure_of(example), learning_rate, momentum, damping, adapt_every, decay,
-        refresh_every, invert_every, exact, kl_limit, likelihood, factors, key,
-    )  # fmt: skip
-    functions = wrappable(partial(_init, setting), partial(_update, setting))
-    return optax.GradientTransformationExtraArgs(*functions)
+    operator = partial(
+        KroneckerOperator, model, loss, kind=kind, likelihood=likelihood, sharing=sharing, reduction=reduction
+    )
+    factors = _Factors(operator, decay, refresh_every, invert_every, exact, key)
+    example = structure_of(example if type(example) is tuple else (example,))
+    has_momentum = isinstance(momentum, jax.Array) or momentum != 0  # the value of an array may be unknown
+
+    def start(params: Tree, damping: Scalar) -> tuple[Any, ...]:
+        arrays: Any = damping, damping  # for a placeholder of params, whose number of arrays is unknown, one leaf each
+        if not is_placeholder(params):
+            shapes = factors.structures(params, example, damping)
+            arrays = tuple(
+                tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(operator)) for operator in shapes
+            )
+        return jax.tree.map(jnp.zeros_like, params), *arrays
+
+    def propose(updates: Tree, state: Any, params: Tree, batch: tuple[Any, ...], damping: Scalar) -> Proposal:
+        # 1. Refresh the factors and their inverse: the direction d.
+        refreshed = factors.refresh(state, params, batch, damping)
+        (grad, unravel), last = ravel(updates), ravel(state.step)[0]
+        direction = -ravel(refreshed[1].mv(updates))[0]
+        # 2. Choose the learning rate and momentum.
+        op = GaussNewtonOperator(model, loss, params, *batch, likelihood=likelihood)
+        quadratic = _Quadratic(op, unravel)
+        if learning_rate is None:
+            vector = quadratic.minimizer(grad, direction, last, damping, has_momentum)
+        else:
+            rate = at_step(learning_rate, state.count, grad.dtype)
+            rate = rate * _kl_factor(kl_limit, rate, grad, direction)
+            vector = rate * direction + jnp.asarray(momentum, grad.dtype) * last
+        arrays = tuple(tuple(jax.tree.leaves(op)) for op in refreshed)
+        return Proposal(vector, lambda step: quadratic.forms([step])[0, 0], lambda step: (step, *arrays), arrays)
+
+    return DampedMethod(model, loss, damping, adapt_every, key).transformation(KFACState, start, propose)
 
 
-class _Setting(NamedTuple):
-    """The arguments of ``kfac``; the key is None unless labels are drawn."""
+class _Factors(NamedTuple):
+    """How the running Kronecker factors are formed and inverted."""
 
-    model: Callable[..., Any]
-    loss: Callable[..., Any]
-    example: tuple[Any, ...]
-    learning_rate: optax.ScalarOrSchedule | None
-    momentum: float | Array
-    damping: optax.ScalarOrSchedule
-    adapt_every: int | None
+    operator: Callable[..., KroneckerOperator]
     decay: float | Array
     refresh_every: int
     invert_every: int
     exact: bool
-    kl_limit: float | Array | None
-    likelihood: Likelihood | None
-    operator: Callable[..., KroneckerOperator]
     key: Key | None
 
-    @property
-    def has_momentum(self) -> bool:
-        """Whether the last step may matter; the value of an array may be unknown."""
-        return isinstance(self.momentum, jax.Array) or self.momentum != 0
+    def structures(
+        self, params: Tree, args: tuple[Any, ...], damping: Scalar
+    ) -> tuple[KroneckerOperator, KroneckerOperator]:
+        """The factors and their inverse, with shapes and dtypes only."""
 
-    def factors_on(self, params: Tree, args: tuple[Any, ...], key: Any) -> KroneckerOperator:
-        """The factors on a batch."""
-        return self.operator(self.model, self.loss, params, *args, key=key)
+        def both(params: Tree, args: tuple[Any, ...], damping: Scalar) -> tuple[KroneckerOperator, KroneckerOperator]:
+            factors = self.operator(params, *args, key=self.key)
+            return factors, factors.inverse(damping, exact=self.exact)
 
-    def invert(self, factors: KroneckerOperator, damping: Scalar) -> KroneckerOperator:
-        """The damped inverse of the factors."""
-        return factors.inverse(damping, exact=self.exact)
+        return jax.eval_shape(both, params, args, damping)
 
-
-def _init(setting: _Setting, params: Tree) -> Any:
-    zero, dtype = jnp.asarray(0, jnp.int32), ravel(params)[0].dtype
-    damping = at_step(setting.damping, zero, dtype)
-    factors: Any = damping  # for a placeholder of params one leaf represents all arrays, whose number is unknown
-    inverse: Any = damping
-    if not is_placeholder(params):
+    def refresh(
+        self, state: KFACState, params: Tree, args: tuple[Any, ...], damping: Scalar
+    ) -> tuple[KroneckerOperator, KroneckerOperator]:
+        """The running factors every ``refresh_every`` steps, and their inverse every ``invert_every`` steps."""
+        shapes = self.structures(params, args, damping)
         factors, inverse = (
-            tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(operator))
-            for operator in _structures(setting, params, setting.example, damping)
+            jax.tree.unflatten(jax.tree.structure(shape), arrays)
+            for shape, arrays in zip(shapes, (state.factors, state.inverse), strict=True)
         )
-    return KFACState(
-        count=zero,
-        damping=damping,
-        ratio=jnp.asarray(1, dtype),
-        step=jax.tree.map(jnp.zeros_like, params),
-        factors=factors,
-        inverse=inverse,
-        key=None if setting.key is None else key_data(setting.key),
-    )
 
+        def update_mean() -> KroneckerOperator:
+            k = (state.count // self.refresh_every + 1).astype(wide(damping.dtype))
+            decay = jnp.minimum(1 - 1 / k, jnp.asarray(self.decay, k.dtype))
+            on_batch = self.operator(params, *args, key=key_of_step(self.key, state.key, state.count))
+            return running_mean(factors, on_batch, decay)
 
-def _structures(
-    setting: _Setting, params: Tree, args: tuple[Any, ...], damping: Scalar
-) -> tuple[KroneckerOperator, KroneckerOperator]:
-    """The factors and their inverse, with shapes and dtypes only."""
-
-    def both(params: Tree, args: tuple[Any, ...], damping: Scalar) -> tuple[KroneckerOperator, KroneckerOperator]:
-        factors = setting.factors_on(params, args, setting.key)
-        return factors, setting.invert(factors, damping)
-
-    return jax.eval_shape(both, params, args, damping)
-
-
-def _update(
-    setting: _Setting,
-    updates: Tree,
-    state: Any,
-    params: Tree | None = None,
-    *,
-    args: Any = None,
-    value: Any = None,
-    grad: Any = None,
-    value_fn: Callable[..., Any] | None = None,
-    **extra_args: Any,
-) -> tuple[Tree, Any]:
-    updates, params = check_update(updates, params)
-    batch = _checks.require_data(args)
-    if is_adaptive(setting.damping, setting.adapt_every):
-        gradient_for(updates, grad)  # the ratio would be wrong for a gradient that is not the objective's
-    damping = damping_at(setting.damping, state.damping, state.count)
-    # 1. Refresh the factors and their inverse: the direction d.
-    factors, inverse = _refresh(setting, state, params, batch, damping)
-    flat, narrow = ravel(updates)
-    grad, direction, last = widened((flat, -ravel(inverse.mv(updates))[0], ravel(state.step)[0]))
-
-    def unravel(vector: Vector) -> Tree:
-        return narrow(vector.astype(flat.dtype))
-
-    # 2. Choose the learning rate and momentum.
-    quadratic = _Quadratic(setting, params, batch, unravel)
-    if setting.learning_rate is None:
-        vector = quadratic.minimizer(grad, direction, last, damping, setting.has_momentum)
-    else:
-        rate = at_step(setting.learning_rate, state.count, grad.dtype)
-        rate = rate * _kl_factor(setting.kl_limit, rate, grad, direction)
-        vector = rate * direction + jnp.asarray(setting.momentum, grad.dtype) * last
-    step, objective = unravel(vector), objective_of(setting.model, setting.loss, batch, value, value_fn, extra_args)
-
-    def measure_ratio() -> Scalar:
-        predicted = -(dot(grad, vector) + quadratic.forms([vector])[0, 0] / 2)
-        return objective.ratio(params, step, predicted.astype(flat.dtype))
-
-    # 3. Accept or reject the step and adapt the damping.
-    found = accept_step(setting.damping, damping, state.ratio, state.count, setting.adapt_every, measure_ratio)
-    step = unravel(jnp.where(found.accepted, vector, 0))
-    arrays = tuple(jax.tree.leaves(factors)), tuple(jax.tree.leaves(inverse))
-    after = KFACState(state.count + 1, found.damping, found.ratio, step, *arrays, state.key)
-    return keep_if_finite((grad, vector, arrays), step, after, state)
-
-
-def _refresh(
-    setting: _Setting, state: KFACState, params: Tree, args: tuple[Any, ...], damping: Scalar
-) -> tuple[KroneckerOperator, KroneckerOperator]:
-    """The running factors every ``refresh_every`` steps, and their inverse every ``invert_every`` steps."""
-    shapes, inverse_shapes = _structures(setting, params, args, damping)
-    factors = jax.tree.unflatten(jax.tree.structure(shapes), state.factors)
-    inverse = jax.tree.unflatten(jax.tree.structure(inverse_shapes), state.inverse)
-    key = None if setting.key is None or state.key is None else key_of_step(setting.key, state.key, state.count)
-
-    def update_mean() -> KroneckerOperator:
-        k = (state.count // setting.refresh_every + 1).astype(wide(damping.dtype))
-        decay = jnp.minimum(1 - 1 / k, jnp.asarray(setting.decay, k.dtype))
-        return running_mean(factors, setting.factors_on(params, args, key), decay)
-
-    factors = jax.lax.cond(state.count % setting.refresh_every == 0, update_mean, lambda: factors)
-    due = state.count % setting.invert_every == 0
-    return factors, jax.lax.cond(due, setting.invert, lambda *_: inverse, factors, damping)
+        factors = jax.lax.cond(state.count % self.refresh_every == 0, update_mean, lambda: factors)
+        due = state.count % self.invert_every == 0
+        return factors, jax.lax.cond(due, lambda: factors.inverse(damping, exact=self.exact), lambda: inverse)
 
 
 def _kl_factor(kl_limit: float | Array | None, rate: Scalar, grad: Vector, direction: Vector) -> Scalar:
@@ -315,10 +240,7 @@ def _kl_factor(kl_limit: float | Array | None, rate: Scalar, grad: Vector, direc
 class _Quadratic:
     """The quadratic model with the exact Gauss-Newton matrix on a batch, restricted to a few directions."""
 
-    def __init__(
-        self, setting: _Setting, params: Tree, args: tuple[Any, ...], unravel: Callable[[Vector], Tree]
-    ) -> None:
-        op = GaussNewtonOperator(setting.model, setting.loss, params, *args, likelihood=setting.likelihood)
+    def __init__(self, op: GaussNewtonOperator, unravel: Callable[[Vector], Tree]) -> None:
         jacobian, on_outputs = op.factors()
         self._push, self._weigh, self._unravel = jacobian.linearize(), on_outputs.linearize(), unravel
 

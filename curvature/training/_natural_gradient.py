@@ -1,7 +1,6 @@
 """Natural gradient descent with a matrix-free Fisher or Gauss-Newton matrix; Hessian-free optimization."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -17,17 +16,8 @@ from curvature.linalg._solve import solve
 from curvature.operators._base import damping as multiple_of_identity
 from curvature.operators._curvature import FisherKind, FisherOperator
 from curvature.operators._likelihoods import Likelihood
-from curvature.optimizers._wrappers import gradient_for, wrappable
-from curvature.training._damping import accept_step, at_step, damping_at, is_adaptive, objective_of
-from curvature.training._stochastic import (
-    Key,
-    KeyData,
-    check_update,
-    keep_if_finite,
-    key_data,
-    key_of_step,
-    sampling_key,
-)
+from curvature.training._damping import DampedMethod, Proposal, at_step
+from curvature.training._stochastic import Key, KeyData, key_of_step, sampling_key
 
 NaturalSolver = Literal["cg", "woodbury"]
 
@@ -129,79 +119,22 @@ def natural_gradient(
     if max_inner_steps is not None:
         _checks.check_static_count("max_inner_steps", max_inner_steps, 1)
     key = sampling_key(kind, likelihood, key)
-    setting = _Setting(
-        model, loss, learning_rate, damping, adapt_every, kind, likelihood, solver, rtol, max_inner_steps, key
-    )
-    functions = wrappable(partial(_init, setting), partial(_update, setting))
-    return optax.GradientTransformationExtraArgs(*functions)
 
+    def start(params: Tree, damping: Scalar) -> tuple[Array, Array]:
+        return jnp.asarray(0, jnp.int32), jnp.zeros_like(damping)
 
-class _Setting(NamedTuple):
-    """The arguments of ``natural_gradient``; the key is None unless labels are drawn."""
-
-    model: Callable[..., Any]
-    loss: Callable[..., Any]
-    learning_rate: optax.ScalarOrSchedule
-    damping: optax.ScalarOrSchedule
-    adapt_every: int | None
-    kind: FisherKind
-    likelihood: Likelihood | None
-    solver: NaturalSolver
-    rtol: float | Array
-    max_inner_steps: int | None
-    key: Key | None
-
-    def fisher(self, state: NaturalGradientState, params: Tree, args: tuple[Any, ...]) -> FisherOperator:
-        """The Fisher matrix at a step."""
-        drawn = None if self.key is None or state.key is None else key_of_step(self.key, state.key, state.count)
-        return FisherOperator(
-            self.model, self.loss, params, *args, kind=self.kind, likelihood=self.likelihood, key=drawn
+    def propose(updates: Tree, state: Any, params: Tree, batch: tuple[Any, ...], damping: Scalar) -> Proposal:
+        drawn = key_of_step(key, state.key, state.count)
+        op = FisherOperator(model, loss, params, *batch, kind=kind, likelihood=likelihood, key=drawn)
+        damped = op + multiple_of_identity(damping)
+        natural, info = solve(damped, updates, method=solver, rtol=rtol, max_steps=max_inner_steps)
+        grad, unravel = ravel(updates)
+        grad_norm = jnp.linalg.norm(grad)
+        residual = info.residual_norm.astype(grad_norm.dtype) / jnp.where(grad_norm > 0, grad_norm, 1)
+        return Proposal(
+            vector=-at_step(learning_rate, state.count, grad.dtype) * ravel(natural)[0],
+            square=lambda step: dot(step, ravel(op @ unravel(step))[0]),
+            fields=lambda step: (info.num_steps, residual),
         )
 
-
-def _init(setting: _Setting, params: Tree) -> Any:
-    dtype = ravel(params)[0].dtype
-    zero, one = jnp.asarray(0, jnp.int32), jnp.asarray(1, dtype)
-    data = None if setting.key is None else key_data(setting.key)
-    return NaturalGradientState(zero, at_step(setting.damping, zero, dtype), one, zero, jnp.zeros_like(one), data)
-
-
-def _update(
-    setting: _Setting,
-    updates: Tree,
-    state: Any,
-    params: Tree | None = None,
-    *,
-    args: Any = None,
-    value: Any = None,
-    grad: Any = None,
-    value_fn: Callable[..., Any] | None = None,
-    **extra_args: Any,
-) -> tuple[Tree, Any]:
-    updates, params = check_update(updates, params)
-    batch = _checks.require_data(args)
-    if is_adaptive(setting.damping, setting.adapt_every):
-        gradient_for(updates, grad)  # the ratio would be wrong for a gradient that is not the objective's
-    damping = damping_at(setting.damping, state.damping, state.count)
-    op = setting.fisher(state, params, batch)
-    natural, info = solve(
-        op + multiple_of_identity(damping),
-        updates,
-        method=setting.solver,
-        rtol=setting.rtol,
-        max_steps=setting.max_inner_steps,
-    )
-    grad, unravel = ravel(updates)
-    vector = -at_step(setting.learning_rate, state.count, grad.dtype) * ravel(natural)[0]
-    step, objective = unravel(vector), objective_of(setting.model, setting.loss, batch, value, value_fn, extra_args)
-
-    def measure_ratio() -> Scalar:
-        predicted = -(dot(grad, vector) + dot(vector, ravel(op @ step)[0]) / 2)
-        return objective.ratio(params, step, predicted)
-
-    found = accept_step(setting.damping, damping, state.ratio, state.count, setting.adapt_every, measure_ratio)
-    grad_norm = jnp.linalg.norm(grad)
-    residual = info.residual_norm.astype(grad_norm.dtype) / jnp.where(grad_norm > 0, grad_norm, 1)
-    after = NaturalGradientState(state.count + 1, found.damping, found.ratio, info.num_steps, residual, state.key)
-    accepted_step = unravel(jnp.where(found.accepted, vector, 0))
-    return keep_if_finite((grad, vector), accepted_step, after, state)
+    return DampedMethod(model, loss, damping, adapt_every, key).transformation(NaturalGradientState, start, propose)

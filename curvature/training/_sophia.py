@@ -1,7 +1,6 @@
 """Sophia: momentum divided by a running estimate of the curvature's diagonal, clipped entry by entry."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,22 +12,8 @@ from curvature import _checks
 from curvature._errors import public
 from curvature._types import Tree
 from curvature.operators._likelihoods import Likelihood
-from curvature.optimizers._wrappers import wrappable
-from curvature.training._stochastic import (
-    Key,
-    KeyData,
-    Mask,
-    check_update,
-    gauss_newton_bartlett,
-    hutchinson,
-    keep_if_finite,
-    key_data,
-    key_of_step,
-    product_of_extras,
-    running_mean,
-    wide_zeros,
-    with_learning_rate,
-)
+from curvature.training import _stochastic
+from curvature.training._stochastic import Key, KeyData, Mask, ScaledByDiagonal
 
 DiagonalEstimator = Literal["hutchinson", "gauss-newton-bartlett"]
 
@@ -120,7 +105,7 @@ def sophia(
         eps=eps,
         refresh_every=refresh_every,
     )
-    return with_learning_rate(scale, learning_rate, weight_decay, mask)
+    return _stochastic.with_learning_rate(scale, learning_rate, weight_decay, mask)
 
 
 @public
@@ -188,83 +173,33 @@ def scale_by_sophia(
     References: Liu et al. (arXiv:2305.14342), algorithms 1 to 3, with random signs instead of Gaussian probes, which
         reduces the variance.
     """
-    data = key_data(key)
     _checks.check_choice("estimator", estimator, DiagonalEstimator)
     for option, value in {"b1": b1, "b2": b2}.items():
         _checks.check_decay(option, value)
     for option, value in {"gamma": gamma, "eps": eps}.items():
         _checks.check_positive(option, value)
     _checks.check_static_count("refresh_every", refresh_every, 1)
-    estimate: Callable[..., Any] = _estimate_by_products
     if estimator == "gauss-newton-bartlett":
         _checks.check_drawn_gradient(model, loss, likelihood)
         _checks.check_choice("likelihood", likelihood, Likelihood)
-        estimate = partial(_estimate_by_labels, model, loss, likelihood)
-    setting = _Setting(estimate, key, data, b1, b2, gamma, eps, refresh_every)
-    functions = wrappable(partial(_init, setting), partial(_update, setting))
-    return optax.GradientTransformationExtraArgs(*functions)
 
-
-class _Setting(NamedTuple):
-    """The arguments of ``scale_by_sophia``, with the estimator as a function."""
-
-    estimate: Callable[..., Any]
-    key: Key
-    data: KeyData
-    b1: float | Array
-    b2: float | Array
-    gamma: float | Array
-    eps: float | Array
-    refresh_every: int
-
-
-def _estimate_by_products(
-    params: Tree, key: Any, args: Any, hvp_fn: Any, value_fn: Any, extra_args: dict[str, Any]
-) -> Callable[[], Tree]:
-    product = product_of_extras(params, hvp_fn, value_fn, extra_args)
-    return lambda: hutchinson(params, key, product)
-
-
-def _estimate_by_labels(
-    model: Any, loss: Any, likelihood: Any, params: Tree, key: Any, args: Any, *_: Any
-) -> Callable[[], Tree]:
-    batch = _checks.require_data(args)
-    return lambda: gauss_newton_bartlett(model, loss, likelihood, params, batch, key)
-
-
-def _init(setting: _Setting, params: Tree) -> Any:
-    zeros = wide_zeros(params)
-    return SophiaState(jnp.asarray(0, jnp.int32), zeros, zeros, jnp.asarray(0, jnp.float32), setting.data)
-
-
-def _update(
-    setting: _Setting,
-    updates: Tree,
-    state: Any,
-    params: Tree | None = None,
-    *,
-    args: Any = None,
-    hvp_fn: Callable[[Tree], Tree] | None = None,
-    value_fn: Callable[..., Any] | None = None,
-    **extra_args: Any,
-) -> tuple[Tree, Any]:
-    updates, params = check_update(updates, params)
-    step_key = key_of_step(setting.key, state.key, state.count)
-    estimate = setting.estimate(params, step_key, args, hvp_fn, value_fn, extra_args)
-    momentum = running_mean(state.momentum, updates, setting.b1)
-    diagonal = jax.lax.cond(
-        state.count % setting.refresh_every == 0,
-        lambda: running_mean(state.diagonal, estimate(), setting.b2),
-        lambda: state.diagonal,
-    )
+    def estimate(params: Tree, extras: dict[str, Any]) -> Callable[[Key], Tree]:
+        args = extras.pop("args", None)
+        if estimator == "hutchinson":
+            return _stochastic.estimate_by_products(params, extras)
+        batch = _checks.require_data(args)
+        square: Callable[..., Tree] = _stochastic.gauss_newton_bartlett
+        return lambda key: square(model, loss, likelihood, params, batch, key)
 
     def ratio(m: Array, h: Array) -> Array:
-        return m / jnp.maximum(jnp.asarray(setting.gamma, h.dtype) * h, jnp.asarray(setting.eps, h.dtype))
+        return m / jnp.maximum(jnp.asarray(gamma, h.dtype) * h, jnp.asarray(eps, h.dtype))
 
-    ratios = jax.tree.map(ratio, momentum, diagonal)
-    clipped = jax.tree.map(lambda leaf, like: jnp.clip(leaf, -1, 1).astype(like.dtype), ratios, updates)
-    leaves = jax.tree.leaves(ratios)
-    inside = [jnp.sum(jnp.abs(leaf) < 1, dtype=jnp.int32).astype(jnp.float32) for leaf in leaves]
-    unclipped = sum(inside[1:], inside[0]) / max(sum(leaf.size for leaf in leaves), 1)
-    after = SophiaState(state.count + 1, momentum, diagonal, unclipped, state.key)
-    return keep_if_finite((momentum, diagonal), clipped, after, state)
+    def scale(momentum: Tree, diagonal: Tree, updates: Tree, count: Array) -> tuple[Tree, Array]:
+        ratios = jax.tree.map(ratio, momentum, diagonal)
+        clipped = jax.tree.map(lambda leaf, like: jnp.clip(leaf, -1, 1).astype(like.dtype), ratios, updates)
+        leaves = jax.tree.leaves(ratios)
+        inside = [jnp.sum(jnp.abs(leaf) < 1, dtype=jnp.int32).astype(jnp.float32) for leaf in leaves]
+        return clipped, sum(inside[1:], inside[0]) / max(sum(leaf.size for leaf in leaves), 1)
+
+    frame = ScaledByDiagonal(key, b1, b2, refresh_every)
+    return frame.transformation(SophiaState, estimate, scale, jnp.asarray(0, jnp.float32))

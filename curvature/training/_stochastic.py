@@ -1,7 +1,7 @@
 """Shared by the stochastic methods: random keys, estimators of the curvature's diagonal, running means."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from curvature import _checks
 from curvature._types import Tree
 from curvature.operators import _likelihoods
 from curvature.optimizers._method import bind_extras
+from curvature.optimizers._wrappers import wrappable
 from curvature.transforms._hessian import hvp
 
 Key = PRNGKeyArray | UInt32[Array, "..."]
@@ -35,8 +36,10 @@ def sampling_key(kind: str, likelihood: str | None, key: Key | None) -> Key | No
     return key
 
 
-def key_of_step(key: Key, data: KeyData, count: Int[Array, ""]) -> PRNGKeyArray:
-    """The key of a step, from the words in the state; ``key`` only determines the implementation."""
+def key_of_step(key: Key | None, data: KeyData | None, count: Int[Array, ""]) -> Any:
+    """The key of a step, from the words in the state; ``key`` only determines the implementation. None without one."""
+    if key is None or data is None:
+        return None
     return jax.random.fold_in(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)), count)
 
 
@@ -63,17 +66,58 @@ def with_learning_rate(
     return optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate))
 
 
-def product_of_extras(
-    params: Tree, hvp_fn: Callable[[Tree], Tree] | None, value_fn: Callable[..., Any] | None, extra_args: dict[str, Any]
-) -> Callable[[Tree], Tree]:
-    """The ``hvp_fn=`` of an update, or the products with the Hessian of its ``value_fn=``."""
-    if hvp_fn is not None:
-        return hvp_fn
-    fun = bind_extras(_checks.require_extra("value_fn", value_fn), extra_args)
-    return lambda v: hvp(fun, params, v)
+class ScaledByDiagonal(NamedTuple):
+    """The frame of Sophia and AdaHessian: running means of the gradient, and of estimates of a diagonal."""
+
+    key: Key
+    b1: float | Array
+    b2: float | Array
+    refresh_every: int
+
+    def transformation(
+        self,
+        state_of: Callable[..., Any],
+        estimator: Callable[[Tree, dict[str, Any]], Callable[[Key], Tree]],
+        scale: Callable[[Tree, Tree, Tree, Int[Array, ""]], tuple[Any, ...]],
+        *fields: Array,
+    ) -> optax.GradientTransformationExtraArgs:
+        """An optax transformation whose states are ``state_of(count, momentum, mean, *fields, key)``.
+
+        ``estimator(params, extras)`` returns the estimate as a function of a key, of which ``mean`` is the running
+        mean. ``scale(momentum, mean, updates, count)`` returns the updates and the next ``fields``.
+        """
+        data = key_data(self.key)
+
+        def init(params: Tree) -> Any:
+            zeros = wide_zeros(params)
+            return state_of(jnp.asarray(0, jnp.int32), zeros, zeros, *fields, data)
+
+        def update(updates: Tree, state: Any, params: Tree | None = None, **extras: Any) -> tuple[Tree, Any]:
+            updates, params = check_update(updates, params)
+            estimate, old = estimator(params, extras), state[2]
+
+            def refresh() -> Tree:
+                return running_mean(old, estimate(key_of_step(self.key, state.key, state.count)), self.b2)
+
+            momentum = running_mean(state.momentum, updates, self.b1)
+            mean = jax.lax.cond(state.count % self.refresh_every == 0, refresh, lambda: old)
+            step, *following = scale(momentum, mean, updates, state.count)
+            after = state_of(state.count + 1, momentum, mean, *following, state.key)
+            return keep_if_finite((momentum, mean), step, after, state)
+
+        return optax.GradientTransformationExtraArgs(*wrappable(init, update))
 
 
-def hutchinson(params: Tree, key: PRNGKeyArray, hvp_fn: Callable[[Tree], Tree]) -> Tree:
+def estimate_by_products(params: Tree, extras: dict[str, Any]) -> Callable[[Key], Tree]:
+    """Hutchinson's estimate with the ``hvp_fn=`` of an update, or with the Hessian of its ``value_fn=``."""
+    hvp_fn, value_fn = extras.pop("hvp_fn", None), extras.pop("value_fn", None)
+    if hvp_fn is None:
+        fun = bind_extras(_checks.require_extra("value_fn", value_fn), extras)
+        return lambda key: hutchinson(params, key, lambda v: hvp(fun, params, v))
+    return lambda key: hutchinson(params, key, hvp_fn)
+
+
+def hutchinson(params: Tree, key: Key, hvp_fn: Callable[[Tree], Tree]) -> Tree:
     """``z * (H z)`` for random signs ``z``: mean ``diag H``, variance ``sum_(j != i) H[i, j]^2`` of entry i.
 
     Hutchinson (1989), doi:10.1080/03610918908812806; for the diagonal, Bekas, Kokiopoulou and Saad (2007).
@@ -91,7 +135,7 @@ def gauss_newton_bartlett(
     likelihood: _likelihoods.Likelihood,
     params: Tree,
     args: tuple[Any, ...],
-    key: PRNGKeyArray,
+    key: Key,
 ) -> Tree:
     """The squared gradient at drawn labels, whose mean is the diagonal of the Gauss-Newton matrix.
 
