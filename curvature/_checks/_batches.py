@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from curvature._checks._describe import describe, is_array_like, is_static_integer
-from curvature._errors import caller
+from curvature._errors import caller, describe, is_array_like, is_static_integer
 
 UNMAPPED = object()  # represents the axis None, because None is not a leaf of a tree
 
@@ -79,10 +78,11 @@ def is_none(leaf: Any) -> bool:
 
 def check_batch(batch: Any) -> None:
     """Refuse a batch whose leaves do not share a leading axis of examples, or have none."""
-    leaves = [("batch" + keystr(path), leaf) for path, leaf in tree_flatten_with_path(batch)[0]]
+    leaves = tree_flatten_with_path(batch)[0]
     if not leaves:
         raise ValueError(f"{caller()}: no batch was given, expected arrays with a leading example axis after params.")
-    for name, leaf in leaves:
+    for path, leaf in leaves:
+        name = "batch" + keystr(path)
         if not is_array_like(leaf):
             raise TypeError(f"{caller()}: {name} is {describe(leaf)}, expected an array with a leading example axis.")
         if jnp.ndim(leaf) == 0:
@@ -90,13 +90,22 @@ def check_batch(batch: Any) -> None:
                 f"{caller()}: {name} is a scalar, expected a leading example axis; "
                 "close the loss over what all examples share."
             )
+    check_examples("batch", batch)
+
+
+def check_examples(name: str, args: Any) -> int:
+    """The number of examples along the leading axis of all leaves except scalars, which all examples share."""
+    leaves = [(name + keystr(path), leaf) for path, leaf in tree_flatten_with_path(args)[0] if jnp.ndim(leaf)]
+    if not leaves:
+        raise ValueError(f"{caller()}: {name} has no array with a leading axis of examples, expected at least one.")
     first_name, first = leaves[0]
     size = jnp.shape(first)[0]
-    for name, leaf in leaves[1:]:
+    for leaf_name, leaf in leaves:
         if jnp.shape(leaf)[0] != size:
             raise ValueError(
-                f"{caller()}: {name} has {jnp.shape(leaf)[0]} examples along its leading axis, "
-                f"expected {size} to match {first_name}."
+                f"{caller()}: {leaf_name} has {jnp.shape(leaf)[0]} examples along its leading axis, expected {size} to "
+                f"match {first_name}; close the function over arrays that all examples share."
             )
-    if size == 0:
+    if not size:
         raise ValueError(f"{caller()}: {first_name} has shape {jnp.shape(first)}, expected at least one example.")
+    return size

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from curvature._checks._describe import describe, is_array_like
-from curvature._errors import caller
+from curvature._errors import caller, describe, is_array_like
 
 
 def check_callable(name: str, value: Any) -> None:

@@ -10,12 +10,10 @@ from jax.core import Tracer
 from jax.experimental.sparse import BCOO
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from curvature._checks._describe import describe, is_array_like
-from curvature._errors import caller
+from curvature._errors import caller, describe, is_array_like
 from curvature._types import Tree
 
 _HINT = "pass data that is not differentiated through args"
-_MOST_PATHS = 40  # in one message
 
 
 def check_point(name: str, tree: Tree) -> Tree:
@@ -190,20 +188,6 @@ def check_data(args: Any) -> tuple[Any, ...]:
                 "close the function over what is not data."
             )
     return args
-
-
-def check_path(name: str, path: Any, num_found: int, paths: list[str]) -> None:
-    """Refuse a path that does not name exactly one sub-tree of a tree whose leaves have ``paths``."""
-    if num_found > 1:
-        raise ValueError(
-            f"{caller()}: {name}={path!r} names {num_found} sub-trees, expected one; rename a key that contains '/'."
-        )
-    if not num_found:
-        more = f" and {len(paths) - _MOST_PATHS} more" if len(paths) > _MOST_PATHS else ""
-        raise ValueError(
-            f"{caller()}: {name}={path!r} is no path of x, expected one of {paths[:_MOST_PATHS]}{more}, "
-            "a prefix of them up to a '/', or '' for all of x."
-        )
 
 
 def check_path_pair(name: str, paths: Any) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from curvature import _checks, _trees
-from curvature._errors import public
+from curvature._errors import caller, public
 from curvature._types import HessianMode, Objective, Tree
 from curvature.diagnostics import _verdicts
 from curvature.diagnostics._differences import Samples
@@ -79,7 +79,8 @@ def check_derivatives(
     References: Ridders, Accurate computation of F'(x) and F'(x)F''(x) (1982), doi:10.1016/S0141-1195(82)80057-0.
     """
     _checks.check_callable("f", f)
-    _checks.check_order(order)
+    if isinstance(order, bool) or order not in (1, 2):
+        raise ValueError(f"{caller()}: order={order!r}, expected 1 or 2.")
     _checks.check_count("num_directions", num_directions, 1)
     x = _checks.check_point("x", x)
     _checks.check_concrete({"x": x, "args": args})

@@ -1,7 +1,7 @@
 """Stochastic Lanczos quadrature: ``logdet`` and ``spectral_density`` of a symmetric operator."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from curvature import _checks, _trees
-from curvature._errors import public
+from curvature._errors import caller, describe, public
 from curvature._numerics import dot, matmul
 from curvature._types import ChunkSize, Vector
 from curvature.linalg._host_loop import call_solver
@@ -96,8 +96,7 @@ def logdet(
     _checks.check_static_count("num_samples", num_samples, 2)
     _checks.check_static_count("num_steps", num_steps, 2)
     _checks.check_chunk_size(chunk_size)
-    how = {"num_samples": num_samples, "num_steps": num_steps, "chunk_size": chunk_size}
-    return call_solver(_logdet, op, key, **how)
+    return call_solver(_logdet, op, key, num_samples=num_samples, num_steps=num_steps, chunk_size=chunk_size)
 
 
 def _logdet(op: LinearOperator, key: Key, num_samples: int, num_steps: int, chunk_size: ChunkSize) -> Estimate:
@@ -173,12 +172,19 @@ def spectral_density(
     _checks.check_static_count("num_steps", num_steps, 1)
     _checks.check_chunk_size(chunk_size)
     if grid is not None:
-        _checks.check_grid(grid)
+        _check_grid(grid)
     if width is not None:
         _checks.check_positive("width", width)
         width = jnp.asarray(width)
     how = {"num_samples": num_samples, "num_steps": num_steps, "chunk_size": chunk_size}
     return call_solver(_spectral_density, op, key, grid, width, **how)
+
+
+def _check_grid(grid: Any) -> None:
+    """Refuse a grid that is not a vector of real numbers."""
+    dtype = getattr(grid, "dtype", None)
+    if dtype is None or jnp.ndim(grid) != 1 or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{caller()}: grid is {describe(grid)}, expected a vector of floats such as jnp.linspace.")
 
 
 def _spectral_density(

@@ -7,7 +7,7 @@ division by the number of examples, or random numbers drawn from one key for the
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from curvature import _checks
 from curvature._compile_cache import cached
+from curvature._errors import caller
 from curvature._types import Tree
 from curvature.operators._mixing import find_mixing
 from curvature.operators._pytrees import structure_of
@@ -46,8 +47,7 @@ class OutputRows:
         self.one = one
         pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(one), strict=True)
         self.axes: OutputAxes = tuple(
-            None if size == 1 else _checks.check_axis_of_examples(leaf.shape, alone.shape, size)
-            for leaf, alone in pairs
+            None if size == 1 else _axis_of_examples(leaf.shape, alone.shape, size) for leaf, alone in pairs
         )
 
     def split(self, outputs: Tree) -> Tree:
@@ -73,6 +73,17 @@ class OutputRows:
     def _map(self, fun: Callable[[Array, int | None], Array], tree: Tree) -> Tree:
         leaves, structure = jax.tree.flatten(tree)
         return structure.unflatten([fun(leaf, axis) for leaf, axis in zip(leaves, self.axes, strict=True)])
+
+
+def _axis_of_examples(whole: tuple[int, ...], alone: tuple[int, ...], size: int) -> int:
+    """The axis of examples: the only axis in which outputs of a batch of ``size`` and of a batch of one differ."""
+    for axis, length in enumerate(whole):
+        if length == size and (*whole[:axis], 1, *whole[axis + 1 :]) == alone:
+            return axis
+    raise ValueError(
+        f"{caller()}: the model returns shape {whole} for {size} examples and {alone} for one, expected shapes that "
+        f"differ in one axis of {size} examples; broadcast what all examples share along such an axis."
+    )
 
 
 def map_examples(fun: Callable[[tuple[Any, ...]], Any], args: tuple[Any, ...]) -> Any:
@@ -111,7 +122,7 @@ def check_model_examples(
 
     found = cached((model,), key_of("model", (point, batch)), find_mixing_of_model)
     if found is not False:
-        raise _checks.examples_mixed("model", found if isinstance(found, Blocker) else None)
+        raise _examples_mixed("model", found)
 
 
 def _in_batch_and_alone(
@@ -141,6 +152,23 @@ def _in_batch_and_alone(
 def _waves(leaf: Array) -> Any:
     """A tangent or cotangent without a symmetry that could hide an interaction; of NumPy, which compiles nothing."""
     return np.cos(1 + np.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype)
+
+
+_MIXED = {
+    "model": "the model mixes the examples of a batch{}: its outputs for an example alone differ from its outputs in "
+    "the batch, expected outputs that depend on the data of one example only. Normalize in evaluation mode, "
+    "with statistics that are parameters or constants; draw random numbers from a key for each example; or take "
+    "GaussNewtonOperator, which never cuts the batch.",
+    "loss": "the loss mixes the outputs of different examples{}, expected a weighted sum of one loss "
+    "for each example; take GaussNewtonOperator, which never cuts the batch.",
+}
+
+
+def _examples_mixed(what: Literal["model", "loss"], where: Blocker | bool) -> ValueError:
+    """The error for a model or a loss that mixes examples; ``where`` is the equation that does, if it is known."""
+    return ValueError(
+        f"{caller()}: " + _MIXED[what].format(f", at the earliest by {where}" if where is not True else "")
+    )
 
 
 # ---- the loss ------------------------------------------------------------------------------------------------------
@@ -186,7 +214,7 @@ def check_loss_examples(loss: Callable[..., Any], args: tuple[Any, ...], outputs
 
     found = cached((loss,), key_of("loss", (outputs.structure(size), batch)), find_mixing_of_loss)
     if found is not False:
-        raise _checks.examples_mixed("loss", found if isinstance(found, Blocker) else None)
+        raise _examples_mixed("loss", found)
 
 
 def _agree(values: Values, rounding: float) -> bool:
@@ -245,7 +273,7 @@ def check_reduction(
 
     found = cached(functions, key_of("reduction", (point, few)), find_reduction)
     if found not in (None, words[1]) and not (may_be_neither and found == "neither"):
-        raise _checks.wrong_reduction(*words, found)
+        raise _wrong_reduction(*words, found)
 
 
 def _reduction_of(values: Values, rounding: float) -> str | None:
@@ -258,3 +286,18 @@ def _reduction_of(values: Values, rounding: float) -> str | None:
     if is_mean and is_sum:
         return None
     return "mean" if is_mean else "sum" if is_sum else "neither"
+
+
+def _wrong_reduction(name: str, reduction: str, found: str) -> ValueError:
+    """The error for a function of a batch that is not the mean or sum over examples that ``reduction`` states."""
+    if found != "neither":
+        return ValueError(
+            f"{caller()}: reduction={reduction!r}, but {name} of a batch is the {found} of its values for the "
+            f"examples, not their {reduction}; pass reduction={found!r}."
+        )
+    return ValueError(
+        f"{caller()}: reduction={reduction!r}, but {name} of a batch is neither the mean nor the sum of its values "
+        "for the examples, so that parts of the data do not add up: a mean over a mask divides by the weights of its "
+        "part, and batch statistics depend on the part. Take the data whole (chunk_size=None), or a sum divided by the "
+        "total weight, passed as a scalar in args, with reduction='sum'."
+    )

@@ -27,7 +27,7 @@ _METHODS: dict[str, Bounded] = {
 
 def resolve_bounded(method: Any, small: bool, has_hessian: bool) -> Bounded:
     """The method of that name; for "auto" the exact one if ``x`` is small or its Hessian is given."""
-    method = _checks.check_bounded_method(method, ("auto", *_METHODS))
+    method = _checks.check_method(method, ("auto", *_METHODS), "bounds")
     if method == "auto":
         method = "trust-exact" if has_hessian or small else "trust-region"
     if has_hessian:

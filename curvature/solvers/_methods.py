@@ -42,7 +42,7 @@ def resolve(method: Method, x0: Tree, hessian: Callable[..., Tree] | None) -> op
     if isinstance(method, optax.GradientTransformation):
         transformation = method
     else:
-        name = _checks.check_method(method, ("auto", *METHODS))
+        name = _checks.check_method(method, ("auto", *METHODS), "unknown")
         small = num_entries(x0) <= DENSE_ENTRIES
         automatic = "trust-exact" if hessian is not None or small else "trust-region"
         transformation = _named(automatic if name == "auto" else name)

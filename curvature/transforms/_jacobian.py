@@ -95,11 +95,11 @@ def bind_argnums(
     return fun, points if many else points[0]
 
 
-def with_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
-    """``(out, aux)``; aux is None for a function without aux."""
-    _checks.check_arrays("f", out)
+def with_aux(out: Any, has_aux: bool, name: str = "f") -> tuple[Any, Any]:
+    """``(out, aux)``; aux is None for a function without aux. Errors say ``name``."""
+    _checks.check_arrays(name, out)
     if has_aux:
-        _checks.check_aux_output("f", out)
+        _checks.check_aux_output(name, out)
         return out
     return out, None
 
