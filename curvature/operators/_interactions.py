@@ -18,12 +18,12 @@ from curvature import _checks
 from curvature._compile_cache import cached
 from curvature._errors import caller
 from curvature._types import Tree
+from curvature.operators._likelihoods import loss_gradient
 from curvature.operators._mixing import find_mixing
 from curvature.operators._pytrees import structure_of
 from curvature.operators._trials import Values, evaluate_trial, key_of, rounding_of, trace_trial, with_num_examples
 from curvature.programs import _traced
 from curvature.programs._legality import Blocker
-from curvature.transforms._jacobian import gradient_of
 
 _NUM_TRIED = 3  # examples: a shift by one or two positions moves all, and a mask of one example leaves two
 
@@ -120,9 +120,7 @@ def check_model_examples(
             return named if named is not None and named.primitive in _MIXING else False
         return named or True
 
-    found = cached((model,), key_of("model", (point, batch)), find_mixing_of_model)
-    if found is not False:
-        raise _examples_mixed("model", found)
+    _refuse_mixing("model", model, (point, batch), find_mixing_of_model)
 
 
 def _in_batch_and_alone(
@@ -164,11 +162,14 @@ _MIXED = {
 }
 
 
-def _examples_mixed(what: Literal["model", "loss"], where: Blocker | bool) -> ValueError:
-    """The error for a model or a loss that mixes examples; ``where`` is the equation that does, if it is known."""
-    return ValueError(
-        f"{caller()}: " + _MIXED[what].format(f", at the earliest by {where}" if where is not True else "")
-    )
+def _refuse_mixing(
+    what: Literal["model", "loss"], function: Any, structure: Tree, find_mixing_of: Callable[[], Blocker | bool]
+) -> None:
+    """Raise if the function mixes examples: if the answer is an equation, or True where the equation is not known."""
+    found = cached((function,), key_of(what, structure), find_mixing_of)
+    if found is not False:
+        place = f", at the earliest by {found}" if isinstance(found, Blocker) else ""
+        raise ValueError(f"{caller()}: {_MIXED[what].format(place)}")
 
 
 # ---- the loss ------------------------------------------------------------------------------------------------------
@@ -178,15 +179,14 @@ def check_loss_examples(loss: Callable[..., Any], args: tuple[Any, ...], outputs
     """Refuse a loss whose gradient with respect to the outputs of one example depends on the outputs of another."""
     if size == 1:
         return
-    batch = with_num_examples(args, size)
+    rows, batch = outputs.structure(size), with_num_examples(args, size)
 
     def trial(_: Any, rows: Tree, args: tuple[Any, ...]) -> tuple[Any, Any]:
         """Gradients of all examples but b, before and after the outputs of b change."""
         num_examples = jax.tree.leaves(rows)[0].shape[0]
 
         def gradient(rows: Tree) -> Tree:
-            program = _traced.trace(lambda rows: (loss(outputs.join(rows), *args), None), rows)
-            return gradient_of(program, rows, "rev" if program.blocker("rev") is None else "fwd")[0]
+            return loss_gradient(lambda rows, *args: loss(outputs.join(rows), *args), rows, args)
 
         def moved(b: int) -> Tree:
             return jax.tree.map(lambda leaf: leaf.at[b].set(leaf[b] / 2 + jnp.asarray(0.25, leaf.dtype)), rows)
@@ -202,19 +202,16 @@ def check_loss_examples(loss: Callable[..., Any], args: tuple[Any, ...], outputs
         try:
             closed = trace_trial(trial, *few)
         except (TypeError, ValueError, IndexError):  # the loss has closed over data of the whole batch
-            few = (), outputs.structure(size), batch
+            few = (), rows, batch
             closed = trace_trial(trial, *few)
         values = evaluate_trial(closed, *few)
         if values is None or _agree(values, rounding_of(closed)):
             return False
-        rows = outputs.structure(size)
         whole = trace_trial(lambda rows, args: loss(outputs.join(rows), *args), rows, batch)
         axes = [*[0] * len(jax.tree.leaves(rows)), *[None] * len(jax.tree.leaves(batch))]
         return find_mixing(whole, axes, size, may_sum=True) or True
 
-    found = cached((loss,), key_of("loss", (outputs.structure(size), batch)), find_mixing_of_loss)
-    if found is not False:
-        raise _examples_mixed("loss", found)
+    _refuse_mixing("loss", loss, (rows, batch), find_mixing_of_loss)
 
 
 def _agree(values: Values, rounding: float) -> bool:
