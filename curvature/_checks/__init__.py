@@ -4,37 +4,17 @@ An error names the public function, the path of the leaf, what came, what was ex
 tracing, before any computation.
 """
 
-from curvature._checks._batches import UNMAPPED as UNMAPPED
-from curvature._checks._batches import check_batch as check_batch
-from curvature._checks._batches import check_examples as check_examples
-from curvature._checks._batches import check_lanes as check_lanes
-from curvature._checks._batches import check_prefix as check_prefix
-from curvature._checks._batches import check_problems as check_problems
-from curvature._checks._batches import is_none as is_none
 from curvature._checks._functions import check_arrays as check_arrays
-from curvature._checks._functions import check_aux_output as check_aux_output
 from curvature._checks._functions import check_callable as check_callable
 from curvature._checks._functions import check_floating_output as check_floating_output
 from curvature._checks._functions import check_scalar_output as check_scalar_output
-from curvature._checks._functions import illegal_mode as illegal_mode
 from curvature._checks._functions import no_legal_mode as no_legal_mode
-from curvature._checks._methods import check_bound as check_bound
 from curvature._checks._methods import check_hessian_used as check_hessian_used
 from curvature._checks._methods import check_method as check_method
-from curvature._checks._methods import check_observations as check_observations
-from curvature._checks._methods import check_order_of_bounds as check_order_of_bounds
 from curvature._checks._methods import check_pair_of_bounds as check_pair_of_bounds
-from curvature._checks._methods import check_predictions as check_predictions
-from curvature._checks._methods import check_residuals as check_residuals
-from curvature._checks._methods import check_shape as check_shape
-from curvature._checks._methods import masked_params as masked_params
-from curvature._checks._methods import refuse_changed_gradient as refuse_changed_gradient
 from curvature._checks._methods import require_data as require_data
 from curvature._checks._methods import require_extra as require_extra
-from curvature._checks._methods import require_inverse_root as require_inverse_root
-from curvature._checks._methods import require_residuals as require_residuals
 from curvature._checks._methods import spelled as spelled
-from curvature._checks._operators import check_drawn_gradient as check_drawn_gradient
 from curvature._checks._operators import check_logits as check_logits
 from curvature._checks._operators import check_operator as check_operator
 from curvature._checks._operators import check_sampling as check_sampling
@@ -42,7 +22,6 @@ from curvature._checks._operators import check_scale as check_scale
 from curvature._checks._operators import check_square_operator as check_square_operator
 from curvature._checks._operators import check_static_function as check_static_function
 from curvature._checks._operators import check_structures as check_structures
-from curvature._checks._options import check_argnums as check_argnums
 from curvature._checks._options import check_blocks as check_blocks
 from curvature._checks._options import check_choice as check_choice
 from curvature._checks._options import check_chunk_size as check_chunk_size
@@ -56,16 +35,12 @@ from curvature._checks._options import check_schedule as check_schedule
 from curvature._checks._options import check_size as check_size
 from curvature._checks._options import check_static_count as check_static_count
 from curvature._checks._options import import_extra as import_extra
+from curvature._checks._trees import check_batch as check_batch
 from curvature._checks._trees import check_concrete as check_concrete
 from curvature._checks._trees import check_data as check_data
 from curvature._checks._trees import check_direction as check_direction
 from curvature._checks._trees import check_entries as check_entries
-from curvature._checks._trees import check_factor as check_factor
-from curvature._checks._trees import check_hessian as check_hessian
-from curvature._checks._trees import check_index_range as check_index_range
-from curvature._checks._trees import check_path_pair as check_path_pair
-from curvature._checks._trees import check_pattern as check_pattern
+from curvature._checks._trees import check_examples as check_examples
 from curvature._checks._trees import check_point as check_point
 from curvature._checks._trees import check_same_structure as check_same_structure
 from curvature._checks._trees import check_start as check_start
-from curvature._checks._trees import no_pattern as no_pattern

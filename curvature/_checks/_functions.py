@@ -53,18 +53,6 @@ def check_floating_output(name: str, out: Any) -> None:
             )
 
 
-def check_aux_output(name: str, out: Any) -> None:
-    """Refuse an output that is not a pair (value, aux) although ``has_aux=True``."""
-    if not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(f"{caller()}: has_aux=True, but {name} returns {describe(out)}, expected a pair (value, aux).")
-
-
-def illegal_mode(mode: str, blocker: str, legal: list[str]) -> TypeError:
-    """The error for a mode that cannot differentiate the function."""
-    remedy = f"use mode={legal[0]!r} or mode='auto'" if legal else "no other mode is legal either"
-    return TypeError(f"{caller()}: mode={mode!r} is not legal for f because of {blocker}; {remedy}.")
-
-
 def no_legal_mode(blockers: dict[str, str]) -> TypeError:
     """The error for a function that no mode can differentiate."""
     reasons = "; ".join(f"{mode} is blocked by {blocker}" for mode, blocker in blockers.items())

@@ -96,12 +96,3 @@ def check_sampling(kind: str, likelihood: str | None, key: Any) -> None:
         )
     if kind == "sampled" and key is None:
         raise ValueError(f"{caller()}: kind='sampled' draws labels and needs key=jax.random.key(seed).")
-
-
-def check_drawn_gradient(model: Any, loss: Any, likelihood: str | None) -> None:
-    """Refuse to draw labels for a gradient without a model, a loss and a likelihood."""
-    if model is None or loss is None or likelihood is None:
-        raise ValueError(
-            f"{caller()}: estimator='gauss-newton-bartlett' draws labels and needs model=, loss= and "
-            "likelihood='categorical', 'bernoulli' or 'normal'; estimator='hutchinson' needs none of them."
-        )

@@ -29,32 +29,11 @@ def check_chunk_size(chunk_size: ChunkSize) -> None:
 
 
 def check_blocks(blocks: Any) -> None:
-    """Refuse anything but the documented values of ``blocks=``; ``check_path`` checks later whether the paths exist."""
+    """Refuse anything but the documented values of ``blocks=``; ``select`` checks later whether the paths exist."""
     is_pair = isinstance(blocks, tuple | list) and len(blocks) == 2 and all(isinstance(path, str) for path in blocks)
     if not (is_pair or blocks is None or (isinstance(blocks, str) and blocks == "diagonal")):
         raise ValueError(
             f"{caller()}: blocks={blocks!r}, expected a pair of paths (rows, columns), 'diagonal', or None for all."
-        )
-
-
-def check_argnums(argnums: Any, num_args: int) -> None:
-    """Refuse ``argnums`` that do not name positional arguments of the call, each once."""
-    positions = argnums if isinstance(argnums, tuple | list) else (argnums,)
-    if not positions:
-        raise ValueError(f"{caller()}: argnums={argnums!r} is empty, expected an integer or a tuple of integers.")
-    for position in positions:
-        if not is_static_integer(position):
-            raise TypeError(f"{caller()}: argnums={argnums!r}, expected an integer or a tuple of integers.")
-        if not -num_args <= position < num_args:
-            raise ValueError(
-                f"{caller()}: argnums={argnums!r} names argument {position}, "
-                f"but f was called with {num_args} positional arguments."
-            )
-    places = [int(position) % num_args for position in positions]
-    if len(set(places)) < len(places):
-        raise ValueError(
-            f"{caller()}: argnums={argnums!r} names an argument twice: among {num_args} positional arguments "
-            f"the ones at {places}, expected each position once."
         )
 
 

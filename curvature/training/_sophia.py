@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
-from curvature._errors import public
+from curvature._errors import caller, public
 from curvature._types import Tree
 from curvature.operators._likelihoods import Likelihood
 from curvature.optimizers._wrappers import wrappable
@@ -197,7 +197,7 @@ def scale_by_sophia(
     _checks.check_static_count("refresh_every", refresh_every, 1)
     estimate: Callable[..., Any] = _estimate_by_products
     if estimator == "gauss-newton-bartlett":
-        _checks.check_drawn_gradient(model, loss, likelihood)
+        _check_drawn_gradient(model, loss, likelihood)
         _checks.check_choice("likelihood", likelihood, Likelihood)
         estimate = partial(_estimate_by_labels, model, loss, likelihood)
     setting = _Setting(estimate, key, data, b1, b2, gamma, eps, refresh_every)
@@ -268,3 +268,12 @@ def _update(
     unclipped = sum(inside[1:], inside[0]) / max(sum(leaf.size for leaf in leaves), 1)
     after = SophiaState(state.count + 1, momentum, diagonal, unclipped, state.key)
     return keep_if_finite((momentum, diagonal), clipped, after, state)
+
+
+def _check_drawn_gradient(model: Any, loss: Any, likelihood: str | None) -> None:
+    """Refuse to draw labels for a gradient without a model, a loss and a likelihood."""
+    if model is None or loss is None or likelihood is None:
+        raise ValueError(
+            f"{caller()}: estimator='gauss-newton-bartlett' draws labels and needs model=, loss= and "
+            "likelihood='categorical', 'bernoulli' or 'normal'; estimator='hutchinson' needs none of them."
+        )
