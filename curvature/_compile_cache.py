@@ -170,7 +170,10 @@ def _is_data(leaf: Any) -> bool:
 
 
 def _without_functions(value: Any, functions: list[Any]) -> Any:
-    """A static value with its functions replaced by what they have captured; they are appended to ``functions``."""
+    """A static value in which the numbers that a function has captured replace the function.
+
+    The functions are appended to ``functions``, in order.
+    """
     if isinstance(value, jax.tree_util.PyTreeDef):
         node = _without_functions(value.node_data(), functions)
         return node, tuple(_without_functions(child, functions) for child in value.children())

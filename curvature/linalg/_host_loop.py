@@ -66,8 +66,8 @@ class StreamedOperator(LinearOperator):
     """The placeholder of a ``DataOperator`` with ``batches`` while a solver is traced.
 
     A product is one equation ``streamed_product`` of the jaxpr, which names the operator by its ``number`` and which
-    the loop on the host evaluates. Under ``jax.vmap`` the product with many vectors is one equation
-    too, evaluated in one pass over the batches.
+    the loop on the host evaluates. Under ``jax.vmap`` the product with many vectors is one equation too, evaluated in
+    one pass over the batches.
     """
 
     number: int = static()
