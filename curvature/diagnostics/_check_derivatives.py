@@ -127,21 +127,21 @@ def _line(f: Objective, args: tuple[Any, ...], x: Tree, order: int, remarks: lis
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         return jnp.asarray(leaf, jnp.float64) if floating else leaf
 
+    def restrict(x: Tree, args: tuple[Any, ...]) -> tuple[Line, Objective]:
+        fun = _scalar(f, args, _traced.trace(lambda x: (f(x, *args), None), x))
+        return Line(fun, x, order), fun
+
     wide_x, wide_args = jax.tree.map(widen, x), jax.tree.map(widen, args)
     try:
-        own = _traced.trace(lambda x: (f(x, *wide_args), None), wide_x)
-        fun, point = _scalar(f, wide_args, own), wide_x
-        line = Line(fun, point, order)
+        line, fun = restrict(wide_x, wide_args)
     except (TypeError, ValueError) as error:
+        line, fun = restrict(x, args)  # raises again if double precision was not the reason
         first = next(iter(str(error).splitlines()), "")
-        own = _traced.trace(lambda x: (f(x, *args), None), x)
-        fun, point = _scalar(f, args, own), x
-        line = Line(fun, point, order)  # raises again if double precision was not the reason
         remarks.append(f"f does not take double precision, so differences are rough: {first}")
-        return line, fun, point
+        return line, fun, x
     if line.eps > np.finfo(np.float64).eps:
         remarks.append(f"f returns {line.out_dtype} even for float64 arguments, so differences are rough.")
-    return line, fun, point
+    return line, fun, wide_x
 
 
 def _assembled(fun: Objective, x: Tree, line: Line, remarks: list[str]) -> np.ndarray | None:
