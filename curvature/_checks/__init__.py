@@ -15,7 +15,6 @@ from curvature._checks._methods import check_pair_of_bounds as check_pair_of_bou
 from curvature._checks._methods import require_data as require_data
 from curvature._checks._methods import require_extra as require_extra
 from curvature._checks._methods import spelled as spelled
-from curvature._checks._operators import check_logits as check_logits
 from curvature._checks._operators import check_operator as check_operator
 from curvature._checks._operators import check_sampling as check_sampling
 from curvature._checks._operators import check_scale as check_scale

@@ -46,16 +46,6 @@ def check_static_function(name: str, value: Any) -> None:
         ) from None
 
 
-def check_logits(likelihood: str, outputs: Any) -> None:
-    """Refuse scalar outputs as logits of a categorical likelihood."""
-    for path, leaf in tree_flatten_with_path(outputs)[0]:
-        if likelihood == "categorical" and not leaf.ndim:
-            raise ValueError(
-                f"{caller()}: likelihood='categorical', but the output model(x){keystr(path)} is a scalar, expected "
-                "logits along its last axis."
-            )
-
-
 def check_operator(op: Any) -> None:
     """Refuse anything but an operator, such as a function ``v -> A v``."""
     if not (hasattr(op, "linearize") and hasattr(op, "in_structure")):

@@ -171,16 +171,8 @@ class _ModelDataOperator(DataOperator):
         """``t -> M t``, where ``M`` is the Hessian of the loss with respect to the outputs, or its closed form."""
         if self.likelihood is None:
             return _likelihoods.loss_hessian(self.loss, outputs, self.args)
-        family, weights = self._family_and_weights(outputs)
+        family, weights = _likelihoods.family_and_weights(str(self.likelihood), self.loss, outputs, self.args)
         return _likelihoods.information(family, outputs, weights)
-
-    @of_class
-    def _family_and_weights(self, outputs: Tree) -> tuple[_likelihoods.Family, Tree]:
-        """The family of the likelihood, and the factors of the negative log likelihoods in the loss."""
-        likelihood = str(self.likelihood)
-        _checks.check_logits(likelihood, outputs)
-        family = _likelihoods.FAMILIES[likelihood]
-        return family, _likelihoods.label_weights(self.loss, outputs, self.args, family)
 
 
 @register_operator
@@ -371,7 +363,7 @@ class FisherOperator(_ModelDataOperator):
                 )
         examples = _checks.check_examples("model(x)", outputs)
         if self.key is not None and self.first is not None:
-            family, weights = self._family_and_weights(outputs)
+            family, weights = _likelihoods.family_and_weights(str(self.likelihood), self.loss, outputs, self.args)
             draws = _likelihoods.draw_scores(family, self.key, outputs, self.first, self.num_samples)
             return _likelihoods.sampled_information(family, weights, draws)
         scores = _likelihoods.loss_gradient(self.loss, outputs, self.args)
