@@ -64,7 +64,7 @@ def _naming(name_of: Callable[[tuple[Any, ...]], str], function: Callable[P, R])
     return call
 
 
-# ---- values -----------------------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------------------------
 
 _ARRAY_LIKE = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
