@@ -17,8 +17,9 @@ from curvature._types import Objective, Tree
 
 T = TypeVar("T")
 
-# The results of `cached`; an entry is only read for the function that it was stored for.
-_RESULTS: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+# The results of `cached`; their keys hold weak references to functions.
+_RESULTS: dict[Any, Any] = {}
+_MAX_RESULTS = 1000  # Heuristic: more than one session needs; keys that hold numbers could grow without bound.
 
 # Up to JAX 0.11.0, XLA's fusion emitters take more than half of a compilation for the CPU. They do not make small
 # programs faster; programs on more than 100,000 entries of data may run faster by a quarter. Later versions compile as
@@ -29,16 +30,12 @@ _SMALL = 2000  # Heuristic: programs with at most so many entries in all operand
 with jax.core.eval_context():
     _UNTRACED = get_opaque_trace_state()
 
-# The programs of `compiled_for`; their keys hold weak references to functions.
-_PROGRAMS_FOR: dict[Any, Callable[..., Any]] = {}
-_MAX_PROGRAMS = 1000  # Heuristic: more than one session needs; keys that hold numbers could grow without bound.
-
 
 def clear_caches() -> None:
     """Drop every program that ``curvature`` keeps: compiled solves and compiled eager calls.
 
-    A program is kept under the functions that it was compiled for, as long as they live, and at most 1,000 programs of
-    eager calls. So there is seldom a need to call this. What ``jax.jit`` keeps is dropped by ``jax.clear_caches``.
+    A program is kept under the functions that it was compiled for, as long as they live, and at most 1,000 programs are
+    kept. So there is seldom a need to call this. What ``jax.jit`` keeps is dropped by ``jax.clear_caches``.
 
     Returns:
         Nothing.
@@ -54,7 +51,6 @@ def clear_caches() -> None:
         >>> curvature.clear_caches()
     """
     _RESULTS.clear()
-    _PROGRAMS_FOR.clear()
 
 
 def is_traced() -> bool:
@@ -85,20 +81,24 @@ def compiled(program: Callable[..., Any], fun: Objective, operands: Tree) -> Cal
 
 
 def cached(functions: tuple[Any, ...], key: Any, make: Callable[[], T], otherwise: Callable[[], T] | None = None) -> T:
-    """``make()``, stored for these functions and the key until the first of the functions is garbage-collected.
+    """``make()``, stored for these functions and the key until one of the functions is garbage-collected.
 
     Functions that cannot be keys, because they are not hashable or not weakly referable, get ``otherwise()`` at every
-    call, or ``make()`` if that is None.
+    call, or ``make()`` if that is None. If there are too many results, the oldest is dropped.
     """
     try:
         key = tuple(map(weakref.ref, functions)), key
-        known = _RESULTS.setdefault(functions[0], {})
-        if key in known:
-            return known[key]
+        if key in _RESULTS:
+            return _RESULTS[key]
     except TypeError:
         return make() if otherwise is None else otherwise()
-    known[key] = make()
-    return known[key]
+    result = make()
+    if len(_RESULTS) >= _MAX_RESULTS:
+        _RESULTS.pop(next(iter(_RESULTS)), None)
+    _RESULTS[key] = result
+    for function in functions:
+        weakref.finalize(function, _RESULTS.pop, key, None).atexit = False
+    return result
 
 
 def _jit_objective(call: Callable[..., Any], program: Callable[..., Any], quickly: bool) -> Callable[..., Any]:
@@ -159,13 +159,10 @@ def compiled_for(
     quickly = num_entries(data) <= _SMALL
     functions: list[Any] = []
     try:
-        options = tuple(sorted(how.items()))
-        key = program, quickly, _without_functions((structure, static, options), functions)
-        if key not in _PROGRAMS_FOR:
-            _add_program(key, _jit_given(program, quickly), functions)
-        return _PROGRAMS_FOR[key], given, data
-    except TypeError:  # not hashable, or not weakly referable
+        key = program, quickly, _without_functions((structure, static, tuple(sorted(how.items()))), functions)
+    except TypeError:
         return _jit_given(program, quickly), given, data
+    return cached(tuple(functions), key, lambda: _jit_given(program, quickly)), given, data
 
 
 def _is_data(leaf: Any) -> bool:
@@ -173,7 +170,10 @@ def _is_data(leaf: Any) -> bool:
 
 
 def _without_functions(value: Any, functions: list[Any]) -> Any:
-    """A static value with its functions replaced by weak references; the functions are appended to ``functions``."""
+    """A static value in which the numbers that a function has captured replace the function.
+
+    The functions are appended to ``functions``, in order.
+    """
     if isinstance(value, jax.tree_util.PyTreeDef):
         node = _without_functions(value.node_data(), functions)
         return node, tuple(_without_functions(child, functions) for child in value.children())
@@ -183,7 +183,7 @@ def _without_functions(value: Any, functions: list[Any]) -> Any:
         raise TypeError("a bound method is a new object at each access")
     if callable(value) and not isinstance(value, type):
         functions.append(value)
-        return weakref.ref(value), tuple(_captured_values(value, set()))
+        return Callable, tuple(_captured_values(value, set()))
     return type(value), value
 
 
@@ -226,15 +226,6 @@ def _is_set(cell: Any) -> bool:
         return cell.cell_contents is not cell
     except ValueError:  # the variable has no value yet
         return False
-
-
-def _add_program(key: Any, jitted: Callable[..., Any], functions: list[Any]) -> None:
-    """Add a program to the cache until one of its functions dies; drop the oldest program if there are too many."""
-    if len(_PROGRAMS_FOR) >= _MAX_PROGRAMS:
-        _PROGRAMS_FOR.pop(next(iter(_PROGRAMS_FOR)), None)
-    _PROGRAMS_FOR[key] = jitted
-    for function in functions:
-        weakref.finalize(function, _PROGRAMS_FOR.pop, key, None).atexit = False
 
 
 def _jit_given(program: Callable[..., Any], quickly: bool) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The name that an error message begins with: that of the public function which the user has called.
+"""What error messages say: the name of the public function that the user has called, and values.
 
 The rule: a public function carries ``@public``; a function that it returns for a later call carries ``@later``, which
 keeps the name that holds where it is defined; a method carries ``@of_class``; ``calling(name)`` sets any other name.
@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,3 +62,26 @@ def _naming(name_of: Callable[[tuple[Any, ...]], str], function: Callable[P, R])
             return function(*args, **kwargs)
 
     return call
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+_ARRAY_LIKE = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+
+
+def is_array_like(leaf: Any) -> bool:
+    """Whether JAX accepts the leaf as an array or a number."""
+    return isinstance(leaf, _ARRAY_LIKE)
+
+
+def is_static_integer(value: Any) -> bool:
+    """Whether the value is an integer that can set a shape: no boolean, no JAX array."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def describe(value: Any) -> str:
+    """The value, truncated, and its type; for an array only the shape."""
+    if is_array_like(value) and jnp.ndim(value):
+        return f"an array of shape {jnp.shape(value)}"
+    text = repr(value)
+    return f"{text if len(text) < 60 else text[:57] + '...'} of type {type(value).__name__}"

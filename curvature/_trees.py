@@ -11,8 +11,10 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import keystr, tree_flatten_with_path
 from jaxtyping import Array, Float
 
-from curvature import _checks
+from curvature._errors import caller
 from curvature._types import Tree
+
+_MOST_PATHS = 40  # in one message
 
 
 def num_entries(tree: Tree) -> int:
@@ -64,7 +66,17 @@ def select(name: str, tree: Tree, path: str) -> Subtree:
     """The sub-tree at ``path``, possibly a leaf; the empty path is the whole tree. Errors name the option ``name``."""
     nodes = list(_nodes(jax.tree.structure(tree), [keys for keys, _ in tree_flatten_with_path(tree)[0]]))
     found = [node for spelled, node in nodes if spelled == path]
-    _checks.check_path(name, path, len(found), leaf_paths(tree))
+    if len(found) > 1:
+        raise ValueError(
+            f"{caller()}: {name}={path!r} names {len(found)} sub-trees, expected one; rename a key that contains '/'."
+        )
+    if not found:
+        paths = leaf_paths(tree)
+        more = f" and {len(paths) - _MOST_PATHS} more" if len(paths) > _MOST_PATHS else ""
+        raise ValueError(
+            f"{caller()}: {name}={path!r} is no path of x, expected one of {paths[:_MOST_PATHS]}{more}, "
+            "a prefix of them up to a '/', or '' for all of x."
+        )
     return found[0]
 
 

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from curvature._checks._describe import describe, is_array_like
-from curvature._errors import caller
+from curvature._errors import caller, describe, is_array_like
 
 
 def check_callable(name: str, value: Any) -> None:
@@ -52,18 +51,6 @@ def check_floating_output(name: str, out: Any) -> None:
                 f"{caller()}: the output {name}(x){keystr(path)} has dtype {leaf.dtype}, "
                 "expected a real floating dtype."
             )
-
-
-def check_aux_output(name: str, out: Any) -> None:
-    """Refuse an output that is not a pair (value, aux) although ``has_aux=True``."""
-    if not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(f"{caller()}: has_aux=True, but {name} returns {describe(out)}, expected a pair (value, aux).")
-
-
-def illegal_mode(mode: str, blocker: str, legal: list[str]) -> TypeError:
-    """The error for a mode that cannot differentiate the function."""
-    remedy = f"use mode={legal[0]!r} or mode='auto'" if legal else "no other mode is legal either"
-    return TypeError(f"{caller()}: mode={mode!r} is not legal for f because of {blocker}; {remedy}.")
 
 
 def no_legal_mode(blockers: dict[str, str]) -> TypeError:

@@ -1,17 +1,14 @@
-"""Input checks of linear operators: their structures, functions and data."""
+"""Input checks of linear operators: their structures, functions, data and likelihoods."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from curvature._checks._describe import describe, is_array_like
 from curvature._checks._functions import check_callable
 from curvature._checks._trees import check_same_structure
-from curvature._errors import caller
+from curvature._errors import caller, describe, is_array_like
 from curvature._types import Tree
 
 
@@ -37,19 +34,6 @@ def check_scale(scale: Any) -> None:
         raise TypeError(f"{caller()}: an operator times {describe(scale)}, expected one real number; A @ B composes.")
 
 
-def no_structure() -> TypeError:
-    """The error for the structure of ``damping(c)``, which has none."""
-    return TypeError("damping: c I has no structure; add it to an operator, as in op + damping(1e-3).")
-
-
-def no_reverse(name: str, blocker: str) -> TypeError:
-    """The error for a model whose Jacobian cannot be transposed."""
-    return TypeError(
-        f"{caller()}: {name} has no reverse derivative because of {blocker}, and J' w needs it; "
-        "scan, or fori_loop with constant bounds, has both."
-    )
-
-
 def check_static_function(name: str, value: Any) -> None:
     """Refuse anything but a hashable function, which can be a static field of an operator."""
     check_callable(name, value)
@@ -62,74 +46,43 @@ def check_static_function(name: str, value: Any) -> None:
         ) from None
 
 
-def check_reiterable(batches: Any) -> None:
-    """Refuse batches that cannot be iterated over, or only once."""
-    if isinstance(batches, Iterator):
+def check_operator(op: Any) -> None:
+    """Refuse anything but an operator, such as a function ``v -> A v``."""
+    if not (hasattr(op, "linearize") and hasattr(op, "in_structure")):
         raise TypeError(
-            f"{caller()}: batches is {describe(batches)}, which can be iterated over only once, but every product "
-            "goes over all batches; give a list or an object whose __iter__ returns a new iterator."
-        )
-    if not hasattr(batches, "__iter__"):
-        raise TypeError(f"{caller()}: batches is {describe(batches)}, expected an iterable of batches, such as a list.")
-
-
-def check_one_source(num_args: int, chunk_size: Any) -> None:
-    """Refuse ``args`` or ``chunk_size`` together with ``batches``."""
-    if num_args or chunk_size is not None:
-        what = "chunk_size" if chunk_size is not None else f"{num_args} args"
-        raise ValueError(f"{caller()}: batches= and {what} were given; each batch holds all args of the function.")
-
-
-def check_examples(name: str, args: Any) -> int:
-    """The number of examples along the leading axis of all leaves except scalars, which all examples share."""
-    sizes = {
-        name + keystr(path): jnp.shape(leaf)[0] for path, leaf in tree_flatten_with_path(args)[0] if jnp.ndim(leaf)
-    }
-    if not sizes:
-        raise ValueError(f"{caller()}: {name} has no array with a leading axis of examples, expected at least one.")
-    (first_name, size), *others = sizes.items()
-    for leaf_name, other in others:
-        if other != size:
-            raise ValueError(
-                f"{caller()}: {leaf_name} has {other} examples along its leading axis, expected {size} to match "
-                f"{first_name}; close the function over arrays that all examples share."
-            )
-    if not size:
-        raise ValueError(f"{caller()}: {first_name} has no examples, expected at least one.")
-    return size
-
-
-def check_outputs_of_examples(outputs: Any) -> int:
-    """The number of examples along the leading axis of every output."""
-    for path, leaf in tree_flatten_with_path(outputs)[0]:
-        if not leaf.ndim:
-            raise ValueError(
-                f"{caller()}: the output model(x){keystr(path)} is a scalar, expected a leading axis of examples."
-            )
-    return check_examples("model(x)", outputs)
-
-
-def check_untraced(tree: Any) -> None:
-    """Refuse tracers in an operator with ``batches``, which sums on the host."""
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
-        raise TypeError(
-            f"{caller()}: x or v is traced, but batches= are summed on the host, outside jit, vmap and grad; give the "
-            "data as arrays with chunk_size=, pass op itself to a solver such as curvature.cg, or solve with SciPy on "
-            "as_scipy(op)."
+            f"{caller()}: op is {describe(op)}, expected a curvature.LinearOperator, which knows its structure."
         )
 
 
-def check_some_batch(num_batches: int) -> None:
-    """Refuse an iterable without batches."""
-    if not num_batches:
-        raise ValueError(f"{caller()}: batches is empty, expected at least one batch.")
-
-
-def check_logits(likelihood: str, outputs: Any) -> None:
-    """Refuse scalar outputs as logits of a categorical likelihood."""
-    for path, leaf in tree_flatten_with_path(outputs)[0]:
-        if likelihood == "categorical" and not leaf.ndim:
+def check_square_operator(op: Any, *, symmetric: bool = False) -> None:
+    """Refuse an operator that is not square or acts on no entries; with ``symmetric`` also one not known to be it."""
+    check_operator(op)
+    takes, gives = op.in_structure(), op.out_structure()
+    if jax.tree.structure(takes) != jax.tree.structure(gives):
+        raise ValueError(
+            f"{caller()}: op takes {jax.tree.structure(takes)} and gives {jax.tree.structure(gives)}, "
+            "expected a square operator, such as op.T @ op."
+        )
+    for (path, leaf), out in zip(tree_flatten_with_path(takes)[0], jax.tree.leaves(gives), strict=True):
+        if leaf.shape != out.shape:
             raise ValueError(
-                f"{caller()}: likelihood='categorical', but the output model(x){keystr(path)} is a scalar, expected "
-                "logits along its last axis."
+                f"{caller()}: op gives v{keystr(path)} of shape {leaf.shape} the shape {out.shape}, "
+                "expected a square operator, such as op.T @ op."
             )
+    if not sum(leaf.size for leaf in jax.tree.leaves(takes)):
+        raise ValueError(f"{caller()}: op acts on trees without entries, expected at least one number.")
+    if symmetric and not op.is_symmetric:
+        raise ValueError(
+            f"{caller()}: {type(op).__name__} is not known to be symmetric, expected op.is_symmetric; "
+            "say so where it is made, as in MatrixOperator(matrix, is_symmetric=True)."
+        )
+
+
+def check_sampling(kind: str, likelihood: str | None, key: Any) -> None:
+    """Refuse to draw labels without a likelihood or a key."""
+    if kind == "sampled" and likelihood is None:
+        raise ValueError(
+            f"{caller()}: kind='sampled' draws labels and needs likelihood='categorical', 'bernoulli' or 'normal'."
+        )
+    if kind == "sampled" and key is None:
+        raise ValueError(f"{caller()}: kind='sampled' draws labels and needs key=jax.random.key(seed).")

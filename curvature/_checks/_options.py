@@ -1,18 +1,16 @@
 """Input checks of options: names, numbers, counts, keys, argument positions, optional libraries."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, get_args
+import importlib
+from collections.abc import Callable
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from curvature._checks._describe import describe, is_array_like, is_static_integer
-from curvature._errors import caller
+from curvature._errors import caller, describe, is_array_like, is_static_integer
 from curvature._types import ChunkSize
-
-T = TypeVar("T")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -20,41 +18,6 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
     words = get_args(choices) or tuple(choices)
     if not (isinstance(value, str) and value in words):
         raise ValueError(f"{caller()}: {name}={value!r} is unknown, expected one of {', '.join(map(repr, words))}.")
-
-
-def check_order(order: Any) -> None:
-    """Refuse an order of derivatives other than 1 and 2."""
-    if isinstance(order, bool) or order not in (1, 2):
-        raise ValueError(f"{caller()}: order={order!r}, expected 1 or 2.")
-
-
-def spelled(value: Any, names: Iterable[str]) -> Any:
-    """The name that ``value`` spells, in any case, with ``_`` or nothing for ``-``; or else ``value`` itself."""
-
-    def letters(word: str) -> str:
-        return word.lower().replace("-", "").replace("_", "")
-
-    return {letters(name): name for name in names}.get(letters(value), value) if isinstance(value, str) else value
-
-
-def check_method(method: Any, names: tuple[str, ...]) -> str:
-    """The name that ``method`` spells; the caller has handled optax transformations."""
-    name = spelled(method, names)
-    if not (isinstance(name, str) and name in names):
-        raise ValueError(
-            f"{caller()}: method={method!r} is unknown, expected one of {', '.join(map(repr, names))} "
-            "or an optax transformation such as curvature.newton() or optax.lbfgs()."
-        )
-    return name
-
-
-def check_hessian_used(method: Any, used: bool) -> None:
-    """Refuse ``hessian=`` for a method that forms no Hessian and would ignore it."""
-    if not used:
-        raise ValueError(
-            f"{caller()}: hessian= is for the methods that form a Hessian, 'newton', 'trust-exact' and 'cubic-newton'; "
-            f"method={method!r} forms none."
-        )
 
 
 def check_chunk_size(chunk_size: ChunkSize) -> None:
@@ -66,32 +29,11 @@ def check_chunk_size(chunk_size: ChunkSize) -> None:
 
 
 def check_blocks(blocks: Any) -> None:
-    """Refuse anything but the documented values of ``blocks=``; ``check_path`` checks later whether the paths exist."""
+    """Refuse anything but the documented values of ``blocks=``; ``select`` checks later whether the paths exist."""
     is_pair = isinstance(blocks, tuple | list) and len(blocks) == 2 and all(isinstance(path, str) for path in blocks)
     if not (is_pair or blocks is None or (isinstance(blocks, str) and blocks == "diagonal")):
         raise ValueError(
             f"{caller()}: blocks={blocks!r}, expected a pair of paths (rows, columns), 'diagonal', or None for all."
-        )
-
-
-def check_argnums(argnums: Any, num_args: int) -> None:
-    """Refuse ``argnums`` that do not name positional arguments of the call, each once."""
-    positions = argnums if isinstance(argnums, tuple | list) else (argnums,)
-    if not positions:
-        raise ValueError(f"{caller()}: argnums={argnums!r} is empty, expected an integer or a tuple of integers.")
-    for position in positions:
-        if not is_static_integer(position):
-            raise TypeError(f"{caller()}: argnums={argnums!r}, expected an integer or a tuple of integers.")
-        if not -num_args <= position < num_args:
-            raise ValueError(
-                f"{caller()}: argnums={argnums!r} names argument {position}, "
-                f"but f was called with {num_args} positional arguments."
-            )
-    places = [int(position) % num_args for position in positions]
-    if len(set(places)) < len(places):
-        raise ValueError(
-            f"{caller()}: argnums={argnums!r} names an argument twice: among {num_args} positional arguments "
-            f"the ones at {places}, expected each position once."
         )
 
 
@@ -164,24 +106,13 @@ def check_key(key: Any) -> None:
         raise ValueError(f"{caller()}: key has shape {jnp.shape(key)}, expected one key; map over many with jax.vmap.")
 
 
-def require_extra(name: str, value: T | None) -> T:
-    """``value``, a required extra argument of an optimizer's ``update``; refuses None."""
-    if value is None:
-        raise ValueError(
-            f"{caller()}: update() needs {name}=; call "
-            "update(grad, state, params, value=value, grad=grad, value_fn=value_fn), as for optax.lbfgs()."
-        )
-    return value
-
-
-def require_data(args: Any) -> tuple[Any, ...]:
-    """``args=`` of an optimizer's ``update``, the data of the curvature, as a tuple; refuses None."""
-    if args is None:
-        raise ValueError(
-            f"{caller()}: update() needs args=, the data on which the curvature is taken; call "
-            "update(grad, state, params, args=batch), where model(params, *batch) gives the outputs."
-        )
-    return args if type(args) is tuple else (args,)
+def import_extra(module: str, extra: str) -> Any:
+    """An optional library, imported here: not at the top of a module, because it may be slow or not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as failure:
+        check_extra(module.partition(".")[0], extra, failure)
+        raise
 
 
 def check_extra(module: str, extra: str, failure: ImportError | None) -> None:

@@ -1,4 +1,4 @@
-"""Input checks of trees: points, directions, data, paths, Hessians, sparsity patterns."""
+"""Input checks of trees of arrays: points, directions, data, batches."""
 
 import functools
 from typing import Any, NoReturn
@@ -7,15 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.experimental.sparse import BCOO
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from curvature._checks._describe import describe, is_array_like
-from curvature._errors import caller
+from curvature._errors import caller, describe, is_array_like
 from curvature._types import Tree
 
 _HINT = "pass data that is not differentiated through args"
-_MOST_PATHS = 40  # in one message
 
 
 def check_point(name: str, tree: Tree) -> Tree:
@@ -142,34 +139,6 @@ def _matching_leaf(name: str, leaf: Any, x_name: str, x_leaf: Any) -> jax.Array:
     return jnp.asarray(leaf)
 
 
-def check_factor(name: str, factor: Tree, x_name: str, x: Tree) -> Tree:
-    """``factor`` as arrays with the structure and dtypes of ``x`` and an additional leading axis of directions."""
-    check_same_structure(name, factor, x_name, x)
-    (path, first), *_ = tree_flatten_with_path(factor)[0]
-    first_name, num_directions = name + keystr(path), jnp.shape(first)[0] if jnp.ndim(first) else 1
-    if num_directions == 0:
-        raise ValueError(f"{caller()}: {first_name} has shape {jnp.shape(first)}, expected at least one direction.")
-    for (path, leaf), x_leaf in zip(tree_flatten_with_path(factor)[0], jax.tree.leaves(x), strict=True):
-        leaf_name = name + keystr(path)
-        shape: Any = jnp.shape(leaf) if is_array_like(leaf) else ()
-        if len(shape) != x_leaf.ndim + 1 or shape[1:] != x_leaf.shape:
-            raise ValueError(
-                f"{caller()}: {leaf_name} has shape {shape}, expected (K,) + {x_leaf.shape}: a leading axis of "
-                f"K directions before the shape of {x_name}{keystr(path)}."
-            )
-        if shape[0] != num_directions:
-            raise ValueError(
-                f"{caller()}: {leaf_name} has {shape[0]} directions along its leading axis, "
-                f"expected {num_directions} to match {first_name}."
-            )
-        if jnp.result_type(leaf) != x_leaf.dtype:
-            raise TypeError(
-                f"{caller()}: {leaf_name} has dtype {jnp.result_type(leaf)}, expected {x_leaf.dtype} to match "
-                f"{x_name}{keystr(path)}; cast it with .astype({str(x_leaf.dtype)!r})."
-            )
-    return jax.tree.map(jnp.asarray, factor)
-
-
 def check_concrete(operands: dict[str, Any]) -> None:
     """Refuse tracers in named trees of arrays, for functions that need concrete values."""
     for name, tree in operands.items():
@@ -192,84 +161,36 @@ def check_data(args: Any) -> tuple[Any, ...]:
     return args
 
 
-def check_path(name: str, path: Any, num_found: int, paths: list[str]) -> None:
-    """Refuse a path that does not name exactly one sub-tree of a tree whose leaves have ``paths``."""
-    if num_found > 1:
-        raise ValueError(
-            f"{caller()}: {name}={path!r} names {num_found} sub-trees, expected one; rename a key that contains '/'."
-        )
-    if not num_found:
-        more = f" and {len(paths) - _MOST_PATHS} more" if len(paths) > _MOST_PATHS else ""
-        raise ValueError(
-            f"{caller()}: {name}={path!r} is no path of x, expected one of {paths[:_MOST_PATHS]}{more}, "
-            "a prefix of them up to a '/', or '' for all of x."
-        )
+def check_batch(batch: Any) -> None:
+    """Refuse a batch whose leaves do not share a leading axis of examples, or have none."""
+    leaves = tree_flatten_with_path(batch)[0]
+    if not leaves:
+        raise ValueError(f"{caller()}: no batch was given, expected arrays with a leading example axis after params.")
+    for path, leaf in leaves:
+        name = "batch" + keystr(path)
+        if not is_array_like(leaf):
+            raise TypeError(f"{caller()}: {name} is {describe(leaf)}, expected an array with a leading example axis.")
+        if jnp.ndim(leaf) == 0:
+            raise ValueError(
+                f"{caller()}: {name} is a scalar, expected a leading example axis; "
+                "close the loss over what all examples share."
+            )
+    check_examples("batch", batch)
 
 
-def check_path_pair(name: str, paths: Any) -> None:
-    """Refuse anything but two paths."""
-    if not (isinstance(paths, tuple | list) and len(paths) == 2 and all(isinstance(path, str) for path in paths)):
-        raise ValueError(f"{caller()}: {name}={paths!r}, expected a pair of paths, such as ('layers/0', '').")
-
-
-def check_hessian(name: str, blocks: Any, x: Tree) -> list[tuple[Tree, jax.Array]]:
-    """The rows of a Hessian that is a tree like ``x`` of trees like ``x``, each paired with its leaf of ``x``."""
-    structure = jax.tree.structure(x)
-    paths = [keystr(path) for path, _ in tree_flatten_with_path(x)[0]]
-    leaves = jax.tree.leaves(x)
-    try:
-        rows = structure.flatten_up_to(blocks)
-        columns = [structure.flatten_up_to(row) for row in rows]
-    except ValueError as error:
-        raise ValueError(
-            f"{caller()}: {name} is not a tree like x of trees like x, as curvature.hessian returns: {error}"
-        ) from None
-    for row_path, row_leaf, row in zip(paths, leaves, columns, strict=True):
-        for path, leaf, block in zip(paths, leaves, row, strict=True):
-            expected = row_leaf.shape + leaf.shape
-            if jnp.shape(block) != expected:
-                raise ValueError(
-                    f"{caller()}: {name}{row_path}{path} has shape {jnp.shape(block)}, expected {expected}."
-                )
-    return list(zip(rows, leaves, strict=True))
-
-
-def check_pattern(pattern: Any, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The row and column indices of a sparsity pattern from JAX, SciPy or asdex, or of a dense array."""
-    if isinstance(pattern, Tracer) or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(pattern)):
-        raise TypeError(f"{caller()}: pattern is traced, expected a known pattern; prepare outside jit.")
-    if not hasattr(pattern, "shape"):
-        raise TypeError(f"{caller()}: pattern is {describe(pattern)}, expected a sparse matrix or a boolean array.")
-    if tuple(pattern.shape) != shape:
-        raise ValueError(
-            f"{caller()}: pattern has shape {tuple(pattern.shape)}, expected {shape}: a row for each entry of the "
-            "output (of x for a Hessian), a column for each entry of x."
-        )
-    if isinstance(pattern, BCOO):
-        indices = np.asarray(pattern.indices)
-        rows, columns = indices[(indices < np.asarray(shape)).all(axis=1)].T  # padding lies outside
-        return rows, columns
-    if hasattr(pattern, "tocoo"):
-        pattern = pattern.tocoo()
-        return pattern.row, pattern.col
-    if hasattr(pattern, "rows") and hasattr(pattern, "cols"):
-        return np.asarray(pattern.rows), np.asarray(pattern.cols)
-    rows, columns = np.nonzero(np.asarray(pattern))
-    return rows, columns
-
-
-def no_pattern(error: Exception) -> NotImplementedError:
-    """The error for a function whose pattern asdex cannot find."""
-    return NotImplementedError(
-        f"{caller()}: asdex cannot find the pattern of f ({error}); pass pattern=, a dense array of ones if nothing is "
-        "known of it."
-    )
-
-
-def check_index_range(shape: tuple[int, int]) -> None:
-    """Refuse compressed products with more entries than a 32-bit index can count."""
-    if shape[0] * shape[1] > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"{caller()}: {shape[0]:,} products of {shape[1]:,} entries are more than 2^31 - 1 together; "
-            "split x and prepare each part."
-        )
+def check_examples(name: str, args: Any) -> int:
+    """The number of examples along the leading axis of all leaves except scalars, which all examples share."""
+    leaves = [(name + keystr(path), leaf) for path, leaf in tree_flatten_with_path(args)[0] if jnp.ndim(leaf)]
+    if not leaves:
+        raise ValueError(f"{caller()}: {name} has no array with a leading axis of examples, expected at least one.")
+    first_name, first = leaves[0]
+    size = jnp.shape(first)[0]
+    for leaf_name, leaf in leaves:
+        if jnp.shape(leaf)[0] != size:
+            raise ValueError(
+                f"{caller()}: {leaf_name} has {jnp.shape(leaf)[0]} examples along its leading axis, expected {size} to "
+                f"match {first_name}; close the function over arrays that all examples share."
+            )
+    if not size:
+        raise ValueError(f"{caller()}: {first_name} has shape {jnp.shape(first)}, expected at least one example.")
+    return size

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from curvature import _checks, _trees
-from curvature._errors import public
+from curvature._errors import caller, public
 from curvature._types import HessianMode, Objective, Tree
 from curvature.diagnostics import _verdicts
 from curvature.diagnostics._differences import Samples
@@ -79,7 +79,8 @@ def check_derivatives(
     References: Ridders, Accurate computation of F'(x) and F'(x)F''(x) (1982), doi:10.1016/S0141-1195(82)80057-0.
     """
     _checks.check_callable("f", f)
-    _checks.check_order(order)
+    if isinstance(order, bool) or order not in (1, 2):
+        raise ValueError(f"{caller()}: order={order!r}, expected 1 or 2.")
     _checks.check_count("num_directions", num_directions, 1)
     x = _checks.check_point("x", x)
     _checks.check_concrete({"x": x, "args": args})
@@ -126,21 +127,21 @@ def _line(f: Objective, args: tuple[Any, ...], x: Tree, order: int, remarks: lis
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         return jnp.asarray(leaf, jnp.float64) if floating else leaf
 
+    def restrict(x: Tree, args: tuple[Any, ...]) -> tuple[Line, Objective]:
+        fun = _scalar(f, args, _traced.trace(lambda x: (f(x, *args), None), x))
+        return Line(fun, x, order), fun
+
     wide_x, wide_args = jax.tree.map(widen, x), jax.tree.map(widen, args)
     try:
-        own = _traced.trace(lambda x: (f(x, *wide_args), None), wide_x)
-        fun, point = _scalar(f, wide_args, own), wide_x
-        line = Line(fun, point, order)
+        line, fun = restrict(wide_x, wide_args)
     except (TypeError, ValueError) as error:
+        line, fun = restrict(x, args)  # raises again if double precision was not the reason
         first = next(iter(str(error).splitlines()), "")
-        own = _traced.trace(lambda x: (f(x, *args), None), x)
-        fun, point = _scalar(f, args, own), x
-        line = Line(fun, point, order)  # raises again if double precision was not the reason
         remarks.append(f"f does not take double precision, so differences are rough: {first}")
-        return line, fun, point
+        return line, fun, x
     if line.eps > np.finfo(np.float64).eps:
         remarks.append(f"f returns {line.out_dtype} even for float64 arguments, so differences are rough.")
-    return line, fun, point
+    return line, fun, wide_x
 
 
 def _assembled(fun: Objective, x: Tree, line: Line, remarks: list[str]) -> np.ndarray | None:

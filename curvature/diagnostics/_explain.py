@@ -220,12 +220,10 @@ def _leaves_without(program: _traced.Program) -> tuple[tuple[str, ...], tuple[st
     if program.jaxpr is None:
         return (), ()
     unused = _inert_leaves(program)
-    if not program.is_scalar:
+    legal = [mode for mode in ("rev", "fwd") if program.blocker(mode) is None]
+    if not (program.is_scalar and legal):
         return unused, ()
-    inner = next((mode for mode in ("rev", "fwd") if program.blocker(mode) is None), None)
-    if inner is None:
-        return unused, ()
-    return unused, _inert_leaves(program.reverse if inner == "rev" else program.forward)
+    return unused, _inert_leaves(program.reverse if legal[0] == "rev" else program.forward)
 
 
 def _inert_leaves(program: _traced.Program) -> tuple[str, ...]:

@@ -113,12 +113,14 @@ class Line:
 
     def values(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The values at ``h`` and at ``-h`` for each step."""
-        plus, minus = np.split(np.asarray(self._values_along(self._direction(direction)), np.float64), 2)
-        return plus, minus
+        return self._halves(self._values_along, direction)
 
     def gradients(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The gradients at ``h`` and at ``-h`` for each step, along axis 0."""
-        plus, minus = np.split(np.asarray(self._gradients_along(self._direction(direction)), np.float64), 2)
+        return self._halves(self._gradients_along, direction)
+
+    def _halves(self, along: Callable[[Array], Array], direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        plus, minus = np.split(np.asarray(along(self._direction(direction)), np.float64), 2)
         return plus, minus
 
     def product(self, direction: np.ndarray) -> np.ndarray:

@@ -119,21 +119,17 @@ def _compare(
 
 def agreement(name: str, results: Mapping[str, np.ndarray], line: Line, size: float) -> DerivativeCheck:
     """Whether several modes agree on a derivative; ``size`` is the magnitude of the function that is differentiated."""
-    tolerance = line.eps**0.5
-    if not all(np.isfinite(result).all() for result in results.values()):
-        bad = [mode for mode, result in results.items() if not np.isfinite(result).all()]
+    bad = [mode for mode, result in results.items() if not np.isfinite(result).all()]
+    if bad:
         good = [mode for mode in results if mode not in bad]
         sentence = f"{', '.join(bad)} gives NaN or infinity" + (f" where {', '.join(good)} does not." if good else ".")
-        return DerivativeCheck(name, "not finite", np.inf, tolerance, sentence)
+        return _not_finite(name, line, sentence)
     differences = [
         (_relative(one - other, max(np.linalg.norm(one), np.linalg.norm(other)) + _floor(line, size)), first, second)
         for (first, one), (second, other) in itertools.combinations(results.items(), 2)
     ]
-    if not differences:
-        return DerivativeCheck(name, "passed", 0.0, tolerance)
-    error, first, second = max(differences)
-    sentence = f"{first} and {second} differ by {error:.1e} of the norm." if error > tolerance else ""
-    return DerivativeCheck(name, "wrong" if error > tolerance else "passed", error, tolerance, sentence)
+    error, first, second = max(differences, default=(0.0, "", ""))
+    return _identity(name, line, error, f"{first} and {second} differ by {error:.1e} of the norm.")
 
 
 def assembled(
@@ -175,34 +171,42 @@ def blame_rule(symmetric: DerivativeCheck, line: Line) -> DerivativeCheck:
 
 def symmetry(line: Line, directions: Sequence[Direction], products: np.ndarray, size: float) -> DerivativeCheck:
     """``u'Hv = v'Hu`` for all pairs of directions; ``size`` is the norm of the gradient."""
-    name, tolerance = "H is symmetric", line.eps**0.5
     if not np.isfinite(products).all():
-        return DerivativeCheck(name, "not finite", np.inf, tolerance, "H v has NaN or infinity.")
+        return _not_finite("H is symmetric", line, "H v has NaN or infinity.")
     vectors = np.stack([direction.vector for direction in directions])
     forms = vectors @ products.T
     reach = np.outer(np.linalg.norm(vectors, axis=1), np.linalg.norm(products, axis=1) + _floor(line, size))
     reach = np.maximum(reach, reach.T)
     ratio = np.abs(forms - forms.T) / np.where(reach > 0, reach, 1.0)
     i, j = (int(k) for k in np.unravel_index(np.argmax(ratio), ratio.shape))
-    error = float(ratio[i, j])
-    if error <= tolerance:
-        return DerivativeCheck(name, "passed", error, tolerance)
     u, v = directions[i], directions[j]
     one, other = (form / (line.unit(u) * line.unit(v)) for form in (forms[i, j], forms[j, i]))
     sentence = f"with u: {u.label} and v: {v.label}, u'Hv is {one:.10g} and v'Hu is {other:.10g}."
-    return DerivativeCheck(name, "wrong", error, tolerance, sentence)
+    return _identity("H is symmetric", line, float(ratio[i, j]), sentence)
 
 
 def linearity(line: Line, pair: np.ndarray, size: float) -> DerivativeCheck:
     """``H(2u - 3v) = 2Hu - 3Hv``; ``size`` is the norm of the gradient."""
-    name, tolerance = "H v is linear in v", line.eps**0.5
     of_u, of_v = 2 * line.product(pair[0]), 3 * line.product(pair[1])
     of_sum = line.product(2 * pair[0] - 3 * pair[1])
     if not np.isfinite(np.concatenate([of_u, of_v, of_sum])).all():
-        return DerivativeCheck(name, "not finite", np.inf, tolerance, "H v has NaN or infinity.")
+        return _not_finite("H v is linear in v", line, "H v has NaN or infinity.")
     error = _relative(of_sum - (of_u - of_v), np.linalg.norm(of_u) + np.linalg.norm(of_v) + _floor(line, size))
-    sentence = f"H(2u - 3v) differs from 2Hu - 3Hv by {error:.1e} of their norms." if error > tolerance else ""
-    return DerivativeCheck(name, "wrong" if error > tolerance else "passed", error, tolerance, sentence)
+    return _identity(
+        "H v is linear in v", line, error, f"H(2u - 3v) differs from 2Hu - 3Hv by {error:.1e} of their norms."
+    )
+
+
+def _identity(name: str, line: Line, error: float, sentence: str) -> DerivativeCheck:
+    """The check of an identity that holds to ``sqrt(eps)``; the sentence is for a failure."""
+    tolerance = line.eps**0.5
+    if error <= tolerance:
+        return DerivativeCheck(name, "passed", error, tolerance)
+    return DerivativeCheck(name, "wrong", error, tolerance, sentence)
+
+
+def _not_finite(name: str, line: Line, sentence: str) -> DerivativeCheck:
+    return DerivativeCheck(name, "not finite", np.inf, line.eps**0.5, sentence)
 
 
 def _floor(line: Line, size: float) -> float:

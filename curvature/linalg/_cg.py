@@ -1,6 +1,7 @@
 """Conjugate gradients: ``cg`` with restarts and a check of curvature, and Steihaug's method in a trust region."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,16 +13,7 @@ from curvature._errors import public
 from curvature._numerics import dot, norm
 from curvature._types import Scalar, SolveInfo, Status, Tree, Vector, VectorMap
 from curvature.linalg._host_loop import call_solver
-from curvature.linalg._linear_system import (
-    Correction,
-    Operator,
-    by_iteration,
-    check_system,
-    implicit_solution,
-    linear_system,
-    refine,
-    where_status,
-)
+from curvature.linalg._linear_system import Correction, check_system, refine, solve_by_iteration, where_status
 from curvature.operators._base import LinearOperator
 
 
@@ -80,12 +72,7 @@ def cg(
     References: Nocedal and Wright, Numerical Optimization, 2nd ed. (2006), algorithm 5.3.
     """
     b, rtol, limit = check_system(b, rtol, max_steps)
-    return call_solver(_cg, op, b, rtol, limit, preconditioner)
-
-
-def _cg(op: Operator, b: Tree, rtol: ArrayLike, limit: Int[Array, ""], preconditioner: Operator | None) -> Any:
-    system = linear_system(op, b, limit, preconditioner)
-    return implicit_solution(system, by_iteration(restarted_cg, system, rtol))
+    return call_solver(_solve, op, b, rtol, limit, preconditioner)
 
 
 class CGState(NamedTuple):
@@ -209,3 +196,6 @@ def restarted_cg(
         return Correction(state.x, state.step, status, state.min_curvature, state.direction), ()
 
     return refine(product, b, correct, rtol, limit)
+
+
+_solve = partial(solve_by_iteration, restarted_cg)

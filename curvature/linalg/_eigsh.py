@@ -1,6 +1,5 @@
 """``eigsh``: block Lanczos with thick restarts for the extreme eigenpairs of a symmetric operator."""
 
-import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from curvature import _checks
 from curvature._errors import public
 from curvature._numerics import matmul, norm
+from curvature._trees import num_entries
 from curvature._types import Scalar, Tree, Vector
 from curvature.linalg._host_loop import call_solver
 from curvature.linalg._lanczos import orthonormal_rows, random_rows
@@ -104,12 +104,9 @@ def eigsh(
     _checks.check_choice("which", which, Which)
     _checks.check_nonnegative("rtol", rtol)
     _checks.check_count("max_steps", max_steps)
-    structure = op.in_structure()
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure))
-    _checks.check_size("k", k, size, "the number of columns of op")
+    _checks.check_size("k", k, num_entries(op.in_structure()), "the number of columns of op")
     key = jax.random.key(0) if key is None else key
-    operands = key, jnp.asarray(rtol), jnp.asarray(max_steps, jnp.int32)
-    return call_solver(_eigsh, op, *operands, k=k, which=which)
+    return call_solver(_eigsh, op, key, jnp.asarray(rtol), jnp.asarray(max_steps, jnp.int32), k=k, which=which)
 
 
 def _eigsh(op: LinearOperator, key: PRNGKeyArray, rtol: Array, max_steps: Array, k: int, which: Which) -> Eigenpairs:

@@ -12,12 +12,13 @@ from curvature import _checks
 from curvature._numerics import exponent_of, norm
 from curvature._trees import ravel
 from curvature._types import Scalar, SolveInfo, Status, Tree, Vector, VectorMap
-from curvature.operators._base import DampingOperator, LinearOperator, zeros
-from curvature.operators._streamed import has_placeholder
+from curvature.linalg._host_loop import has_placeholder
+from curvature.operators._base import DampingOperator, LinearOperator
+from curvature.operators._pytrees import zeros
 
 Operator = LinearOperator | Callable[[Tree], Tree]
-Method = Callable[[VectorMap, Vector], tuple[Vector, SolveInfo]]
-"""``method(product, b) -> (x, info)`` for a right-hand side with entries of order 1."""
+Method = Callable[[VectorMap, Vector, Int[Array, ""]], tuple[Vector, SolveInfo]]
+"""``method(product, b, limit of steps) -> (x, info)`` for a right-hand side with entries of order 1."""
 
 
 class System(NamedTuple):
@@ -50,17 +51,13 @@ def check_system(b: Tree, rtol: ArrayLike, max_steps: ArrayLike | None) -> tuple
 def linear_system(op: Operator, b: Tree, limit: Int[Array, ""], preconditioner: Operator | None) -> System:
     """The system on vectors, with the operator linearized once."""
     product, b = checked_product("op", op, b)
-    inverse: Callable[[Tree], Tree] = _identity
+    inverse = None
     if preconditioner is not None:
         inverse, b = checked_product("preconditioner", preconditioner, b)
     flat, unravel = ravel(b)
+    precondition = (lambda r: r) if inverse is None else _on_vectors(inverse, unravel)
     streamed = has_placeholder((op, preconditioner))
-    on_vectors = _identity if preconditioner is None else _on_vectors(inverse, unravel)
-    return System(_on_vectors(product, unravel), flat, on_vectors, unravel, limit, streamed)
-
-
-def _identity(tree: Tree) -> Tree:
-    return tree
+    return System(_on_vectors(product, unravel), flat, precondition, unravel, limit, streamed)
 
 
 def checked_product(name: str, op: Operator, b: Tree) -> tuple[Callable[[Tree], Tree], Tree]:
@@ -89,10 +86,25 @@ def _on_vectors(fun: Callable[[Tree], Tree], unravel: Callable[[Array], Tree]) -
 def by_iteration(restarted: Callable[..., tuple[Vector, SolveInfo]], system: System, rtol: Any) -> Method:
     """The method that runs ``restarted(product, b, rtol, limit, precondition)``: restarted CG or MINRES."""
 
-    def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
-        return restarted(product, unit, rtol, system.limit, unit_preconditioner(system.precondition, unit))
+    def method(product: VectorMap, unit: Vector, limit: Int[Array, ""]) -> tuple[Vector, SolveInfo]:
+        # Scaled by a power of two, so that its product with the right-hand side has entries of order 1.
+        exponent = exponent_of(system.precondition(unit))
+        return restarted(product, unit, rtol, limit, lambda r: jnp.ldexp(system.precondition(r), -exponent))
 
     return method
+
+
+def solve_by_iteration(
+    restarted: Callable[..., tuple[Vector, SolveInfo]],
+    op: Operator,
+    b: Tree,
+    rtol: ArrayLike,
+    limit: Int[Array, ""],
+    preconditioner: Operator | None,
+) -> tuple[Tree, SolveInfo]:
+    """The solution by ``restarted``, with its implicit derivative."""
+    system = linear_system(op, b, limit, preconditioner)
+    return implicit_solution(system, by_iteration(restarted, system, rtol))
 
 
 def implicit_solution(system: System, method: Method) -> tuple[Tree, SolveInfo]:
@@ -104,7 +116,7 @@ def implicit_solution(system: System, method: Method) -> tuple[Tree, SolveInfo]:
     def solve(product: VectorMap, b: Vector) -> tuple[Vector, SolveInfo]:
         exponent = exponent_of(b)
         unit = jnp.ldexp(b, -exponent)  # entries at most 1: no square overflows or underflows in single precision
-        x, info = method(product, unit)
+        x, info = method(product, unit, system.limit)
         solution = jnp.ldexp(x, exponent)
         status = _after_scaling(x, solution, info.status)
         return solution, info._replace(status=status, residual_norm=jnp.ldexp(info.residual_norm, exponent))
@@ -123,12 +135,6 @@ def _after_scaling(x: Vector, solution: Vector, status: Int[Array, ""]) -> Int[A
     converged = status == Status.CONVERGED
     status = where_status(converged & underflows, Status.STALLED, status)
     return where_status(converged & ~jnp.all(jnp.isfinite(solution)), Status.NONFINITE, status)
-
-
-def unit_preconditioner(precondition: VectorMap, unit: Vector) -> VectorMap:
-    """The preconditioner scaled by a power of two, so that its product with ``unit`` has entries of order 1."""
-    exponent = exponent_of(precondition(unit))
-    return lambda r: jnp.ldexp(precondition(r), -exponent)
 
 
 class Correction(NamedTuple):

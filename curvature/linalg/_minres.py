@@ -1,6 +1,7 @@
 """MINRES: the minimum residual method for symmetric operators that may be indefinite or singular."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,16 +13,7 @@ from curvature._errors import public
 from curvature._numerics import dot, exponent_of
 from curvature._types import Scalar, SolveInfo, Status, Tree, Vector, VectorMap
 from curvature.linalg._host_loop import call_solver
-from curvature.linalg._linear_system import (
-    Correction,
-    Operator,
-    by_iteration,
-    check_system,
-    implicit_solution,
-    linear_system,
-    refine,
-    where_status,
-)
+from curvature.linalg._linear_system import Correction, check_system, refine, solve_by_iteration, where_status
 from curvature.operators._base import LinearOperator
 
 _LEAST_SQUARES = 10  # Heuristic: A r counts as zero below this number of rounding units
@@ -79,12 +71,7 @@ def minres(
         section 2.2 and theorem 3.1.
     """
     b, rtol, limit = check_system(b, rtol, max_steps)
-    return call_solver(_minres, op, b, rtol, limit, preconditioner)
-
-
-def _minres(op: Operator, b: Tree, rtol: ArrayLike, limit: Int[Array, ""], preconditioner: Operator | None) -> Any:
-    system = linear_system(op, b, limit, preconditioner)
-    return implicit_solution(system, by_iteration(restarted_minres, system, rtol))
+    return call_solver(_solve, op, b, rtol, limit, preconditioner)
 
 
 def restarted_minres(
@@ -235,3 +222,6 @@ def _minres_step(state: _State, product: VectorMap, precondition: VectorMap) -> 
         min_curvature=jnp.where(lower, curvature, state.min_curvature),
         direction=jnp.where(lower, v, state.direction),
     )
+
+
+_solve = partial(solve_by_iteration, restarted_minres)

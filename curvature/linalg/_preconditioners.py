@@ -1,7 +1,5 @@
 """Preconditioners for the iterative solvers: Jacobi (diagonal) and randomized Nyström."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -13,7 +11,8 @@ from curvature._numerics import exponent_of, matmul, rounding_level
 from curvature._trees import ravel
 from curvature._types import ChunkSize, Tree
 from curvature.linalg._host_loop import call_solver
-from curvature.operators._base import LinearOperator, Product, register_operator, structure_of, zeros
+from curvature.operators._base import LinearOperator, Product
+from curvature.operators._pytrees import register_operator, structure_of, zeros
 from curvature.transforms._chunks import vmap
 
 
@@ -29,9 +28,6 @@ class DiagonalPreconditioner(LinearOperator):
 
     def in_structure(self) -> Tree:
         return structure_of(self.inverse)
-
-    def out_structure(self) -> Tree:
-        return self.in_structure()
 
 
 @public
@@ -92,9 +88,6 @@ class NystromPreconditioner(LinearOperator):
     def in_structure(self) -> Tree:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self.vectors)
 
-    def out_structure(self) -> Tree:
-        return self.in_structure()
-
 
 @public
 def nystrom_preconditioner(
@@ -135,20 +128,17 @@ def nystrom_preconditioner(
     """
     _checks.check_operator(op)
     _checks.check_nonnegative("damping", damping)
-    operands = key, jnp.asarray(damping)
-    return call_solver(_nystrom, op, *operands, rank=rank, chunk_size=chunk_size)
+    return call_solver(_nystrom, op, key, jnp.asarray(damping), rank=rank, chunk_size=chunk_size)
 
 
 def _nystrom(
     op: LinearOperator, key: PRNGKeyArray, damping: Array, rank: int, chunk_size: ChunkSize
 ) -> NystromPreconditioner:
-    structure = op.in_structure()
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(structure))
-    _checks.check_size("rank", rank, size, "the number of columns of op")
-    example, unravel = ravel(zeros(structure))
+    example, unravel = ravel(zeros(op.in_structure()))
+    _checks.check_size("rank", rank, example.size, "the number of columns of op")
     product = op.linearize()
 
-    test, _ = jnp.linalg.qr(jax.random.normal(key, (size, rank), example.dtype))
+    test, _ = jnp.linalg.qr(jax.random.normal(key, (example.size, rank), example.dtype))
     sketch = vmap(lambda row: ravel(product(unravel(row)))[0], chunk_size=chunk_size)(test.T)
     exponent = exponent_of(sketch.reshape(-1))
     unit = jnp.ldexp(sketch, -exponent)  # no square overflows or underflows in single precision

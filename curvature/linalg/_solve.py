@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
-from curvature._errors import public
+from curvature._errors import caller, public
 from curvature._numerics import dot, matmul
 from curvature._trees import ravel
 from curvature._types import Matrix, SolveInfo, Status, Tree, Vector, VectorMap
@@ -26,12 +26,12 @@ from curvature.linalg._linear_system import (
     implicit_solution,
     linear_system,
     refine,
-    unit_preconditioner,
     where_status,
 )
 from curvature.linalg._minres import restarted_minres
 from curvature.linalg._subproblems import pseudo_inverse, scaling
-from curvature.operators._base import DampingOperator, LinearOperator, SumOperator, zeros
+from curvature.operators._base import DampingOperator, LinearOperator, SumOperator
+from curvature.operators._pytrees import zeros
 from curvature.transforms._chunks import vmap
 
 SolveMethod = Literal["auto", "cg", "minres", "cholesky", "eigh", "woodbury"]
@@ -114,28 +114,25 @@ def _solve(
 ) -> tuple[Tree, SolveInfo]:
     system = linear_system(op, b, limit, preconditioner)
     if method == "auto":
-        method = "cholesky" if system.b.size <= _SMALL else "cg"
-        return implicit_solution(system, _with_fallback(system, method, rtol))
+        return implicit_solution(system, _with_fallback(system, rtol))
     if method == "woodbury":
         return implicit_solution(system, _by_woodbury(system, op, rtol))
     return implicit_solution(system, _METHODS[method](system, rtol))
 
 
-def _with_fallback(system: System, first: str, rtol: Any) -> Method:
-    """``first``, and if it finds negative curvature a method for indefinite systems."""
-    matrix = _matrix(system) if first == "cholesky" else None
-    attempt = _METHODS["cg"](system, rtol) if matrix is None else _by_cholesky(system, rtol, matrix)
-    inverse = None if matrix is None else _correct_by_eigh(matrix)
+def _with_fallback(system: System, rtol: Any) -> Method:
+    """A method for positive definite systems, and if it finds negative curvature a method for indefinite systems."""
+    if system.b.size <= _SMALL:
+        matrix = _matrix(system)
+        first, second = _by_cholesky(system, rtol, matrix), _by_eigh(system, rtol, matrix)
+    else:
+        first, second = (by_iteration(restarted, system, rtol) for restarted in (restarted_cg, restarted_minres))
 
-    def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
-        x, info = attempt(product, unit)
+    def method(product: VectorMap, unit: Vector, limit: Int[Array, ""]) -> tuple[Vector, SolveInfo]:
+        x, info = first(product, unit, limit)
         failed = info.status == Status.NEGATIVE_CURVATURE
-        limit = jnp.where(failed, system.limit, 0)  # not cond, which under vmap would always run both branches
-        if inverse is None:
-            precondition = unit_preconditioner(system.precondition, unit)
-            other, other_info = restarted_minres(product, unit, rtol, limit, precondition)
-        else:
-            other, other_info = refine(product, unit, inverse, rtol, limit)
+        # No steps if it has not failed; not cond, which under vmap would always run both branches.
+        other, other_info = second(product, unit, jnp.where(failed, limit, 0))
         lower = other_info.min_curvature < info.min_curvature
         other_info = other_info._replace(
             num_steps=info.num_steps + other_info.num_steps,
@@ -180,14 +177,11 @@ def _by_cholesky(system: System, rtol: Any, matrix: Matrix | None = None) -> Met
         status = where_status(definite, Status.RUNNING, failure)
         return Correction(step, jnp.ones_like(status), status, curvature, direction), ()
 
-    return _refined(system, rtol, correct)
+    return _refined(rtol, correct)
 
 
-def _by_eigh(system: System, rtol: Any) -> Method:
-    return _refined(system, rtol, _correct_by_eigh(_matrix(system)))
-
-
-def _correct_by_eigh(matrix: Matrix) -> Callable[..., tuple[Correction, Any]]:
+def _by_eigh(system: System, rtol: Any, matrix: Matrix | None = None) -> Method:
+    matrix = _matrix(system) if matrix is None else matrix
     eigenvalues, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
     inverse = pseudo_inverse(eigenvalues, vectors)
 
@@ -195,14 +189,11 @@ def _correct_by_eigh(matrix: Matrix) -> Callable[..., tuple[Correction, Any]]:
         status = where_status(jnp.all(jnp.isfinite(eigenvalues)), Status.RUNNING, Status.NONFINITE)
         return Correction(inverse(r), jnp.ones_like(status), status, eigenvalues[0], vectors[:, 0]), ()
 
-    return correct
+    return _refined(rtol, correct)
 
 
-def _refined(system: System, rtol: Any, correct: Callable[..., tuple[Correction, Any]]) -> Method:
-    def method(product: VectorMap, unit: Vector) -> tuple[Vector, SolveInfo]:
-        return refine(product, unit, correct, rtol, system.limit)
-
-    return method
+def _refined(rtol: Any, correct: Callable[..., tuple[Correction, Any]]) -> Method:
+    return lambda product, unit, limit: refine(product, unit, correct, rtol, limit)
 
 
 def _by_woodbury(system: System, op: Any, rtol: Any) -> Method:
@@ -233,7 +224,7 @@ def _by_woodbury(system: System, op: Any, rtol: Any) -> Method:
         running = jnp.full_like(curvature, Status.RUNNING, jnp.int32)
         return Correction(step, jnp.ones_like(running), running, curvature, step), ()
 
-    return _refined(system, rtol, correct)
+    return _refined(rtol, correct)
 
 
 def _damped_factors(op: Any) -> tuple[LinearOperator, LinearOperator | None, Float[Array, ""]]:
@@ -242,9 +233,15 @@ def _damped_factors(op: Any) -> tuple[LinearOperator, LinearOperator | None, Flo
     shifts = [term.scale for term in terms if isinstance(term, DampingOperator)]
     others = [term for term in terms if not isinstance(term, DampingOperator)]
     if len(others) != 1 or not hasattr(others[0], "factors"):
-        raise _checks.no_factors(op)
+        raise TypeError(
+            f"{caller()}: method='woodbury' needs one term with factors() -> (J, M), as a Gauss-Newton operator, plus "
+            f"damping; op is {type(op).__name__}. Use another method, such as 'cg'."
+        )
     if not shifts:
-        raise _checks.no_damping()
+        raise TypeError(
+            f"{caller()}: method='woodbury' needs A = J' M J + c I, but op has no damping; add it, as in "
+            "op + damping(1e-3)."
+        )
     jac, weight = others[0].factors()
     return jac, weight, sum(shifts[1:], shifts[0])
 

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from curvature import _checks, _trees
-from curvature._errors import public
+from curvature._errors import caller, describe, public
 from curvature._numerics import dot, matmul
 from curvature._types import ChunkSize, Vector
 from curvature.linalg._host_loop import call_solver
@@ -96,8 +96,7 @@ def logdet(
     _checks.check_static_count("num_samples", num_samples, 2)
     _checks.check_static_count("num_steps", num_steps, 2)
     _checks.check_chunk_size(chunk_size)
-    how = {"num_samples": num_samples, "num_steps": num_steps, "chunk_size": chunk_size}
-    return call_solver(_logdet, op, key, **how)
+    return call_solver(_logdet, op, key, num_samples=num_samples, num_steps=num_steps, chunk_size=chunk_size)
 
 
 def _logdet(op: LinearOperator, key: Key, num_samples: int, num_steps: int, chunk_size: ChunkSize) -> Estimate:
@@ -173,7 +172,10 @@ def spectral_density(
     _checks.check_static_count("num_steps", num_steps, 1)
     _checks.check_chunk_size(chunk_size)
     if grid is not None:
-        _checks.check_grid(grid)
+        dtype = getattr(grid, "dtype", None)
+        if dtype is None or jnp.ndim(grid) != 1 or not jnp.issubdtype(dtype, jnp.floating):
+            came = describe(grid)
+            raise ValueError(f"{caller()}: grid is {came}, expected a vector of floats such as jnp.linspace.")
     if width is not None:
         _checks.check_positive("width", width)
         width = jnp.asarray(width)
@@ -201,7 +203,13 @@ def _spectral_density(
 
     nodes, weights = vmap(quadrature, chunk_size=chunk_size)(jax.random.split(key, (num_samples, 2)))
     least, largest = jnp.min(nodes), jnp.max(nodes)
-    sigma = _default_width(least, largest, steps) if width is None else jnp.asarray(width, nodes.dtype)
+    if width is None:
+        # The range over the number of steps; for a range within rounding, the finest width that the grid resolves.
+        size = jnp.maximum(jnp.abs(least), jnp.abs(largest))
+        sigma = jnp.maximum((largest - least) / steps, 1000 * jnp.finfo(size.dtype).eps * size)
+        sigma = jnp.where(sigma == 0, 1, sigma)
+    else:
+        sigma = jnp.asarray(width, nodes.dtype)
     if grid is None:
         grid = jnp.linspace(least - _MARGIN * sigma, largest + _MARGIN * sigma, max(_GRID, 4 * steps))
     points = grid.astype(nodes.dtype)
@@ -212,13 +220,6 @@ def _spectral_density(
 
     densities = mean_of(vmap(density, chunk_size=chunk_size)(nodes, weights))
     return SpectralDensity(points, densities.value, densities.standard_error, nodes, weights)
-
-
-def _default_width(least: Array, largest: Array, steps: int) -> Array:
-    """The range over the number of steps; for a range within rounding, the finest width that the grid resolves."""
-    size = jnp.maximum(jnp.abs(least), jnp.abs(largest))
-    width = jnp.maximum((largest - least) / steps, 1000 * jnp.finfo(size.dtype).eps * size)
-    return jnp.where(width == 0, 1, width)
 
 
 def _quadratic_log(product: Callable[[Vector], Vector], probe: Vector, key: Key, steps: int) -> tuple[Array, Array]:

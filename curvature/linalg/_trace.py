@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvature import _checks, _trees
-from curvature._errors import public
+from curvature._errors import caller, public
 from curvature._numerics import dot, exponent_of, matmul
 from curvature._trees import ravel
 from curvature._types import ChunkSize, Tree, Vector
@@ -89,8 +89,7 @@ def trace(
     _checks.check_static_count("num_samples", num_samples, 2)
     _checks.check_choice("method", method, TraceMethod)
     _checks.check_chunk_size(chunk_size)
-    how = {"num_samples": num_samples, "method": method, "chunk_size": chunk_size}
-    return call_solver(_trace, op, key, **how)
+    return call_solver(_trace, op, key, num_samples=num_samples, method=method, chunk_size=chunk_size)
 
 
 def _trace(op: LinearOperator, key: Key, num_samples: int, method: TraceMethod, chunk_size: ChunkSize) -> Estimate:
@@ -145,7 +144,9 @@ def diagonal(
     """
     _checks.check_chunk_size(chunk_size)
     if key is None and num_samples is not None:
-        raise _checks.samples_without_key()
+        raise ValueError(
+            f"{caller()}: num_samples= without key=; give a key to estimate, or neither for the exact answer."
+        )
     num_samples = 32 if num_samples is None else num_samples
     if key is not None:
         _checks.check_key(key)

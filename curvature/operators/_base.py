@@ -14,9 +14,6 @@ from curvature._errors import calling, of_class, public
 from curvature._trees import num_entries, ravel
 from curvature._types import ChunkSize, Tree
 from curvature.operators._pytrees import register_operator, static, zeros
-from curvature.operators._pytrees import replace as replace
-from curvature.operators._pytrees import set_fields as set_fields
-from curvature.operators._pytrees import structure_of as structure_of
 from curvature.transforms._blocks import side_by_side
 from curvature.transforms._jacobian import map_basis
 
@@ -31,7 +28,8 @@ class LinearOperator(ABC):
     the same shapes never retraces. ``A @ v`` and ``A.mv(v)`` apply the operator to a tree, and ``A @ B`` composes.
     ``A.T``, ``A + B``, ``A - B``, ``-A``, ``2.0 * A`` and ``A + damping(1e-3)`` are operators too.
 
-    A subclass defines ``mv``, ``in_structure`` and ``out_structure``, and ``linearize`` if products share work.
+    A subclass defines ``mv`` and ``in_structure``; ``out_structure`` if it is not square, and ``linearize`` if products
+    share work.
     """
 
     __array_ufunc__ = None  # NumPy then calls the reflected methods of the operator instead of broadcasting
@@ -47,9 +45,9 @@ class LinearOperator(ABC):
     def in_structure(self) -> Tree:
         """A tree of ``jax.ShapeDtypeStruct``, shaped like ``v``."""
 
-    @abstractmethod
     def out_structure(self) -> Tree:
-        """A tree of ``jax.ShapeDtypeStruct``, shaped like ``A v``."""
+        """A tree of ``jax.ShapeDtypeStruct``, shaped like ``A v``: by default like ``v``."""
+        return self.in_structure()
 
     def linearize(self) -> Product:
         """The map ``v -> A v``; everything that does not depend on ``v`` is evaluated once.
@@ -199,10 +197,8 @@ class SumOperator(LinearOperator):
     def out_structure(self) -> Tree:
         return self._structured().out_structure()
 
-    @public
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
         """The sum of the matrices of the terms, each formed in its cheapest way; see ``LinearOperator``."""
-        _checks.check_chunk_size(chunk_size)
         matrices = [term.as_matrix(chunk_size) for term in self.terms if not isinstance(term, DampingOperator)]
         total = sum(matrices[1:], matrices[0])
         for term in self.terms:
@@ -210,10 +206,8 @@ class SumOperator(LinearOperator):
                 total = total + term.scale.astype(total.dtype) * jnp.eye(len(total), dtype=total.dtype)
         return total
 
-    @public
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
         """The sum of the diagonals of the terms, each computed in its cheapest way; see ``LinearOperator``."""
-        _checks.check_chunk_size(chunk_size)
         ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), self.in_structure())
         return _total(
             [term.mv(ones) if isinstance(term, DampingOperator) else term.diagonal(chunk_size) for term in self.terms]
@@ -245,16 +239,12 @@ class ScaledOperator(LinearOperator):
         product = self.operator.linearize()
         return lambda v: scaled(self.scale, product(v))
 
-    @public
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
         """A multiple of the matrix of ``A``, formed in its cheapest way; see ``LinearOperator``."""
-        _checks.check_chunk_size(chunk_size)
         return scaled(self.scale, self.operator.as_matrix(chunk_size))
 
-    @public
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
         """A multiple of the diagonal of ``A``, computed in its cheapest way; see ``LinearOperator``."""
-        _checks.check_chunk_size(chunk_size)
         return scaled(self.scale, self.operator.diagonal(chunk_size))
 
     def in_structure(self) -> Tree:
@@ -283,10 +273,7 @@ class DampingOperator(LinearOperator):
         return scaled(self.scale, v)
 
     def in_structure(self) -> Tree:
-        raise _checks.no_structure()
-
-    def out_structure(self) -> Tree:
-        raise _checks.no_structure()
+        raise TypeError("damping: c I has no structure; add it to an operator, as in op + damping(1e-3).")
 
     def _checked(self, v: Tree) -> Tree:
         return v
@@ -310,11 +297,14 @@ class MatrixOperator(LinearOperator):
     def mv(self, v: Float[Array, " n"]) -> Float[Array, " m"]:
         return jnp.matmul(self.matrix, v, precision="highest")
 
+    @public
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
+        _checks.check_chunk_size(chunk_size)
         return self.matrix
 
     @public
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Float[Array, " n"]:
+        _checks.check_chunk_size(chunk_size)
         _checks.check_structures("A v", self.out_structure(), "v", self.in_structure())
         return jnp.diagonal(self.matrix)
 

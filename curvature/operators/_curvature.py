@@ -6,25 +6,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.tree_util import keystr, tree_flatten_with_path
 from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
 from curvature import _checks
-from curvature._errors import of_class
+from curvature._errors import caller, of_class
 from curvature._trees import Subtree
 from curvature._types import HessianMode, Objective, Tree
 from curvature.operators import _likelihoods
-from curvature.operators._base import (
-    LinearOperator,
-    Product,
-    register_operator,
-    replace,
-    scaled,
-    set_fields,
-    static,
-    structure_of,
-)
+from curvature.operators._base import LinearOperator, Product, scaled
 from curvature.operators._data import DataOperator, Reduction
 from curvature.operators._jacobian_operators import JacobianOperator, push_and_pull, trace_model
+from curvature.operators._pytrees import register_operator, replace, set_fields, static, structure_of
 from curvature.programs import _traced
 from curvature.transforms import _modes
 from curvature.transforms._compositions import is_symmetric, linearize_program, product_of, trace_objective
@@ -166,8 +159,11 @@ class _ModelDataOperator(DataOperator):
     @of_class
     def factors(self) -> tuple[JacobianOperator, "OutputOperator"]:
         """``(J, M)`` for ``solve(..., method="woodbury")``; the data must be whole and the operator not a block."""
-        whole = self.chunk_size is None and self.batches is None and self.rows == self.columns == ""
-        _checks.check_whole(whole)
+        if not (self.chunk_size is None and self.batches is None and self.rows == self.columns == ""):
+            raise ValueError(
+                f"{caller()}.factors: the data comes in slices or batches, or the operator is a block, expected whole "
+                "data and all of x; use another method, such as 'cg'."
+            )
         return JacobianOperator(self.model, self.x, *self.args), OutputOperator(self)
 
     @of_class
@@ -175,16 +171,8 @@ class _ModelDataOperator(DataOperator):
         """``t -> M t``, where ``M`` is the Hessian of the loss with respect to the outputs, or its closed form."""
         if self.likelihood is None:
             return _likelihoods.loss_hessian(self.loss, outputs, self.args)
-        family, weights = self._family_and_weights(outputs)
+        family, weights = _likelihoods.family_and_weights(str(self.likelihood), self.loss, outputs, self.args)
         return _likelihoods.information(family, outputs, weights)
-
-    @of_class
-    def _family_and_weights(self, outputs: Tree) -> tuple[_likelihoods.Family, Tree]:
-        """The family of the likelihood, and the factors of the negative log likelihoods in the loss."""
-        likelihood = str(self.likelihood)
-        _checks.check_logits(likelihood, outputs)
-        family = _likelihoods.FAMILIES[likelihood]
-        return family, _likelihoods.label_weights(self.loss, outputs, self.args, family)
 
 
 @register_operator
@@ -204,9 +192,6 @@ class OutputOperator(LinearOperator):
     def in_structure(self) -> Tree:
         op = self.operator
         return structure_of(jax.eval_shape(op.model, op.x, *op.args))
-
-    def out_structure(self) -> Tree:
-        return self.in_structure()
 
 
 @register_operator
@@ -371,9 +356,14 @@ class FisherOperator(_ModelDataOperator):
     def _output_matrix(self, outputs: Tree) -> Product:
         if self.kind == "exact":
             return super()._output_matrix(outputs)
-        examples = _checks.check_outputs_of_examples(outputs)
+        for path, leaf in tree_flatten_with_path(outputs)[0]:
+            if not leaf.ndim:
+                raise ValueError(
+                    f"{caller()}: the output model(x){keystr(path)} is a scalar, expected a leading axis of examples."
+                )
+        examples = _checks.check_examples("model(x)", outputs)
         if self.key is not None and self.first is not None:
-            family, weights = self._family_and_weights(outputs)
+            family, weights = _likelihoods.family_and_weights(str(self.likelihood), self.loss, outputs, self.args)
             draws = _likelihoods.draw_scores(family, self.key, outputs, self.first, self.num_samples)
             return _likelihoods.sampled_information(family, weights, draws)
         scores = _likelihoods.loss_gradient(self.loss, outputs, self.args)

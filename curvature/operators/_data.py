@@ -1,41 +1,28 @@
 """Operators that are a mean or sum over data: chunked in a compiled loop, sharded over devices, or in host batches."""
 
 import dataclasses
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import keystr, tree_flatten_with_path
 from jaxtyping import Array, Float
 
 from curvature import _checks
-from curvature._errors import caller, calling, of_class
-from curvature._sharding import zeros
+from curvature._errors import caller, calling, describe, of_class
+from curvature._sharding import vary_like, zeros
 from curvature._trees import Subtree, select
 from curvature._types import ChunkSize, Tree
-from curvature.operators._base import (
-    LinearOperator,
-    Product,
-    register_operator,
-    replace,
-    scaled,
-    set_fields,
-    static,
-    structure_of,
-)
-from curvature.operators._devices import combine_over_devices, sharding_of_examples
+from curvature.operators._base import LinearOperator, Product, scaled
 from curvature.operators._interactions import check_reduction
+from curvature.operators._pytrees import register_operator, replace, set_fields, static, structure_of
 from curvature.transforms._chunks import vmap
-
-_rich_error: ImportError | None = None
-try:
-    import rich.progress
-except ImportError as error:
-    rich: Any = None
-    _rich_error = error
 
 Reduction = Literal["mean", "sum"]
 """Whether the loss of a batch is the mean or the sum over its examples, which decides how parts of the data combine."""
@@ -50,7 +37,9 @@ class Batches:
 
     def visit(self) -> Iterable[Any]:
         """Yield the ``args`` of each batch in order, with a progress bar on request."""
-        batches = rich.progress.track(self.iterable, caller(), transient=True) if self.progress else self.iterable
+        batches = self.iterable
+        if self.progress:
+            batches = _checks.import_extra("rich.progress", "examples").track(batches, caller(), transient=True)
         for batch in batches:
             args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
             _checks.check_data(args)
@@ -93,20 +82,17 @@ class DataOperator(LinearOperator):
             _checks.check_count("chunk_size", chunk_size, least=1)
             _checks.check_examples("args", args)
             # Sharded data is chunked on each device; a slice of the global array would gather it on all of them.
-            sharding = sharding or sharding_of_examples(args)
+            sharding = sharding or _sharding_of_examples(args)
         if sharding is not None:
-            _checks.check_sharding(sharding, args, batches)
-        source = None
+            _check_sharding(sharding, args, batches)
         if batches is not None:
-            _checks.check_one_source(len(args), chunk_size)
-            _checks.check_reiterable(batches)
+            _check_batches(batches, args, chunk_size)
             if progress:
-                _checks.check_extra("rich", "examples", _rich_error)
-            source = Batches(batches, progress)
+                _checks.import_extra("rich.progress", "examples")
         if chunk_size is not None or sharding is not None:
             self._check_reduction(x, args, reduction)
-        set_fields(self, x=x, args=args, reduction=reduction, chunk_size=chunk_size, batches=source)
-        set_fields(self, sharding=sharding, rows="", columns="")
+        set_fields(self, x=x, args=args, reduction=reduction, chunk_size=chunk_size, rows="", columns="")
+        set_fields(self, sharding=sharding, batches=None if batches is None else Batches(batches, progress))
 
     @abstractmethod
     def _linearize_whole(self) -> Product:
@@ -225,23 +211,38 @@ class DataOperator(LinearOperator):
 
     @of_class
     def _apply_sharded(self, v: Tree) -> Tree:
-        """The mean or sum over devices, each of which has the same number of examples."""
+        """The mean or sum over devices, each of which has the same number of examples, with one all-reduce."""
         assert self.sharding is not None
-
-        def on_device(shared: tuple[DataOperator, Tree], args: tuple[Any, ...], device: Array) -> Tree:
-            (op, v), num_examples = shared, _checks.check_examples("args", args)
-            part = replace(op._on_part(args, device * num_examples), chunk_size=self.chunk_size)
-            return part.linearize()(v)
-
+        spec, axes = self.sharding.spec, _axes_of_examples(self.sharding)
         combine = jax.lax.pmean if self.reduction == "mean" else jax.lax.psum
-        return combine_over_devices(on_device, combine, self.sharding, (replace(self, args=()), v), self.args)
+
+        def on_device(shared: tuple[DataOperator, Tree], args: tuple[Any, ...]) -> Tree:
+            # JAX would sum a derivative with respect to an unvarying value over the devices at every use of the value.
+            op, v = vary_like(shared, args)
+            first = jax.lax.axis_index(axes) * _checks.check_examples("args", args)
+            part = replace(op._on_part(args, first), chunk_size=self.chunk_size)
+            return combine(part.linearize()(v), axes)
+
+        examples = jax.tree.map(lambda leaf: spec if jnp.ndim(leaf) else PartitionSpec(), self.args)
+        return jax.shard_map(
+            on_device,
+            mesh=self.sharding.mesh,
+            in_specs=(PartitionSpec(), examples),
+            out_specs=PartitionSpec(),
+            axis_names=set(axes),
+        )((replace(self, args=()), v), self.args)
 
     @of_class
     def _sum_over_batches(self, method: Callable[..., Tree], operands: Any = (), options: Any = ()) -> Tree:
         """The mean or sum over batches of ``method(op, *operands, *options)``, one compiled call for each batch."""
-        _checks.check_untraced((self.x, operands))
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((self.x, operands))):
+            raise TypeError(
+                f"{caller()}: x or v is traced, but batches= are summed on the host, outside jit, vmap and grad; give "
+                "the data as arrays with chunk_size=, pass op itself to a solver such as curvature.cg, or solve with "
+                "SciPy on as_scipy(op)."
+            )
         assert self.batches is not None
-        total, num_examples, num_batches = None, 0, 0
+        total, num_examples = None, 0
         for args in self.batches.visit():
             batch_size = _checks.check_examples("batch", args)
             self._check_reduction(self.x, args, self.reduction)
@@ -249,9 +250,15 @@ class DataOperator(LinearOperator):
             op = self._on_part(args, jnp.asarray(num_examples, jnp.int32))
             term = _evaluate_weighted(op, weight, operands, method, options)
             total = term if total is None else jax.tree.map(jnp.add, total, term)
-            num_examples, num_batches = num_examples + batch_size, num_batches + 1
-        _checks.check_some_batch(num_batches)
+            num_examples += batch_size
+        if not num_examples:
+            raise ValueError(f"{caller()}: batches is empty, expected at least one batch.")
         return jax.tree.map(lambda leaf: leaf / num_examples, total) if self.reduction == "mean" else total
+
+
+def is_streamed(node: Any) -> bool:
+    """Whether an operator sums over batches on the host."""
+    return isinstance(node, DataOperator) and node.batches is not None
 
 
 @partial(jax.jit, static_argnames=("method", "options"))
@@ -260,3 +267,63 @@ def _evaluate_weighted(
 ) -> Tree:
     """One part of ``_sum_over_batches``, compiled once for all batches of the same shapes."""
     return scaled(weight, method(op, *operands, *options))
+
+
+def _check_batches(batches: Any, args: tuple[Any, ...], chunk_size: Any) -> None:
+    """Refuse batches that cannot be iterated over, or only once, and other data together with batches."""
+    if args or chunk_size is not None:
+        what = "chunk_size" if chunk_size is not None else f"{len(args)} args"
+        raise ValueError(f"{caller()}: batches= and {what} were given; each batch holds all args of the function.")
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            f"{caller()}: batches is {describe(batches)}, which can be iterated over only once, but every "
+            "product goes over all batches; give a list or an object whose __iter__ returns a new iterator."
+        )
+    if not hasattr(batches, "__iter__"):
+        came = describe(batches)
+        raise TypeError(f"{caller()}: batches is {came}, expected an iterable of batches, such as a list.")
+
+
+# ---- sharded examples ------------------------------------------------------------------------------------------------
+
+
+def _sharding_of_examples(args: Any) -> NamedSharding | None:
+    """The sharding of the leading axis of ``args``, or None; a tracer has one only on a mesh with explicit axes."""
+    for leaf in jax.tree.leaves(args):
+        sharding = getattr(leaf, "sharding", None) or jax.typeof(leaf).sharding
+        if isinstance(sharding, NamedSharding) and sharding.spec and isinstance(sharding.spec[0], str | tuple):
+            return NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+    return None
+
+
+def _axes_of_examples(sharding: NamedSharding) -> tuple[str, ...]:
+    """The axes of the mesh that shard the examples."""
+    axes = sharding.spec[0]
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _check_sharding(sharding: Any, args: Any, batches: Any) -> None:
+    """Refuse a sharding along other axes than that of examples, or with unequal numbers of examples per device."""
+    if not isinstance(sharding, NamedSharding):
+        raise TypeError(
+            f"{caller()}: sharding is {describe(sharding)}, expected None or a jax.sharding.NamedSharding, "
+            'such as NamedSharding(mesh, PartitionSpec("data")).'
+        )
+    if batches is not None:
+        raise ValueError(
+            f"{caller()}: batches= and sharding= were given; place each batch with jax.device_put instead, "
+            "and the compiler shares its product out."
+        )
+    spec = sharding.spec
+    if not spec or not isinstance(spec[0], str | tuple) or any(axis is not None for axis in spec[1:]):
+        raise ValueError(
+            f"{caller()}: sharding has spec {spec}, expected the axes of the mesh along examples alone, such as "
+            'PartitionSpec("data").'
+        )
+    parts = math.prod(sharding.mesh.shape[axis] for axis in _axes_of_examples(sharding))
+    for path, leaf in tree_flatten_with_path(args)[0]:
+        if jnp.ndim(leaf) and jnp.shape(leaf)[0] % parts:
+            raise ValueError(
+                f"{caller()}: args{keystr(path)} has {jnp.shape(leaf)[0]} examples, expected a multiple of {parts} to "
+                f"share them out evenly over the devices of {spec}; leave some out or add examples of weight zero."
+            )

@@ -7,7 +7,7 @@ division by the number of examples, or random numbers drawn from one key for the
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,14 @@ from jaxtyping import Array
 
 from curvature import _checks
 from curvature._compile_cache import cached
+from curvature._errors import caller
 from curvature._types import Tree
+from curvature.operators._likelihoods import loss_gradient
 from curvature.operators._mixing import find_mixing
 from curvature.operators._pytrees import structure_of
 from curvature.operators._trials import Values, evaluate_trial, key_of, rounding_of, trace_trial, with_num_examples
 from curvature.programs import _traced
 from curvature.programs._legality import Blocker
-from curvature.transforms._jacobian import gradient_of
 
 _NUM_TRIED = 3  # examples: a shift by one or two positions moves all, and a mask of one example leaves two
 
@@ -46,8 +47,7 @@ class OutputRows:
         self.one = one
         pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(one), strict=True)
         self.axes: OutputAxes = tuple(
-            None if size == 1 else _checks.check_axis_of_examples(leaf.shape, alone.shape, size)
-            for leaf, alone in pairs
+            None if size == 1 else _axis_of_examples(leaf.shape, alone.shape, size) for leaf, alone in pairs
         )
 
     def split(self, outputs: Tree) -> Tree:
@@ -73,6 +73,17 @@ class OutputRows:
     def _map(self, fun: Callable[[Array, int | None], Array], tree: Tree) -> Tree:
         leaves, structure = jax.tree.flatten(tree)
         return structure.unflatten([fun(leaf, axis) for leaf, axis in zip(leaves, self.axes, strict=True)])
+
+
+def _axis_of_examples(whole: tuple[int, ...], alone: tuple[int, ...], size: int) -> int:
+    """The axis of examples: the only axis in which outputs of a batch of ``size`` and of a batch of one differ."""
+    for axis, length in enumerate(whole):
+        if length == size and (*whole[:axis], 1, *whole[axis + 1 :]) == alone:
+            return axis
+    raise ValueError(
+        f"{caller()}: the model returns shape {whole} for {size} examples and {alone} for one, expected shapes that "
+        f"differ in one axis of {size} examples; broadcast what all examples share along such an axis."
+    )
 
 
 def map_examples(fun: Callable[[tuple[Any, ...]], Any], args: tuple[Any, ...]) -> Any:
@@ -109,9 +120,7 @@ def check_model_examples(
             return named if named is not None and named.primitive in _MIXING else False
         return named or True
 
-    found = cached((model,), key_of("model", (point, batch)), find_mixing_of_model)
-    if found is not False:
-        raise _checks.examples_mixed("model", found if isinstance(found, Blocker) else None)
+    _refuse_mixing("model", model, (point, batch), find_mixing_of_model)
 
 
 def _in_batch_and_alone(
@@ -143,6 +152,26 @@ def _waves(leaf: Array) -> Any:
     return np.cos(1 + np.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype)
 
 
+_MIXED = {
+    "model": "the model mixes the examples of a batch{}: its outputs for an example alone differ from its outputs in "
+    "the batch, expected outputs that depend on the data of one example only. Normalize in evaluation mode, "
+    "with statistics that are parameters or constants; draw random numbers from a key for each example; or take "
+    "GaussNewtonOperator, which never cuts the batch.",
+    "loss": "the loss mixes the outputs of different examples{}, expected a weighted sum of one loss "
+    "for each example; take GaussNewtonOperator, which never cuts the batch.",
+}
+
+
+def _refuse_mixing(
+    what: Literal["model", "loss"], function: Any, structure: Tree, find_mixing_of: Callable[[], Blocker | bool]
+) -> None:
+    """Raise if the function mixes examples: if the answer is an equation, or True where the equation is not known."""
+    found = cached((function,), key_of(what, structure), find_mixing_of)
+    if found is not False:
+        place = f", at the earliest by {found}" if isinstance(found, Blocker) else ""
+        raise ValueError(f"{caller()}: {_MIXED[what].format(place)}")
+
+
 # ---- the loss ------------------------------------------------------------------------------------------------------
 
 
@@ -150,15 +179,14 @@ def check_loss_examples(loss: Callable[..., Any], args: tuple[Any, ...], outputs
     """Refuse a loss whose gradient with respect to the outputs of one example depends on the outputs of another."""
     if size == 1:
         return
-    batch = with_num_examples(args, size)
+    rows, batch = outputs.structure(size), with_num_examples(args, size)
 
     def trial(_: Any, rows: Tree, args: tuple[Any, ...]) -> tuple[Any, Any]:
         """Gradients of all examples but b, before and after the outputs of b change."""
         num_examples = jax.tree.leaves(rows)[0].shape[0]
 
         def gradient(rows: Tree) -> Tree:
-            program = _traced.trace(lambda rows: (loss(outputs.join(rows), *args), None), rows)
-            return gradient_of(program, rows, "rev" if program.blocker("rev") is None else "fwd")[0]
+            return loss_gradient(lambda rows, *args: loss(outputs.join(rows), *args), rows, args)
 
         def moved(b: int) -> Tree:
             return jax.tree.map(lambda leaf: leaf.at[b].set(leaf[b] / 2 + jnp.asarray(0.25, leaf.dtype)), rows)
@@ -174,19 +202,16 @@ def check_loss_examples(loss: Callable[..., Any], args: tuple[Any, ...], outputs
         try:
             closed = trace_trial(trial, *few)
         except (TypeError, ValueError, IndexError):  # the loss has closed over data of the whole batch
-            few = (), outputs.structure(size), batch
+            few = (), rows, batch
             closed = trace_trial(trial, *few)
         values = evaluate_trial(closed, *few)
         if values is None or _agree(values, rounding_of(closed)):
             return False
-        rows = outputs.structure(size)
         whole = trace_trial(lambda rows, args: loss(outputs.join(rows), *args), rows, batch)
         axes = [*[0] * len(jax.tree.leaves(rows)), *[None] * len(jax.tree.leaves(batch))]
         return find_mixing(whole, axes, size, may_sum=True) or True
 
-    found = cached((loss,), key_of("loss", (outputs.structure(size), batch)), find_mixing_of_loss)
-    if found is not False:
-        raise _checks.examples_mixed("loss", found if isinstance(found, Blocker) else None)
+    _refuse_mixing("loss", loss, (rows, batch), find_mixing_of_loss)
 
 
 def _agree(values: Values, rounding: float) -> bool:
@@ -245,7 +270,7 @@ def check_reduction(
 
     found = cached(functions, key_of("reduction", (point, few)), find_reduction)
     if found not in (None, words[1]) and not (may_be_neither and found == "neither"):
-        raise _checks.wrong_reduction(*words, found)
+        raise _wrong_reduction(*words, found)
 
 
 def _reduction_of(values: Values, rounding: float) -> str | None:
@@ -258,3 +283,18 @@ def _reduction_of(values: Values, rounding: float) -> str | None:
     if is_mean and is_sum:
         return None
     return "mean" if is_mean else "sum" if is_sum else "neither"
+
+
+def _wrong_reduction(name: str, reduction: str, found: str) -> ValueError:
+    """The error for a function of a batch that is not the mean or sum over examples that ``reduction`` states."""
+    if found != "neither":
+        return ValueError(
+            f"{caller()}: reduction={reduction!r}, but {name} of a batch is the {found} of its values for the "
+            f"examples, not their {reduction}; pass reduction={found!r}."
+        )
+    return ValueError(
+        f"{caller()}: reduction={reduction!r}, but {name} of a batch is neither the mean nor the sum of its values "
+        "for the examples, so that parts of the data do not add up: a mean over a mask divides by the weights of its "
+        "part, and batch statistics depend on the part. Take the data whole (chunk_size=None), or a sum divided by the "
+        "total weight, passed as a scalar in args, with reduction='sum'."
+    )

@@ -1,6 +1,5 @@
 """Conversion of operators for other libraries: lineax and SciPy."""
 
-import importlib
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,9 @@ from jaxtyping import Array, Float
 from curvature import _checks
 from curvature._errors import public
 from curvature._trees import num_entries, ravel
-from curvature.operators._base import LinearOperator, zeros
-from curvature.operators._streamed import is_streamed
+from curvature.operators._base import LinearOperator
+from curvature.operators._data import is_streamed
+from curvature.operators._pytrees import zeros
 from curvature.transforms._chunks import vmap
 
 
@@ -42,13 +42,7 @@ def as_lineax(op: LinearOperator) -> Any:
         >>> lineax.linear_solve(curvature.as_lineax(op), jnp.array([12.0, 12.0])).value
         Array([1.  , 0.25], dtype=float32)
     """
-    lineax: Any = None
-    failure = None
-    try:
-        lineax = importlib.import_module("lineax")  # not at the top: the import takes more than half a second
-    except ImportError as error:
-        failure = error
-    _checks.check_extra("lineax", "lineax", failure)
+    lineax = _checks.import_extra("lineax", "lineax")  # more than half a second
     tags: Any = lineax.symmetric_tag if op.is_symmetric else ()
     return lineax.FunctionLinearOperator(op.linearize(), op.in_structure(), tags)
 

@@ -7,26 +7,19 @@ import jax
 from jaxtyping import Array, Float
 
 from curvature import _checks, _trees
-from curvature._errors import of_class
+from curvature._errors import caller, of_class
 from curvature._trees import Subtree, select
 from curvature._types import ChunkSize, Tree
-from curvature.operators._base import (
-    LinearOperator,
-    Product,
-    matrix_of_products,
-    register_operator,
-    set_fields,
-    static,
-    structure_of,
-)
+from curvature.operators._base import LinearOperator, Product, matrix_of_products
+from curvature.operators._pytrees import register_operator, set_fields, static, structure_of
 from curvature.programs import _traced
 from curvature.transforms import _modes
-from curvature.transforms._jacobian import map_basis
+from curvature.transforms._jacobian import map_basis, with_aux
 
 
 def trace_model(name: str, model: Callable[..., Any], x: Tree, args: tuple[Any, ...]) -> _traced.Program:
     """``model`` traced at ``x``; its outputs must be floating arrays."""
-    program = _traced.trace(lambda x: (_checks.check_arrays(name, model(x, *args)), None), x)
+    program = _traced.trace(lambda x: with_aux(model(x, *args), False, name), x)
     _checks.check_floating_output(name, program.out)
     return program
 
@@ -35,7 +28,10 @@ def push_and_pull(name: str, program: _traced.Program, part: Subtree) -> tuple[T
     """The outputs, ``v -> J v`` and ``w -> J' w`` with respect to a sub-tree of ``x``, all from one evaluation."""
     blocker = program.blocker("rev")
     if blocker is not None:
-        raise _checks.no_reverse(name, str(blocker))
+        raise TypeError(
+            f"{caller()}: {name} has no reverse derivative because of {blocker}, and J' w needs it; "
+            "scan, or fori_loop with constant bounds, has both."
+        )
     x = part.take(program.x)
 
     def fun(x: Tree) -> Tree:
@@ -57,10 +53,11 @@ def _transposed(product: Product, like: Tree) -> Product:
     return lambda w: transposed(w)[0]
 
 
+@register_operator
 class _ModelOperator(LinearOperator):
     """The base of ``JacobianOperator`` and ``NTKOperator``: a function, its point, its data."""
 
-    f: Callable[..., Any]
+    f: Callable[..., Any] = static()
     x: Tree
     args: tuple[Any, ...]
 
@@ -108,9 +105,6 @@ class JacobianOperator(_ModelOperator):
         (Array([2., 0.], dtype=float32), Array([2., 4., 2.], dtype=float32))
     """
 
-    f: Callable[..., Any] = static()
-    x: Tree
-    args: tuple[Any, ...]
     __init__ = _ModelOperator.__init__
 
     def linearize(self) -> Product:
@@ -159,9 +153,6 @@ class NTKOperator(_ModelOperator):
     References: Jacot, Gabriel and Hongler, Neural tangent kernel (2018), arXiv:1806.07572.
     """
 
-    f: Callable[..., Any] = static()
-    x: Tree
-    args: tuple[Any, ...]
     is_symmetric = True
     __init__ = _ModelOperator.__init__
 

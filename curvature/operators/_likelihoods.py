@@ -5,8 +5,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr, tree_flatten_with_path
 from jaxtyping import Array, Float
 
+from curvature._errors import caller
 from curvature._types import Tree
 from curvature.operators._base import Product
 from curvature.transforms import _modes
@@ -109,6 +111,18 @@ FAMILIES = {
         outer=lambda s, t: s**2 * t,
     ),
 }
+
+
+def family_and_weights(likelihood: str, loss: Loss, outputs: Tree, args: tuple[Any, ...]) -> tuple[Family, Tree]:
+    """The family of a likelihood, and the factors of the negative log likelihoods in the loss."""
+    for path, leaf in tree_flatten_with_path(outputs)[0]:
+        if likelihood == "categorical" and not leaf.ndim:
+            raise ValueError(
+                f"{caller()}: likelihood='categorical', but the output model(x){keystr(path)} is a scalar, expected "
+                "logits along its last axis."
+            )
+    family = FAMILIES[likelihood]
+    return family, label_weights(loss, outputs, args, family)
 
 
 def label_weights(loss: Loss, outputs: Tree, args: tuple[Any, ...], family: Family) -> Tree:

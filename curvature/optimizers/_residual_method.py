@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from curvature import _checks
+from curvature._errors import caller
 from curvature._trees import ravel
 from curvature._types import Matrix, Scalar, Tree, Vector
 from curvature.optimizers._method import Local, WithStatus, bind_extras, choose, is_finite, transformation, unless_lost
@@ -51,10 +52,10 @@ def residual_method(
     def update(updates: Tree, state: Any, params: Tree | None = None, **extras: Any) -> tuple[Tree, Any]:
         names = "grad", "residual_fn", "linearized", "request"
         grad, residual_fn, linearized, request = (extras.pop(name, None) for name in names)
-        params = _checks.check_point("params", _checks.require_residuals("params", params))
+        params = _checks.check_point("params", _require_residuals("params", params))
         gradient_for(updates, grad)  # which the residuals give anyway: a changed one would be ignored
         if linearized is None:
-            residual_fn = bind_extras(_checks.require_residuals("residual_fn", residual_fn), extras)
+            residual_fn = bind_extras(_require_residuals("residual_fn", residual_fn), extras)
             linearized = linearize_residuals(residual_fn, params, loss="linear", scale=jnp.ones(()), dense=dense)
         if request is None:
             request = Request(decrement=jnp.asarray(False), shorter=jnp.asarray(False))
@@ -126,3 +127,13 @@ def scaled_local(linear: Linearized, scale: Vector) -> Local:
         hessian=matrix,
         value_after=lambda step: linear.value_after(step / scale),
     )
+
+
+def _require_residuals(name: str, value: Any) -> Any:
+    """``value``, a required extra argument of the ``update`` of a least-squares method; refuses None."""
+    if value is None:
+        raise ValueError(
+            f"{caller()}: update() needs {name}=; call update(grad, state, params, residual_fn=residual_fn), where "
+            "residual_fn(params) returns the residuals whose squares are summed."
+        )
+    return value

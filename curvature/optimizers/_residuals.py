@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from curvature import _checks
+from curvature._errors import caller
 from curvature._numerics import dot, matmul, norm, rounding_level
 from curvature._sharding import vary_like
 from curvature._trees import num_entries, ravel, select
@@ -108,7 +109,7 @@ class Linearized(NamedTuple):
 def trace_residuals(residual_fn: Callable[[Tree], Any], x: Tree) -> Program:
     """The residuals traced at ``x``, once they are known to be arrays of floats."""
     program = trace(lambda x: (_checks.check_arrays("residuals", residual_fn(x)), None), x)
-    _checks.check_residuals(program.out)
+    _check_residuals(program.out)
     return program
 
 
@@ -322,3 +323,16 @@ def offset(local: Linearized) -> Scalar:
     gradient = local.grad / scale
     image = norm(local.push(gradient / scale))
     return norm(gradient) * (norm(gradient) / where_positive(image))
+
+
+def _check_residuals(out: Any) -> None:
+    """Refuse residuals that are one scalar, have no derivative, or have no entries."""
+    _checks.check_floating_output("residuals", out)
+    leaves = jax.tree.leaves(out)
+    if len(leaves) == 1 and leaves[0].shape == ():
+        raise TypeError(
+            f"{caller()}: residuals returns a scalar, expected the residuals themselves, of shape (m,) or a tree of "
+            "arrays, whose squares are summed here; curvature.minimize takes scalar objectives."
+        )
+    if not sum(leaf.size for leaf in leaves):
+        raise TypeError(f"{caller()}: residuals returns no entries, expected at least one number.")

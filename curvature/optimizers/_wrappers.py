@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,13 @@ import optax
 from jax.core import Tracer
 
 from curvature import _checks
-from curvature._errors import later
+from curvature._errors import caller, later
 from curvature._types import Tree
 
 Init = Callable[[Tree], Any]
 Update = Callable[..., tuple[Tree, Any]]
+
+_MOST_PATHS = 5  # in one message
 
 
 def wrappable(init: Init, update: Update) -> tuple[Any, Any]:
@@ -75,7 +77,7 @@ def gradient_for(updates: Tree | None, grad: Tree | None) -> Any:
     if updates is None or grad is None:
         return grad if updates is None else updates
     if not _are_same(updates, grad):
-        _checks.refuse_changed_gradient()
+        _refuse_changed_gradient()
     return updates
 
 
@@ -102,9 +104,29 @@ def _naming_masks(method: str, params: Tree, function: Callable[..., Any], *args
         nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
         masked = [jax.tree_util.keystr(path) for path, node in nodes if _is_masked(node)]
         if masked:
-            raise _checks.masked_params(method, masked, failure) from failure
+            raise _masked_params(method, masked, failure) from failure
         raise
 
 
 def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
+
+
+def _refuse_changed_gradient() -> NoReturn:
+    """Raise the error for ``updates`` that differ from ``grad=``."""
+    raise ValueError(
+        f"{caller()}: updates are other arrays than grad=, expected the gradient of the objective in both. What comes "
+        f"before {caller()} in optax.chain (weight decay, clipping), or a wrapper around it (optax.MultiSteps, "
+        f"optax.flatten), changes the updates and not the objective. Put {caller()} first in the chain and a penalty "
+        "into the objective; or, where the updates are the gradient of the objective, leave out grad=."
+    )
+
+
+def _masked_params(method: str, paths: list[str], failure: Exception) -> TypeError:
+    """The error for a call that failed on parameters with masked leaves."""
+    shown = ", ".join(f"params{path}" for path in paths[:_MOST_PATHS]) + (", ..." if len(paths) > _MOST_PATHS else "")
+    return TypeError(
+        f"{caller()}: {method}() has params with optax.MaskedNode instead of {shown}, as optax.masked and "
+        f"optax.partition pass them, and fails on them: {type(failure).__name__}: {failure}. Leave out grad=, and pass "
+        "functions that fill in the masked leaves; or call it on the tree of the other leaves alone."
+    )

@@ -9,17 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from curvature import _checks
 from curvature._compile_cache import compiled
-from curvature._errors import public
+from curvature._errors import caller, public
 from curvature._types import MinimizeResult, Objective, Status, Tree
 from curvature.solvers._limits import Limits, limits_of
 from curvature.solvers._loop import Loop, Solve, may_step
 from curvature.solvers._methods import Method, resolve
 from curvature.solvers._progress import Watch
+from curvature.transforms._chunks import UNMAPPED, check_prefix
 
 _BLOCK = 5  # steps between two looks at who has finished; heuristic, chosen with benchmarks/batched.py
 _LEAST = 16  # so few lanes cost about what one does
@@ -114,9 +116,9 @@ def minimize_batched(
         args, axes = (args,), axes if axes is None or isinstance(axes, int) else (axes,)
     _checks.check_data(args)
     _checks.check_concrete({"x0_batch": x0, "args_batch": args})
-    lanes, leaf_axes = _checks.check_problems(x0, args, axes)
+    lanes, leaf_axes = _check_problems(x0, args, axes)
     leaves, structure = jax.tree.flatten(args)
-    is_mapped = tuple(axis is not _checks.UNMAPPED for axis in leaf_axes)
+    is_mapped = tuple(axis is not UNMAPPED for axis in leaf_axes)
     placed = list(zip(map(jnp.asarray, leaves), leaf_axes, is_mapped, strict=True))
     data = _Data(
         mapped=[jnp.moveaxis(leaf, axis, 0) for leaf, axis, mapped in placed if mapped],
@@ -212,3 +214,27 @@ def _put(tree: Tree, part: Tree, lanes: np.ndarray) -> Tree:
         return jax.device_put(rows, leaf.sharding)
 
     return jax.tree.map(put, tree, part)
+
+
+def _check_problems(x0: Any, args: tuple[Any, ...], in_axes: Any) -> tuple[int, list[Any]]:
+    """The number of problems, the common size of all mapped axes, and the axis of each leaf of ``args``."""
+    axes = jax.tree.leaves(check_prefix("in_axes", in_axes, args))
+    lanes = [("x0_batch" + keystr(path), leaf, 0) for path, leaf in tree_flatten_with_path(x0)[0]]
+    lanes += [
+        ("args_batch" + keystr(path), leaf, axis)
+        for (path, leaf), axis in zip(tree_flatten_with_path(args)[0], axes, strict=True)
+        if axis is not UNMAPPED
+    ]
+    for name, leaf, axis in lanes:
+        if not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
+            remedy = "a leading axis of problems" if name.startswith("x0") else "one; use in_axes=None for shared data"
+            raise ValueError(f"{caller()}: {name} has rank {jnp.ndim(leaf)} and so no axis {axis}, expected {remedy}.")
+        size, (first, leading, _) = jnp.shape(leaf)[axis], lanes[0]
+        if size != jnp.shape(leading)[0]:
+            raise ValueError(
+                f"{caller()}: {name} has {size} problems along axis {axis}, "
+                f"expected {jnp.shape(leading)[0]} to match {first}."
+            )
+        if size == 0:
+            raise ValueError(f"{caller()}: {name} has shape {jnp.shape(leaf)}, expected at least one problem.")
+    return jnp.shape(lanes[0][1])[0], axes

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from curvature import _checks
 from curvature._compile_cache import compiled
-from curvature._errors import public
+from curvature._errors import caller, describe, is_array_like, public
 from curvature._types import Scalar, Tree
 from curvature.optimizers._robust import Loss
 from curvature.solvers._least_squares import check_limits, run, run_in_two
@@ -62,7 +63,7 @@ def curve_fit(
                [-0.0071,  0.0036]], dtype=float32))
     """
     _checks.check_callable("model", model)
-    ydata = _checks.check_observations(ydata)
+    ydata = _check_observations(ydata)
     p0 = _checks.check_start("p0", p0)
     _checks.check_data((xdata,))
     operands = p0, xdata, ydata, *check_limits(p0, loss, f_scale, None, 0.0, max_steps)
@@ -83,7 +84,7 @@ def _fit(
 ) -> tuple[tuple[Tree, Float[Array, "n n"]], Any]:
     def residuals(params: Tree, xdata: Tree, ydata: Array) -> Array:
         predictions = model(params, xdata)
-        _checks.check_predictions(predictions, ydata)
+        _check_predictions(predictions, ydata)
         return predictions - ydata
 
     how: dict[str, Any] = {"method": "levenberg-marquardt", "loss": loss, "deferred": deferred}
@@ -91,3 +92,19 @@ def _fit(
     covariance = fit.covariance()
     covariance = jnp.where(jnp.any(jnp.isinf(covariance)), jnp.inf, covariance)
     return (fit.x, jnp.where(fit.success, covariance, jnp.nan)), loop
+
+
+def _check_observations(ydata: Any) -> jax.Array:
+    """``ydata`` as a floating array."""
+    if not is_array_like(ydata) or not jnp.issubdtype(jnp.result_type(ydata), jnp.floating):
+        what = f"of dtype {jnp.result_type(ydata)}" if is_array_like(ydata) else describe(ydata)
+        raise TypeError(f"{caller()}: ydata is {what}, expected an array of floats.")
+    return jnp.asarray(ydata)
+
+
+def _check_predictions(predictions: Any, ydata: jax.Array) -> None:
+    """Refuse predictions whose shape is not that of the observations: subtraction would broadcast them."""
+    shape = getattr(predictions, "shape", None)
+    if shape != ydata.shape:
+        what = describe(predictions) if shape is None else f"shape {shape}"
+        raise ValueError(f"{caller()}: model returns {what}, expected shape {ydata.shape} to match ydata.")

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from curvature import _checks
 from curvature._types import Status, Tree, messages_of
 
 
@@ -55,7 +54,7 @@ class LeastSquaresResult:
         of ``ravel_pytree(x)``. With a robust loss ``J`` has its rows weighted, as in SciPy's ``curve_fit``. What
         involves a variable that the residuals do not determine is infinite, and all is where ``m <= n``.
         """
-        root = _checks.require_inverse_root(self.inverse_root)
+        root = _require_inverse_root(self.inverse_root)
         scaled = self._deviation()[..., None, None] * jnp.where(jnp.isfinite(root), root, 0)
         product = jnp.matmul(scaled, jnp.swapaxes(scaled, -1, -2), precision="highest")
         undetermined = jnp.any(jnp.isinf(root), axis=-1)
@@ -64,7 +63,7 @@ class LeastSquaresResult:
 
     def standard_errors(self) -> Tree:
         """The roots of the diagonal of ``covariance()``, shaped like ``x``."""
-        root = _checks.require_inverse_root(self.inverse_root)
+        root = _require_inverse_root(self.inverse_root)
         undetermined = jnp.any(jnp.isinf(root), axis=-1)
         root = jnp.where(undetermined[..., None], 1, root)  # an infinite norm would have a derivative of NaN
         largest = jnp.max(jnp.abs(root), axis=-1, keepdims=True)
@@ -80,3 +79,13 @@ class LeastSquaresResult:
     def _deviation(self) -> Float[Array, "*lanes"]:
         """The standard deviation ``s`` of a residual."""
         return jnp.sqrt(2 * self.value / max(self.degrees_of_freedom, 1))
+
+
+def _require_inverse_root(root: Any) -> Any:
+    """The square root of the covariance; refuses None, as of a fit that never formed the Jacobian."""
+    if root is None:
+        raise ValueError(
+            "LeastSquaresResult: covariance() needs the Jacobian, which this fit never formed; pass "
+            "method=curvature.levenberg_marquardt() to least_squares, or form it with curvature.jacobian."
+        )
+    return root

@@ -147,7 +147,8 @@ def least_squares(
     _checks.check_callable("residuals", residuals)
     x0 = _checks.check_start("x0", x0)
     args = _checks.check_data(args)
-    method = _checks.check_residual_method(method, tuple(_METHODS), isinstance(method, ResidualMethod))
+    if not isinstance(method, ResidualMethod):
+        method = _checks.check_method(method, tuple(_METHODS), "residuals")
     how = {"method": method, "loss": loss}
     operands = x0, args, *check_limits(x0, loss, f_scale, gtol, rtol, max_steps)
     return run_in_two(compiled(run, residuals, (x0, args)), operands, **how)

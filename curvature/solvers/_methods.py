@@ -51,7 +51,7 @@ def resolve(method: Method, x0: Tree, hessian: Callable[..., Tree] | None) -> op
     if isinstance(method, optax.GradientTransformation):
         transformation = method
     else:
-        name = _checks.check_method(method, ("auto", *METHODS))
+        name = _checks.check_method(method, ("auto", *METHODS), "unknown")
         transformation = _named(_automatic(x0, hessian) if name == "auto" else name)
     if hessian is not None:
         _checks.check_hessian_used(method, isinstance(transformation, DenseSecondOrder))
@@ -60,7 +60,7 @@ def resolve(method: Method, x0: Tree, hessian: Callable[..., Tree] | None) -> op
 
 def resolve_bounded(method: Any, x0: Tree, hessian: Callable[..., Tree] | None) -> Callable[[Tree, Tree], WithStatus]:
     """The transformation that a method with bounds names, from the bounds: operands of the compiled program."""
-    name = _checks.check_bounded_method(method, ("auto", *_BOUNDED))
+    name = _checks.check_method(method, ("auto", *_BOUNDED), "bounds")
     name = _automatic(x0, hessian) if name == "auto" else name
     if hessian is not None:
         _checks.check_hessian_used(name, name == "trust-exact")

@@ -107,7 +107,7 @@ def scipy_minimize(
     _checks.check_choice("method", name, ScipyMethod)
     box = None
     if bounds is not None:
-        _checks.check_bounded_method(name, _BOUNDED)
+        _checks.check_method(name, _BOUNDED, "bounds")
         box = box_of(*_checks.check_pair_of_bounds(bounds), "x0", x0)
         x0 = project(box, x0)
     optimize: Any = importlib.import_module("scipy.optimize")  # not at the top: it takes a quarter of a second

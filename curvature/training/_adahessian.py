@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Int
 
 from curvature import _checks
-from curvature._errors import calling, public
+from curvature._errors import caller, calling, public
 from curvature._types import Tree
 from curvature.training import _stochastic
 from curvature.training._stochastic import Key, KeyData, Mask, ScaledByDiagonal
@@ -36,7 +36,7 @@ class AdaHessianState(NamedTuple):
 @calling("scale_by_adahessian")
 def kernel_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """All axes but the last two: the spatial axes of a convolution kernel in flax's layout, none for a matrix."""
-    _checks.check_shape(shape)
+    _check_shape(shape)
     return tuple(range(len(shape) - 2))
 
 
@@ -180,3 +180,12 @@ def _block_means(diagonal: Array, spatial_axes: SpatialAxes) -> Array:
     """The diagonal with each entry replaced by the mean over its block."""
     axes = spatial_axes(diagonal.shape)
     return jnp.broadcast_to(jnp.mean(diagonal, axes, keepdims=True), diagonal.shape) if axes else diagonal
+
+
+def _check_shape(shape: Any) -> None:
+    """Refuse what is no shape: ``optax.inject_hyperparams`` calls each function among hyperparameters with the step."""
+    if not isinstance(shape, tuple):
+        raise TypeError(
+            f"{caller()}: spatial_axes was called with {shape!r}, expected the shape of a leaf; name it in the "
+            "static_args of optax.inject_hyperparams, which takes other functions for schedules."
+        )

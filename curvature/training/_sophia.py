@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from curvature import _checks
-from curvature._errors import public
+from curvature._errors import caller, public
 from curvature._types import Tree
 from curvature.operators._likelihoods import Likelihood
 from curvature.training import _stochastic
@@ -180,7 +180,7 @@ def scale_by_sophia(
         _checks.check_positive(option, value)
     _checks.check_static_count("refresh_every", refresh_every, 1)
     if estimator == "gauss-newton-bartlett":
-        _checks.check_drawn_gradient(model, loss, likelihood)
+        _check_drawn_gradient(model, loss, likelihood)
         _checks.check_choice("likelihood", likelihood, Likelihood)
 
     def estimate(params: Tree, extras: dict[str, Any]) -> Callable[[Key], Tree]:
@@ -203,3 +203,12 @@ def scale_by_sophia(
 
     frame = ScaledByDiagonal(key, b1, b2, refresh_every)
     return frame.transformation(SophiaState, estimate, scale, jnp.asarray(0, jnp.float32))
+
+
+def _check_drawn_gradient(model: Any, loss: Any, likelihood: str | None) -> None:
+    """Refuse to draw labels for a gradient without a model, a loss and a likelihood."""
+    if model is None or loss is None or likelihood is None:
+        raise ValueError(
+            f"{caller()}: estimator='gauss-newton-bartlett' draws labels and needs model=, loss= and "
+            "likelihood='categorical', 'bernoulli' or 'normal'; estimator='hutchinson' needs none of them."
+        )

@@ -144,9 +144,7 @@ def gauss_newton_bartlett(
     mean over B rows it is ``B`` times the squared gradient: Liu et al. (arXiv:2305.14342), algorithm 2.
     """
     outputs, pull = jax.vjp(lambda params: model(params, *args), params)
-    _checks.check_logits(likelihood, outputs)
-    family = _likelihoods.FAMILIES[likelihood]
-    weights = _likelihoods.label_weights(loss, outputs, args, family)
+    family, weights = _likelihoods.family_and_weights(likelihood, loss, outputs, args)
     scores = _likelihoods.draw_scores(family, key, outputs, jnp.zeros((), jnp.int32), num_samples=1)
     columns = jax.tree.map(lambda weight, score: jnp.sqrt(weight) * score[0], weights, scores)
     return jax.tree.map(jnp.square, widened(pull(columns)[0]))

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr, tree_flatten_with_path
 from jaxtyping import Array, Float
 
 from curvature import _checks
-from curvature._errors import of_class, public
+from curvature._errors import caller, of_class, public
 from curvature._trees import Structure, leaf_paths, select
 from curvature._types import Tree
 
@@ -42,7 +43,7 @@ class MatrixView:
     @of_class
     def __getitem__(self, paths: tuple[str, str]) -> Float[Array, "*lanes rows columns"]:
         """The block of two sub-trees, named by their paths, as a matrix."""
-        _checks.check_path_pair("paths", paths)
+        _check_path_pair("paths", paths)
         rows, columns = (self._span(path) for path in paths)
         return self.matrix[..., rows, columns]
 
@@ -93,7 +94,7 @@ def matrix_view(blocks: Tree, x: Tree) -> MatrixView:
 
 def matrix_of(name: str, blocks: Tree, x: Tree) -> Float[Array, "n n"]:
     """A tree like ``x`` of trees like ``x`` as one matrix."""
-    rows = _checks.check_hessian(name, blocks, x)
+    rows = _check_hessian(name, blocks, x)
     with jax.numpy_dtype_promotion("standard"):  # blocks may differ in dtype even where users are strict
         dtype = jnp.result_type(*jax.tree.leaves(blocks))
     return jnp.concatenate([side_by_side(row, leaf.size, dtype) for row, leaf in rows])
@@ -103,3 +104,31 @@ def side_by_side(tree: Tree, num_rows: int, dtype: Any) -> Float[Array, "rows n"
     """The leaves, each with ``num_rows`` entries along its leading axes, as one matrix."""
     leaves = [jnp.asarray(leaf, dtype).reshape(num_rows, -1) for leaf in jax.tree.leaves(tree)]
     return jnp.concatenate(leaves, axis=1)
+
+
+def _check_hessian(name: str, blocks: Any, x: Tree) -> list[tuple[Tree, jax.Array]]:
+    """The rows of a Hessian that is a tree like ``x`` of trees like ``x``, each paired with its leaf of ``x``."""
+    structure = jax.tree.structure(x)
+    paths = [keystr(path) for path, _ in tree_flatten_with_path(x)[0]]
+    leaves = jax.tree.leaves(x)
+    try:
+        rows = structure.flatten_up_to(blocks)
+        columns = [structure.flatten_up_to(row) for row in rows]
+    except ValueError as error:
+        raise ValueError(
+            f"{caller()}: {name} is not a tree like x of trees like x, as curvature.hessian returns: {error}"
+        ) from None
+    for row_path, row_leaf, row in zip(paths, leaves, columns, strict=True):
+        for path, leaf, block in zip(paths, leaves, row, strict=True):
+            expected = row_leaf.shape + leaf.shape
+            if jnp.shape(block) != expected:
+                raise ValueError(
+                    f"{caller()}: {name}{row_path}{path} has shape {jnp.shape(block)}, expected {expected}."
+                )
+    return list(zip(rows, leaves, strict=True))
+
+
+def _check_path_pair(name: str, paths: Any) -> None:
+    """Refuse anything but two paths."""
+    if not (isinstance(paths, tuple | list) and len(paths) == 2 and all(isinstance(path, str) for path in paths)):
+        raise ValueError(f"{caller()}: {name}={paths!r}, expected a pair of paths, such as ('layers/0', '').")

@@ -8,10 +8,11 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Var
+from jax.tree_util import keystr, tree_flatten_with_path
 from jaxtyping import Array, Float
 
 from curvature import _checks
-from curvature._errors import calling, later, public
+from curvature._errors import caller, calling, describe, is_array_like, is_static_integer, later, public
 from curvature._sharding import entry, is_sharded, zeros
 from curvature._types import ChunkSize, Tree
 from curvature.programs._primitives import CONVOLUTION
@@ -35,6 +36,8 @@ _LEAST_CHUNK = 8
 
 _MEMORY_SHARE = 8
 """Heuristic: on an accelerator a chunk may take one eighth of the free memory."""
+
+UNMAPPED = object()  # represents the axis None, because None is not a leaf of a tree
 
 
 def num_chunks(lanes: int, chunk_size: ChunkSize, call: Callable[[Any], Any], one_lane: Callable[[], Any]) -> int:
@@ -116,7 +119,7 @@ def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, chunk_si
             return f(*operands[0], **operands[1])
 
         with calling("vmap"):
-            lanes = _checks.check_lanes(in_axes, args, kwargs)
+            lanes = _check_lanes(in_axes, args, kwargs)
             return map_chunks(call, (args, kwargs), (in_axes, 0), out_axes, lanes, chunk_size)
 
     return mapped
@@ -126,7 +129,7 @@ def map_chunks(
     call: Callable[[Any], Any], operands: Any, axes: Any, out_axes: Any, lanes: int, chunk_size: ChunkSize
 ) -> Any:
     """Map ``call`` over the axes of ``operands``, one chunk at a time; ``axes`` is a prefix of ``operands``."""
-    in_axes = _checks.check_prefix("in_axes", axes, operands)
+    in_axes = check_prefix("in_axes", axes, operands)
 
     def take(start: Any, size: int) -> Any:
         return _on_mapped(lambda leaf, axis: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis), operands, in_axes)
@@ -135,17 +138,17 @@ def map_chunks(
         return _on_mapped(entry, operands, in_axes)
 
     mapped = zip(jax.tree.leaves(operands), jax.tree.leaves(in_axes), strict=True)
-    at_once = any(axis is not _checks.UNMAPPED and is_sharded(leaf, axis) for leaf, axis in mapped)
+    at_once = any(axis is not UNMAPPED and is_sharded(leaf, axis) for leaf, axis in mapped)
     chunks = 1 if at_once else num_chunks(lanes, chunk_size, call, one)
     if chunks == 1:
         return jax.vmap(call, (axes,), out_axes)(operands)
     size = -(-lanes // chunks)
-    firsts = jax.tree.map(lambda axis: None if axis is None else 0, out_axes, is_leaf=_checks.is_none)
+    firsts = jax.tree.map(lambda axis: None if axis is None else 0, out_axes, is_leaf=_is_none)
     stacked = jax.lax.map(lambda start: jax.vmap(call, (axes,), firsts)(take(start, size)), jnp.arange(chunks) * size)
     return _on_mapped(
         lambda leaf, axis: jnp.moveaxis(_join(leaf, lanes), 0, axis),
         stacked,
-        _checks.check_prefix("out_axes", out_axes, stacked),
+        check_prefix("out_axes", out_axes, stacked),
         otherwise=lambda leaf: leaf[0],
     )
 
@@ -163,7 +166,7 @@ def _on_mapped(
     fun: Callable[[Any, int], Any], tree: Any, axes: Any, otherwise: Callable[[Any], Any] = lambda leaf: leaf
 ) -> Any:
     """``fun(leaf, axis)`` on the leaves that are mapped, ``otherwise(leaf)`` on the leaves that are not."""
-    return jax.tree.map(lambda leaf, axis: otherwise(leaf) if axis is _checks.UNMAPPED else fun(leaf, axis), tree, axes)
+    return jax.tree.map(lambda leaf, axis: otherwise(leaf) if axis is UNMAPPED else fun(leaf, axis), tree, axes)
 
 
 def num_batch_chunks(examples: int, chunk_size: ChunkSize, bytes_each: int, least: int) -> int:
@@ -197,3 +200,44 @@ def sum_over_chunks(fun: Callable[[Any, Float[Array, " size"]], Tree], batch: An
     starts = jnp.arange(-(-lanes // size)) * size
     nothing = jax.tree.map(lambda like: zeros(like.shape, like), jax.eval_shape(part, starts[0]))
     return jax.lax.scan(add, nothing, starts)[0]
+
+
+def _check_lanes(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The number of lanes: the size that the mapped axes share. Keyword arguments map over axis 0."""
+    operands = (args, kwargs)
+    axes = jax.tree.leaves(check_prefix("in_axes", (in_axes, 0), operands))
+    sizes = {}
+    for (path, leaf), axis in zip(tree_flatten_with_path(operands)[0], axes, strict=True):
+        if axis is UNMAPPED:
+            continue
+        name = ("args" if path[0].idx == 0 else "kwargs") + keystr(path[1:])
+        rank = jnp.ndim(leaf) if is_array_like(leaf) else 0
+        if not -rank <= axis < rank:
+            raise ValueError(f"{caller()}: {name} has rank {rank}, which has no axis {axis} to map; use in_axes=None.")
+        sizes[name] = jnp.shape(leaf)[axis]
+    if not sizes:
+        raise ValueError(f"{caller()}: no argument has an axis to map, expected at least one that in_axes names.")
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        raise ValueError(f"{caller()}: the mapped axes differ in size: {listed}.")
+    return next(iter(sizes.values()))
+
+
+def check_prefix(name: str, axes: Any, tree: Any) -> Any:
+    """The axis of every leaf of ``tree``, ``UNMAPPED`` for None; ``axes`` must be a prefix of ``tree``."""
+    for axis in jax.tree.leaves(axes):
+        if not is_static_integer(axis):
+            raise TypeError(f"{caller()}: {name} holds {describe(axis)}, expected integers and None.")
+
+    def spread(axis: Any, part: Any) -> Any:
+        return jax.tree.map(lambda _: UNMAPPED if axis is None else axis, part)
+
+    try:
+        return jax.tree.map(spread, axes, tree, is_leaf=_is_none)
+    except ValueError as error:
+        raise ValueError(f"{caller()}: {name} is not a prefix of the tree it is for: {error}") from None
+
+
+def _is_none(leaf: Any) -> bool:
+    """Whether a node is None; pass it as ``is_leaf``, because JAX takes None for an empty tree."""
+    return leaf is None

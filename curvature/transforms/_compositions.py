@@ -63,7 +63,7 @@ def linearize_program(program: _traced.Program, composition: str) -> tuple[Any, 
 
 def trace_objective(name: str, f: Objective, x: Tree, args: tuple[Any, ...], has_aux: bool = False) -> _traced.Program:
     """``f`` traced at ``x``; raises unless it returns one floating scalar."""
-    program = _traced.trace(lambda x: with_aux(f(x, *args), has_aux), x)
+    program = _traced.trace(lambda x: with_aux(f(x, *args), has_aux, name), x)
     _checks.check_scalar_output(name, program.out)
     return program
 

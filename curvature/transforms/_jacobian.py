@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from curvature import _checks, _trees
-from curvature._errors import later, public
+from curvature._errors import caller, describe, is_static_integer, later, public
 from curvature._sharding import place_like, vary_like, varying_axes
 from curvature._types import ChunkSize, JacobianMode, Tree
 from curvature.programs import _traced
@@ -81,7 +81,7 @@ def bind_argnums(
     f: Callable[..., Any], argnums: SupportsIndex | Sequence[int], has_aux: bool, args: Any, kwargs: Any
 ) -> tuple[Callable[[Tree], tuple[Any, Any]], Tree]:
     """``f`` as a function of the tree of the chosen arguments that returns ``(out, aux)``, and that tree."""
-    _checks.check_argnums(argnums, len(args))
+    _check_argnums(argnums, len(args))
     many = isinstance(argnums, Sequence)
     positions = [int(i) % len(args) for i in (argnums if isinstance(argnums, Sequence) else (argnums,))]
     points = tuple(_checks.check_point(f"argument {i}", args[i]) for i in positions)
@@ -95,11 +95,11 @@ def bind_argnums(
     return fun, points if many else points[0]
 
 
-def with_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
-    """``(out, aux)``; aux is None for a function without aux."""
-    _checks.check_arrays("f", out)
+def with_aux(out: Any, has_aux: bool, name: str = "f") -> tuple[Any, Any]:
+    """``(out, aux)``; aux is None for a function without aux. Errors say ``name``."""
+    _checks.check_arrays(name, out)
     if has_aux:
-        _checks.check_aux_output("f", out)
+        _check_aux_output(name, out)
         return out
     return out, None
 
@@ -203,3 +203,30 @@ def _split(array: Array, like: Tree, axis: int) -> Tree:
         blocks.append(block.reshape(leaf.shape + rest if axis == 0 else rest + leaf.shape))
         start += leaf.size
     return structure.unflatten(blocks)
+
+
+def _check_aux_output(name: str, out: Any) -> None:
+    """Refuse an output that is not a pair (value, aux) although ``has_aux=True``."""
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(f"{caller()}: has_aux=True, but {name} returns {describe(out)}, expected a pair (value, aux).")
+
+
+def _check_argnums(argnums: Any, num_args: int) -> None:
+    """Refuse ``argnums`` that do not name positional arguments of the call, each once."""
+    positions = argnums if isinstance(argnums, tuple | list) else (argnums,)
+    if not positions:
+        raise ValueError(f"{caller()}: argnums={argnums!r} is empty, expected an integer or a tuple of integers.")
+    for position in positions:
+        if not is_static_integer(position):
+            raise TypeError(f"{caller()}: argnums={argnums!r}, expected an integer or a tuple of integers.")
+        if not -num_args <= position < num_args:
+            raise ValueError(
+                f"{caller()}: argnums={argnums!r} names argument {position}, "
+                f"but f was called with {num_args} positional arguments."
+            )
+    places = [int(position) % num_args for position in positions]
+    if len(set(places)) < len(places):
+        raise ValueError(
+            f"{caller()}: argnums={argnums!r} names an argument twice: among {num_args} positional arguments "
+            f"the ones at {places}, expected each position once."
+        )

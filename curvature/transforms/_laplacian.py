@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr, tree_flatten_with_path
 
 from curvature import _checks, _trees
-from curvature._errors import calling, public
+from curvature._errors import caller, calling, is_array_like, public
 from curvature._types import Objective, Tree
 from curvature.programs import _traced
 from curvature.programs._jets import BY_REVERSE, Jet, Step, push_jets
@@ -132,7 +133,7 @@ class Laplacian:
         """``f`` traced at ``x``, and the directions."""
         x = _checks.check_point("x", x)
         _checks.check_entries("x", x)
-        factor = None if self.factor is None else _checks.check_factor("factor", self.factor, "x", x)
+        factor = None if self.factor is None else _check_factor("factor", self.factor, "x", x)
         program = _traced.trace(lambda x: with_aux(self.f(x, *args), False), x)
         _checks.check_floating_output("f", program.out)
         return program, _identity(x) if factor is None else factor
@@ -232,3 +233,31 @@ def directional_derivatives(f: Objective, x: Tree, v: Tree, *args: Any, order: i
         last, lower = lower
         derivatives.append(last)
     return tuple(reversed(derivatives))
+
+
+def _check_factor(name: str, factor: Tree, x_name: str, x: Tree) -> Tree:
+    """``factor`` as arrays with the structure and dtypes of ``x`` and an additional leading axis of directions."""
+    _checks.check_same_structure(name, factor, x_name, x)
+    (path, first), *_ = tree_flatten_with_path(factor)[0]
+    first_name, num_directions = name + keystr(path), jnp.shape(first)[0] if jnp.ndim(first) else 1
+    if num_directions == 0:
+        raise ValueError(f"{caller()}: {first_name} has shape {jnp.shape(first)}, expected at least one direction.")
+    for (path, leaf), x_leaf in zip(tree_flatten_with_path(factor)[0], jax.tree.leaves(x), strict=True):
+        leaf_name = name + keystr(path)
+        shape: Any = jnp.shape(leaf) if is_array_like(leaf) else ()
+        if len(shape) != x_leaf.ndim + 1 or shape[1:] != x_leaf.shape:
+            raise ValueError(
+                f"{caller()}: {leaf_name} has shape {shape}, expected (K,) + {x_leaf.shape}: a leading axis of "
+                f"K directions before the shape of {x_name}{keystr(path)}."
+            )
+        if shape[0] != num_directions:
+            raise ValueError(
+                f"{caller()}: {leaf_name} has {shape[0]} directions along its leading axis, "
+                f"expected {num_directions} to match {first_name}."
+            )
+        if jnp.result_type(leaf) != x_leaf.dtype:
+            raise TypeError(
+                f"{caller()}: {leaf_name} has dtype {jnp.result_type(leaf)}, expected {x_leaf.dtype} to match "
+                f"{x_name}{keystr(path)}; cast it with .astype({str(x_leaf.dtype)!r})."
+            )
+    return jax.tree.map(jnp.asarray, factor)

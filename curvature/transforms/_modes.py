@@ -6,6 +6,7 @@ from typing import get_args
 import jax
 
 from curvature import _checks
+from curvature._errors import caller
 from curvature._trees import num_entries
 from curvature._types import HessianMode, JacobianMode
 from curvature.programs._finiteness import keeps_finite
@@ -27,7 +28,7 @@ def choose_composition(program: Program, mode: HessianMode, *, whole: bool = Fal
         if blocker is None:
             return mode
         legal = [other for other in _ORDER if program.composition_blocker(other) is None]
-        raise _checks.illegal_mode(mode, str(blocker), legal)
+        raise _illegal_mode(mode, str(blocker), legal)
     blockers = {}
     for candidate in _order_for_matrix(program) if whole else _ORDER:
         blockers[candidate] = program.composition_blocker(candidate)
@@ -71,7 +72,7 @@ def legal_modes(mode: str, blockers: dict[str, Blocker | None]) -> list[str]:
     if mode == "auto":
         return legal
     if mode not in legal:
-        raise _checks.illegal_mode(mode, str(blockers[mode]), legal)
+        raise _illegal_mode(mode, str(blockers[mode]), legal)
     return [mode]
 
 
@@ -118,3 +119,9 @@ def choose_jacobian(program: Program, mode: JacobianMode) -> str:
     )
     order = ("fwd", "rev") if is_tall else ("rev", "fwd")
     return legal_modes(mode, {name: program.blocker(name) for name in order})[0]
+
+
+def _illegal_mode(mode: str, blocker: str, legal: list[str]) -> TypeError:
+    """The error for a mode that cannot differentiate the function."""
+    remedy = f"use mode={legal[0]!r} or mode='auto'" if legal else "no other mode is legal either"
+    return TypeError(f"{caller()}: mode={mode!r} is not legal for f because of {blocker}; {remedy}.")

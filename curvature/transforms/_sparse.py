@@ -6,11 +6,12 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental.sparse import BCOO
 from jaxtyping import Array
 
 from curvature import _checks, _trees
-from curvature._errors import later, public
+from curvature._errors import caller, describe, later, public
 from curvature._trees import ravel
 from curvature._types import JacobianMode, Objective, SparseHessianMode, Tree
 from curvature.programs import _traced
@@ -90,7 +91,7 @@ def sparse_hessian(
 
     if pattern is None:
         pattern = _find_pattern(asdex.hessian_sparsity, fun, vector, args)
-    rows, columns = _checks.check_pattern(pattern, shape)
+    rows, columns = _check_pattern(pattern, shape)
     sparsity = _make_sparsity(np.concatenate([rows, columns]), np.concatenate([columns, rows]), shape, vector)
     if is_symmetric(program):
         coloring = asdex.hessian_coloring_from_sparsity(sparsity, mode=chosen)
@@ -166,7 +167,7 @@ def sparse_jacobian(
     if pattern is None:
         pattern = _find_pattern(asdex.jacobian_sparsity, fun, vector, args)
     shape = (_trees.num_entries(program.out), vector.size)
-    sparsity = _make_sparsity(*_checks.check_pattern(pattern, shape), shape, vector)
+    sparsity = _make_sparsity(*_check_pattern(pattern, shape), shape, vector)
     coloring = asdex.jacobian_coloring_from_sparsity(sparsity, mode=legal[0] if len(legal) == 1 else None)
 
     def products(_: None, vector: Array, *args: Any) -> Array:
@@ -184,7 +185,10 @@ def _find_pattern(find: Callable[..., Any], fun: Callable[..., Array], vector: A
     try:
         return find(fun, vector, *data)
     except Exception as error:  # of any type, for a primitive or an operand that asdex does not know
-        raise _checks.no_pattern(error) from error
+        raise NotImplementedError(
+            f"{caller()}: asdex cannot find the pattern of f ({error}); pass pattern=, a dense array of ones if "
+            "nothing is known of it."
+        ) from error
 
 
 def _make_sparsity(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int], vector: Array) -> Any:
@@ -232,7 +236,40 @@ def _positions_of_entries(coloring: Any, columns: bool) -> Array:
     if coloring.sparsity.nnz == 0:
         return jnp.zeros(0, np.int32)
     shape = coloring.num_colors, coloring.sparsity.shape[coloring.mode == "rev"]
-    _checks.check_index_range(shape)
+    _check_index_range(shape)
     numbers = np.arange(shape[0] * shape[1], dtype=np.int32)
     numbers = numbers.reshape(shape[::-1]).T if columns else numbers.reshape(shape)
     return asdex.decompress_data(jnp.asarray(numbers), coloring)
+
+
+def _check_pattern(pattern: Any, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The row and column indices of a sparsity pattern from JAX, SciPy or asdex, or of a dense array."""
+    if isinstance(pattern, Tracer) or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(pattern)):
+        raise TypeError(f"{caller()}: pattern is traced, expected a known pattern; prepare outside jit.")
+    if not hasattr(pattern, "shape"):
+        raise TypeError(f"{caller()}: pattern is {describe(pattern)}, expected a sparse matrix or a boolean array.")
+    if tuple(pattern.shape) != shape:
+        raise ValueError(
+            f"{caller()}: pattern has shape {tuple(pattern.shape)}, expected {shape}: a row for each entry of the "
+            "output (of x for a Hessian), a column for each entry of x."
+        )
+    if isinstance(pattern, BCOO):
+        indices = np.asarray(pattern.indices)
+        rows, columns = indices[(indices < np.asarray(shape)).all(axis=1)].T  # padding lies outside
+        return rows, columns
+    if hasattr(pattern, "tocoo"):
+        pattern = pattern.tocoo()
+        return pattern.row, pattern.col
+    if hasattr(pattern, "rows") and hasattr(pattern, "cols"):
+        return np.asarray(pattern.rows), np.asarray(pattern.cols)
+    rows, columns = np.nonzero(np.asarray(pattern))
+    return rows, columns
+
+
+def _check_index_range(shape: tuple[int, int]) -> None:
+    """Refuse compressed products with more entries than a 32-bit index can count."""
+    if shape[0] * shape[1] > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"{caller()}: {shape[0]:,} products of {shape[1]:,} entries are more than 2^31 - 1 together; "
+            "split x and prepare each part."
+        )

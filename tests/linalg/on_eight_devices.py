@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import curvature
-from curvature.operators._base import LinearOperator, register_operator, static
+from curvature.operators._base import LinearOperator
+from curvature.operators._pytrees import register_operator, static
 from tests.oracles import assert_close
 
 N = 12

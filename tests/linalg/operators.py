@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvature.operators._base import LinearOperator, MatrixOperator, register_operator, static, structure_of
+from curvature.operators._base import LinearOperator, MatrixOperator
+from curvature.operators._pytrees import register_operator, static, structure_of
 
 
 def rotated(eigenvalues, dtype=jnp.float64, seed=0):

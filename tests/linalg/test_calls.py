@@ -93,11 +93,11 @@ def test_no_function_is_kept_alive():
         return weakref.ref(f), weakref.ref(op.model), weakref.ref(op.loss)
 
     gc.collect()
-    before = len(_compile_cache._PROGRAMS_FOR)
+    before = len(_compile_cache._RESULTS)
     references = solve(2.0)
     gc.collect()
     assert [reference() for reference in references] == [None] * 3
-    assert len(_compile_cache._PROGRAMS_FOR) == before
+    assert len(_compile_cache._RESULTS) == before
 
 
 class Scaled:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import curvature
-from curvature.operators._base import LinearOperator, MatrixOperator, register_operator, zeros
+from curvature.operators._base import LinearOperator, MatrixOperator
+from curvature.operators._pytrees import register_operator, zeros
 from tests.oracles import assert_close, flat, tolerance
 
 KEY = jax.random.key(0)

@@ -7,7 +7,8 @@ import pytest
 import scipy.sparse.linalg
 
 import curvature
-from curvature.operators._base import LinearOperator, MatrixOperator, register_operator, structure_of
+from curvature.operators._base import LinearOperator, MatrixOperator
+from curvature.operators._pytrees import register_operator, structure_of
 from tests.oracles import assert_close, assert_trees_close, flat
 
 _rng = np.random.default_rng(2)

@@ -485,6 +485,10 @@ ERRORS = {
         lambda: curvature.GaussNewtonOperator(affine, lambda z, a: z, X, A) @ X,
         r"GaussNewtonOperator: loss returns shape \(3,\), expected a scalar",
     ),
+    "loss without an array": (
+        lambda: curvature.GaussNewtonOperator(affine, lambda z, a: "text", X, A) @ X,
+        r"GaussNewtonOperator: loss returns 'text' of type str, expected arrays and numbers",
+    ),
     "integer outputs": (
         lambda: curvature.GaussNewtonOperator(lambda x: x["b"] > 0, cubes, X) @ X,
         r"GaussNewtonOperator: the output model\(x\) has dtype bool",

@@ -13,8 +13,8 @@ from jax.experimental.sparse import BCOO
 from jax.flatten_util import ravel_pytree
 
 import curvature
-from curvature import _checks
 from curvature._errors import calling
+from curvature.transforms import _sparse
 from curvature.transforms._sparse import asdex
 from tests.oracles import assert_close, dense_hessian
 from tests.scenarios import SCENARIOS, forward_only, reverse_only
@@ -218,4 +218,4 @@ def test_an_asdex_made_for_another_jax_does_not_stop_the_import(monkeypatch, tmp
 def test_more_entries_than_an_index_can_count_are_refused():
     expected = pytest.raises(ValueError, match=r"sparse_hessian: 3 products of 1,000,000,000 entries.*split x")
     with calling("sparse_hessian"), expected:
-        _checks.check_index_range((3, 10**9))
+        _sparse._check_index_range((3, 10**9))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from curvature._numerics import matmul
 from curvature._types import Scalar
-from curvature.operators._pytrees import register_operator, static
+from curvature.operators._pytrees import register_operator, replace, static
 from curvature.programs._affine import Axes
 from curvature.programs._views import View
 
@@ -70,13 +70,13 @@ class KroneckerBlock:
         """The same block by eigenpairs."""
         la, ua = (self.a, None) if self.a.ndim == 2 else eigenpairs(self.a)
         lg, ug = eigenpairs(self.g)
-        return EigenBlock(ua, ug, la[:, :, None] * lg[:, None, :], self.layout)
+        return EigenBlock(la[:, :, None] * lg[:, None, :], ua, ug, self.layout)
 
     def logdet(self, damping: Scalar) -> Scalar:
         """``log det(A x G + damping I)``."""
         return self.eigen().logdet(damping)
 
-    def inverse(self, damping: Scalar, exact: bool) -> "KroneckerBlock | EigenBlock":
+    def inverse(self, damping: Scalar, exact: bool) -> "KroneckerBlock | DiagonalBlock":
         """``(A x G + damping I)^-1``, or the product of the inverses of damped factors if not ``exact``."""
         if exact:
             return self.eigen().inverse(damping, exact)
@@ -90,12 +90,41 @@ class KroneckerBlock:
 
 
 @register_operator
-class EigenBlock:
-    """``(U_A x U_G) diag(eigenvalues) (U_A x U_G)'`` for each group; ``basis_a=None`` means ``U_A = I``."""
+class DiagonalBlock:
+    """A diagonal block, by its eigenvalues, shaped like the leaf."""
+
+    eigenvalues: Array
+
+    def mv(self, v: Array) -> Array:
+        """The product with a leaf."""
+        return self.eigenvalues * v
+
+    def trace(self) -> Scalar:
+        """The sum of the diagonal."""
+        return jnp.sum(self.eigenvalues)
+
+    def diagonal(self) -> Array:
+        """The diagonal, shaped like the leaf."""
+        return self.eigenvalues
+
+    def logdet(self, damping: Scalar) -> Scalar:
+        """``log det(block + damping I)``."""
+        return jnp.sum(jnp.log(self.eigenvalues + damping))
+
+    def inverse(self, damping: Scalar, exact: bool) -> "DiagonalBlock":
+        """``(block + damping I)^-1``, exact for both values of ``exact``."""
+        return replace(self, eigenvalues=1 / (self.eigenvalues + damping))
+
+
+@register_operator
+class EigenBlock(DiagonalBlock):
+    """``(U_A x U_G) diag(eigenvalues) (U_A x U_G)'`` for each group; ``basis_a=None`` means ``U_A = I``.
+
+    The eigenvalues are in canonical form.
+    """
 
     basis_a: Float[Array, "groups rows rows"] | None
     basis_g: Float[Array, "groups columns columns"]
-    eigenvalues: Canonical
     layout: Layout = static()
 
     def mv(self, v: Array) -> Array:
@@ -105,22 +134,10 @@ class EigenBlock:
         scaled = _apply_left(self.basis_a, self.eigenvalues * coordinates)
         return self.layout.restored(matmul(scaled, self.basis_g.mT))
 
-    def trace(self) -> Scalar:
-        """The sum of the diagonal."""
-        return jnp.sum(self.eigenvalues)
-
     def diagonal(self) -> Array:
         """The diagonal, shaped like the leaf."""
         squares = None if self.basis_a is None else self.basis_a**2
         return self.layout.restored(matmul(_apply_left(squares, self.eigenvalues), (self.basis_g**2).mT))
-
-    def logdet(self, damping: Scalar) -> Scalar:
-        """``log det(block + damping I)``."""
-        return jnp.sum(jnp.log(self.eigenvalues + damping))
-
-    def inverse(self, damping: Scalar, exact: bool) -> "EigenBlock":
-        """``(block + damping I)^-1``, exact for both values of ``exact``."""
-        return EigenBlock(self.basis_a, self.basis_g, 1 / (self.eigenvalues + damping), self.layout)
 
 
 @register_operator
@@ -151,34 +168,7 @@ class DenseBlock:
         return DenseBlock(_inverse(self.matrix[None], damping[None])[0], self.shape)
 
 
-@register_operator
-class DiagonalBlock:
-    """A block approximated by its diagonal, shaped like the leaf."""
-
-    entries: Float[Array, "*leaf"]
-
-    def mv(self, v: Array) -> Array:
-        """The product with a leaf."""
-        return self.entries * v
-
-    def trace(self) -> Scalar:
-        """The sum of the diagonal."""
-        return jnp.sum(self.entries)
-
-    def diagonal(self) -> Array:
-        """The diagonal, shaped like the leaf."""
-        return self.entries
-
-    def logdet(self, damping: Scalar) -> Scalar:
-        """``log det(block + damping I)``."""
-        return jnp.sum(jnp.log(self.entries + damping))
-
-    def inverse(self, damping: Scalar, exact: bool) -> "DiagonalBlock":
-        """``(block + damping I)^-1``, exact for both values of ``exact``."""
-        return DiagonalBlock(1 / (self.entries + damping))
-
-
-Block = KroneckerBlock | EigenBlock | DenseBlock | DiagonalBlock
+Block = KroneckerBlock | DiagonalBlock | DenseBlock
 
 
 def diagonal_of(factor: Factor) -> Float[Array, "groups rows"]:

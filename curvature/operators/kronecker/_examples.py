@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvature import _checks
+from curvature._errors import caller
 from curvature._sharding import gathered
 from curvature._trees import ravel
 from curvature._types import Objective, Tree
@@ -85,7 +86,10 @@ class ExampleTaps:
         try:
             return jax.eval_shape(lambda x: self._model(x, *self._args(row)), self._x)
         except (TypeError, ValueError, IndexError) as error:
-            raise _checks.no_batch_of_one(error) from error
+            raise ValueError(
+                f"{caller()}: the model fails on a batch of one example ({type(error).__name__}: {error}), expected "
+                "one that takes batches of any size; reshape by inputs.shape[0], not by a fixed number of examples."
+            ) from error
 
     def _args(self, row: Sequence[Array], shared: Sequence[Array] | None = None) -> tuple[Any, ...]:
         """The arguments of a batch of one."""

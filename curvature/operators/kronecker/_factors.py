@@ -9,15 +9,7 @@ from jaxtyping import Array
 
 from curvature._types import ChunkSize
 from curvature.operators._pytrees import replace
-from curvature.operators.kronecker._blocks import (
-    Block,
-    DenseBlock,
-    DiagonalBlock,
-    EigenBlock,
-    Factor,
-    KroneckerBlock,
-    Layout,
-)
+from curvature.operators.kronecker._blocks import Block, DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock, Layout
 from curvature.operators.kronecker._examples import ExampleTaps
 from curvature.programs._affine import Lookup
 from curvature.programs._tap_gradients import all_axes, factors
@@ -112,32 +104,24 @@ def build_blocks(
     """The block of each leaf; ``corrected`` replaces the eigenvalues as in EKFAC."""
     dtype = accumulator(examples.leaves)
     sums = _ChunkSums(examples, rules, sharing, dtype)
-    formed = [
-        leaf.size for leaf, rule in zip(examples.leaves, rules, strict=True) if rule.form in ("block", "diagonal")
-    ]
-    first = _sum_over_examples(examples, sum(formed), sums.factors_and_exact, chunk_size, dtype)
-    blocks: dict[int, Block] = {}
-    eigen_blocks: dict[int, EigenBlock] = {}
-    for k, (leaf, rule) in enumerate(zip(examples.leaves, rules, strict=True)):
+    pairs = list(zip(examples.leaves, rules, strict=True))
+    formed = sum(leaf.size for leaf, rule in pairs if rule.form in ("block", "diagonal"))
+    first = _sum_over_examples(examples, formed, sums.factors_and_exact, chunk_size, dtype)
+    blocks: list[Block] = []
+    for k, (leaf, rule) in enumerate(pairs):
         if rule.form == "kronecker":
             a, g = first[k]
-            block = KroneckerBlock(a, g, _layout(examples, examples.sites[rule.uses[0]]))
-            blocks[k] = block
-            if corrected:
-                eigen_blocks[k] = block.eigen()
+            blocks.append(KroneckerBlock(a, g, _layout(examples, examples.sites[rule.uses[0]])))
         elif rule.form == "block":
-            blocks[k] = DenseBlock(first[k], leaf.shape)
+            blocks.append(DenseBlock(first[k], leaf.shape))
         else:
-            blocks[k] = DiagonalBlock(first[k] if k in first else jnp.zeros(leaf.shape, dtype))
-    if eigen_blocks:
-        formed = [
-            leaf.size
-            for leaf, rule in zip(examples.leaves, rules, strict=True)
-            if not _has_one_position([examples.sites[n] for n in rule.uses])
-        ]
-        spectra = _sum_over_examples(examples, max(formed, default=0), sums.spectra(eigen_blocks), chunk_size, dtype)
-        blocks |= {k: replace(block, eigenvalues=spectra[k]) for k, block in eigen_blocks.items()}
-    return [blocks[k] for k in range(len(rules))]
+            blocks.append(DiagonalBlock(first[k] if k in first else jnp.zeros(leaf.shape, dtype)))
+    eigen = {k: block.eigen() for k, block in enumerate(blocks) if corrected and isinstance(block, KroneckerBlock)}
+    if not eigen:
+        return blocks
+    formed = max((leaf.size for leaf, rule in pairs if not _is_outer_product(examples, rule)), default=0)
+    spectra = _sum_over_examples(examples, formed, sums.spectra(eigen), chunk_size, dtype)
+    return [replace(eigen[k], eigenvalues=spectra[k]) if k in eigen else block for k, block in enumerate(blocks)]
 
 
 def _layout(examples: ExampleTaps, site: Site) -> Layout:
@@ -147,8 +131,9 @@ def _layout(examples: ExampleTaps, site: Site) -> Layout:
     return Layout(examples.taps.views[root], root.aval.shape, order, (groups, rows, columns))
 
 
-def _has_one_position(sites: Sequence[Site]) -> bool:
+def _is_outer_product(examples: ExampleTaps, rule: Rule) -> bool:
     """Whether the gradient of an example is one outer product, so that EKFAC need not form it."""
+    sites = [examples.sites[n] for n in rule.uses]
     return not any(map(_is_lookup, sites)) and sum(site.sizes[1] for site in sites) <= 1
 
 
@@ -242,7 +227,7 @@ def _einsum(formula: str, *operands: Array) -> Array:
     return jnp.einsum(formula, *operands, precision="highest")
 
 
-def _input_factor(use: Use, shares: Array) -> Factor:
+def _input_factor(use: Use, shares: Array) -> Array:
     """``A[g] = sum_b share_b (1/S) sum_s a a'``; only the diagonal for a lookup, whose factor is diagonal."""
     if not isinstance(use.a, Lookup):
         weighted = use.a * (shares / use.a.shape[2])[:, None, None, None]

@@ -126,13 +126,10 @@ class KroneckerOperator(LinearOperator):
     ) -> None:
         _checks.check_callable("model", model)
         _checks.check_callable("loss", loss)
-        for option, value, words in [
-            ("approximation", approximation, Approximation),
-            ("sharing", sharing, Sharing),
-            ("kind", kind, Kind),
-            ("reduction", reduction, Reduction),
-        ]:
-            _checks.check_choice(option, value, words)
+        _checks.check_choice("approximation", approximation, Approximation)
+        _checks.check_choice("sharing", sharing, Sharing)
+        _checks.check_choice("kind", kind, Kind)
+        _checks.check_choice("reduction", reduction, Reduction)
         if likelihood is not None:
             _checks.check_choice("likelihood", likelihood, Likelihood)
         _checks.check_count("num_samples", num_samples, 1)
@@ -157,9 +154,6 @@ class KroneckerOperator(LinearOperator):
 
     def in_structure(self) -> Tree:
         return self.structure[0].unflatten(self.structure[1])
-
-    def out_structure(self) -> Tree:
-        return self.in_structure()
 
     @property
     def report(self) -> LeafReport:

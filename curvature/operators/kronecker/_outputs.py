@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from curvature import _checks
+from curvature._errors import caller
 from curvature._sharding import place_like, vary_like
-from curvature._trees import ravel
+from curvature._trees import num_entries, ravel
 from curvature._types import Tree
 from curvature.operators._data import Reduction
 from curvature.operators._likelihoods import FAMILIES, Likelihood, label_weights, loss_gradient, loss_hessian
 from curvature.transforms._jacobian import map_basis
 
 Kind = Literal["exact", "sampled", "empirical"]
+
+_MOST_OUTPUTS = 2048  # Heuristic: the eigendecomposition of a matrix of this size, per example, is still affordable
 
 
 class OutputSide(NamedTuple):
@@ -29,9 +31,23 @@ class OutputSide(NamedTuple):
 
     def check(self, one: Tree) -> None:
         """Refuse outputs of a batch of one whose Hessian cannot be factored."""
-        _checks.check_likelihood(self.likelihood, one)
-        if self.kind == "exact" and self.likelihood is None:
-            _checks.check_output_size(sum(leaf.size for leaf in jax.tree.leaves(one)))
+        leaves = jax.tree.leaves(one)
+        if self.likelihood is not None and len(leaves) != 1:
+            raise ValueError(
+                f"{caller()}: likelihood={self.likelihood!r}, but the model returns {len(leaves)} arrays, expected "
+                "one; leave likelihood out."
+            )
+        if self.likelihood == "categorical" and (not leaves[0].shape or leaves[0].shape[-1] < 2):
+            raise ValueError(
+                f"{caller()}: likelihood='categorical', but the model returns shape {leaves[0].shape} for one example, "
+                "expected logits of at least two classes along the last axis."
+            )
+        size = num_entries(one)
+        if self.kind == "exact" and self.likelihood is None and size > _MOST_OUTPUTS:
+            raise ValueError(
+                f"{caller()}: one example has {size} outputs, expected at most {_MOST_OUTPUTS} to factor their "
+                "Hessian; name the likelihood for its closed form, or take kind='sampled' or 'empirical'."
+            )
 
     def of_batch(self, loss: Callable[[Tree], Array], rows: Tree) -> Any:
         """The arrays from which ``columns`` are formed, with examples along the leading axis; evaluates the loss.
