@@ -18,9 +18,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from curvature.programs._jaxprs import called_jaxpr, is_floating, isolate_equation, open_jaxpr
-from curvature.programs._legality import find_blocker
 from curvature.programs._primitives import CONTROL_FLOW, PASS_INFINITY, SELECTIONS, SMOOTH, SMOOTH_AWAY_FROM_ZERO
-from curvature.programs._pushforward import pushforward
+from curvature.programs._pushforward import judge_rule
 
 Range = tuple[float, float]
 _UNKNOWN: Range = (-math.inf, math.inf)
@@ -88,12 +87,14 @@ def _is_finite_equation(jaxpr: Jaxpr, eqn: Any, facts: _Facts, assumed: frozense
     if not any(map(is_floating, eqn.outvars)):
         return True
     if name == "custom_jvp_call":
-        closed = isolate_equation(jaxpr, eqn)
         body = _finite_outputs(open_jaxpr(eqn.params["call_jaxpr"]), ranges, assumed)
-        if body is None or not _has_finite_rule(closed, [facts.range_of(v) for v in closed.jaxpr.invars], assumed):
-            return False
-        facts.ranges.update(zip(eqn.outvars, body, strict=True))
-        return True
+        closed = isolate_equation(jaxpr, eqn)
+        moving = [is_floating(v) for v in closed.jaxpr.invars]
+        of_rule = [*map(facts.range_of, closed.jaxpr.invars), *[_UNKNOWN] * sum(moving)]
+        facts.ranges.update(zip(eqn.outvars, body or [], strict=False))
+        return body is not None and judge_rule(
+            closed, moving, assumed, lambda rule, assumed: _finite_outputs(rule, of_rule, assumed) is not None
+        )
     if name in CONTROL_FLOW:  # the ranges of carries would have to be iterated, so they are taken as unknown
         bodies = list(jex.core.jaxprs_in_params(eqn.params))
         return all(_finite_outputs(body, [_UNKNOWN] * len(body.invars), assumed) is not None for body in bodies)
@@ -106,18 +107,6 @@ def _is_finite_equation(jaxpr: Jaxpr, eqn: Any, facts: _Facts, assumed: frozense
         return False
     _add_facts(eqn, ranges, facts)
     return True
-
-
-def _has_finite_rule(closed: ClosedJaxpr, ranges: Sequence[Range], assumed: frozenset[str]) -> bool:
-    """Judge the rule of a ``custom_jvp``; where it calls the function itself, that call is assumed to be finite."""
-    text = str(closed)
-    moving = [is_floating(v) for v in closed.jaxpr.invars]
-    if text in assumed or not any(moving):
-        return True
-    if find_blocker(closed.jaxpr, moving, [True] * len(closed.jaxpr.outvars), "fwd") is not None:
-        return False
-    rule = pushforward(closed, moving).jaxpr.jaxpr
-    return _finite_outputs(rule, [*ranges, *[_UNKNOWN] * sum(moving)], assumed | {text}) is not None
 
 
 def _is_smooth(eqn: Any, ranges: Sequence[Range]) -> bool:

@@ -172,7 +172,33 @@ def _evaluate_inline(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -
     return env.read(jaxpr.outvars)
 
 
-# ---- loops ---------------------------------------------------------------------------------------------------------
+# ---- calls, branches, loops ----------------------------------------------------------------------------------------
+
+
+class Bodies(NamedTuple):
+    """The bodies of a call, a branch or a loop, to be read with the operands of the equation.
+
+    Attributes:
+        jaxprs: the bodies: one, or one for each branch.
+        num_tested: how many of the first operands are not passed to the bodies.
+        carry: which of the operands that are passed are carries. The first outputs of the body are their next values.
+    """
+
+    jaxprs: list[Jaxpr]
+    num_tested: int = 0
+    carry: slice = slice(0, 0)
+
+
+def bodies_of(eqn: Equation) -> Bodies | None:
+    """The bodies of an equation that is differentiated by differentiating them."""
+    if eqn.primitive.name == "cond":
+        return Bodies([open_jaxpr(branch) for branch in eqn.params["branches"]], num_tested=1)
+    if eqn.primitive.name in ("scan", "while"):
+        loop = open_loop(eqn)
+        carry = slice(loop.num_consts, loop.num_consts + loop.num_carry)
+        return Bodies([loop.body.jaxpr], loop.num_tested, carry)
+    body = called_jaxpr(eqn)
+    return None if body is None else Bodies([body])
 
 
 class Loop(NamedTuple):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from curvature.programs._jaxprs import is_floating, isolate_equation, open_jaxpr, open_loop
-from curvature.programs._legality import active_equation_outputs, active_loop_outputs, active_outputs
+from curvature.programs._legality import active_equation_outputs, active_outputs
 from curvature.programs._primitives import BILINEAR, LINEAR_ENTRYWISE
 from curvature.programs._pushforward import Pushforward, is_elementwise, pushforward
 
@@ -298,7 +298,7 @@ def _push_scan(alone: _Equation, log: list[Step]) -> list[Jet]:
     """The derivatives become part of the carry; which carries have any is known before the first step."""
     params, directions = alone.eqn.params, _num_directions(alone)
     loop = open_loop(alone.eqn)
-    active = active_loop_outputs(loop, alone.mask)[: loop.num_carry]
+    active = active_equation_outputs(alone.eqn, alone.mask)[: loop.num_carry]
     consts, carry, slices = loop.split(alone.ins)
 
     def step(carry: list[Jet], slices: list[Jet]) -> tuple[list[Jet], list[Jet]]:
@@ -315,7 +315,7 @@ def _push_while(alone: _Equation, log: list[Step]) -> list[Jet]:
     """The derivatives become part of the carry; the condition reads values alone."""
     params, directions = alone.eqn.params, _num_directions(alone)
     loop = open_loop(alone.eqn)
-    active = active_loop_outputs(loop, alone.mask)
+    active = active_equation_outputs(alone.eqn, alone.mask)
     tested, (consts, carry, _) = alone.ins[: loop.num_tested], loop.split(alone.ins)
 
     def proceeds(carry: list[Jet]) -> Any:
