@@ -13,9 +13,10 @@ from curvature._errors import calling, public
 from curvature._types import Objective, Tree
 from curvature.programs import _traced
 from curvature.programs._jets import BY_REVERSE, Jet, Step, push_jets
-from curvature.programs._pushforward import choose_forward, derivative_along, directional_derivative, inconsistent_rule
+from curvature.programs._legality import first_legal
+from curvature.programs._pushforward import derivative_along, directional_derivative, inconsistent_rule
 from curvature.transforms._jacobian import jacobian_of, with_aux
-from curvature.transforms._self_check_second import check_laplacian
+from curvature.transforms._self_check_cases import check_laplacian
 
 _EAGER = Step("a branch on a value", "jvp of jvp of the whole function, for each direction", "f")
 
@@ -166,7 +167,7 @@ def _by_hessian(program: _traced.Program, directions: Tree) -> Any:
             return jax.tree.map(lambda out, rows: _contract(rows, v, out), program.out, gradient), ()
 
         first = _traced.trace(slope, program.x)
-        return derivative_along(choose_forward(first.blocker), first.fun, program.x, v)[0]
+        return derivative_along(first_legal(first.blocker), first.fun, program.x, v)[0]
 
     return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.vmap(along)(directions))
 
@@ -224,7 +225,7 @@ def directional_derivatives(f: Objective, x: Tree, v: Tree, *args: Any, order: i
     program = _traced.trace(lambda x: (_checks.check_arrays("f", f(x, *args)), ()), x)
     _checks.check_floating_output("f", program.out)
     for _ in range(order):
-        mode = choose_forward(program.blocker)
+        mode = first_legal(program.blocker)
         program = _traced.trace(functools.partial(derivative_along, mode, program.fun, v=v), x)
     last, lower = program.fun(x)
     derivatives = [last]

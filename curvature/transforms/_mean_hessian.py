@@ -11,7 +11,7 @@ from jaxtyping import Array
 from curvature import _checks, _trees
 from curvature._errors import later, public
 from curvature._sharding import entry
-from curvature._trees import Subtree, leaf_paths, leaf_subtrees, ravel, select
+from curvature._trees import leaf_paths, ravel
 from curvature._types import ChunkSize, HessianBlocks, Objective, Tree
 from curvature.programs import _traced
 from curvature.programs._finiteness import keeps_finite
@@ -19,11 +19,12 @@ from curvature.programs._mean_structure import Examples, find_examples
 from curvature.programs._pushforward import asymmetric_rule
 from curvature.programs._taps import Taps, trace_taps
 from curvature.programs._views import transpose_block
+from curvature.transforms._blocks import leaf_pairs, tree_of_blocks
 from curvature.transforms._chunks import num_batch_chunks, sum_over_chunks
 from curvature.transforms._compositions import hessian_of
 from curvature.transforms._jacobian import jacobian_of
-from curvature.transforms._per_example_function import PerExampleFunction, open_batch, reporter
-from curvature.transforms._self_check_second import check_hessian, subject_of_mean
+from curvature.transforms._per_example_function import PerExampleFunction, first_example, open_batch, reporter
+from curvature.transforms._self_check_cases import check_hessian, hessian_of_mean
 from curvature.transforms._tap_hessian import Blocks, Points, Wanted, bytes_per_example, find_points, tapped_blocks
 
 _LEAST_CHUNK = 128
@@ -92,11 +93,11 @@ def mean_hessian(
 
     @later
     def hessian_fn(params: Tree, *batch: Any) -> Tree:
-        params, batch, _ = open_batch(params, batch)
+        params, batch = open_batch(params, batch)
         result = _hessian_of_batch(loss, params, batch, blocks, chunk_size)
         if check:
             evaluate = functools.partial(_hessian_of_batch, blocks=blocks, chunk_size=chunk_size)
-            subject = subject_of_mean(loss, params, batch, evaluate, result, report)
+            subject = hessian_of_mean(loss, params, batch, evaluate, result, report)
             check_hessian(subject, blocks)
         return result
 
@@ -107,8 +108,7 @@ def _hessian_of_batch(
     loss: Objective, params: Tree, batch: tuple[Any, ...], blocks: HessianBlocks, chunk_size: ChunkSize
 ) -> Tree:
     """The Hessian of the mean of a loss over a batch that has been checked."""
-    example = jax.tree.map(lambda leaf: leaf[0], batch)
-    points = _points_of(trace_taps(loss, params, example))
+    points = _points_of(trace_taps(loss, params, first_example(batch)))
     if points is None:
         return _by_products(loss, params, batch, blocks)
     return _assemble(points, params, jax.tree.leaves(batch), blocks, chunk_size)
@@ -147,21 +147,10 @@ def _assemble(
     points: Points, params: Tree, examples: Sequence[Array], blocks: HessianBlocks, chunk_size: ChunkSize
 ) -> Tree:
     """The Hessian of the mean, or the ``blocks`` of it, as a tree of trees."""
-    leaves, parts = jax.tree.leaves(params), _subtree_pairs(params, blocks)
-    pairs = {
-        (i, j) for rows, columns in parts for i in _leaf_numbers(rows, leaves) for j in _leaf_numbers(columns, leaves)
-    }
+    leaves, pairs = jax.tree.leaves(params), leaf_pairs(params, blocks)
     chunks = num_batch_chunks(len(examples[0]), chunk_size, bytes_per_example(points), _LEAST_CHUNK)
-    found = _blocks_of_leaves(points, leaves, examples, pairs, chunks)
-
-    def tree_of(rows: Subtree, columns: Subtree) -> Tree:
-        numbers = _leaf_numbers(columns, leaves)
-        return rows.structure.unflatten(
-            [columns.structure.unflatten([found[i, j] for j in numbers]) for i in _leaf_numbers(rows, leaves)]
-        )
-
-    trees = [tree_of(rows, columns) for rows, columns in parts]
-    return jax.tree.structure(params).unflatten(trees) if blocks == "diagonal" else trees[0]
+    found = _blocks_of_leaves(points, leaves, examples, set(pairs), chunks)
+    return tree_of_blocks(params, blocks, [found[pair] for pair in pairs])
 
 
 def _points_of(taps: Taps | None) -> Points | None:
@@ -180,18 +169,6 @@ def _points_of(taps: Taps | None) -> Points | None:
         if not keeps_finite(jax.make_jaxpr(taps.root_values)(avals)):
             return None
     return find_points(taps)
-
-
-def _subtree_pairs(params: Tree, blocks: HessianBlocks) -> list[tuple[Subtree, Subtree]]:
-    """The pairs of sub-trees whose blocks are returned."""
-    if blocks == "diagonal":
-        return [(leaf, leaf) for leaf in leaf_subtrees(params)]
-    rows, columns = (select("blocks", params, path) for path in blocks or ("", ""))
-    return [(rows, columns)]
-
-
-def _leaf_numbers(part: Subtree, leaves: Sequence[Array]) -> range:
-    return range(len(leaves))[part.leaves]
 
 
 def _routes(taps: Taps | None, params: Tree) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import curvature
-from curvature.transforms import _clipped_grad, _grad_moments, _hessian, _laplacian, _mean_hessian
+from curvature.transforms import _hessian, _laplacian, _mean_hessian, _per_example_grads
 from tests.scenarios import forward_only, reverse_only
 
 RNG = np.random.default_rng(0)
@@ -67,8 +67,7 @@ def plant(monkeypatch, name):
         halve = lambda jets: [jet._replace(lap=jet.lap / 2) for jet in jets]
         monkeypatch.setattr(_laplacian, "push_jets", lambda *args: halve(right(*args)))
     else:
-        module = _grad_moments if name == "per_example_grad_moments" else _clipped_grad
-        right = module.trace_taps
+        right = _per_example_grads.trace_taps
         wrong = lambda p, x, y: loss({"w": p["w"], "b": 2 * p["b"] - jax.lax.stop_gradient(p["b"])}, x, y)
 
         def trace(of_example, params, example):
@@ -79,7 +78,7 @@ def plant(monkeypatch, name):
                 return right(lambda p, *e: of_example(2 * p - jax.lax.stop_gradient(p), *e), params, example)
             return right(wrong, params, example)
 
-        monkeypatch.setattr(module, "trace_taps", trace)
+        monkeypatch.setattr(_per_example_grads, "trace_taps", trace)
 
 
 FAULTS = {
