@@ -1,6 +1,7 @@
 """Utilities for reading jaxprs: inlined calls, single equations as functions, dependence, the operands of a loop."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
@@ -116,6 +117,16 @@ def restrict(fun: Callable[..., list[Any]], values: Sequence[Any], moving: Seque
     return of_moving
 
 
+def trace_jvp(closed: ClosedJaxpr, moving: Sequence[bool], part: int) -> ClosedJaxpr:
+    """The jaxpr ``(*values, *tangents of the moving values) -> outputs``, or their tangents for ``part`` 1."""
+    fun, avals = jex.core.jaxpr_as_fun(closed), closed.in_avals
+
+    def push(values: list[Any], tangents: list[Any]) -> list[Any]:
+        return jax.jvp(restrict(fun, values, moving), tuple(compress(values, moving)), tuple(tangents))[part]
+
+    return jax.make_jaxpr(push)(avals, list(compress(avals, moving)))
+
+
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +153,12 @@ class Environment(dict[Variable, Any]):
     def lacks(self, eqn: Equation) -> bool:
         """Whether some output of an equation has no value yet."""
         return not all(v in self for v in eqn.outvars)
+
+    def complete(self, jaxpr: Jaxpr, shifts: Mapping[Variable, Any]) -> None:
+        """Set all outputs that have no value yet, with ``shifts`` added to some of them."""
+        for eqn in filter(self.lacks, jaxpr.eqns):
+            self.evaluate(jaxpr, eqn)
+            self.update({v: self[v] + shifts[v].reshape(self[v].shape) for v in eqn.outvars if v in shifts})
 
 
 def inline(closed: ClosedJaxpr) -> ClosedJaxpr:

@@ -332,15 +332,17 @@ def _num_directions(alone: _Equation) -> int:
 
 
 def _align(jets: Sequence[Jet], active: Sequence[bool], directions: int) -> list[Jet]:
-    """Jets of one structure: the active ones with zeros written out, the others with the value alone."""
-    return [_fill_zeros(jet, directions) if flag else Jet(jet.value) for jet, flag in zip(jets, active, strict=True)]
+    """Jets of one structure: the active ones with zeros written out, the others with the value alone.
 
+    Inside ``shard_map`` all parts vary over the axes that the value does.
+    """
 
-def _fill_zeros(jet: Jet, directions: int) -> Jet:
-    """The jet with its zeros written out. Inside ``shard_map`` all parts vary over the axes that the value does."""
-    zeros = jnp.zeros_like(jet.value)
-    jac = jnp.broadcast_to(zeros, (directions, *zeros.shape)) if jet.jac is None else jet.jac + zeros[None]
-    return Jet(jet.value, jac, zeros if jet.lap is None else jet.lap + zeros)
+    def fill(jet: Jet) -> Jet:
+        zeros = jnp.zeros_like(jet.value)
+        jac = jnp.broadcast_to(zeros, (directions, *zeros.shape)) if jet.jac is None else jet.jac + zeros[None]
+        return Jet(jet.value, jac, zeros if jet.lap is None else jet.lap + zeros)
+
+    return [fill(jet) if flag else Jet(jet.value) for jet, flag in zip(jets, active, strict=True)]
 
 
 def _move_directions(jet: Jet, source: int, target: int) -> Jet:

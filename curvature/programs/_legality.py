@@ -20,7 +20,15 @@ import jax.extend as jex
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from curvature import _checks
-from curvature.programs._jaxprs import bodies_of, called_jaxpr, is_floating, isolate_active, open_jaxpr, restrict
+from curvature.programs._jaxprs import (
+    bodies_of,
+    called_jaxpr,
+    is_floating,
+    isolate_active,
+    open_jaxpr,
+    restrict,
+    trace_jvp,
+)
 from curvature.programs._primitives import BILINEAR, LINEAR, OPAQUE
 
 Wanted = Callable[[Jaxpr, JaxprEqn, list[bool]], bool]
@@ -196,14 +204,8 @@ def _reverse_blocker(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker |
 def _custom_jvp_blocker(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
     """Reverse mode transposes the rule's tangent: trace the rule and search between its tangents."""
     alone, moving = isolate_active(jaxpr, eqn, mask)
-    fun, values = jex.core.jaxpr_as_fun(alone), alone.in_avals
-
-    def tangents_out(values: list[Any], tangents: list[Any]) -> list[Any]:
-        return jax.jvp(restrict(fun, values, moving), tuple(compress(values, moving)), tuple(tangents))[1]
-
-    tangents = list(compress(values, moving))
-    rule = jax.make_jaxpr(tangents_out)(values, tangents).jaxpr
-    is_tangent = [False] * len(values) + [True] * len(tangents)
+    rule = trace_jvp(alone, moving, 1).jaxpr
+    is_tangent = [n >= len(moving) for n in range(len(rule.invars))]
     return find_blocker(rule, is_tangent, [True] * len(rule.outvars), "rev") or _find_nonlinear(rule, is_tangent)
 
 

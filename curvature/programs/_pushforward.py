@@ -24,8 +24,9 @@ from curvature.programs._jaxprs import (
     live_equations,
     open_jaxpr,
     restrict,
+    trace_jvp,
 )
-from curvature.programs._legality import Blocker, Wanted, find_blocker, find_equation, first_legal
+from curvature.programs._legality import Blocker, find_blocker, find_equation, first_legal
 from curvature.programs._primitives import ENTRYWISE, JITS
 
 
@@ -101,14 +102,11 @@ def asymmetric_rule(jaxpr: Jaxpr) -> Blocker | None:
     rule as well: a rule that computes the value by other operations has these differentiated there.
     """
 
-    def need_not_be_symmetric(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
-        if eqn.primitive.name != "custom_jvp_call":
-            return eqn.primitive.name == "custom_vjp_call"
-        alone, moving = isolate_active(jaxpr, eqn, mask)
+    def is_symmetric(alone: ClosedJaxpr, moving: Sequence[bool]) -> bool:
         active = list(compress(range(len(moving)), moving))
-        return len(active) != 1 or not is_elementwise(alone, active) or not _rule_calls_itself(alone, moving)
+        return len(active) == 1 and is_elementwise(alone, active) and _rule_calls_itself(alone, moving)
 
-    return _find_rule(jaxpr, need_not_be_symmetric)
+    return _find_rule(jaxpr, is_symmetric)
 
 
 def inconsistent_rule(jaxpr: Jaxpr) -> Blocker | None:
@@ -117,27 +115,23 @@ def inconsistent_rule(jaxpr: Jaxpr) -> Blocker | None:
     The second derivative along a direction is then no sum over equations: JAX differentiates the gradient, in which a
     ``custom_vjp`` has left what it made of its cotangents, and a ``custom_jvp`` the operations of its rule.
     """
+    return _find_rule(jaxpr, _rule_calls_itself)
 
-    def is_inconsistent(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
+
+def _find_rule(jaxpr: Jaxpr, is_right: Callable[[ClosedJaxpr, Sequence[bool]], bool]) -> Blocker | None:
+    """The first ``custom_vjp``, or ``custom_jvp`` that is not right for its moving arguments."""
+
+    def wanted(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
         if eqn.primitive.name != "custom_jvp_call":
             return eqn.primitive.name == "custom_vjp_call"
-        return not _rule_calls_itself(*isolate_active(jaxpr, eqn, mask))
+        return not is_right(*isolate_active(jaxpr, eqn, mask))
 
-    return _find_rule(jaxpr, is_inconsistent)
-
-
-def _find_rule(jaxpr: Jaxpr, wanted: Wanted) -> Blocker | None:
     return find_equation(jaxpr, [True] * len(jaxpr.invars), [True] * len(jaxpr.outvars), wanted)
 
 
 def _rule_calls_itself(alone: ClosedJaxpr, moving: Sequence[bool]) -> bool:
     """Whether the rule of a ``custom_jvp`` computes the value by the function itself, on the same operands."""
-    fun, avals = jex.core.jaxpr_as_fun(alone), alone.in_avals
-
-    def value(values: list[Any], tangents: list[Any]) -> list[Any]:
-        return jax.jvp(restrict(fun, values, moving), tuple(compress(values, moving)), tuple(tangents))[0]
-
-    jaxpr = inline(jax.make_jaxpr(value)(avals, list(compress(avals, moving)))).jaxpr
+    jaxpr = inline(trace_jvp(alone, moving, 0)).jaxpr
     own = next((eqn for eqn in jaxpr.eqns if list(eqn.outvars) == list(jaxpr.outvars)), None)
     if own is None or own.primitive.name != "custom_jvp_call":
         return False

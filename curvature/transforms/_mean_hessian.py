@@ -306,15 +306,6 @@ def _weighted_loss(
     points: Points, leaves: Sequence[Array], roots: Sequence[Array], examples: Sequence[Array], weights: Array
 ) -> Array:
     """The weighted sum of the losses as a function of the roots."""
-    taps = points.taps
-    jaxpr = taps.level.jaxpr
-    base = taps.given(leaves)
-    base.write(taps.roots, roots)
-
-    def of_example(example: Sequence[Array]) -> Array:
-        env = taps.with_example(base, example)
-        for eqn in filter(env.lacks, jaxpr.eqns):
-            env.evaluate(jaxpr, eqn)
-        return taps.loss_in(env)
-
-    return jnp.vdot(weights, jax.vmap(of_example)(examples))
+    base = points.taps.given(leaves)
+    base.write(points.taps.roots, roots)
+    return jnp.vdot(weights, jax.vmap(lambda example: points.taps.loss_of(base, example, {})[0])(examples))

@@ -283,7 +283,7 @@ def _steps_by_taps(taps: Taps, leaves: Sequence[Array]) -> _Steps:
     def weighted_sum(derivatives: Any, weights: Array) -> list[Array]:
         captured, d = derivatives
         scaled = jax.tree.map(lambda rows: rows * weights.astype(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1)), d)
-        roots = sum_over_batch(taps, values, captured, scaled)
+        roots = sum_over_batch(taps, values, list(zip(taps.sites, captured, scaled, strict=True)))
         _, pull = jax.vjp(taps.root_values, list(leaves))
         return pull([roots[root] for root in taps.roots])[0]
 

@@ -342,6 +342,8 @@ def check_few_examples(
         _remedy("jax.vmap(jax.grad(loss))", "the loss"),
     )
 
+    grad = jax.grad if of_example.blocker("rev") is None else jax.jacfwd  # by JAX's transformations alone
+
     def measure(values: Values, groups: Groups) -> list[Sides]:
         params, batch, extra, consts = values[0]
         sides = []
@@ -349,8 +351,9 @@ def check_few_examples(
             alone, part = replay_loss(of_example, consts), params
             if group != every:
                 alone, part = _restrict_to_leaf(alone, params, group[0])
+            gradients = jax.vmap(grad(alone), (None,) + (0,) * len(batch))
             here, beside = (
-                comparison.formula(_gradients(of_example, alone, at, batch), subject.eps, *extra)
+                comparison.formula([*map(widen, jax.tree.leaves(gradients(at, *batch)))], subject.eps, *extra)
                 for at in (part, perturb_point(part, subject.eps))
             )
             found = comparison.parts(evaluate(alone, part, batch, 2, *extra))
@@ -369,12 +372,6 @@ def _restrict_to_leaf(loss: Objective, params: Tree, leaf: int) -> tuple[Objecti
         return loss(structure.unflatten([*leaves[:leaf], part, *leaves[leaf + 1 :]]), *example)
 
     return of_leaf, leaves[leaf]
-
-
-def _gradients(of_example: _traced.Program, loss: Objective, params: Tree, batch: tuple[Any, ...]) -> Gradients:
-    """The gradients of each example by JAX's transformations alone, in reverse mode where that is legal."""
-    gradient = jax.grad(loss) if of_example.blocker("rev") is None else jax.jacfwd(loss)
-    return [*map(widen, jax.tree.leaves(jax.vmap(gradient, (None,) + (0,) * len(batch))(params, *batch)))]
 
 
 def norms_of(gradients: Gradients) -> Array:
