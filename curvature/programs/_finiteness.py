@@ -173,8 +173,7 @@ def _exp_or_inf(x: float) -> float:
 
 
 RANGES: dict[str, Callable[..., Range]] = {
-    "add": lambda a, b: (a[0] + b[0], a[1] + b[1]),
-    "add_any": lambda a, b: (a[0] + b[0], a[1] + b[1]),
+    **dict.fromkeys(("add", "add_any"), lambda a, b: (a[0] + b[0], a[1] + b[1])),
     "sub": lambda a, b: (a[0] - b[1], a[1] - b[0]),
     "neg": lambda a: (-a[1], -a[0]),
     "abs": lambda a: (max(a[0], -a[1], 0.0), max(-a[0], a[1])),
@@ -183,10 +182,7 @@ RANGES: dict[str, Callable[..., Range]] = {
     "exp": lambda a: (_exp_or_inf(a[0]), _exp_or_inf(a[1])),
     "log1p": lambda a: (math.log1p(a[0]), math.log1p(a[1])),
     "logistic": lambda a: (0.0, 1.0),
-    "tanh": lambda a: (-1.0, 1.0),
-    "sin": lambda a: (-1.0, 1.0),
-    "cos": lambda a: (-1.0, 1.0),
-    "erf": lambda a: (-1.0, 1.0),
+    **dict.fromkeys(("tanh", "sin", "cos", "erf"), lambda a: (-1.0, 1.0)),
     "sqrt": lambda a: (math.sqrt(a[0]), math.sqrt(a[1])),
     "square": _square_range,
     "concatenate": _join_ranges,

@@ -81,8 +81,15 @@ class SecondDerivative(Subject):
         """
         fun, x = self.plain(operands)
         v = jax.tree.structure(x).unflatten([along(k, leaf) for k, leaf in enumerate(jax.tree.leaves(x))])
-        scalar = _weighted_sum(fun, self.weights)
+        weights = self.weights
         composition = next(m for m in get_args(HessianMode)[1:] if self.program.composition_blocker(m) is None)
+
+        def scalar(x: Tree) -> Array:
+            terms = [jnp.sum(w * out) for w, out in zip(weights, jax.tree.leaves(fun(x)), strict=True)]
+            if len(terms) == 1:
+                return terms[0]
+            with jax.numpy_dtype_promotion("standard"):  # outputs may differ in dtype even where users are strict
+                return jnp.sum(jnp.stack([widen(term) for term in terms]))
 
         def product(x: Tree) -> list[Array]:
             if composition == "fwd_over_rev":
@@ -96,19 +103,6 @@ class SecondDerivative(Subject):
             return [widen(leaf).reshape(-1) for leaf in jax.tree.leaves(result)]
 
         return product(x), product(perturb_point(x, self.eps))
-
-
-def _weighted_sum(fun: Callable[[Tree], Any], weights: Sequence[Array]) -> Callable[[Tree], Array]:
-    """The weighted sum of the outputs."""
-
-    def scalar(x: Tree) -> Array:
-        terms = [jnp.sum(w * out) for w, out in zip(weights, jax.tree.leaves(fun(x)), strict=True)]
-        if len(terms) == 1:
-            return terms[0]
-        with jax.numpy_dtype_promotion("standard"):  # outputs may differ in dtype even where users are strict
-            return jnp.sum(jnp.stack([widen(term) for term in terms]))
-
-    return scalar
 
 
 def second_derivative(

@@ -238,6 +238,17 @@ def test_traced_keys_tokens_and_flags_get_valid_values():
     np.testing.assert_allclose(found, jax.hessian(fun)(*args), rtol=1e-4, atol=1e-6)
 
 
+def test_integer_data_of_per_example_gradients_is_checked():
+    """Labels are data without a rounding; where they are traced, valid ones are drawn."""
+    cross_entropy = lambda w, x, label: -jax.nn.log_softmax(x @ w)[label]
+    w, x, labels = jnp.asarray(W, jnp.float32), jnp.asarray(XS, jnp.float32), jnp.array([0, 1, 1, 0, 1])
+    gradients = jax.vmap(jax.grad(cross_entropy), (None, 0, 0))(w, x, labels)
+    expected = jnp.sqrt(jnp.sum(gradients**2, (1, 2)))
+    checked = curvature.per_example_grad_norm(cross_entropy, check=True)
+    np.testing.assert_allclose(checked(w, x, labels), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(checked)(w, x, labels), expected, rtol=1e-5)
+
+
 def test_mixed_precision_inside_is_judged_by_the_coarser_dtype():
     """Products in half precision of float32 parameters differ by half-precision rounding."""
 
