@@ -179,7 +179,9 @@ def on_batch_of_one(jaxpr: Jaxpr, eqn: Equation, axes: Axes, env: Environment) -
     if eqn.primitive.name in _SIZES and axis is not None:
         sizes = list(eqn.params[_SIZES[eqn.primitive.name]])
         sizes[axis] = 1
-        eqn = eqn.replace(params=eqn.params | {_SIZES[eqn.primitive.name]: tuple(sizes)})
+        params = eqn.params | {_SIZES[eqn.primitive.name]: tuple(sizes)}
+        # A sharding of the examples over a mesh does not fit one of them.
+        eqn = eqn.replace(params=params | {key: None for key in params if key == "sharding"})
     fun, variables = equation_function(jaxpr, eqn)
     return fun(*env.read(variables))
 
