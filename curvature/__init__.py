@@ -56,9 +56,6 @@ from curvature.training._sophia import scale_by_sophia as scale_by_sophia
 from curvature.training._sophia import sophia as sophia
 from curvature.transforms._blocks import matrix_view as matrix_view
 from curvature.transforms._chunks import vmap as vmap
-from curvature.transforms._clipped_grad import clipped_grad as clipped_grad
-from curvature.transforms._clipped_grad import per_example_grad_norm as per_example_grad_norm
-from curvature.transforms._grad_moments import per_example_grad_moments as per_example_grad_moments
 from curvature.transforms._hessian import hessian as hessian
 from curvature.transforms._hessian import hessian_diagonal as hessian_diagonal
 from curvature.transforms._hessian import hvp as hvp
@@ -69,6 +66,9 @@ from curvature.transforms._laplacian import laplacian as laplacian
 from curvature.transforms._mean_hessian import mean_hessian as mean_hessian
 from curvature.transforms._per_example import per_example_grad as per_example_grad
 from curvature.transforms._per_example import per_example_hessian as per_example_hessian
+from curvature.transforms._per_example_grads import clipped_grad as clipped_grad
+from curvature.transforms._per_example_grads import per_example_grad_moments as per_example_grad_moments
+from curvature.transforms._per_example_grads import per_example_grad_norm as per_example_grad_norm
 from curvature.transforms._sparse import sparse_hessian as sparse_hessian
 from curvature.transforms._sparse import sparse_jacobian as sparse_jacobian
 

@@ -29,8 +29,8 @@ from curvature.training._kfac import KFACState as KFACState
 from curvature.training._natural_gradient import NaturalGradientState as NaturalGradientState
 from curvature.training._sophia import SophiaState as SophiaState
 from curvature.transforms._blocks import MatrixView as MatrixView
-from curvature.transforms._grad_moments import GradMoments as GradMoments
 from curvature.transforms._laplacian import Laplacian as Laplacian
 from curvature.transforms._laplacian import LaplacianReport as LaplacianReport
 from curvature.transforms._per_example_function import LeafReport as LeafReport
 from curvature.transforms._per_example_function import PerExampleFunction as PerExampleFunction
+from curvature.transforms._per_example_grads import GradMoments as GradMoments

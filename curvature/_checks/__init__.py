@@ -8,7 +8,6 @@ from curvature._checks._functions import check_arrays as check_arrays
 from curvature._checks._functions import check_callable as check_callable
 from curvature._checks._functions import check_floating_output as check_floating_output
 from curvature._checks._functions import check_scalar_output as check_scalar_output
-from curvature._checks._functions import no_legal_mode as no_legal_mode
 from curvature._checks._methods import check_hessian_used as check_hessian_used
 from curvature._checks._methods import check_method as check_method
 from curvature._checks._methods import check_pair_of_bounds as check_pair_of_bounds

@@ -51,13 +51,3 @@ def check_floating_output(name: str, out: Any) -> None:
                 f"{caller()}: the output {name}(x){keystr(path)} has dtype {leaf.dtype}, "
                 "expected a real floating dtype."
             )
-
-
-def no_legal_mode(blockers: dict[str, str]) -> TypeError:
-    """The error for a function that no mode can differentiate."""
-    reasons = "; ".join(f"{mode} is blocked by {blocker}" for mode, blocker in blockers.items())
-    return TypeError(
-        f"{caller()}: no composition of forward and reverse mode can differentiate f: {reasons}. "
-        "custom_vjp_call has no forward derivative (custom_jvp has both), while has no reverse derivative "
-        "(scan, or fori_loop with constant bounds, has both)."
-    )

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from curvature.programs._jaxprs import Equation, is_floating, is_real
 
 Axes = tuple[int, ...]
+Labels = Sequence[int]
 
 
 @jax.tree_util.register_dataclass
@@ -81,38 +82,44 @@ def canonical_form(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | N
     return rule(eqn, operand, axes)
 
 
+def _form(u: Sequence[Any], a: Labels, z: Labels, inputs: Callable[..., Array] = lambda a: a) -> Form:
+    """The form of ``z = sum a u`` from labels of the axes of the three arrays, as for ``einsum``.
+
+    An axis of the parameter has its number as label; an axis of ``u`` that only repeats has None. A negative label is a
+    position: ``~k`` for axis k of one of the arrays. A label in all three arrays is a group, in ``u`` and ``a`` alone a
+    row, in ``u`` and ``z`` alone a column. ``inputs`` maps the equation's other operands to an array with the axes
+    ``a``.
+    """
+    group = sorted({*u} & {*a} & {*z})
+    rows, columns = sorted({*u} & {*a} - {*z}), sorted({*u} & {*z} - {*a})
+    positions = [label for label in a if label not in u]
+
+    def arrange(array: Array, labels: Labels, last: Labels) -> Array:
+        array = jnp.transpose(array, [labels.index(label) for label in (*group, *positions, *last)])
+        sizes, cut = array.shape, len(group) + len(positions)
+        return array.reshape(math.prod(sizes[: len(group)]), math.prod(sizes[len(group) : cut]), math.prod(sizes[cut:]))
+
+    return Form(
+        tuple(group),
+        tuple(rows),
+        tuple(columns),
+        lambda *data: arrange(inputs(*data), a, rows),
+        lambda d: arrange(d, z, columns),
+    )
+
+
 def _dot_general(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
     """A matrix product. Precondition: each axis of the operand is an axis of the parameter."""
     if None in axes:
         return None
-    contracted, batched = eqn.params["dimension_numbers"]
-    # Pairs (axis of the parameter, axis of the data), in the order of the parameter's axes.
-    rows = sorted((axes[c[operand]], c[1 - operand]) for c in zip(*contracted, strict=True))
-    group = [(axes[b[operand]], b[1 - operand], k) for k, b in enumerate(zip(*batched, strict=True))]
-    group.sort()
-    taken = {*contracted[operand], *batched[operand]}
-    columns = [axis for k, axis in enumerate(axes) if k not in taken]
-    data_ndim = eqn.invars[1 - operand].aval.ndim
-    data_taken = {*contracted[1 - operand], *batched[1 - operand]}
-    positions = [k for k in range(data_ndim) if k not in data_taken]
-    input_order = [b for _, b, _ in group] + positions + [c for _, c in rows]
-
-    first_column = len(group) + (len(positions) if operand == 1 else 0)  # the output is batch, left free, right free
-    first_position = len(group) + (len(columns) if operand == 0 else 0)
-    column_order = sorted(range(len(columns)), key=lambda k: columns[k])
-    output_order = [
-        *(k for _, _, k in group),
-        *range(first_position, first_position + len(positions)),
-        *(first_column + k for k in column_order),
-    ]
-    sizes = len(group), len(positions)
-    return Form(
-        tuple(g for g, _, _ in group),
-        tuple(r for r, _ in rows),
-        tuple(sorted(columns)),
-        lambda a: _merge_axes(jnp.transpose(a, input_order), *sizes),
-        lambda d: _merge_axes(jnp.transpose(d, output_order), *sizes),
-    )
+    paired = [(*c, *b) for c, b in zip(*eqn.params["dimension_numbers"], strict=True)]
+    partners = dict(zip(paired[1 - operand], (axes[k] for k in paired[operand]), strict=True))
+    data = [partners.get(k, ~k) for k in range(eqn.invars[1 - operand].aval.ndim)]
+    sides = (axes, data) if operand == 0 else (data, axes)
+    # The output has the batched axes, then those of the left and of the right operand that are not paired.
+    batched = [axes[k] for k in eqn.params["dimension_numbers"][1][operand]]
+    free = [label for side, taken in zip(sides, paired, strict=True) for k, label in enumerate(side) if k not in taken]
+    return _form(axes, data, [*batched, *free])
 
 
 def _convolution(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
@@ -130,34 +137,27 @@ def _convolution(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | Non
     (result,) = eqn.outvars
     window = [eqn.invars[1].aval.shape[k] for k in rhs[2:]]
     sizes = [result.aval.shape[k] for k in out[2:]]
-    rows = [axes[k] for k in (*rhs[2:], rhs[1])]  # window, then input channel: the order of the patches
-    row_order = sorted(range(len(rows)), key=lambda k: rows[k])
-    to_output = (out[0], *out[2:], out[1])
+    patch = (*rhs[2:], rhs[1])  # window, then input channel: the order of the axes of a patch
+    channels_last = (out[0], *out[2:], out[1])
 
     def inputs(image: Array) -> Array:
         space = zip(params["padding"], params["lhs_dilation"], strict=True)
         padding = [(0, 0, 0), *((low, high, step - 1) for (low, high), step in space), (0, 0, 0)]
         image = jax.lax.pad(jnp.transpose(image, (lhs[0], *lhs[2:], lhs[1])), jnp.zeros((), image.dtype), padding)
         patches = _extract_patches(image, window, sizes, params["window_strides"], params["rhs_dilation"])
-        patches = patches.reshape(-1, *window, image.shape[-1])
-        return _merge_axes(jnp.transpose(patches, [0, *(1 + k for k in row_order)]), 0, 1)
+        return patches.reshape(*patches.shape[:-1], *window, image.shape[-1])
 
     def apply(a: Array, kernel: Array) -> Array:
-        order = [(*rhs[2:], rhs[1])[k] for k in row_order]
+        order = sorted(patch, key=lambda k: axes[k])
         matrix = jnp.transpose(kernel, (*order, rhs[0])).reshape(a.shape[2], -1)
         dtype, precision = params["preferred_element_type"], params["precision"]
         flat = jnp.matmul(a[0], matrix, precision=precision, preferred_element_type=dtype)
-        channels_last = flat.reshape(*(result.aval.shape[k] for k in to_output))
-        return jnp.moveaxis(channels_last, range(len(to_output)), to_output).astype(result.aval.dtype)
+        product = flat.reshape(*(result.aval.shape[k] for k in channels_last))
+        return jnp.moveaxis(product, range(product.ndim), channels_last).astype(result.aval.dtype)
 
-    return Form(
-        (),
-        tuple(sorted(rows)),
-        (axes[rhs[0]],),
-        inputs,
-        lambda d: _merge_axes(jnp.transpose(d, to_output), 0, d.ndim - 1),
-        apply,
-    )
+    labels = [axes[rhs[0]] if k == out[1] else ~k for k in range(result.aval.ndim)]
+    a = [*(~k for k in channels_last[:-1]), *(axes[k] for k in patch)]
+    return _form(axes, a, labels, inputs)._replace(apply=apply)
 
 
 def _extract_patches(
@@ -191,7 +191,8 @@ def _gather(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
     (row,) = numbers.start_index_map
     if numbers.collapsed_slice_dims != (row,) or sizes != (*table[:row], 1, *table[row + 1 :]):
         return None
-    positions = [k for k in range(eqn.outvars[0].aval.ndim) if k not in numbers.offset_dims]
+    columns = iter([axis for k, axis in enumerate(axes) if k != row])
+    labels = [next(columns) if k in numbers.offset_dims else ~k for k in range(eqn.outvars[0].aval.ndim)]
     flat = jax.lax.GatherDimensionNumbers((), (0,), (0,))
 
     def inputs(indices: Array) -> Lookup:
@@ -199,7 +200,7 @@ def _gather(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
         rows = jax.lax.gather(numbers_of_rows, indices, flat, (1,), mode=eqn.params["mode"], fill_value=-1)
         return Lookup(rows.reshape(1, -1), table[row])
 
-    return _lookup(axes, row, inputs, [*positions, *numbers.offset_dims], len(positions))
+    return _lookup(axes, row, labels, inputs)
 
 
 def _dynamic_slice(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | None:
@@ -216,65 +217,36 @@ def _dynamic_slice(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form | N
     def inputs(*starts: Array) -> Lookup:
         return Lookup(jnp.clip(starts[row].astype(jnp.int32), 0, table[row] - 1).reshape(1, 1), table[row])
 
-    order = [row, *(k for k in range(len(table)) if k != row)]
-    return _lookup(axes, row, inputs, order, 1)
+    return _lookup(axes, row, [~k if k == row else axis for k, axis in enumerate(axes)], inputs)
 
 
-def _lookup(axes: Sequence[Any], row: int, inputs: Callable[..., Lookup], order: list[int], positions: int) -> Form:
-    """The form of a lookup whose output, transposed by ``order``, has the positions first, then the columns."""
-    columns = [axis for k, axis in enumerate(axes) if k != row]
-    column_order = sorted(range(len(columns)), key=lambda k: columns[k])
-    order = order[:positions] + [order[positions + k] for k in column_order]
-    return Form(
-        (),
-        (axes[row],),
-        tuple(sorted(columns)),
-        inputs,
-        lambda d: _merge_axes(jnp.transpose(d, order), 0, positions),
-    )
+def _lookup(axes: Labels, row: int, z: Labels, inputs: Callable[..., Lookup]) -> Form:
+    """The form of a lookup of rows, whose input is no array but the numbers of the rows."""
+    positions = [label for label in z if label not in axes]
+    return _form(axes, [*positions, axes[row]], z)._replace(inputs=inputs)
 
 
 def _addition(eqn: Equation, operand: int, axes: Sequence[Any], sign: int = 1) -> Form:
     """A bias: the input ``a`` is the constant ``sign``. Precondition: an entrywise sum, with any axes."""
-    columns, order, positions = _broadcast(eqn, operand, axes)
-    dtype, size = eqn.outvars[0].aval.dtype, math.prod(eqn.outvars[0].aval.shape[k] for k in order[:positions])
-    return Form(
-        (),
-        (),
-        columns,
-        lambda *_: jnp.full((1, size, 1), sign, dtype),
-        lambda d: _merge_axes(jnp.transpose(d, order), 0, positions),
-        constant=True,
-    )
+    labels, result = _entrywise_labels(eqn, operand, axes), eqn.outvars[0].aval
+    positions = [~k for k, label in enumerate(labels) if label < 0]
+    size = math.prod(result.shape[k] for k, label in enumerate(labels) if label < 0)
+    form = _form(axes, positions, labels)
+    return form._replace(inputs=lambda *_: jnp.full((1, size, 1), sign, result.dtype), constant=True)
 
 
 def _multiplication(eqn: Equation, operand: int, axes: Sequence[Any]) -> Form:
     """A scale: each entry of the parameter is one group. Precondition: an entrywise product, with any axes."""
-    group, order, positions = _broadcast(eqn, operand, axes)
-    shape = eqn.outvars[0].aval.shape
-    order = order[positions:] + order[:positions]
-
-    def grouped(array: Array) -> Array:
-        return _merge_axes(jnp.transpose(jnp.broadcast_to(array, shape), order), len(order) - positions, positions)
-
-    return Form(group, (), (), grouped, grouped)
+    labels = _entrywise_labels(eqn, operand, axes)
+    return _form(axes, labels, labels, lambda a: jnp.broadcast_to(a, eqn.outvars[0].aval.shape))
 
 
-def _broadcast(eqn: Equation, operand: int, axes: Sequence[Any]) -> tuple[Axes, list[int], int]:
-    """For an entrywise equation: the parameter's axes in order, the order of the output's axes, how many repeat."""
+def _entrywise_labels(eqn: Equation, operand: int, axes: Sequence[Any]) -> Labels:
+    """The labels of the output's axes: the parameter's axis where the operand has it in full, else a position."""
     sizes, shape = eqn.invars[operand].aval.shape, eqn.outvars[0].aval.shape
     axes = axes if len(sizes) == len(shape) else [None] * len(shape)  # a scalar repeats along every axis
-    axes = [axis if sizes[k : k + 1] == shape[k : k + 1] else None for k, axis in enumerate(axes)]
-    positions = [k for k, axis in enumerate(axes) if axis is None]
-    rest = sorted((axis, k) for k, axis in enumerate(axes) if axis is not None)
-    return tuple(axis for axis, _ in rest), [*positions, *(k for _, k in rest)], len(positions)
-
-
-def _merge_axes(array: Array, groups: int, positions: int) -> Array:
-    """Merge the first ``groups`` axes into one, the next ``positions`` axes into one, and the other axes into one."""
-    shape = array.shape
-    cut = groups + positions
-    return array.reshape(math.prod(shape[:groups]), math.prod(shape[groups:cut]), math.prod(shape[cut:]))
+    kept = [axis is not None and sizes[k] == shape[k] for k, axis in enumerate(axes)]
+    return [axis if keeps else ~k for k, (axis, keeps) in enumerate(zip(axes, kept, strict=True))]
 
 
 RULES: dict[str, tuple[str, Callable[[Equation, int, Sequence[int | None]], Form | None]]] = {

@@ -11,9 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
 from jax.extend.core import Jaxpr
-from jaxtyping import Array
 
 from curvature.programs._jaxprs import Environment, Equation, equation_function
 from curvature.programs._primitives import ENTRYWISE
@@ -169,35 +167,28 @@ _RULES: dict[str, Callable[[Equation, int, int], Rule | None]] = {
 
 # ---- a batch of one ------------------------------------------------------------------------------------------------
 
+_SIZES = {"broadcast_in_dim": "shape", "reshape": "new_sizes", "slice": "limit_indices", "gather": "slice_sizes"}
+"""The parameter of an equation that holds the number of examples."""
+
 
 def on_batch_of_one(jaxpr: Jaxpr, eqn: Equation, axes: Axes, env: Environment) -> list[Any]:
-    """The outputs of an equation of ``jaxpr`` for a batch of one.
-
-    Parameters of the equation that hold the number of examples, such as the shape of a reshape, are replaced.
-    """
-    name, (axis, *_), operands = eqn.primitive.name, axes, env.read(eqn.invars)
-    if name == "gather" and axis is not None and axis in eqn.params["dimension_numbers"].offset_dims:
-        return [_gather_one(eqn, axis, *operands)]
-    if axis is None or name not in ("broadcast_in_dim", "reshape", "slice"):
-        fun, variables = equation_function(jaxpr, eqn)
-        return fun(*env.read(variables))
-    shape = list(eqn.outvars[0].aval.shape)
-    shape[axis] = 1
-    if name == "broadcast_in_dim":
-        return [jax.lax.broadcast_in_dim(operands[0], shape, eqn.params["broadcast_dimensions"])]
-    if name == "reshape":
-        return [jax.lax.reshape(operands[0], shape)]
-    limits = list(eqn.params["limit_indices"])
-    limits[axis] = 1
-    return [jax.lax.slice(operands[0], eqn.params["start_indices"], limits, eqn.params["strides"])]
+    """The outputs of an equation of ``jaxpr``, with examples along ``axes`` of the outputs, for a batch of one."""
+    axis = axes[0]
+    if eqn.primitive.name == "gather" and axis is not None:
+        axis = _window_axis(eqn, axis)
+    if eqn.primitive.name in _SIZES and axis is not None:
+        sizes = list(eqn.params[_SIZES[eqn.primitive.name]])
+        sizes[axis] = 1
+        params = eqn.params | {_SIZES[eqn.primitive.name]: tuple(sizes)}
+        # A sharding of the examples over a mesh does not fit one of them.
+        eqn = eqn.replace(params=params | {key: None for key in params if key == "sharding"})
+    fun, variables = equation_function(jaxpr, eqn)
+    return fun(*env.read(variables))
 
 
-def _gather_one(eqn: Equation, axis: int, operand: Array, indices: Array) -> Array:
-    """A gather of columns for one example: the slice has size one along the axis of the examples."""
-    params, numbers = eqn.params, eqn.params["dimension_numbers"]
+def _window_axis(eqn: Equation, axis: int) -> int | None:
+    """The axis of the table of a gather that an axis of the output runs along; None if it runs along the indices."""
+    numbers = eqn.params["dimension_numbers"]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    windows = [k for k in range(operand.ndim) if k not in gone]
-    sizes = list(params["slice_sizes"])
-    sizes[windows[numbers.offset_dims.index(axis)]] = 1
-    hints = {key: params[key] for key in ("unique_indices", "indices_are_sorted", "mode", "fill_value")}
-    return jax.lax.gather(operand, indices, numbers, tuple(sizes), **hints)
+    windows = [k for k in range(eqn.invars[0].aval.ndim) if k not in gone]
+    return windows[numbers.offset_dims.index(axis)] if axis in numbers.offset_dims else None

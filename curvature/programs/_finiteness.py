@@ -18,9 +18,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from curvature.programs._jaxprs import called_jaxpr, is_floating, isolate_equation, open_jaxpr
-from curvature.programs._legality import find_blocker
 from curvature.programs._primitives import CONTROL_FLOW, PASS_INFINITY, SELECTIONS, SMOOTH, SMOOTH_AWAY_FROM_ZERO
-from curvature.programs._pushforward import pushforward
+from curvature.programs._pushforward import judge_rule
 
 Range = tuple[float, float]
 _UNKNOWN: Range = (-math.inf, math.inf)
@@ -88,12 +87,14 @@ def _is_finite_equation(jaxpr: Jaxpr, eqn: Any, facts: _Facts, assumed: frozense
     if not any(map(is_floating, eqn.outvars)):
         return True
     if name == "custom_jvp_call":
-        closed = isolate_equation(jaxpr, eqn)
         body = _finite_outputs(open_jaxpr(eqn.params["call_jaxpr"]), ranges, assumed)
-        if body is None or not _has_finite_rule(closed, [facts.range_of(v) for v in closed.jaxpr.invars], assumed):
-            return False
-        facts.ranges.update(zip(eqn.outvars, body, strict=True))
-        return True
+        closed = isolate_equation(jaxpr, eqn)
+        moving = [is_floating(v) for v in closed.jaxpr.invars]
+        of_rule = [*map(facts.range_of, closed.jaxpr.invars), *[_UNKNOWN] * sum(moving)]
+        facts.ranges.update(zip(eqn.outvars, body or [], strict=False))
+        return body is not None and judge_rule(
+            closed, moving, assumed, lambda rule, assumed: _finite_outputs(rule, of_rule, assumed) is not None
+        )
     if name in CONTROL_FLOW:  # the ranges of carries would have to be iterated, so they are taken as unknown
         bodies = list(jex.core.jaxprs_in_params(eqn.params))
         return all(_finite_outputs(body, [_UNKNOWN] * len(body.invars), assumed) is not None for body in bodies)
@@ -106,18 +107,6 @@ def _is_finite_equation(jaxpr: Jaxpr, eqn: Any, facts: _Facts, assumed: frozense
         return False
     _add_facts(eqn, ranges, facts)
     return True
-
-
-def _has_finite_rule(closed: ClosedJaxpr, ranges: Sequence[Range], assumed: frozenset[str]) -> bool:
-    """Judge the rule of a ``custom_jvp``; where it calls the function itself, that call is assumed to be finite."""
-    text = str(closed)
-    moving = [is_floating(v) for v in closed.jaxpr.invars]
-    if text in assumed or not any(moving):
-        return True
-    if find_blocker(closed.jaxpr, moving, [True] * len(closed.jaxpr.outvars), "fwd") is not None:
-        return False
-    rule = pushforward(closed, moving).jaxpr.jaxpr
-    return _finite_outputs(rule, [*ranges, *[_UNKNOWN] * sum(moving)], assumed | {text}) is not None
 
 
 def _is_smooth(eqn: Any, ranges: Sequence[Range]) -> bool:
@@ -184,8 +173,7 @@ def _exp_or_inf(x: float) -> float:
 
 
 RANGES: dict[str, Callable[..., Range]] = {
-    "add": lambda a, b: (a[0] + b[0], a[1] + b[1]),
-    "add_any": lambda a, b: (a[0] + b[0], a[1] + b[1]),
+    **dict.fromkeys(("add", "add_any"), lambda a, b: (a[0] + b[0], a[1] + b[1])),
     "sub": lambda a, b: (a[0] - b[1], a[1] - b[0]),
     "neg": lambda a: (-a[1], -a[0]),
     "abs": lambda a: (max(a[0], -a[1], 0.0), max(-a[0], a[1])),
@@ -194,10 +182,7 @@ RANGES: dict[str, Callable[..., Range]] = {
     "exp": lambda a: (_exp_or_inf(a[0]), _exp_or_inf(a[1])),
     "log1p": lambda a: (math.log1p(a[0]), math.log1p(a[1])),
     "logistic": lambda a: (0.0, 1.0),
-    "tanh": lambda a: (-1.0, 1.0),
-    "sin": lambda a: (-1.0, 1.0),
-    "cos": lambda a: (-1.0, 1.0),
-    "erf": lambda a: (-1.0, 1.0),
+    **dict.fromkeys(("tanh", "sin", "cos", "erf"), lambda a: (-1.0, 1.0)),
     "sqrt": lambda a: (math.sqrt(a[0]), math.sqrt(a[1])),
     "square": _square_range,
     "concatenate": _join_ranges,

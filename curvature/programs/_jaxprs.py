@@ -1,6 +1,7 @@
 """Utilities for reading jaxprs: inlined calls, single equations as functions, dependence, the operands of a loop."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +53,7 @@ def is_real(v: Any) -> bool:
 def largest_array(jaxpr: Jaxpr | ClosedJaxpr | None) -> int:
     """The number of entries of the largest array that an equation reads or writes, also in the bodies of equations."""
     equations = [] if jaxpr is None else jaxpr.eqns
-    sizes = [v.aval.size for eqn in equations for v in (*eqn.invars, *eqn.outvars) if hasattr(v.aval, "size")]
+    sizes = [getattr(v.aval, "size", 1) for eqn in equations for v in (*eqn.invars, *eqn.outvars)]
     bodies = [largest_array(body) for eqn in equations for body in jex.core.jaxprs_in_params(eqn.params)]
     return max([1, *sizes, *bodies])
 
@@ -122,6 +123,16 @@ def restrict(fun: Callable[..., list[Any]], values: Sequence[Any], moving: Seque
     return of_moving
 
 
+def trace_jvp(closed: ClosedJaxpr, moving: Sequence[bool], part: int) -> ClosedJaxpr:
+    """The jaxpr ``(*values, *tangents of the moving values) -> outputs``, or their tangents for ``part`` 1."""
+    fun, avals = jex.core.jaxpr_as_fun(closed), closed.in_avals
+
+    def push(values: list[Any], tangents: list[Any]) -> list[Any]:
+        return jax.jvp(restrict(fun, values, moving), tuple(compress(values, moving)), tuple(tangents))[part]
+
+    return jax.make_jaxpr(push)(avals, list(compress(avals, moving)))
+
+
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +159,12 @@ class Environment(dict[Variable, Any]):
     def lacks(self, eqn: Equation) -> bool:
         """Whether some output of an equation has no value yet."""
         return not all(v in self for v in eqn.outvars)
+
+    def complete(self, jaxpr: Jaxpr, shifts: Mapping[Variable, Any]) -> None:
+        """Set all outputs that have no value yet, with ``shifts`` added to some of them."""
+        for eqn in filter(self.lacks, jaxpr.eqns):
+            self.evaluate(jaxpr, eqn)
+            self.update({v: self[v] + shifts[v].reshape(self[v].shape) for v in eqn.outvars if v in shifts})
 
 
 def inline(closed: ClosedJaxpr) -> ClosedJaxpr:
@@ -178,7 +195,33 @@ def _evaluate_inline(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -
     return env.read(jaxpr.outvars)
 
 
-# ---- loops ---------------------------------------------------------------------------------------------------------
+# ---- calls, branches, loops ----------------------------------------------------------------------------------------
+
+
+class Bodies(NamedTuple):
+    """The bodies of a call, a branch or a loop, to be read with the operands of the equation.
+
+    Attributes:
+        jaxprs: the bodies: one, or one for each branch.
+        num_tested: how many of the first operands are not passed to the bodies.
+        carry: which of the operands that are passed are carries. The first outputs of the body are their next values.
+    """
+
+    jaxprs: list[Jaxpr]
+    num_tested: int = 0
+    carry: slice = slice(0, 0)
+
+
+def bodies_of(eqn: Equation) -> Bodies | None:
+    """The bodies of an equation that is differentiated by differentiating them."""
+    if eqn.primitive.name == "cond":
+        return Bodies([open_jaxpr(branch) for branch in eqn.params["branches"]], num_tested=1)
+    if eqn.primitive.name in ("scan", "while"):
+        loop = open_loop(eqn)
+        carry = slice(loop.num_consts, loop.num_consts + loop.num_carry)
+        return Bodies([loop.body.jaxpr], loop.num_tested, carry)
+    body = called_jaxpr(eqn)
+    return None if body is None else Bodies([body])
 
 
 class Loop(NamedTuple):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from curvature.programs._jaxprs import is_floating, isolate_equation, open_jaxpr, open_loop
-from curvature.programs._legality import active_equation_outputs, active_loop_outputs, active_outputs
+from curvature.programs._legality import active_equation_outputs, active_outputs
 from curvature.programs._primitives import BILINEAR, LINEAR_ENTRYWISE
 from curvature.programs._pushforward import Pushforward, is_elementwise, pushforward
 
@@ -298,7 +298,7 @@ def _push_scan(alone: _Equation, log: list[Step]) -> list[Jet]:
     """The derivatives become part of the carry; which carries have any is known before the first step."""
     params, directions = alone.eqn.params, _num_directions(alone)
     loop = open_loop(alone.eqn)
-    active = active_loop_outputs(loop, alone.mask)[: loop.num_carry]
+    active = active_equation_outputs(alone.eqn, alone.mask)[: loop.num_carry]
     consts, carry, slices = loop.split(alone.ins)
 
     def step(carry: list[Jet], slices: list[Jet]) -> tuple[list[Jet], list[Jet]]:
@@ -315,7 +315,7 @@ def _push_while(alone: _Equation, log: list[Step]) -> list[Jet]:
     """The derivatives become part of the carry; the condition reads values alone."""
     params, directions = alone.eqn.params, _num_directions(alone)
     loop = open_loop(alone.eqn)
-    active = active_loop_outputs(loop, alone.mask)
+    active = active_equation_outputs(alone.eqn, alone.mask)
     tested, (consts, carry, _) = alone.ins[: loop.num_tested], loop.split(alone.ins)
 
     def proceeds(carry: list[Jet]) -> Any:
@@ -332,15 +332,17 @@ def _num_directions(alone: _Equation) -> int:
 
 
 def _align(jets: Sequence[Jet], active: Sequence[bool], directions: int) -> list[Jet]:
-    """Jets of one structure: the active ones with zeros written out, the others with the value alone."""
-    return [_fill_zeros(jet, directions) if flag else Jet(jet.value) for jet, flag in zip(jets, active, strict=True)]
+    """Jets of one structure: the active ones with zeros written out, the others with the value alone.
 
+    Inside ``shard_map`` all parts vary over the axes that the value does.
+    """
 
-def _fill_zeros(jet: Jet, directions: int) -> Jet:
-    """The jet with its zeros written out. Inside ``shard_map`` all parts vary over the axes that the value does."""
-    zeros = jnp.zeros_like(jet.value)
-    jac = jnp.broadcast_to(zeros, (directions, *zeros.shape)) if jet.jac is None else jet.jac + zeros[None]
-    return Jet(jet.value, jac, zeros if jet.lap is None else jet.lap + zeros)
+    def fill(jet: Jet) -> Jet:
+        zeros = jnp.zeros_like(jet.value)
+        jac = jnp.broadcast_to(zeros, (directions, *zeros.shape)) if jet.jac is None else jet.jac + zeros[None]
+        return Jet(jet.value, jac, zeros if jet.lap is None else jet.lap + zeros)
+
+    return [fill(jet) if flag else Jet(jet.value) for jet, flag in zip(jets, active, strict=True)]
 
 
 def _move_directions(jet: Jet, source: int, target: int) -> Jet:

@@ -11,7 +11,7 @@ A variable is active if it carries a derivative of the input, and live if the ou
 variables. Forward mode differentiates every active equation; reverse mode only those that are live too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -19,14 +19,15 @@ import jax
 import jax.extend as jex
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
+from curvature._errors import caller
 from curvature.programs._jaxprs import (
-    Loop,
+    bodies_of,
     called_jaxpr,
     is_floating,
     isolate_active,
     open_jaxpr,
-    open_loop,
     restrict,
+    trace_jvp,
 )
 from curvature.programs._primitives import BILINEAR, LINEAR, OPAQUE
 
@@ -56,6 +57,27 @@ class _Search(NamedTuple):
 
     judge: Callable[[Jaxpr, JaxprEqn, list[bool]], Blocker | None]
     only_live: bool
+
+
+def first_legal(
+    blocker: Callable[[str], Blocker | None], order: Sequence[str] = ("fwd", "rev"), mode: str = "auto"
+) -> str:
+    """``mode`` itself if it is legal; for "auto" the first legal mode in the ``order``."""
+    blockers = {}
+    for candidate in order if mode == "auto" else [mode]:
+        blockers[candidate] = blocker(candidate)
+        if blockers[candidate] is None:
+            return candidate
+    if mode == "auto":
+        reasons = "; ".join(f"{name} is blocked by {found}" for name, found in blockers.items())
+        raise TypeError(
+            f"{caller()}: no composition of forward and reverse mode can differentiate f: {reasons}. "
+            "custom_vjp_call has no forward derivative (custom_jvp has both), while has no reverse derivative "
+            "(scan, or fori_loop with constant bounds, has both)."
+        )
+    legal = [other for other in order if blocker(other) is None]
+    remedy = f"use mode={legal[0]!r} or mode='auto'" if legal else "no other mode is legal either"
+    raise TypeError(f"{caller()}: mode={mode!r} is not legal for f because of {blockers[mode]}; {remedy}.")
 
 
 def find_blocker(jaxpr: Jaxpr, active_in: Sequence[bool], live_out: Sequence[bool], mode: str) -> Blocker | None:
@@ -102,29 +124,25 @@ def _active_variables(jaxpr: Jaxpr, active_in: Sequence[bool]) -> set[Var]:
     return active
 
 
-def active_equation_outputs(eqn: JaxprEqn, mask: list[bool]) -> list[bool]:
+def active_equation_outputs(eqn: JaxprEqn, mask: Sequence[bool]) -> list[bool]:
     """Which outputs of an equation carry a derivative; True is always a safe answer."""
-    name = eqn.primitive.name
-    if name == "stop_gradient":
+    if eqn.primitive.name == "stop_gradient":
         return [False] * len(eqn.outvars)
-    if name == "cond":
-        branches = [active_outputs(open_jaxpr(branch), mask[1:]) for branch in eqn.params["branches"]]
-        return [any(flags) for flags in zip(*branches, strict=True)]
-    if name in ("scan", "while"):
-        return active_loop_outputs(open_loop(eqn), mask)
-    body = called_jaxpr(eqn)
-    return [True] * len(eqn.outvars) if body is None else active_outputs(body, mask)
-
-
-def active_loop_outputs(loop: Loop, mask: Sequence[bool]) -> list[bool]:
-    """Iterate the body until the set of active carries no longer grows; ``mask`` flags the operands of the equation."""
-    consts, carry, slices = loop.split(mask)
-    while True:
-        outs = active_outputs(loop.body.jaxpr, consts + carry + slices)
+    bodies = bodies_of(eqn)
+    if bodies is None:
+        return [True] * len(eqn.outvars)
+    active_in = list(mask[bodies.num_tested :])
+    while True:  # until the set of active carries no longer grows
+        outs = _any_of(active_outputs(body, active_in) for body in bodies.jaxprs)
+        carry = active_in[bodies.carry]
         grown = [a or b for a, b in zip(carry, outs, strict=False)]
         if grown == carry:
             return carry + outs[len(carry) :]
-        carry = grown
+        active_in[bodies.carry] = grown
+
+
+def _any_of(masks: Iterable[Sequence[bool]]) -> list[bool]:
+    return [any(flags) for flags in zip(*masks, strict=True)]
 
 
 # ---- live variables: backward through the equations ------------------------------------------------------------------
@@ -151,40 +169,26 @@ def _search_equation(
     jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool], live_outs: list[bool], search: _Search
 ) -> tuple[Blocker | None, list[bool]]:
     """What the search reports in one equation or its bodies, and which of the equation's inputs are live."""
-    name, params = eqn.primitive.name, eqn.params
     found = search.judge(jaxpr, eqn, mask)
     if found is not None:
         return found, mask
-    if name == "custom_linear_solve":
-        matvec = open_jaxpr(params["jaxprs"].matvec)
+    if eqn.primitive.name == "custom_linear_solve":
+        matvec = open_jaxpr(eqn.params["jaxprs"].matvec)
         return _search_jaxpr(matvec, [True] * len(matvec.invars), [True] * len(matvec.outvars), search)[0], mask
-    if name in ("scan", "while"):
-        loop = open_loop(eqn)
-        blocker, live_ins = _search_loop(loop, mask, live_outs, search)
-        return blocker, [False] * loop.num_tested + live_ins
-    if name == "cond":
-        results = [_search_jaxpr(open_jaxpr(branch), mask[1:], live_outs, search) for branch in params["branches"]]
-        blockers, lives = zip(*results, strict=True)
-        live_ins = [any(flags) for flags in zip(*lives, strict=True)]
-        return next((blocker for blocker in blockers if blocker is not None), None), [False, *live_ins]
-    body = called_jaxpr(eqn)
-    return (None, mask) if body is None else _search_jaxpr(body, mask, live_outs, search)
-
-
-def _search_loop(
-    loop: Loop, mask: list[bool], live_outs: list[bool], search: _Search
-) -> tuple[Blocker | None, list[bool]]:
-    """Iterate backward until the set of live carries no longer grows."""
-    size = loop.num_carry
-    consts, _, slices = loop.split(mask)
-    active_in = consts + active_loop_outputs(loop, mask)[:size] + slices
-    carry, stacked = live_outs[:size], live_outs[size:]
-    while True:
-        blocker, live_ins = _search_jaxpr(loop.body.jaxpr, active_in, carry + stacked, search)
-        grown = [a or b for a, b in zip(carry, live_ins[len(consts) :], strict=False)]
-        if grown == carry:
-            return blocker, live_ins
-        carry = grown
+    bodies = bodies_of(eqn)
+    if bodies is None:
+        return None, mask
+    active_in = mask[bodies.num_tested :]
+    size = len(active_in[bodies.carry])
+    active_in[bodies.carry] = active_equation_outputs(eqn, mask)[:size]
+    while True:  # until the set of live carries no longer grows
+        results = [_search_jaxpr(body, active_in, live_outs, search) for body in bodies.jaxprs]
+        live_ins = _any_of(live for _, live in results)
+        grown = [a or b for a, b in zip(live_outs, live_ins[bodies.carry], strict=False)]
+        if grown == live_outs[:size]:
+            found = next((blocker for blocker, _ in results if blocker is not None), None)
+            return found, [False] * bodies.num_tested + live_ins
+        live_outs = grown + live_outs[size:]
 
 
 # ---- what one equation allows ----------------------------------------------------------------------------------------
@@ -207,14 +211,8 @@ def _reverse_blocker(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker |
 def _custom_jvp_blocker(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> Blocker | None:
     """Reverse mode transposes the rule's tangent: trace the rule and search between its tangents."""
     alone, moving = isolate_active(jaxpr, eqn, mask)
-    fun, values = jex.core.jaxpr_as_fun(alone), alone.in_avals
-
-    def tangents_out(values: list[Any], tangents: list[Any]) -> list[Any]:
-        return jax.jvp(restrict(fun, values, moving), tuple(compress(values, moving)), tuple(tangents))[1]
-
-    tangents = list(compress(values, moving))
-    rule = jax.make_jaxpr(tangents_out)(values, tangents).jaxpr
-    is_tangent = [False] * len(values) + [True] * len(tangents)
+    rule = trace_jvp(alone, moving, 1).jaxpr
+    is_tangent = [n >= len(moving) for n in range(len(rule.invars))]
     return find_blocker(rule, is_tangent, [True] * len(rule.outvars), "rev") or _find_nonlinear(rule, is_tangent)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from jaxtyping import Array
 
+from curvature._sharding import spec_of, varying_axes
 from curvature._types import Tree
 from curvature.programs._batch_axis import Axes, Rule, axis_rule, on_batch_of_one
 from curvature.programs._jaxprs import (
@@ -46,19 +47,14 @@ def find_examples(program: Program) -> Examples | None:
     if program.jaxpr is None or not program.is_scalar or len(program.jaxpr.jaxpr.outvars) != 1:
         return None
     closed = inline(program.jaxpr)
-    if any(map(_is_sharded, closed.jaxpr.constvars)):  # a batch of one would lie on the devices in another way
-        return None
+    avals: list[Any] = [v.aval for v in closed.jaxpr.constvars]
+    if any(varying_axes(aval) or any(spec_of(aval)) for aval in avals):
+        return None  # the data lies on the devices of a mesh, and a batch of one would lie there in another way
     for size in _leading_sizes(closed.jaxpr):
         reading = _read_program(closed.jaxpr, size)
         if closed.jaxpr.outvars[0] in reading.sums:
             return _build_examples(closed, reading)
     return None
-
-
-def _is_sharded(v: Variable) -> bool:
-    """Whether the type of a variable says how it lies on the devices of a mesh."""
-    kind, sharding = getattr(v.aval, "manual_axis_type", None), getattr(v.aval, "sharding", None)
-    return bool(kind is not None and kind.varying) or any(axis is not None for axis in getattr(sharding, "spec", ()))
 
 
 def _leading_sizes(jaxpr: Jaxpr) -> list[int]:

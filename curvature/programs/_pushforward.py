@@ -13,7 +13,6 @@ import jax.extend as jex
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
-from curvature import _checks
 from curvature._types import Tree
 from curvature.programs._jaxprs import (
     called_jaxpr,
@@ -25,8 +24,9 @@ from curvature.programs._jaxprs import (
     live_equations,
     open_jaxpr,
     restrict,
+    trace_jvp,
 )
-from curvature.programs._legality import Blocker, Wanted, find_blocker, find_equation
+from curvature.programs._legality import Blocker, find_blocker, find_equation, first_legal
 from curvature.programs._primitives import ENTRYWISE, JITS
 
 
@@ -55,7 +55,7 @@ def directional_derivative(fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: T
 def pushforward(closed: ClosedJaxpr, moving: Sequence[bool]) -> Pushforward:
     """Differentiate with respect to the ``moving`` arguments: forward, or else by reverse mode applied twice."""
     live = [True] * len(closed.jaxpr.outvars)
-    mode = choose_forward(lambda mode: find_blocker(closed.jaxpr, moving, live, mode))
+    mode = first_legal(lambda mode: find_blocker(closed.jaxpr, moving, live, mode))
     fun = jex.core.jaxpr_as_fun(closed)
     floating = [is_floating(v) for v in closed.jaxpr.outvars]
 
@@ -72,17 +72,6 @@ def pushforward(closed: ClosedJaxpr, moving: Sequence[bool]) -> Pushforward:
     # A JVP also computes the values, which the derivatives need not depend on.
     live_jaxpr = made.jaxpr.replace(eqns=live_equations(made.jaxpr, keep_effects=True))
     return Pushforward(made.replace(jaxpr=live_jaxpr), mode)
-
-
-def choose_forward(blocker: Callable[[str], Blocker | None]) -> str:
-    """The mode of a derivative along a direction: forward wherever it is legal."""
-    blockers = {}
-    for mode in ("fwd", "rev"):
-        found = blocker(mode)
-        if found is None:
-            return mode
-        blockers[mode] = str(found)
-    raise _checks.no_legal_mode(blockers)
 
 
 def derivative_along(mode: str, fun: Callable[[Tree], tuple[Any, Any]], x: Tree, v: Tree) -> tuple[Any, Any]:
@@ -113,14 +102,11 @@ def asymmetric_rule(jaxpr: Jaxpr) -> Blocker | None:
     rule as well: a rule that computes the value by other operations has these differentiated there.
     """
 
-    def need_not_be_symmetric(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
-        if eqn.primitive.name != "custom_jvp_call":
-            return eqn.primitive.name == "custom_vjp_call"
-        alone, moving = isolate_active(jaxpr, eqn, mask)
+    def is_symmetric(alone: ClosedJaxpr, moving: Sequence[bool]) -> bool:
         active = list(compress(range(len(moving)), moving))
-        return len(active) != 1 or not is_elementwise(alone, active) or not _rule_calls_itself(alone, moving)
+        return len(active) == 1 and is_elementwise(alone, active) and _rule_calls_itself(alone, moving)
 
-    return _find_rule(jaxpr, need_not_be_symmetric)
+    return _find_rule(jaxpr, is_symmetric)
 
 
 def inconsistent_rule(jaxpr: Jaxpr) -> Blocker | None:
@@ -129,27 +115,23 @@ def inconsistent_rule(jaxpr: Jaxpr) -> Blocker | None:
     The second derivative along a direction is then no sum over equations: JAX differentiates the gradient, in which a
     ``custom_vjp`` has left what it made of its cotangents, and a ``custom_jvp`` the operations of its rule.
     """
+    return _find_rule(jaxpr, _rule_calls_itself)
 
-    def is_inconsistent(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
+
+def _find_rule(jaxpr: Jaxpr, is_right: Callable[[ClosedJaxpr, Sequence[bool]], bool]) -> Blocker | None:
+    """The first ``custom_vjp``, or ``custom_jvp`` that is not right for its moving arguments."""
+
+    def wanted(jaxpr: Jaxpr, eqn: JaxprEqn, mask: list[bool]) -> bool:
         if eqn.primitive.name != "custom_jvp_call":
             return eqn.primitive.name == "custom_vjp_call"
-        return not _rule_calls_itself(*isolate_active(jaxpr, eqn, mask))
+        return not is_right(*isolate_active(jaxpr, eqn, mask))
 
-    return _find_rule(jaxpr, is_inconsistent)
-
-
-def _find_rule(jaxpr: Jaxpr, wanted: Wanted) -> Blocker | None:
     return find_equation(jaxpr, [True] * len(jaxpr.invars), [True] * len(jaxpr.outvars), wanted)
 
 
 def _rule_calls_itself(alone: ClosedJaxpr, moving: Sequence[bool]) -> bool:
     """Whether the rule of a ``custom_jvp`` computes the value by the function itself, on the same operands."""
-    fun, avals = jex.core.jaxpr_as_fun(alone), alone.in_avals
-
-    def value(values: list[Any], tangents: list[Any]) -> list[Any]:
-        return jax.jvp(restrict(fun, values, moving), tuple(compress(values, moving)), tuple(tangents))[0]
-
-    jaxpr = inline(jax.make_jaxpr(value)(avals, list(compress(avals, moving)))).jaxpr
+    jaxpr = inline(trace_jvp(alone, moving, 0)).jaxpr
     own = next((eqn for eqn in jaxpr.eqns if list(eqn.outvars) == list(jaxpr.outvars)), None)
     if own is None or own.primitive.name != "custom_jvp_call":
         return False
@@ -189,22 +171,32 @@ def _is_entrywise_equation(jaxpr: Jaxpr, eqn: JaxprEqn, shape: tuple[int, ...], 
     if not shapes | {_shape_of(v) for v in eqn.outvars} <= {shape, ()}:
         return False
     if name == "custom_jvp_call":
-        body = open_jaxpr(eqn.params["call_jaxpr"])
         alone = isolate_equation(jaxpr, eqn)
-        return _is_entrywise(body, shape, assumed) and _has_entrywise_rule(alone, shape, assumed)
+        moving = [is_floating(v) and _shape_of(v) == shape for v in alone.jaxpr.invars]
+        return _is_entrywise(open_jaxpr(eqn.params["call_jaxpr"]), shape, assumed) and judge_rule(
+            alone, moving, assumed, lambda rule, assumed: _is_entrywise(rule, shape, assumed)
+        )
     body = called_jaxpr(eqn) if name in JITS else None
     return name in ENTRYWISE if body is None else _is_entrywise(body, shape, assumed)
 
 
-def _has_entrywise_rule(closed: ClosedJaxpr, shape: tuple[int, ...], assumed: frozenset[str]) -> bool:
-    """Judge the rule of a ``custom_jvp``; where it calls the function itself, that call is assumed to be entrywise."""
+def judge_rule(
+    closed: ClosedJaxpr, moving: Sequence[bool], assumed: frozenset[str], judge: Callable[[Jaxpr, frozenset[str]], bool]
+) -> bool:
+    """Judge the forward rule of a ``custom_jvp``, which may call the function itself, or other functions with rules.
+
+    Args:
+        closed: the equation.
+        moving: which arguments are differentiated.
+        assumed: the equations whose rules are being judged; where they occur again, they are assumed to be right.
+        judge: from the jaxpr of the rule and the equations to assume to whether it is right.
+    """
     text = str(closed)
-    moving = [is_floating(v) and _shape_of(v) == shape for v in closed.jaxpr.invars]
     if text in assumed or not any(moving):
         return True
     if find_blocker(closed.jaxpr, moving, [True] * len(closed.jaxpr.outvars), "fwd") is not None:
         return False
-    return _is_entrywise(pushforward(closed, moving).jaxpr.jaxpr, shape, assumed | {text})
+    return judge(pushforward(closed, moving).jaxpr.jaxpr, assumed | {text})
 
 
 def _shape_of(v: Any) -> tuple[int, ...]:

@@ -1,8 +1,7 @@
 """Gradients of parameters from taps: as factors in canonical form, or formed."""
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,17 +88,15 @@ def from_canonical(product: Array, order: Axes, root: Variable) -> Array:
     return jnp.transpose(product.reshape([shape[k] for k in order]), back).astype(root.aval.dtype)
 
 
-def gradients_of_site(taps: Taps, site: Site, values: Environment, captured: Any, d: Sequence[Array]) -> list[Array]:
+def gradients_of_site(taps: Taps, site: Site, captured: Any, d: Sequence[Array], values: Environment) -> list[Array]:
     """The gradients of the roots of any site: by its form or, if it has none, by reverse mode through its equation."""
     if site.form is not None:
         return [from_canonical(canonical_gradient(factors(site, captured, d[0])), site.axes, site.origins[0].root)]
     fun, variables = equation_function(taps.level.jaxpr, site.eqn)
-    env = Environment()
-    others = [v for n, v in enumerate(site.eqn.invars) if n not in site.operands]
-    env.update({v: value for v, value in zip(others, captured, strict=True) if isinstance(v, Var)})
+    env = Environment({v: value for v, value in zip(site.others, captured, strict=True) if isinstance(v, Var)})
     operands = [site.eqn.invars[n] for n in site.operands]
     # JAX cannot transpose a pad by its padding value alone.
-    others = [v for v in others if isinstance(v, Var)] if site.eqn.primitive.name == "pad" else []
+    others = [v for v in site.others if isinstance(v, Var)] if site.eqn.primitive.name == "pad" else []
 
     def outputs(parameters: list[Array], beside: list[Array]) -> list[Array]:
         inner = Environment(env)
@@ -116,26 +113,45 @@ def gradients_of_site(taps: Taps, site: Site, values: Environment, captured: Any
     return gradients
 
 
-def sum_over_batch(taps: Taps, values: Environment, captured: Sequence[Any], d: Sequence[Any]) -> dict[Variable, Array]:
-    """The gradients of the roots, summed over examples; the inputs and cotangents have a leading batch axis.
+Parts = Sequence[tuple[Site, Any, Any]]
+"""Each site with its input and the cotangents of its outputs."""
+
+
+def gradients_of_roots(taps: Taps, values: Environment, parts: Parts, roots: Sequence[Any]) -> dict[Variable, Array]:
+    """The gradients of some roots, for one example."""
+    return _sum_by_root(parts, roots, lambda site, inputs, d: gradients_of_site(taps, site, inputs, d, values))
+
+
+def sum_over_batch(taps: Taps, values: Environment, parts: Parts) -> dict[Variable, Array]:
+    """The gradients of all roots, summed over examples; inputs and cotangents have a leading batch axis.
 
     In canonical form the batch axis is merged into the positions, over which a product of matrices sums.
     """
-    total: dict[Variable, Any] = dict.fromkeys(taps.roots, 0)
 
     def merge_batch(array: Array) -> Array:  # (batch, groups, positions, ...) to (groups, batch and positions, ...)
         groups = jnp.swapaxes(array, 0, 1)
         return groups.reshape(groups.shape[0], -1, *groups.shape[3:])
 
-    for site, inputs, cotangents in zip(taps.sites, captured, d, strict=True):
-        if site.form is not None:
-            use = jax.vmap(lambda a, d, site=site: factors(site, a, d)[:2])(inputs, cotangents[0])
-            a, d_all = jax.tree.map(merge_batch, use)
-            together = Factors(a, d_all, site.group, site.form.rows, site.form.columns)
-            gradients = [from_canonical(canonical_gradient(together), site.axes, site.origins[0].root)]
-        else:
-            of_example = functools.partial(gradients_of_site, taps, site, values)
-            gradients = jax.tree.map(lambda rows: jnp.sum(rows, 0), jax.vmap(of_example)(inputs, cotangents))
-        for origin, gradient in zip(site.origins, gradients, strict=True):
-            total[origin.root] = total[origin.root] + gradient
+    def of_batch(site: Site, inputs: Any, cotangents: Any) -> list[Array]:
+        if site.form is None:
+            each = jax.vmap(lambda inputs, d: gradients_of_site(taps, site, inputs, d, values))(inputs, cotangents)
+            return jax.tree.map(lambda rows: jnp.sum(rows, 0), each)
+        use = jax.vmap(lambda a, d: factors(site, a, d)[:2])(inputs, cotangents[0])
+        a, d = jax.tree.map(merge_batch, use)
+        together = Factors(a, d, site.group, site.form.rows, site.form.columns)
+        return [from_canonical(canonical_gradient(together), site.axes, site.origins[0].root)]
+
+    return _sum_by_root(parts, taps.roots, of_batch)
+
+
+def _sum_by_root(
+    parts: Parts, roots: Sequence[Any], gradients: Callable[[Site, Any, Any], list[Array]]
+) -> dict[Variable, Array]:
+    """The sum over all sites of the ``gradients`` of each root."""
+    total: dict[Variable, Any] = dict.fromkeys(roots, 0)
+    for site, inputs, cotangents in parts:
+        if any(origin.root in total for origin in site.origins):
+            for origin, gradient in zip(site.origins, gradients(site, inputs, cotangents), strict=True):
+                if origin.root in total:
+                    total[origin.root] = total[origin.root] + gradient
     return total

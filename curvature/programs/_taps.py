@@ -7,7 +7,7 @@ with respect to ``eps`` at zero gives the cotangent ``d`` of the output. The gra
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -73,9 +73,14 @@ class Site(NamedTuple):
         """The outputs that can carry a derivative."""
         return [v for v in self.eqn.outvars if is_floating(v)]
 
+    @property
+    def others(self) -> list[Any]:
+        """The inputs that are not parameters, with literals."""
+        return [v for n, v in enumerate(self.eqn.invars) if n not in self.operands]
+
     def inputs(self, env: Environment) -> Any:
-        """The canonical input ``a``; for a site without a form, the list of all inputs that are not parameters."""
-        others = env.read([v for n, v in enumerate(self.eqn.invars) if n not in self.operands])
+        """The canonical input ``a``; for a site without a form, the values of all inputs that are not parameters."""
+        others = env.read(self.others)
         return others if self.form is None else self.form.inputs(*others)
 
     @property
@@ -171,9 +176,13 @@ class Taps:
         env.write(self.level.jaxpr.invars[len(self.leaves) :], example)
         return env
 
-    def loss_in(self, env: Environment) -> Array:
-        """The value of the loss, after all equations are evaluated."""
-        return env.read(self.level.jaxpr.outvars)[0]
+    def loss_of(
+        self, values: Environment, example: Sequence[Any], shifts: Mapping[Variable, Array]
+    ) -> tuple[Array, Environment]:
+        """The loss of one example with some variables shifted, and the values of all variables."""
+        env = self.with_example(values, example)
+        env.complete(self.level.jaxpr, shifts)
+        return env.read(self.level.jaxpr.outvars)[0], env
 
     def root_values(self, leaves: Sequence[Array]) -> list[Array]:
         """The values of the roots."""
@@ -187,7 +196,7 @@ class Taps:
         """The loss of one example with the outputs of its sites shifted, and the inputs of each site."""
         env = self.with_example(values, example)
         captured = _evaluate_shifted(self.level, env, iter(shifts))
-        return self.loss_in(env), captured
+        return env.read(self.level.jaxpr.outvars)[0], captured
 
     def cotangents(self, values: Environment, example: Sequence[Any]) -> tuple[list[Any], list[list[Array]]]:
         """For each site, its inputs and the cotangents of its outputs."""

@@ -1,7 +1,7 @@
 """Rearrangements of a parameter: views (each entry exactly once, in another order and shape), and moved axes."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jaxtyping import Array
@@ -53,15 +53,13 @@ class View(NamedTuple):
         if name in COPIES:
             return self
         if name == "transpose":
-            return self._then("transpose", params["permutation"])
-        if name == "rev":
-            return self._then("rev", params["dimensions"])
-        unit_axes = name in ("squeeze", "broadcast_in_dim")  # only axes of size one come or go: the entries stay
-        if unit_axes or (name == "reshape" and params["dimensions"] is None):
-            return self._then("reshape", out.aval.shape)
-        return None
-
-    def _then(self, name: str, parameter: Any) -> "View":
+            parameter = params["permutation"]
+        elif name == "rev":
+            parameter = params["dimensions"]
+        elif name in ("squeeze", "broadcast_in_dim") or (name == "reshape" and params["dimensions"] is None):
+            name, parameter = "reshape", out.aval.shape  # only axes of size one come or go: the entries stay
+        else:
+            return None
         return self._replace(operations=(*self.operations, (name, tuple(parameter))))
 
 

@@ -1,6 +1,7 @@
-"""Conversion of a Hessian given as a tree of trees to one matrix with named rows and columns."""
+"""Blocks of a Hessian given as a tree of trees: conversion to one matrix with named rows, and selection by paths."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,8 @@ from jaxtyping import Array, Float
 
 from curvature import _checks
 from curvature._errors import caller, of_class, public
-from curvature._trees import Structure, leaf_paths, select
-from curvature._types import Tree
+from curvature._trees import Structure, Subtree, leaf_paths, select
+from curvature._types import HessianBlocks, Tree
 
 
 @jax.tree_util.register_dataclass
@@ -104,6 +105,32 @@ def side_by_side(tree: Tree, num_rows: int, dtype: Any) -> Float[Array, "rows n"
     """The leaves, each with ``num_rows`` entries along its leading axes, as one matrix."""
     leaves = [jnp.asarray(leaf, dtype).reshape(num_rows, -1) for leaf in jax.tree.leaves(tree)]
     return jnp.concatenate(leaves, axis=1)
+
+
+# ---- the blocks that are returned ------------------------------------------------------------------------------------
+
+
+def selected(x: Tree, blocks: HessianBlocks) -> tuple[Subtree, Subtree]:
+    """The rows and the columns that are returned, unless these are diagonal blocks."""
+    rows, columns = (select("blocks", x, path) for path in blocks or ("", ""))
+    return rows, columns
+
+
+def leaf_pairs(x: Tree, blocks: HessianBlocks) -> list[tuple[int, int]]:
+    """The numbers of the row leaf and the column leaf of each block that is returned, in the order of the result."""
+    numbers = range(len(jax.tree.leaves(x)))
+    if blocks == "diagonal":
+        return [(i, i) for i in numbers]
+    rows, columns = selected(x, blocks)
+    return list(itertools.product(numbers[rows.leaves], numbers[columns.leaves]))
+
+
+def tree_of_blocks(x: Tree, blocks: HessianBlocks, found: Sequence[Array]) -> Tree:
+    """The result from its blocks, in the order of ``leaf_pairs``."""
+    if blocks == "diagonal":
+        return jax.tree.structure(x).unflatten(found)
+    rows, columns = selected(x, blocks)
+    return rows.structure.compose(columns.structure).unflatten(found)
 
 
 def _check_hessian(name: str, blocks: Any, x: Tree) -> list[tuple[Tree, jax.Array]]:

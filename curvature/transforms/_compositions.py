@@ -6,11 +6,12 @@ from typing import Any
 import jax
 
 from curvature import _checks
-from curvature._trees import Subtree, leaf_subtrees, select
+from curvature._trees import Subtree, leaf_subtrees
 from curvature._types import ChunkSize, HessianBlocks, HessianMode, Objective, Tree
 from curvature.programs import _traced
 from curvature.programs._pushforward import asymmetric_rule, derivative_along, directional_derivative, transposed
 from curvature.transforms import _modes
+from curvature.transforms._blocks import selected
 from curvature.transforms._jacobian import gradient_of, jacobian_of, summed_jacobian_of, with_aux
 
 
@@ -21,8 +22,7 @@ def hessian_of(
     x = program.x
     composition = _modes.choose_composition(program, mode, whole=not isinstance(blocks, tuple | list))
     if blocks != "diagonal":
-        rows, columns = (select("blocks", x, path) for path in blocks or ("", ""))
-        return _block(program, composition, rows, columns, chunk_size)
+        return _block(program, composition, *selected(x, blocks), chunk_size)
     results, auxes = zip(
         *(_block(program, composition, leaf, leaf, chunk_size) for leaf in leaf_subtrees(x)), strict=True
     )

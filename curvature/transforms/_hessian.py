@@ -18,7 +18,7 @@ from curvature.transforms import _modes
 from curvature.transforms._compositions import hessian_of, linearize_program, product_of, trace_objective
 from curvature.transforms._jacobian import bind_argnums, gradient_of, map_basis, sum_over_devices
 from curvature.transforms._mean_hessian import hessian_of_examples, routes_of_examples
-from curvature.transforms._self_check_second import check_diagonal, check_hessian, subject_of
+from curvature.transforms._self_check_cases import check_diagonal, check_hessian, second_derivative
 
 
 @public
@@ -172,7 +172,7 @@ def hessian(
         _checks.check_floating_output("f", program.out)
         result, aux = evaluate(program)
         if check and program.jaxpr is not None:
-            subject = subject_of(program, lambda program: evaluate(program)[0], result, routes)
+            subject = second_derivative(program, lambda program: evaluate(program)[0], result, routes)
             check_hessian(subject, blocks)
         return (result, aux) if has_aux else result
 
@@ -251,7 +251,7 @@ def hessian_diagonal(
     result = _diagonal(program, mode, chunk_size)
     if check and program.jaxpr is not None:
         evaluate = functools.partial(_diagonal, mode=mode, chunk_size=chunk_size)
-        check_diagonal(subject_of(program, evaluate, result))
+        check_diagonal(second_derivative(program, evaluate, result))
     return result
 
 

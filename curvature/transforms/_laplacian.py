@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from curvature import _checks, _trees
+from curvature import _checks
 from curvature._errors import caller, calling, is_array_like, public
 from curvature._types import Objective, Tree
 from curvature.programs import _traced
 from curvature.programs._jets import BY_REVERSE, Jet, Step, push_jets
-from curvature.programs._pushforward import choose_forward, derivative_along, directional_derivative, inconsistent_rule
-from curvature.transforms._jacobian import jacobian_of, with_aux
-from curvature.transforms._self_check_second import check_laplacian
+from curvature.programs._legality import first_legal
+from curvature.programs._pushforward import derivative_along, directional_derivative, inconsistent_rule
+from curvature.transforms._jacobian import jacobian_of, map_basis, with_aux
+from curvature.transforms._self_check_cases import check_laplacian
 
 _EAGER = Step("a branch on a value", "jvp of jvp of the whole function, for each direction", "f")
 
@@ -136,7 +137,7 @@ class Laplacian:
         factor = None if self.factor is None else _check_factor("factor", self.factor, "x", x)
         program = _traced.trace(lambda x: with_aux(self.f(x, *args), False), x)
         _checks.check_floating_output("f", program.out)
-        return program, _identity(x) if factor is None else factor
+        return program, map_basis(lambda v: v, x, None) if factor is None else factor
 
 
 def _evaluate(program: _traced.Program, directions: Tree, steps: list[Step]) -> tuple[Any, Any]:
@@ -167,7 +168,7 @@ def _by_hessian(program: _traced.Program, directions: Tree) -> Any:
             return jax.tree.map(lambda out, rows: _contract(rows, v, out), program.out, gradient), ()
 
         first = _traced.trace(slope, program.x)
-        return derivative_along(choose_forward(first.blocker), first.fun, program.x, v)[0]
+        return derivative_along(first_legal(first.blocker), first.fun, program.x, v)[0]
 
     return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.vmap(along)(directions))
 
@@ -177,17 +178,6 @@ def _contract(rows: Tree, v: Tree, out: Any) -> Any:
     pairs = zip(jax.tree.leaves(rows), jax.tree.leaves(v), strict=True)
     terms = [jnp.tensordot(row, leaf, leaf.ndim).astype(out.dtype) for row, leaf in pairs]
     return sum(terms[1:], terms[0])
-
-
-def _identity(x: Tree) -> Tree:
-    """The standard basis of trees like ``x``, along a leading axis of each leaf."""
-    leaves, structure = jax.tree.flatten(x)
-    total, start, rows = _trees.num_entries(x), 0, []
-    for leaf in leaves:
-        block = jnp.eye(total, leaf.size, -start, dtype=leaf.dtype)
-        rows.append(block.reshape(total, *leaf.shape) + jnp.zeros_like(leaf)[None])  # varies over devices as x does
-        start += leaf.size
-    return structure.unflatten(rows)
 
 
 @public
@@ -225,7 +215,7 @@ def directional_derivatives(f: Objective, x: Tree, v: Tree, *args: Any, order: i
     program = _traced.trace(lambda x: (_checks.check_arrays("f", f(x, *args)), ()), x)
     _checks.check_floating_output("f", program.out)
     for _ in range(order):
-        mode = choose_forward(program.blocker)
+        mode = first_legal(program.blocker)
         program = _traced.trace(functools.partial(derivative_along, mode, program.fun, v=v), x)
     last, lower = program.fun(x)
     derivatives = [last]

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array
 from curvature import _checks, _trees
 from curvature._errors import later, public
 from curvature._sharding import entry
-from curvature._trees import Subtree, leaf_paths, leaf_subtrees, ravel, select
+from curvature._trees import leaf_paths, ravel
 from curvature._types import ChunkSize, HessianBlocks, Objective, Tree
 from curvature.programs import _traced
 from curvature.programs._finiteness import keeps_finite
@@ -19,11 +19,12 @@ from curvature.programs._mean_structure import Examples, find_examples
 from curvature.programs._pushforward import asymmetric_rule
 from curvature.programs._taps import Taps, trace_taps
 from curvature.programs._views import transpose_block
+from curvature.transforms._blocks import leaf_pairs, tree_of_blocks
 from curvature.transforms._chunks import num_batch_chunks, sum_over_chunks
 from curvature.transforms._compositions import hessian_of
 from curvature.transforms._jacobian import jacobian_of
-from curvature.transforms._per_example_function import PerExampleFunction, open_batch, reporter
-from curvature.transforms._self_check_second import check_hessian, subject_of_mean
+from curvature.transforms._per_example_function import PerExampleFunction, first_example, open_batch, reporter
+from curvature.transforms._self_check_cases import check_hessian, hessian_of_mean
 from curvature.transforms._tap_hessian import Blocks, Points, Wanted, bytes_per_example, find_points, tapped_blocks
 
 _LEAST_CHUNK = 128
@@ -92,11 +93,11 @@ def mean_hessian(
 
     @later
     def hessian_fn(params: Tree, *batch: Any) -> Tree:
-        params, batch, _ = open_batch(params, batch)
+        params, batch = open_batch(params, batch)
         result = _hessian_of_batch(loss, params, batch, blocks, chunk_size)
         if check:
             evaluate = functools.partial(_hessian_of_batch, blocks=blocks, chunk_size=chunk_size)
-            subject = subject_of_mean(loss, params, batch, evaluate, result, report)
+            subject = hessian_of_mean(loss, params, batch, evaluate, result, report)
             check_hessian(subject, blocks)
         return result
 
@@ -107,10 +108,11 @@ def _hessian_of_batch(
     loss: Objective, params: Tree, batch: tuple[Any, ...], blocks: HessianBlocks, chunk_size: ChunkSize
 ) -> Tree:
     """The Hessian of the mean of a loss over a batch that has been checked."""
-    example = jax.tree.map(lambda leaf: leaf[0], batch)
-    points = _points_of(trace_taps(loss, params, example))
-    if points is None:
-        return _by_products(loss, params, batch, blocks)
+    points = _points_of(trace_taps(loss, params, first_example(batch)))
+    if points is None:  # products alone, by the cheapest legal composition
+        of_batch = jax.vmap(loss, (None,) + (0,) * len(batch))
+        mean = _traced.trace(lambda params: (jnp.mean(of_batch(params, *batch)), None), params)
+        return hessian_of(mean, "auto", "auto", blocks)[0]
     return _assemble(points, params, jax.tree.leaves(batch), blocks, chunk_size)
 
 
@@ -147,21 +149,10 @@ def _assemble(
     points: Points, params: Tree, examples: Sequence[Array], blocks: HessianBlocks, chunk_size: ChunkSize
 ) -> Tree:
     """The Hessian of the mean, or the ``blocks`` of it, as a tree of trees."""
-    leaves, parts = jax.tree.leaves(params), _subtree_pairs(params, blocks)
-    pairs = {
-        (i, j) for rows, columns in parts for i in _leaf_numbers(rows, leaves) for j in _leaf_numbers(columns, leaves)
-    }
+    leaves, pairs = jax.tree.leaves(params), leaf_pairs(params, blocks)
     chunks = num_batch_chunks(len(examples[0]), chunk_size, bytes_per_example(points), _LEAST_CHUNK)
-    found = _blocks_of_leaves(points, leaves, examples, pairs, chunks)
-
-    def tree_of(rows: Subtree, columns: Subtree) -> Tree:
-        numbers = _leaf_numbers(columns, leaves)
-        return rows.structure.unflatten(
-            [columns.structure.unflatten([found[i, j] for j in numbers]) for i in _leaf_numbers(rows, leaves)]
-        )
-
-    trees = [tree_of(rows, columns) for rows, columns in parts]
-    return jax.tree.structure(params).unflatten(trees) if blocks == "diagonal" else trees[0]
+    found = _Mean(points, leaves, examples).blocks_of_leaves(set(pairs), chunks)
+    return tree_of_blocks(params, blocks, [found[pair] for pair in pairs])
 
 
 def _points_of(taps: Taps | None) -> Points | None:
@@ -180,18 +171,6 @@ def _points_of(taps: Taps | None) -> Points | None:
         if not keeps_finite(jax.make_jaxpr(taps.root_values)(avals)):
             return None
     return find_points(taps)
-
-
-def _subtree_pairs(params: Tree, blocks: HessianBlocks) -> list[tuple[Subtree, Subtree]]:
-    """The pairs of sub-trees whose blocks are returned."""
-    if blocks == "diagonal":
-        return [(leaf, leaf) for leaf in leaf_subtrees(params)]
-    rows, columns = (select("blocks", params, path) for path in blocks or ("", ""))
-    return [(rows, columns)]
-
-
-def _leaf_numbers(part: Subtree, leaves: Sequence[Array]) -> range:
-    return range(len(leaves))[part.leaves]
 
 
 def _routes(taps: Taps | None, params: Tree) -> list[str]:
@@ -214,130 +193,121 @@ def _routes(taps: Taps | None, params: Tree) -> list[str]:
     return [route(leaf) for leaf in range(len(taps.leaves))]
 
 
-def _by_products(loss: Objective, params: Tree, batch: tuple[Any, ...], blocks: HessianBlocks) -> Tree:
-    """The Hessian from products alone, by the cheapest legal composition."""
-
-    def mean(params: Tree) -> tuple[Array, None]:
-        return jnp.mean(jax.vmap(loss, (None,) + (0,) * len(batch))(params, *batch)), None
-
-    return hessian_of(_traced.trace(mean, params), "auto", "auto", blocks)[0]
+Pairs = set[tuple[int, int]]
+LeafBlocks = dict[tuple[int, int], Array]
 
 
-def _blocks_of_leaves(
-    points: Points, leaves: Sequence[Array], batch: Sequence[Array], pairs: set[tuple[int, int]], chunks: int
-) -> dict[tuple[int, int], Array]:
-    """The blocks of the mean for the given pairs of leaves."""
-    taps = points.taps
-    derived = [root for root in taps.roots if root not in taps.views]
+class _Mean(NamedTuple):
+    """A mean of losses at one point, whose Hessian is assembled from blocks of roots.
 
-    def wanted(row: Any, column: Any) -> bool:
-        return bool(derived) or (taps.views[row].leaf, taps.views[column].leaf) in pairs
-
-    of_roots = [(row, column) for row in taps.roots for column in taps.roots if wanted(row, column)]
-
-    def of_part(examples: Sequence[Array], weights: Array) -> list[Array | None]:
-        found = _blocks_of_roots(points, leaves, examples, weights / len(batch[0]), wanted)
-        return [found.get(pair) for pair in of_roots]
-
-    sums = zip(of_roots, sum_over_chunks(of_part, batch, chunks, taps.program.out.dtype), strict=True)
-    blocks = {pair: block for pair, block in sums if block is not None}
-    if derived:
-        result = _derived_curvature(points, leaves, batch, derived)
-        if any(root in pair for pair in blocks for root in derived):
-            through = _pull_to_leaves(points, leaves, blocks)
-            return {pair: through[pair] + result[pair] for pair in pairs}
-    else:
-        result = {(i, j): jnp.zeros(leaves[i].shape + leaves[j].shape, leaves[i].dtype) for i, j in pairs}
-    for (row, column), block in blocks.items():
-        views = taps.views[row], taps.views[column]
-        pair = views[0].leaf, views[1].leaf
-        if pair in pairs:
-            of_leaves = transpose_block(block, *views, row.aval.ndim)
-            result[pair] = result[pair] + of_leaves.astype(result[pair].dtype)
-    return result
-
-
-def _derived_curvature(
-    points: Points, leaves: Sequence[Array], batch: Sequence[Array], derived: Sequence[Any]
-) -> dict[tuple[int, int], Array]:
-    """The Hessian of ``sum <gradient, root(leaves)>``: the curvature of functions of the parameters alone.
-
-    It is the second term of the chain rule, ``J' H J + sum_k g_k d^2 root_k``; the first is ``_pull_to_leaves``.
+    Attributes:
+        points: the points of the loss of one example.
+        leaves: the leaves of the parameters.
+        batch: the leaves of the examples, with a leading batch axis.
     """
-    taps, size = points.taps, len(batch[0])
-    weights = jnp.full(size, 1 / size, taps.program.out.dtype)
-    roots = taps.root_values(leaves)
-    gradients = dict(zip(taps.roots, jax.grad(_weighted_loss, 2)(points, leaves, roots, batch, weights), strict=True))
 
-    def weighted_roots(leaves: list[Array]) -> tuple[Array, None]:
-        values = dict(zip(taps.roots, taps.root_values(leaves), strict=True))
-        terms = [jnp.sum(gradients[root] * values[root]).astype(weights.dtype) for root in derived]
-        return jnp.sum(jnp.stack(terms)), None
+    points: Points
+    leaves: Sequence[Array]
+    batch: Sequence[Array]
 
-    rows, _ = hessian_of(_traced.trace(weighted_roots, list(leaves)), "auto", "auto")
-    return {(i, j): block for i, row in enumerate(rows) for j, block in enumerate(row)}
+    @property
+    def taps(self) -> Taps:
+        """The taps of the loss."""
+        return self.points.taps
 
+    def blocks_of_leaves(self, pairs: Pairs, chunks: int) -> LeafBlocks:
+        """The blocks of the mean for the given pairs of leaves."""
+        taps, leaves = self.taps, self.leaves
+        derived = [root for root in taps.roots if root not in taps.views]
 
-def _pull_to_leaves(points: Points, leaves: Sequence[Array], blocks: Blocks) -> dict[tuple[int, int], Array]:
-    """``J' H J`` for the Hessian H with respect to the roots and the Jacobian J of the roots."""
-    taps = points.taps
-    roots, pull = jax.vjp(taps.root_values, list(leaves))
-    _, unravel = ravel(roots)  # restores the dtype of every root
+        def wanted(row: Any, column: Any) -> bool:
+            return bool(derived) or (taps.views[row].leaf, taps.views[column].leaf) in pairs
 
-    def matrix_of(row: Any, column: Any) -> Array:
-        shape = row.aval.size, column.aval.size
-        block = blocks.get((row, column))
-        return jnp.zeros(shape, row.aval.dtype) if block is None else block.reshape(shape)
+        of_roots = [(row, column) for row in taps.roots for column in taps.roots if wanted(row, column)]
 
-    rows = [jnp.concatenate([matrix_of(row, column) for column in taps.roots], 1) for row in taps.roots]
-    pull_all = jax.vmap(lambda vector: pull(unravel(vector))[0])
-    columns = pull_all(jnp.concatenate(rows))  # for each leaf, (entries of roots, *leaf)
-    result = {}
-    for j, column in enumerate(columns):
-        for i, block in enumerate(pull_all(column.reshape(column.shape[0], -1).T)):
-            turned = jnp.moveaxis(block, 0, -1)
-            result[i, j] = turned.reshape(leaves[i].shape + leaves[j].shape)
-    return result
+        def of_part(examples: Sequence[Array], weights: Array) -> list[Array | None]:
+            found = self.blocks_of_roots(examples, weights / len(self.batch[0]), wanted)
+            return [found.get(pair) for pair in of_roots]
 
+        sums = zip(of_roots, sum_over_chunks(of_part, self.batch, chunks, taps.program.out.dtype), strict=True)
+        blocks = {pair: block for pair, block in sums if block is not None}
+        if derived:
+            result = self.derived_curvature(derived)
+            if any(root in pair for pair in blocks for root in derived):
+                through = self.pull_to_leaves(blocks)
+                return {pair: through[pair] + result[pair] for pair in pairs}
+        else:
+            result = {(i, j): jnp.zeros(leaves[i].shape + leaves[j].shape, leaves[i].dtype) for i, j in pairs}
+        for (row, column), block in blocks.items():
+            views = taps.views[row], taps.views[column]
+            pair = views[0].leaf, views[1].leaf
+            if pair in pairs:
+                of_leaves = transpose_block(block, *views, row.aval.ndim)
+                result[pair] = result[pair] + of_leaves.astype(result[pair].dtype)
+        return result
 
-def _blocks_of_roots(
-    points: Points, leaves: Sequence[Array], examples: Sequence[Array], weights: Array, wanted: Wanted
-) -> Blocks:
-    """The blocks of all roots: from taps where roots have points, else from products with the whole Hessian."""
-    taps = points.taps
-    blocks = tapped_blocks(points, taps.parameter_values(leaves), examples, weights, wanted)
-    if not points.rest:
+    def derived_curvature(self, derived: Sequence[Any]) -> LeafBlocks:
+        """The Hessian of ``sum <gradient, root(leaves)>``: the curvature of functions of the parameters alone.
+
+        It is the second term of the chain rule, ``J' H J + sum_k g_k d^2 root_k``; the first is ``pull_to_leaves``.
+        """
+        taps, size = self.taps, len(self.batch[0])
+        weights = jnp.full(size, 1 / size, taps.program.out.dtype)
+        gradient = jax.grad(self.weighted_loss)(taps.root_values(self.leaves), self.batch, weights)
+        gradients = dict(zip(taps.roots, gradient, strict=True))
+
+        def weighted_roots(leaves: list[Array]) -> tuple[Array, None]:
+            values = dict(zip(taps.roots, taps.root_values(leaves), strict=True))
+            terms = [jnp.sum(gradients[root] * values[root]).astype(weights.dtype) for root in derived]
+            return jnp.sum(jnp.stack(terms)), None
+
+        rows, _ = hessian_of(_traced.trace(weighted_roots, list(self.leaves)), "auto", "auto")
+        return {(i, j): block for i, row in enumerate(rows) for j, block in enumerate(row)}
+
+    def pull_to_leaves(self, blocks: Blocks) -> LeafBlocks:
+        """``J' H J`` for the Hessian H with respect to the roots and the Jacobian J of the roots."""
+        leaves, all_roots = self.leaves, self.taps.roots
+        roots, pull = jax.vjp(self.taps.root_values, list(leaves))
+        _, unravel = ravel(roots)  # restores the dtype of every root
+
+        def matrix_of(row: Any, column: Any) -> Array:
+            shape = row.aval.size, column.aval.size
+            block = blocks.get((row, column))
+            return jnp.zeros(shape, row.aval.dtype) if block is None else block.reshape(shape)
+
+        rows = [jnp.concatenate([matrix_of(row, column) for column in all_roots], 1) for row in all_roots]
+        pull_all = jax.vmap(lambda vector: pull(unravel(vector))[0])
+        columns = pull_all(jnp.concatenate(rows))  # for each leaf, (entries of roots, *leaf)
+        result = {}
+        for j, column in enumerate(columns):
+            for i, block in enumerate(pull_all(column.reshape(column.shape[0], -1).T)):
+                turned = jnp.moveaxis(block, 0, -1)
+                result[i, j] = turned.reshape(leaves[i].shape + leaves[j].shape)
+        return result
+
+    def blocks_of_roots(self, examples: Sequence[Array], weights: Array, wanted: Wanted) -> Blocks:
+        """The blocks of all roots: from taps where roots have points, else from products with the whole Hessian."""
+        taps, rest = self.taps, self.points.rest
+        blocks = tapped_blocks(self.points, taps.parameter_values(self.leaves), examples, weights, wanted)
+        if not rest:
+            return blocks
+        roots = dict(zip(taps.roots, taps.root_values(self.leaves), strict=True))
+
+        def by_rest(moved: list[Array]) -> tuple[list[Array], None]:
+            at = roots | dict(zip(rest, moved, strict=True))
+            return jax.grad(self.weighted_loss)([at[root] for root in taps.roots], examples, weights), None
+
+        columns, _ = jacobian_of(by_rest, [roots[root] for root in rest], "fwd", "auto")
+        for row, parts in zip(taps.roots, columns, strict=True):
+            for column, block in zip(rest, parts, strict=True):
+                if wanted(row, column):
+                    blocks[row, column] = block
+                if row in self.points.tapped and wanted(column, row):
+                    blocks[column, row] = jnp.moveaxis(block, range(row.aval.ndim), range(-row.aval.ndim, 0))
         return blocks
-    gradient = jax.grad(lambda roots: _weighted_loss(points, leaves, roots, examples, weights))
-    roots = dict(zip(taps.roots, taps.root_values(leaves), strict=True))
 
-    def by_rest(rest: list[Array]) -> tuple[list[Array], None]:
-        moved = roots | dict(zip(points.rest, rest, strict=True))
-        return gradient([moved[root] for root in taps.roots]), None
-
-    columns, _ = jacobian_of(by_rest, [roots[root] for root in points.rest], "fwd", "auto")
-    for row, parts in zip(taps.roots, columns, strict=True):
-        for column, block in zip(points.rest, parts, strict=True):
-            if wanted(row, column):
-                blocks[row, column] = block
-            if row in points.tapped and wanted(column, row):
-                blocks[column, row] = jnp.moveaxis(block, range(row.aval.ndim), range(-row.aval.ndim, 0))
-    return blocks
-
-
-def _weighted_loss(
-    points: Points, leaves: Sequence[Array], roots: Sequence[Array], examples: Sequence[Array], weights: Array
-) -> Array:
-    """The weighted sum of the losses as a function of the roots."""
-    taps = points.taps
-    jaxpr = taps.level.jaxpr
-    base = taps.given(leaves)
-    base.write(taps.roots, roots)
-
-    def of_example(example: Sequence[Array]) -> Array:
-        env = taps.with_example(base, example)
-        for eqn in filter(env.lacks, jaxpr.eqns):
-            env.evaluate(jaxpr, eqn)
-        return taps.loss_in(env)
-
-    return jnp.vdot(weights, jax.vmap(of_example)(examples))
+    def weighted_loss(self, roots: Sequence[Array], examples: Sequence[Array], weights: Array) -> Array:
+        """The weighted sum of the losses as a function of the roots."""
+        base = self.taps.given(self.leaves)
+        base.write(self.taps.roots, roots)
+        return jnp.vdot(weights, jax.vmap(lambda example: self.taps.loss_of(base, example, {})[0])(examples))

@@ -5,13 +5,11 @@ from typing import get_args
 
 import jax
 
-from curvature import _checks
-from curvature._errors import caller
 from curvature._trees import num_entries
 from curvature._types import HessianMode, JacobianMode
 from curvature.programs._finiteness import keeps_finite
 from curvature.programs._jaxprs import largest_array, num_equations
-from curvature.programs._legality import Blocker
+from curvature.programs._legality import first_legal
 from curvature.programs._primitives import CONVOLUTION
 from curvature.programs._traced import Program, has_primitive
 
@@ -23,18 +21,8 @@ def choose_composition(program: Program, mode: HessianMode, *, whole: bool = Fal
 
     ``whole`` says that a matrix is formed and not products with vectors: see ``_order_for_matrix``.
     """
-    if mode != "auto":
-        blocker = program.composition_blocker(mode)
-        if blocker is None:
-            return mode
-        legal = [other for other in _ORDER if program.composition_blocker(other) is None]
-        raise _illegal_mode(mode, str(blocker), legal)
-    blockers = {}
-    for candidate in _order_for_matrix(program) if whole else _ORDER:
-        blockers[candidate] = program.composition_blocker(candidate)
-        if blockers[candidate] is None:
-            return candidate
-    raise _checks.no_legal_mode({name: str(blocker) for name, blocker in blockers.items()})
+    order = _order_for_matrix(program) if whole and mode == "auto" else _ORDER
+    return first_legal(program.composition_blocker, order, mode)
 
 
 _FORWARD_VARIABLES, _FORWARD_ENTRIES = 10, 2**16
@@ -62,18 +50,6 @@ def pays_forward(program: Program) -> bool:
     n = num_entries(program.x)
     is_small = n <= _FORWARD_VARIABLES and n**2 * largest_array(program.jaxpr) <= _FORWARD_ENTRIES
     return is_small and program.jaxpr is not None and program.composition_blocker("fwd_over_fwd") is None
-
-
-def legal_modes(mode: str, blockers: dict[str, Blocker | None]) -> list[str]:
-    """``mode`` itself if it is legal; for "auto" all legal modes among the keys of ``blockers``, in their order."""
-    legal = [name for name, blocker in blockers.items() if blocker is None]
-    if not legal:
-        raise _checks.no_legal_mode({name: str(blocker) for name, blocker in blockers.items()})
-    if mode == "auto":
-        return legal
-    if mode not in legal:
-        raise _illegal_mode(mode, str(blockers[mode]), legal)
-    return [mode]
 
 
 def _order_for_matrix(program: Program) -> Sequence[str]:
@@ -118,10 +94,4 @@ def choose_jacobian(program: Program, mode: JacobianMode) -> str:
         inputs <= _FEW_LANES or outputs >= _TALL_ON_CPU * inputs or not _moves_tangents(program)
     )
     order = ("fwd", "rev") if is_tall else ("rev", "fwd")
-    return legal_modes(mode, {name: program.blocker(name) for name in order})[0]
-
-
-def _illegal_mode(mode: str, blocker: str, legal: list[str]) -> TypeError:
-    """The error for a mode that cannot differentiate the function."""
-    remedy = f"use mode={legal[0]!r} or mode='auto'" if legal else "no other mode is legal either"
-    return TypeError(f"{caller()}: mode={mode!r} is not legal for f because of {blocker}; {remedy}.")
+    return first_legal(program.blocker, order, mode)

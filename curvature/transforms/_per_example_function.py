@@ -55,17 +55,15 @@ def reporter(loss: Objective, routes: Callable[[Taps | None, Tree], list[str]]) 
 
     @later
     def report(params: Tree, *batch: Any) -> LeafReport:
-        params, _, example = open_batch(params, batch)
-        sentences = routes(trace_taps(loss, params, example), params)
+        params, batch = open_batch(params, batch)
+        sentences = routes(trace_taps(loss, params, first_example(batch)), params)
         return LeafReport(caller(), dict(zip(leaf_paths(params), sentences, strict=True)))
 
     return report
 
 
-def open_batch(
-    params: Tree, batch: tuple[Any, ...], summed: bool = True
-) -> tuple[Tree, tuple[Any, ...], tuple[Any, ...]]:
-    """Parameters and batch, checked, and the first example.
+def open_batch(params: Tree, batch: tuple[Any, ...], summed: bool = True) -> tuple[Tree, tuple[Any, ...]]:
+    """Parameters and batch, checked.
 
     A batch that is sharded over an explicit mesh is gathered if its examples are ``summed``: each product that
     contracts a sharded axis would otherwise have to state the sharding of its result. On auto axes XLA chooses it.
@@ -74,4 +72,9 @@ def open_batch(
     _checks.check_batch(batch)
     batch = jax.tree.map(jnp.asarray, batch)
     batch = jax.tree.map(gathered, batch) if summed else batch
-    return vary_like(params, batch), batch, jax.tree.map(entry, batch)
+    return vary_like(params, batch), batch
+
+
+def first_example(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The first example of a batch, also where the examples are sharded."""
+    return jax.tree.map(entry, batch)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from curvature.programs._affine import Lookup
 from curvature.programs._jaxprs import Environment
-from curvature.programs._tap_gradients import Factors, canonical_gradient, factors, gradients_of_site, to_canonical
+from curvature.programs._tap_gradients import Factors, canonical_gradient, factors, gradients_of_roots, to_canonical
 from curvature.programs._taps import Site, Taps
 
 Square = Float[Array, ""]
@@ -81,7 +81,7 @@ def squared_norm(taps: Taps, values: Environment, leaves: Sequence[Array]) -> Ca
 
     def of_example(captured: list[Any], d: list[Any]) -> Square:
         parts = list(zip(sites, captured, d, strict=True))
-        weights = _gradients_of_roots(taps, values, parts, scalars)
+        weights = gradients_of_roots(taps, values, parts, scalars)
         squares = [jnp.sum(gradient.astype(dtype) ** 2) for gradient in formed(parts)]
         for k, route in enumerate(routes):
             if route.uses:
@@ -116,22 +116,10 @@ def formed_gradients(
     _, pull = jax.vjp(roots_of, [leaves[k] for k in chosen])
 
     def gradients(parts: list[Any]) -> list[Array]:
-        by_root = _gradients_of_roots(taps, values, parts, roots)
+        by_root = gradients_of_roots(taps, values, parts, roots)
         return pull([by_root[root] for root in roots])[0]
 
     return gradients
-
-
-def _gradients_of_roots(taps: Taps, values: Environment, parts: list[Any], roots: Sequence[Any]) -> dict[Any, Array]:
-    """The gradients of some roots, from (site, input, cotangents) for each site."""
-    found: dict[Any, Any] = dict.fromkeys(roots, 0)
-    for site, captured, d in parts:
-        if any(origin.root in found for origin in site.origins):
-            gradients = gradients_of_site(taps, site, values, captured, d)
-            for origin, gradient in zip(site.origins, gradients, strict=True):
-                if origin.root in found:
-                    found[origin.root] = found[origin.root] + gradient
-    return found
 
 
 def _concatenate_positions(uses: Sequence[Factors]) -> Factors:

@@ -10,6 +10,8 @@ that of the coarsest dtype in the program.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +23,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from jaxtyping import Array
 
 from curvature._errors import caller
+from curvature._trees import leaf_paths
 from curvature._types import Objective, Tree
 from curvature.programs import _traced
-from curvature.programs._jaxprs import Equation, Variable, dependents, inline
+from curvature.programs._jaxprs import Variable, dependents, inline, is_floating
 from curvature.programs._legality import blocker_at
 
+_MOST_LEAVES = 2  # how many leaves an error message names
 _MOST_LINES = 3  # how many lines of the user's program an error message names for each leaf
 MOVES = 64.0  # the allowed multiple of the change when the point moves by four roundings
 _PRODUCT_EPS = {"gpu": 2.0**-10, "tpu": 2.0**-8}  # default precision of float32 products of matrices: TF32, bfloat16
@@ -39,6 +43,7 @@ class Sides(NamedTuple):
         expected: the result of the plain composition.
         elsewhere: the result of the plain composition at a point moved by four roundings: the difference is rounding.
         size: numbers of the size of the terms whose sum is ``expected``, so that their norm bounds its rounding.
+        leaves: the numbers of the leaves that are at fault if the sides differ.
         moves: the allowed multiple of the difference between ``expected`` and ``elsewhere``.
     """
 
@@ -46,6 +51,7 @@ class Sides(NamedTuple):
     expected: Array
     elsewhere: Array
     size: Array
+    leaves: tuple[int, ...]
     moves: float = MOVES
 
 
@@ -56,40 +62,97 @@ class Excess(NamedTuple):
         ratio: as a multiple of the allowed difference.
         error: as a multiple of their size.
         tolerance: the allowed difference, as a multiple of their size.
+        leaves: as in ``Sides``.
     """
 
     ratio: float
     error: float
     tolerance: float
+    leaves: tuple[int, ...]
 
 
 Values = tuple[Tree, Any]
 """The operands of a derivative, and the derivative where it is known at these operands, else None."""
 
-Measure = Callable[[Values], Sequence[Sides]]
+Groups = Sequence[Sequence[int]]
+"""Groups of leaves, by their numbers; the leaves of a group are compared together."""
 
 
-def compare(measure: Measure, values: Values, eps: float) -> tuple[list[Excess], Values]:
+@dataclass(frozen=True)
+class Subject:
+    """A derivative under test.
+
+    Attributes:
+        program: the function that is differentiated, traced; an error names its equations.
+        x: what it is differentiated with respect to, the first of its inputs.
+        values: the operands of the derivative, and the derivative that the call returns.
+        routes: from the path of each leaf to the rule that was applied to it.
+        remedy: the last sentence of an error.
+    """
+
+    program: _traced.Program
+    x: Tree
+    values: Values
+    routes: Callable[[], dict[str, str]]
+    remedy: str
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding of the coarsest arithmetic in the program."""
+        assert self.program.jaxpr is not None
+        coarsest = _largest_eps(self.program.jaxpr.jaxpr)
+        if coarsest < float(jnp.finfo(jnp.float32).eps):
+            return coarsest
+        return max(coarsest, _PRODUCT_EPS.get(jax.default_backend(), 0.0))
+
+
+def require_agreement(
+    subject: Subject, measure: Callable[[Values, Groups], Sequence[Sides]], groups: Groups, what: str, by: str
+) -> None:
+    """Raise if the sides of a comparison differ by more than rounding.
+
+    Args:
+        subject: the derivative under test.
+        measure: from values and groups to both sides, for each group.
+        groups: the groups to compare. If they differ, their leaves are compared one by one, to find those at fault.
+        what: the derivative in words; ``{}`` stands for the path of a leaf at fault.
+        by: the plain composition in words.
+    """
+    single = [[leaf] for group in groups for leaf in group]
+    with jax.ensure_compile_time_eval():
+        excesses, values = _compare(lambda values: measure(values, groups), subject.values, subject.eps)
+        excess = max(excesses, key=_ratio)
+        if excess.ratio <= 1:
+            return
+        if single != groups:
+            excesses, _ = _compare(lambda values: measure(values, single), values, subject.eps)
+    worst_first = sorted(excesses, key=_ratio, reverse=True)
+    at_fault = [leaf for one in worst_first if one.ratio > 1 for leaf in sorted(one.leaves)][:_MOST_LEAVES]
+    paths, routes = leaf_paths(subject.x), subject.routes()
+    leaves = dict.fromkeys(at_fault or range(len(paths)))
+    sentences = [_describe_leaf(subject, leaf, paths[leaf], routes.get(paths[leaf])) for leaf in leaves]
+    what = what.format(*(repr(paths[leaf] or "x") for leaf in worst_first[0].leaves))
+    raise RuntimeError(
+        f"{caller()}: check=True found that {what} differs from {by} by {excess.error:.1e} of its size, expected at "
+        f"most {excess.tolerance:.1e}. {' '.join(sentences)} {subject.remedy}"
+    )
+
+
+def _compare(measure: Callable[[Values], Sequence[Sides]], values: Values, eps: float) -> tuple[list[Excess], Values]:
     """The excesses of ``measure`` at the values, or at random values where they are traced; and the values taken."""
-    if not is_traced(values):
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values)):
         return _excesses(jax.jit(measure)(values), eps), values
     sides, drawn = [], values
     for positive in (False, True):  # at negative numbers a logarithm is NaN, which compares nothing
         drawn = _replace_tracers(values[0], positive), None
-        sides = list(jax.jit(measure)(drawn))
+        sides = jax.jit(measure)(drawn)
         if all(np.isfinite(_flatten_float64(side.expected)).all() for side in sides):
             break
     return _excesses(sides, eps), drawn
 
 
-def is_traced(tree: Tree) -> bool:
-    """Whether a leaf is a tracer."""
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def worst(excesses: Sequence[Excess]) -> tuple[int, Excess]:
-    """The number of the comparison with the largest ratio, and its excess."""
-    return max(enumerate(excesses), key=lambda pair: pair[1].ratio)
+def _ratio(excess: Excess) -> float:
+    return excess.ratio
 
 
 def _excesses(sides: Sequence[Sides], eps: float) -> list[Excess]:
@@ -99,18 +162,14 @@ def _excesses(sides: Sequence[Sides], eps: float) -> list[Excess]:
     whole = float(np.linalg.norm(sizes))
     result = []
     for side, size in zip(sides, sizes, strict=True):
-        found, expected, elsewhere = (
-            _flatten_float64(side.found),
-            _flatten_float64(side.expected),
-            _flatten_float64(side.elsewhere),
-        )
+        found, expected, elsewhere = map(_flatten_float64, side[:3])
         error = float(np.linalg.norm(np.where(np.isfinite(expected), found - _zero_nonfinite(expected), 0)))
         error = error if np.isfinite(error) else np.inf
         noise = float(side.moves) * float(np.linalg.norm(_zero_nonfinite(elsewhere - expected)))
         allowed = tolerance * size + tolerance**2 * whole + noise
         ratio = error / allowed if allowed > 0 else (np.inf if error > 0 else 0.0)
         scale = size if size > 0 else 1.0
-        result.append(Excess(ratio, error / scale, allowed / scale))
+        result.append(Excess(ratio, error / scale, allowed / scale, tuple(map(int, side.leaves))))
     return result
 
 
@@ -125,17 +184,15 @@ def _flatten_float64(array: Array) -> np.ndarray:
 # ---- values --------------------------------------------------------------------------------------------------------
 
 
-def rebuild(program: _traced.Program, x: Tree, consts: Sequence[Any]) -> _traced.Program:
-    """The program at other values of its point and of its constants, without its aux."""
-    assert program.jaxpr is not None
-    closed = ClosedJaxpr(program.jaxpr.jaxpr, list(consts))
-    structure = jax.tree.structure(program.out)
+def replay(program: _traced.Program, consts: Sequence[Any]) -> Callable[[Tree], Any]:
+    """The function that was traced, without its aux, at other values of its constants."""
+    assert program.jaxpr is not None, "a function that branches on values cannot be traced"
+    closed, structure = ClosedJaxpr(program.jaxpr.jaxpr, list(consts)), jax.tree.structure(program.out)
 
-    def fun(x: Tree) -> tuple[Any, None]:
-        outs = jex.core.jaxpr_as_fun(closed)(*jax.tree.leaves(x))
-        return structure.unflatten(outs[: structure.num_leaves]), None
+    def fun(x: Tree) -> Any:
+        return structure.unflatten(jex.core.jaxpr_as_fun(closed)(*jax.tree.leaves(x))[: structure.num_leaves])
 
-    return _traced.trace(fun, x)
+    return fun
 
 
 def trace_example(loss: Objective, params: Tree, batch: tuple[Any, ...]) -> _traced.Program:
@@ -160,16 +217,10 @@ def few_of(batch: Tree, count: int) -> Tree:
     return jax.tree.map(cut, batch)
 
 
-def consts_of(program: _traced.Program) -> list[Any]:
-    """The constants of a program; none for a program that branches on values."""
-    return [] if program.jaxpr is None else list(program.jaxpr.consts)
-
-
-def rebuild_loss(program: _traced.Program, consts: Sequence[Any]) -> Objective:
+def replay_loss(of_example: _traced.Program, consts: Sequence[Any]) -> Objective:
     """A loss that was traced by ``trace_example``, at other values of its constants."""
-    assert program.jaxpr is not None, "a loss that branches on values cannot be traced"
-    closed = ClosedJaxpr(program.jaxpr.jaxpr, list(consts))
-    return lambda params, *example: jex.core.jaxpr_as_fun(closed)(*jax.tree.leaves((params, example)))[0]
+    loss = replay(of_example, consts)
+    return lambda params, *example: loss((params, example))
 
 
 def _replace_tracers(operands: Tree, positive: bool) -> Tree:
@@ -217,55 +268,34 @@ def widen(array: Array) -> Array:
     return array.astype(jnp.float32) if jnp.finfo(array.dtype).bits < 32 else array
 
 
-def eps_of(program: _traced.Program) -> float:
-    """The relative rounding of the coarsest arithmetic in a program."""
-    assert program.jaxpr is not None
-    coarsest = max(
-        _largest_eps(program.jaxpr.jaxpr), *(float(jnp.finfo(v.dtype).eps) for v in jax.tree.leaves(program.x))
-    )
-    single = float(jnp.finfo(jnp.float32).eps)
-    return max(coarsest, _PRODUCT_EPS.get(jax.default_backend(), 0.0)) if coarsest >= single else coarsest
-
-
 def _largest_eps(jaxpr: Jaxpr) -> float:
-    found = 0.0
-    for eqn in jaxpr.eqns:
-        outs: list[Variable] = list(eqn.outvars)
-        dtypes = [v.aval.dtype for v in outs if jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)]
-        found = max([found, *(float(jnp.finfo(dtype).eps) for dtype in dtypes)])
-        found = max([found, *(_largest_eps(body) for body in jex.core.jaxprs_in_params(eqn.params))])
-    return found
+    """The relative rounding of the coarsest dtype of a variable, also in the bodies of equations."""
+    variables: list[Variable] = [*jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)]
+    own = [float(jnp.finfo(v.aval.dtype).eps) for v in variables if is_floating(v)]
+    bodies = [_largest_eps(body) for eqn in jaxpr.eqns for body in jex.core.jaxprs_in_params(eqn.params)]
+    return max([0.0, *own, *bodies])
 
 
 # ---- error messages ------------------------------------------------------------------------------------------------
 
 
-def entries_of(closed: ClosedJaxpr, leaf: int, num_leaves: int) -> list[str]:
-    """The equations where a leaf, or a function of leaves alone, meets the data: each primitive and line."""
-    jaxpr = inline(closed).jaxpr
-    of_leaf = dependents(jaxpr, [jaxpr.invars[leaf]])
-    on_data = dependents(jaxpr, [*jaxpr.constvars, *jaxpr.invars[num_leaves:]])
-
-    def takes(eqn: Equation, chosen: Callable[[Variable], bool]) -> bool:
-        return any(chosen(v) for v in eqn.invars if isinstance(v, Var))
-
-    meets = [eqn for eqn in jaxpr.eqns if takes(eqn, lambda v: v in of_leaf and v not in on_data)]
-    meets = [eqn for eqn in meets if takes(eqn, lambda v: v in on_data)]
-    if not meets:
-        meets = [eqn for eqn in jaxpr.eqns if takes(eqn, lambda v: v is jaxpr.invars[leaf])]
-    return list(dict.fromkeys(str(blocker_at(eqn)) for eqn in meets))
-
-
-def describe_leaf(path: str, route: str | None, lines: Sequence[str]) -> str:
+def _describe_leaf(subject: Subject, leaf: int, path: str, route: str | None) -> str:
     """A sentence on one leaf: where it enters the program, and the rule that was applied."""
+    lines = _lines_of(subject, leaf)
     where = ", ".join(lines[:_MOST_LINES]) + (", ..." if len(lines) > _MOST_LINES else "")
     rule = "" if route is None else f", taken by the rule: {route}"
     return f"Leaf {path or 'x'!r} enters through {where or 'no equation'}{rule}."
 
 
-def failure(what: str, by: str, excess: Excess, leaves: Sequence[str], remedy: str) -> RuntimeError:
-    """The error of a failed check: ``what`` differs from the result ``by`` another composition."""
-    return RuntimeError(
-        f"{caller()}: check=True found that {what} differs from {by} by {excess.error:.1e} of its size, expected at "
-        f"most {excess.tolerance:.1e}. {' '.join(leaves)} {remedy}"
-    )
+def _lines_of(subject: Subject, leaf: int) -> list[str]:
+    """The equations where a leaf, or a function of leaves alone, meets the data: each primitive and line."""
+    assert subject.program.jaxpr is not None
+    jaxpr = inline(subject.program.jaxpr).jaxpr
+    own = jaxpr.invars[leaf]
+    of_leaf = dependents(jaxpr, [own])
+    on_data = dependents(jaxpr, [*jaxpr.constvars, *jaxpr.invars[len(jax.tree.leaves(subject.x)) :]])
+    operands = [{v for v in eqn.invars if isinstance(v, Var)} for eqn in jaxpr.eqns]
+    meets = [bool(read & (of_leaf - on_data)) and bool(read & on_data) for read in operands]
+    if not any(meets):
+        meets = [own in read for read in operands]
+    return list(dict.fromkeys(str(blocker_at(eqn)) for eqn in compress(jaxpr.eqns, meets)))

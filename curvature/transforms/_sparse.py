@@ -15,9 +15,9 @@ from curvature._errors import caller, describe, later, public
 from curvature._trees import ravel
 from curvature._types import JacobianMode, Objective, SparseHessianMode, Tree
 from curvature.programs import _traced
+from curvature.programs._legality import first_legal
 from curvature.transforms._compositions import is_symmetric, linearize_program, trace_objective
 from curvature.transforms._jacobian import with_aux
-from curvature.transforms._modes import legal_modes
 
 _asdex_error: ImportError | None = None
 try:
@@ -81,8 +81,7 @@ def sparse_hessian(
     _checks.check_choice("mode", mode, SparseHessianMode)
     x = _checks.check_point("x", x)
     program = trace_objective("f", f, x, args)
-    order = get_args(SparseHessianMode)[1:]
-    chosen = legal_modes(mode, {name: program.composition_blocker(name) for name in order})[0]
+    chosen = first_legal(program.composition_blocker, get_args(SparseHessianMode)[1:], mode)
     vector, unravel = ravel(x)
     shape = (vector.size, vector.size)
 
@@ -157,8 +156,8 @@ def sparse_jacobian(
     x = _checks.check_point("x", x)
     program = _traced.trace(lambda x: with_aux(f(x, *args), False), x)
     _checks.check_floating_output("f", program.out)
-    order = get_args(JacobianMode)[1:]
-    legal = legal_modes(mode, {name: program.blocker(name) for name in order})
+    chosen = first_legal(program.blocker, mode=mode)
+    any_mode = mode == "auto" and program.blocker("fwd") is None and program.blocker("rev") is None
     vector, unravel = ravel(x)
 
     def fun(vector: Array, *args: Any) -> Array:
@@ -168,7 +167,7 @@ def sparse_jacobian(
         pattern = _find_pattern(asdex.jacobian_sparsity, fun, vector, args)
     shape = (_trees.num_entries(program.out), vector.size)
     sparsity = _make_sparsity(*_check_pattern(pattern, shape), shape, vector)
-    coloring = asdex.jacobian_coloring_from_sparsity(sparsity, mode=legal[0] if len(legal) == 1 else None)
+    coloring = asdex.jacobian_coloring_from_sparsity(sparsity, mode=None if any_mode else chosen)
 
     def products(_: None, vector: Array, *args: Any) -> Array:
         return asdex.compressed_jacobian_from_coloring(lambda vector: fun(vector, *args), coloring)(vector)

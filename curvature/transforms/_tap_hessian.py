@@ -119,8 +119,7 @@ def find_points(taps: Taps) -> Points:
 
 def _moves_input(site: Site, moved: set[Variable]) -> bool:
     """Whether the factor of the parameter at a site is among the ``moved`` variables."""
-    others = [v for n, v in enumerate(site.eqn.invars) if n not in site.operands]
-    return not site.form.constant and any(isinstance(v, Var) and v in moved for v in others)
+    return not site.form.constant and any(isinstance(v, Var) and v in moved for v in site.others)
 
 
 def bytes_per_example(points: Points) -> int:
@@ -240,19 +239,13 @@ def _evaluate_state(
     points: Points, values: Environment, examples: Sequence[Array], weights: Array, shifts: Sequence[Array]
 ) -> _State:
     """The cotangents and inputs at the points, for points that are shifted."""
-    jaxpr = points.taps.level.jaxpr
-    number = {point.variable: k for k, point in enumerate(points.points)}
+    variables = [point.variable for point in points.points]
 
     def of_example(example: Sequence[Array], weight: Array, shifts: list[Array]) -> _State:
         def loss(shifts: list[Array]) -> tuple[Array, dict[tuple[int, int], Array]]:
-            env = points.taps.with_example(values, example)
-            for eqn in filter(env.lacks, jaxpr.eqns):
-                env.evaluate(jaxpr, eqn)
-                for v in eqn.outvars:
-                    if v in number:
-                        env[v] = env[v] + shifts[number[v]].reshape(env[v].shape)
+            value, env = points.taps.loss_of(values, example, dict(zip(variables, shifts, strict=True)))
             inputs = {(k, n): _input_of(use, env) for k, p in enumerate(points.points) for n, use in enumerate(p.uses)}
-            return weight * points.taps.loss_in(env), inputs
+            return weight * value, inputs
 
         d, inputs = jax.grad(loss, has_aux=True)(shifts)
         return _State(dict(enumerate(d)), inputs)
@@ -368,19 +361,15 @@ def _add_blocks(
         start = 0
         for column in columns:
             stop = start + (1 if column.scaled else column.site.sizes[2])
-            block = _to_root_axes(part[:, :, start:stop], row, column)
+            block, ndim = _to_root_axes(part[:, :, start:stop], row, column), row.root.aval.ndim
             start = stop
-            _add_block(blocks, block, row.root, column.root, wanted)
+            parts = [(row.root, column.root, block)]
             if off_diagonal:
-                ndim = row.root.aval.ndim
-                turned = jnp.moveaxis(block, range(ndim), range(-ndim, 0))
-                _add_block(blocks, turned, column.root, row.root, wanted)
-
-
-def _add_block(blocks: Blocks, block: Array, row: Variable, column: Variable, wanted: Wanted) -> None:
-    if wanted(row, column):
-        known = blocks.get((row, column))
-        blocks[row, column] = block if known is None else known + block
+                parts.append((column.root, row.root, jnp.moveaxis(block, range(ndim), range(-ndim, 0))))
+            for of_rows, of_columns, one in parts:
+                if wanted(of_rows, of_columns):
+                    known = blocks.get((of_rows, of_columns))
+                    blocks[of_rows, of_columns] = one if known is None else known + one
 
 
 def _to_root_axes(part: Float[Array, "p q i j"], row: Use, column: Use) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import curvature
-from curvature.transforms import _clipped_grad, _grad_moments, _hessian, _laplacian, _mean_hessian
+from curvature.transforms import _hessian, _laplacian, _mean_hessian, _per_example_grads
 from tests.scenarios import forward_only, reverse_only
 
 RNG = np.random.default_rng(0)
@@ -67,8 +67,7 @@ def plant(monkeypatch, name):
         halve = lambda jets: [jet._replace(lap=jet.lap / 2) for jet in jets]
         monkeypatch.setattr(_laplacian, "push_jets", lambda *args: halve(right(*args)))
     else:
-        module = _grad_moments if name == "per_example_grad_moments" else _clipped_grad
-        right = module.trace_taps
+        right = _per_example_grads.trace_taps
         wrong = lambda p, x, y: loss({"w": p["w"], "b": 2 * p["b"] - jax.lax.stop_gradient(p["b"])}, x, y)
 
         def trace(of_example, params, example):
@@ -79,7 +78,7 @@ def plant(monkeypatch, name):
                 return right(lambda p, *e: of_example(2 * p - jax.lax.stop_gradient(p), *e), params, example)
             return right(wrong, params, example)
 
-        monkeypatch.setattr(module, "trace_taps", trace)
+        monkeypatch.setattr(_per_example_grads, "trace_taps", trace)
 
 
 FAULTS = {
@@ -237,6 +236,17 @@ def test_traced_keys_tokens_and_flags_get_valid_values():
     args = table, jnp.array([0, 3, 1, 1, 2]), jnp.array([True, False, True, True, True]), jax.random.key(1)
     found = jax.jit(curvature.hessian(fun, check=True))(*args)
     np.testing.assert_allclose(found, jax.hessian(fun)(*args), rtol=1e-4, atol=1e-6)
+
+
+def test_integer_data_of_per_example_gradients_is_checked():
+    """Labels are data without a rounding; where they are traced, valid ones are drawn."""
+    cross_entropy = lambda w, x, label: -jax.nn.log_softmax(x @ w)[label]
+    w, x, labels = jnp.asarray(W, jnp.float32), jnp.asarray(XS, jnp.float32), jnp.array([0, 1, 1, 0, 1])
+    gradients = jax.vmap(jax.grad(cross_entropy), (None, 0, 0))(w, x, labels)
+    expected = jnp.sqrt(jnp.sum(gradients**2, (1, 2)))
+    checked = curvature.per_example_grad_norm(cross_entropy, check=True)
+    np.testing.assert_allclose(checked(w, x, labels), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(checked)(w, x, labels), expected, rtol=1e-5)
 
 
 def test_mixed_precision_inside_is_judged_by_the_coarser_dtype():

@@ -22,7 +22,7 @@ from curvature.operators._interactions import OutputRows, check_loss_examples, c
 from curvature.operators.kronecker._outputs import OutputSide
 from curvature.programs._jaxprs import Environment
 from curvature.programs._taps import trace_taps
-from curvature.transforms._clipped_grad import formed_gradient
+from curvature.transforms._per_example_grads import formed_gradient
 from curvature.transforms._per_example_norms import formed_gradients
 
 Captured = tuple[Any, Any]
