@@ -5,7 +5,6 @@ draws or concludes something, ``plots(outcomes)`` and ``findings(outcomes)``. Ev
 numbers and strings, which goes into ``results.json.gz``; the report is made from that file alone.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,14 +151,9 @@ class Outcome:
     def row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row.name == name and row.status == "ok"), None)
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Outcome":
-        rows = [Row(**row) for row in entry["rows"]]
-        claims = [Claim(**claim) for claim in entry["claims"]]
-        return cls(**{**entry, "rows": rows, "claims": claims})
+    def wrong(self) -> list[str]:
+        """What is wrong with the answers of ours."""
+        return [claim.text for claim in self.claims if claim.correctness and not claim.holds]
 
 
 Outcomes = Mapping[str, Outcome]

@@ -7,7 +7,6 @@ problems: ``--methods trust-region l-bfgs --max-n 100000 --max-steps 200 --secon
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import curvature
+from benchmarks.solvers import largest
+from benchmarks.timing import clock
 from curvature import Status
 
 _PILOT = 3  # steps, by which the seconds of one are judged
@@ -90,23 +91,18 @@ def load_problems(max_n: int) -> list[tuple[str, Any, float | None]]:
     return [(name, problems[name], best.get(name)) for name in sorted(problems) if sizes[name] <= max_n]
 
 
-def in_dtype(tree: Any, dtype: Any) -> Any:
-    return jax.tree.map(
-        lambda a: jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a, tree
-    )
-
-
 def solve(name: str, problem: Any, best: float | None, method: str, options: argparse.Namespace) -> Run:
     dtype = jnp.dtype(options.dtype)
-    x0, args = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), problem.y0), in_dtype(problem.args, dtype)
+    x0 = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), problem.y0)
+    args = jax.tree.map(
+        lambda a: jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a, problem.args
+    )
 
     def fun(x: Any, args: Any) -> Any:
         return problem.objective(x, args)
 
     def timed(max_steps: int) -> tuple[Any, float]:
-        start = time.perf_counter()
-        result = curvature.minimize(fun, x0, (args,), method=method, max_steps=max_steps)
-        return jax.block_until_ready(result), time.perf_counter() - start
+        return clock(lambda: curvature.minimize(fun, x0, (args,), method=method, max_steps=max_steps))
 
     max_steps = options.max_steps
     if options.seconds_per_problem is not None:  # the limit of steps is an operand: one program serves all calls
@@ -117,21 +113,16 @@ def solve(name: str, problem: Any, best: float | None, method: str, options: arg
     value, status = float(result.value), Status(int(result.status))
     tolerance = 1e-6 if dtype == jnp.float64 else 1e-3
     solved = None if best is None else bool(value - best <= tolerance * max(1, abs(best)))
-    numbers = jax.tree.leaves((result.x, result.value, result.grad))
-    finite = status == Status.NONFINITE_START or all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in numbers)
+    ended = jax.tree.leaves((result.x, result.value, result.grad))
+    finite = status == Status.NONFINITE_START or all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in ended)
     cut = status == Status.MAX_STEPS and max_steps < options.max_steps
     claim = 0.0
     if status == Status.CONVERGED:
         with jax.enable_x64(True):
             x = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), result.x)
-            claim = largest(jax.jit(jax.grad(fun))(x, args)) / float(jnp.finfo(dtype).eps) ** 0.5
-    n = sum(leaf.size for leaf in jax.tree.leaves(x0))
-    steps = int(result.num_steps)
-    return Run(name, n, status, steps, value, largest(result.grad), cold, solved, finite, cut, claim)
-
-
-def largest(tree: Any) -> float:
-    return max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
+            claim = float(largest(jax.jit(jax.grad(fun))(x, args))) / float(jnp.finfo(dtype).eps) ** 0.5
+    n, slope = sum(leaf.size for leaf in jax.tree.leaves(x0)), float(largest(result.grad))
+    return Run(name, n, status, int(result.num_steps), value, slope, cold, solved, finite, cut, claim)
 
 
 def summary(method: str, runs: list[Run]) -> str:

@@ -1,60 +1,36 @@
 """Products with curvature matrices in double precision, each from its definition, to check operators."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.models import Model, layered
 from benchmarks.peers import operations
+from benchmarks.peers.jax_ways import InJax, forward_over_reverse, of_one
 
 Params = dict[str, jax.Array]
 
 
-def as_numbers(array: Any) -> jax.Array:
-    """In the precision JAX is set to; integers stay what they are."""
-    return jnp.asarray(array, float if np.issubdtype(np.asarray(array).dtype, np.floating) else int)
-
-
-def numbers(model: Model) -> tuple[Params, Params, tuple[jax.Array, ...]]:
-    params, v = (jax.tree.map(as_numbers, tree) for tree in (model.params(), model.direction()))
-    return params, v, tuple(map(as_numbers, model.batch))
-
-
-def in_double(product: Callable[..., Any], model: Model) -> Any:
-    """``product(model, params, v, *batch)``, compiled in double precision."""
-    with jax.enable_x64(True):
-        params, v, batch = numbers(model)
-        return jax.device_get(jax.jit(lambda p, v, *batch: product(model, p, v, *batch))(params, v, *batch))
-
-
 def hessian(model: Model, p: Params, v: Params, *batch: jax.Array) -> Params:
-    ops = operations.for_jax()
-    return jax.jvp(jax.grad(lambda p: model.loss(ops, p, *batch)), (p,), (v,))[1]
+    return forward_over_reverse(InJax(model).loss, p, v, *batch)
 
 
 def gauss_newton(model: Model, p: Params, v: Params, x: jax.Array, _: jax.Array) -> Params:
     """``J' (diag(q) - q q') J v`` averaged over the rows of the outputs, with q their probabilities."""
-    ops, of_model = operations.for_jax(), model.outputs
-    assert of_model is not None
-
-    def outputs(p: Params) -> jax.Array:
-        return of_model(ops, p, x)
-
-    logits, t = jax.jvp(outputs, (p,), (v,))
+    outputs = InJax(model).outputs
+    logits, t = jax.jvp(lambda p: outputs(p, x, None), (p,), (v,))
     q = jax.nn.softmax(logits)
     t = q * t - q * jnp.sum(q * t, axis=-1, keepdims=True)
-    return jax.vjp(outputs, p)[1](t * logits.shape[-1] / logits.size)[0]
+    return jax.vjp(lambda p: outputs(p, x, None), p)[1](t * logits.shape[-1] / logits.size)[0]
 
 
 def empirical_fisher(model: Model, p: Params, v: Params, *batch: jax.Array) -> Params:
     """The mean of ``g (g . v)`` over the gradients g of single examples."""
-    ops = operations.for_jax()
+    gradient = jax.grad(of_one(InJax(model).loss))
 
     def of_example(example: Any) -> Params:
-        g = jax.grad(lambda p: model.loss(ops, p, *(a[None] for a in example)))(p)
+        g = gradient(p, *example)
         inner = sum(jnp.sum(g[name] * v[name]) for name in g)
         return jax.tree.map(lambda leaf: leaf * inner, g)
 

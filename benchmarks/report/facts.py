@@ -1,10 +1,8 @@
 """What the rows say: who is level, ahead or behind, by which rule; and the sentences that page and summary share."""
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from benchmarks import peers, reading, suites
@@ -15,8 +13,6 @@ from benchmarks.timing import digits
 MARGIN = 0.95  # a ratio closer to one than this is a tie, even where the quartiles are apart
 RACE = {"ratio", "seconds", "low", "high", "compile_seconds", "temporary_bytes", "flops", "bytes", "error", "program"}
 STATUS = {"wrong": "WRONG", "failed": "failed", "absent": "absent", "floor": "a part"}
-# By suite: reasons why ours is behind, and the plots and findings that need no code of their own.
-NOTES: dict[str, dict[str, Any]] = tomllib.loads(Path(suites.__file__).with_name("notes.toml").read_text("utf-8"))
 
 
 def number(row: Row, name: str) -> float | None:
@@ -69,7 +65,7 @@ class Behind:
 
     @property
     def note(self) -> str:
-        reasons = NOTES.get(self.id.split("/")[0], {}).get("reasons", [])
+        reasons = reading.NOTES.get(self.id.split("/")[0], {}).get("reasons", [])
         why = [why for case, row, why in reasons if self.id.startswith(case) and self.peer.name.startswith(row)]
         if self.ours.shares_program_with(self.peer):
             why = ["the same program: a difference of the clock"]
@@ -150,7 +146,7 @@ def findings(suite: str, outcomes: Outcomes) -> list[Finding]:
 
     def of_notes() -> list[Finding]:
         found = []
-        for entry in NOTES.get(suite, {}).get("findings", []):
+        for entry in reading.NOTES.get(suite, {}).get("findings", []):
             chosen = reading.part(outcomes, entry["cases"])
             pairs = {label: (row, of) for label, row, of in entry.get("pairs", [])}
             if not pairs:
@@ -164,7 +160,7 @@ def findings(suite: str, outcomes: Outcomes) -> list[Finding]:
 
 def plots(suite: str, outcomes: Outcomes) -> list[Plot]:
     def of_notes() -> list[Plot]:
-        entries = [dict(entry) for entry in NOTES.get(suite, {}).get("plots", [])]
+        entries = [dict(entry) for entry in reading.NOTES.get(suite, {}).get("plots", [])]
         return [p for entry in entries for p in reading.over(reading.part(outcomes, entry.pop("cases")), **entry)]
 
     return _ask(suite, "plots", outcomes, of_notes, lambda why: Plot("none", why, "", "", []))
