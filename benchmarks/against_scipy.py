@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from benchmarks import solvers
+from benchmarks import runner, solvers
 from benchmarks.cases import Row
 from benchmarks.cutest import load_problems
 from benchmarks.suites import scalar
@@ -50,7 +50,8 @@ def main() -> None:
             if time.perf_counter() > end:
                 break
             made = scalar.Problem(name, "cutest", 0, best, partial(scalar.flattened, problem))
-            rows = scalar.run(made, both, True, lambda line: None, budget=0.25, rounds=options.rounds).rows
+            race = scalar.race(made, both, True, budget=0.25, rounds=options.rounds)
+            rows = runner.race(race, lambda line: None).rows
             found.append(rows)
             if options.all or rows[1].status == "failed":
                 print(f"  {name:12} {line(*rows)}", flush=True)

@@ -71,6 +71,8 @@ class Race:
         contestants: makes them; the first of ours is what ratios refer to.
         reference: makes the trusted answer, from something slower, in double precision where it can be.
         tolerance: of an answer, relative to the largest entry of each array of the reference.
+        judge: instead of a reference, ``judge(row, answer, seconds)`` records in the row what an answer is worth that
+            came after so many seconds, and says whether it is timed; ratios are then to the fastest of ours.
         sizes: the axes of plots, such as ``{"n": 337, "batch": 256}``.
         budget: seconds for each contestant, in all its turns together.
         rounds: how many turns each gets.
@@ -81,12 +83,13 @@ class Race:
     title: str
     model: str
     contestants: Callable[[], Sequence[Contestant] | Any]
-    reference: Callable[[], Any]
-    tolerance: float
+    reference: Callable[[], Any] = lambda: None
+    tolerance: float = 0.0
     sizes: Mapping[str, float] = field(default_factory=dict)
     budget: float = 1.0
     rounds: int = 5
     claims: "Callable[[Outcome], list[Claim]]" = lambda outcome: []
+    judge: "Callable[[Row, Any, float], bool] | None" = None
     caption: str = ""
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,21 +47,24 @@ def race(case: Race, report: Report, journal: Journal | None = None) -> Outcome:
                 compiled[name], calls[name], answer = start(contestant)
             if contestant.floor:
                 row.status = "floor"
-            else:
-                check(row, answer, reference, case.tolerance)
+            elif case.judge is None:
+                check(row, arrays(answer), reference, case.tolerance)
+            elif not case.judge(row, answer, compiled[name].compile_seconds or 0.0):
+                del calls[name]
         except Exception as error:  # an exception of a contestant is a result
             row.status, row.note = "failed", first_line(error)
     right = {name: call for name, call in calls.items() if rows[name].status in RIGHT}
     timed = measure(right, budget=case.budget, rounds=case.rounds, report=report)
     for contestant in contestants:
         if (name := contestant.name) in timed:
-            record(rows[name], timed[name], contestant.pieces, compiled[name])
-    relate(rows.values())
+            record(rows[name], timed[name], contestant.pieces, None if case.judge else compiled[name])
+    relate(rows.values(), to_fastest=case.judge is not None)
     mark_twins(list(rows.values()))
     outcome = Outcome(rows=list(rows.values()), caption=case.caption)
     for row in outcome.rows:
         if row.peer == OURS:
-            said = "agrees with the reference" if row.status in RIGHT else f"{row.status}: {row.note}"
+            right = "agrees with the reference" if case.judge is None else "claims no false success"
+            said = right if row.status in RIGHT else f"{row.status}: {row.note}"
             outcome.claims.append(Claim(f"{row.name} {said}", row.status in RIGHT, correctness=True))
     outcome.claims += [*case.claims(outcome), *reading.noted_claims(case.id, outcome)]
     return outcome
@@ -76,16 +80,18 @@ def absence(contestant: Contestant) -> str:
 
 
 def start(contestant: Contestant) -> tuple[Timing, Callable[[], Any], Any]:
-    """What is known before the first turn, the call, and its answer as arrays."""
+    """What is known before the first turn, the call, and its answer."""
     if contestant.function is not None:
         timing, call = prepare(contestant.name, contestant.function, contestant.args)
-        return timing, call, arrays(contestant.read(jax.block_until_ready(call())))
+        return timing, call, contestant.read(jax.block_until_ready(call()))
     assert contestant.make is not None, f"{contestant.name} has neither function nor make"
     begin = time.perf_counter()
-    call = contestant.make()
-    answer = call()  # a library that compiles at the first call compiles now
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what solvers complain of is in their answers
+        call = contestant.make()
+        answer = call()  # a library that compiles at the first call compiles now
     timing = Timing(contestant.name, compile_seconds=time.perf_counter() - begin)
-    return timing, call, arrays(contestant.read(answer))
+    return timing, call, contestant.read(answer)
 
 
 def arrays(answer: Any) -> list[np.ndarray]:

@@ -1,45 +1,13 @@
-"""Products with curvature matrices in double precision, each from its definition, to check operators."""
+"""Products with Kronecker-factored curvature matrices, from their definition, to check operators."""
 
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.models import Model, layered
 from benchmarks.peers import operations
-from benchmarks.peers.jax_ways import InJax, forward_over_reverse, of_one
 
 Params = dict[str, jax.Array]
-
-
-def hessian(model: Model, p: Params, v: Params, *batch: jax.Array) -> Params:
-    return forward_over_reverse(InJax(model).loss, p, v, *batch)
-
-
-def gauss_newton(model: Model, p: Params, v: Params, x: jax.Array, _: jax.Array) -> Params:
-    """``J' (diag(q) - q q') J v`` averaged over the rows of the outputs, with q their probabilities."""
-    outputs = InJax(model).outputs
-    logits, t = jax.jvp(lambda p: outputs(p, x, None), (p,), (v,))
-    q = jax.nn.softmax(logits)
-    t = q * t - q * jnp.sum(q * t, axis=-1, keepdims=True)
-    return jax.vjp(lambda p: outputs(p, x, None), p)[1](t * logits.shape[-1] / logits.size)[0]
-
-
-def empirical_fisher(model: Model, p: Params, v: Params, *batch: jax.Array) -> Params:
-    """The mean of ``g (g . v)`` over the gradients g of single examples."""
-    gradient = jax.grad(of_one(InJax(model).loss))
-
-    def of_example(example: Any) -> Params:
-        g = gradient(p, *example)
-        inner = sum(jnp.sum(g[name] * v[name]) for name in g)
-        return jax.tree.map(lambda leaf: leaf * inner, g)
-
-    return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.lax.map(of_example, batch))
-
-
-def fisher_form(model: Model, p: Params, v: Params, *batch: jax.Array) -> jax.Array:
-    product = gauss_newton(model, p, v, *batch)
-    return sum((jnp.sum(product[name] * v[name]) for name in v), jnp.zeros(()))
 
 
 def kronecker(model: Model, p: Params, v: Params, x: jax.Array, _: jax.Array, *, way: str) -> Params:

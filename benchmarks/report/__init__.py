@@ -87,7 +87,8 @@ def environment(*, autoescape: bool = False) -> jinja2.Environment:
         "anchor": lambda text: re.sub(r"[^\w.-]+", "-", text), "picture": plots.data_uri, "own": facts.ours,
         "cell": lambda text: text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;"), "digits": digits,
     }  # fmt: skip
-    made.globals |= {"facts": facts, "tables": tables, "compare": compare, "ours": OURS, "suites": SUITES}
+    made.globals |= {"facts": facts, "tables": tables, "compare": compare, "ours": OURS}
+    made.globals["of_suite"] = lambda suite, name: getattr(SUITES.get(suite), name, "")
     return made
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import curvature
 from benchmarks import trusted
@@ -30,21 +31,16 @@ GRADIENT, FRESH = "one gradient", "curvature.hvp"
 HESSIAN, GAUSS_NEWTON = "curvature.HessianOperator", "curvature.GaussNewtonOperator"
 FISHER, KRONECKER = "curvature.FisherOperator", "curvature.KroneckerOperator"
 WANTED_MEMORY = 2.5  # of the gradient's
-# For each matrix its title, and its product from the definition.
-MATRICES: dict[str, tuple[str, Function]] = {
-    "hessian": ("Hessian", trusted.hessian),
-    "gauss-newton": ("Gauss-Newton and exact Fisher", trusted.gauss_newton),
-    "fisher-empirical": ("empirical Fisher", trusted.empirical_fisher),
-    "fisher-sampled": (f"sampled Fisher, {SAMPLES} labels each", trusted.fisher_form),
-    "expand": ("KFAC, expand", partial(trusted.kronecker, way="expand")),
-    "reduce": ("KFAC, reduce", partial(trusted.kronecker, way="reduce")),
-    "ekfac": ("EKFAC", partial(trusted.kronecker, way="ekfac")),
-}
+TITLES = {
+    "hessian": "Hessian", "gauss-newton": "Gauss-Newton and exact Fisher", "fisher-empirical": "empirical Fisher",
+    "fisher-sampled": f"sampled Fisher, {SAMPLES} labels each", "expand": "KFAC, expand", "reduce": "KFAC, reduce",
+    "ekfac": "EKFAC",
+}  # fmt: skip
 CAPTIONS = {
     "fisher-sampled": "Labels are drawn, so that v' F v is compared with the exact one, within its standard error.",
     **dict.fromkeys(curvlinops_ways.KRONECKER, "The factors are made before; 'with its factors' makes them as well."),
 }
-ALL, SMALL = tuple(MATRICES), tuple(what for what in MATRICES if what != "fisher-sampled")
+ALL, SMALL = tuple(TITLES), tuple(what for what in TITLES if what != "fisher-sampled")
 
 
 def cases(choice: Choice) -> Iterator[Case]:
@@ -63,21 +59,30 @@ def cases(choice: Choice) -> Iterator[Case]:
     for model, whats in quick if choice.quick else full:
         n, count = model.num_parameters, len(model.batch[0])
         for what in whats:
-            title, product = MATRICES[what]
             small = n < 1000 and what != "ekfac"
             tolerance = choice.tolerance(TOLERANCE_SMALL if small else 1e-4)
             yield Race(
                 f"operators/{what}/{model.name}/n={n}",
-                f"Products, {title}, {model.title}, {n:,} parameters, {count} examples", model.name,
-                partial(contestants, model, what, choice.dtype), partial(reference, model, product),
+                f"Products, {TITLES[what]}, {model.title}, {n:,} parameters, {count} examples", model.name,
+                partial(contestants, model, what, choice.dtype), partial(reference, model, what),
                 TOLERANCE_SAMPLED if what == "fisher-sampled" else tolerance, {"n": n, "batch": count},
                 claims=partial(memory_claims, n), caption=CAPTIONS.get(what, ""), **choice.effort(0.25, 1.0),
             )  # fmt: skip
     yield from by_products.cases(choice)
 
 
-def reference(model: Model, product: Function) -> Any:
-    return in_double(partial(product, model), model.params(), model.direction(), *model.batch)
+def reference(model: Model, what: str) -> Any:
+    """The product by plain transformations; a sampled one only as the ``v' F v`` that it estimates."""
+    made, args = InJax(model), (model.params(), model.direction(), *model.batch)
+    products: dict[str, Function] = {
+        "hessian": partial(forward_over_reverse, made.loss),
+        "gauss-newton": partial(gauss_newton_in_jax, made),
+        "fisher-empirical": partial(fisher_in_jax, made),
+    }
+    if what == "fisher-sampled":
+        product, v = in_double(products["gauss-newton"], *args), model.direction()
+        return sum(np.sum(product[name] * v[name]) for name in v)
+    return in_double(products.get(what, partial(trusted.kronecker, model, way=what)), *args)
 
 
 def contestants(network: Model, what: str, dtype: str) -> Iterator[Contestant]:
@@ -177,7 +182,7 @@ plots = by_products.plots
 
 
 def findings(outcomes: Outcomes) -> list[Finding]:
-    products = {id: outcome for id, outcome in outcomes.items() if id.split("/")[1] in MATRICES}
+    products = {id: outcome for id, outcome in outcomes.items() if id.split("/")[1] in TITLES}
     names = (HESSIAN, HESSIAN + IN_A_ROW, GAUSS_NEWTON, GAUSS_NEWTON + IN_A_ROW, FISHER, KRONECKER)
     costs = [
         f"{outcome.title}: "

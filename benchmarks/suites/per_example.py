@@ -1,6 +1,5 @@
 """Per example: the norms, the clipped mean and the moments of gradients, the gradients and the Hessians themselves."""
 
-import functools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -23,53 +22,52 @@ GRADIENT = "one gradient of the mean"
 BY_GRADIENTS = ("norms", "clipped mean", "moments")
 NORMS, JAX = "curvature.per_example_grad_norm", "jax, vmap(grad)"
 
-Make = Callable[[int], Model]
-
-
-def perceptron(batch: int) -> Model:
-    return mlp((784, 256, 10), batch)
-
-
-def convolutional(batch: int) -> Model:
-    return pooling(examples=batch)
-
-
-def transformer(batch: int) -> Model:
-    return language_model(examples=batch, head=32)
-
-
-def small(batch: int) -> Model:
-    return mlp((20, 16, 5), batch)
+MODELS: dict[str, Callable[[int], Model]] = {
+    "perceptron": lambda batch: mlp((784, 256, 10), batch),
+    "small": lambda batch: mlp((20, 16, 5), batch),
+    "convolutional": lambda batch: pooling(examples=batch),
+    "transformer": lambda batch: language_model(examples=batch, head=32),
+}
 
 
 def cases(choice: Choice) -> Iterator[Case]:
     """Each quantity over growing batches of a perceptron; norms on the others; then what forms every gradient."""
-    grid: list[tuple[Make, str, tuple[int, ...]]] = [
-        *((perceptron, what, (256,) if choice.quick else (16, 64, 256, 1024)) for what in BY_GRADIENTS),
-        (convolutional, "norms", (32,) if choice.quick else (32, 128)),
-        (transformer, "norms", () if choice.quick else (16, 64)),
-        (perceptron, "gradients", (32,) if choice.quick else (32, 256)),
-        (small, "Hessians", () if choice.quick else (16, 64, 256)),
+    grid: list[tuple[str, str, tuple[int, ...]]] = [
+        *(("perceptron", what, (256,) if choice.quick else (16, 64, 256, 1024)) for what in BY_GRADIENTS),
+        ("convolutional", "norms", (32,) if choice.quick else (32, 128)),
+        ("transformer", "norms", () if choice.quick else (16, 64)),
+        ("perceptron", "gradients", (32,) if choice.quick else (32, 256)),
+        ("small", "Hessians", () if choice.quick else (16, 64, 256)),
     ]
     if not choice.quick:
-        grid += [(make, what, (64,)) for make in (convolutional, transformer) for what in BY_GRADIENTS[1:]]
-    for make, what, batches in grid:
+        grid += [(name, what, (64,)) for name in ("convolutional", "transformer") for what in BY_GRADIENTS[1:]]
+    for name, what, batches in grid:
         for batch in batches:
-            model = make(batch)
+            model = MODELS[name](batch)
             n = model.num_parameters
             yield Race(
                 f"per_example/{what.replace(' ', '-')}/{model.name}/n={n}/batch={batch}",
                 f"Per-example gradients: {what}, {model.title}, {n:,} parameters, {batch} examples", model.name,
-                partial(contestants, make, batch, what, choice.dtype), partial(reference, make, batch, what),
+                partial(contestants, model, what, choice.dtype), partial(reference, model, what),
                 choice.tolerance(), {"n": n, "batch": batch},
                 caption=f"The row '{GRADIENT}' is what plain training pays.", **choice.effort(0.25, 1.0),
             )  # fmt: skip
 
 
-def contestants(make: Make, batch: int, what: str, dtype: str) -> Iterator[Contestant]:
+def reference(model: Model, what: str) -> Any:
+    """By plain ``vmap``."""
+    loss, max_norm = of_one(InJax(model).loss), median_norm(model, what)
+    return in_double(by_vmap(jnp, jax, loss, max_norm)[what], model.params(), *model.batch)
+
+
+def median_norm(model: Model, what: str) -> float:
+    """To what length gradients are clipped, where they are."""
+    return float(np.median(reference(model, "norms"))) if what == "clipped mean" else 1.0
+
+
+def contestants(model: Model, what: str, dtype: str) -> Iterator[Contestant]:
     """Ours, ``vmap`` over the derivative in JAX and in torch, and one derivative of the mean."""
-    model, max_norm = make(batch), median_norm(make, batch)
-    made = InJax(model)
+    made, max_norm = InJax(model), median_norm(model, what)
     loss, args = of_one(made.loss), (made.params, *made.batch)
     ours = {
         "norms": (NORMS, curvature.per_example_grad_norm(loss)),
@@ -124,52 +122,6 @@ def by_vmap(np: Any, func: Any, loss: Function, max_norm: float) -> dict[str, Fu
         "norms": lambda params, *batch: norms(gradients(params, *batch)),
         "clipped mean": clipped, "moments": moments, "gradients": gradients, "Hessians": each(func.hessian(loss)),
     }  # fmt: skip
-
-
-def reference(make: Make, batch: int, what: str) -> Any:
-    if what in BY_GRADIENTS:
-        return sums(make, batch)[what]
-    model, derivative = make(batch), jax.grad if what == "gradients" else jax.hessian
-    of_example = derivative(of_one(InJax(model).loss))
-    return in_double(
-        lambda p, *batch: jax.lax.map(lambda example: of_example(p, *example), batch), model.params(), *model.batch
-    )
-
-
-def norm(tree: Any) -> jax.Array:
-    return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))
-
-
-@functools.lru_cache(maxsize=2)
-def median_norm(make: Make, batch: int) -> float:
-    model = make(batch)
-    gradient = jax.grad(of_one(InJax(model).loss))
-    each = in_double(
-        lambda p, *batch: jax.lax.map(lambda example: norm(gradient(p, *example)), batch), model.params(), *model.batch
-    )
-    return float(np.median(each))
-
-
-@functools.lru_cache(maxsize=2)
-def sums(make: Make, batch: int) -> dict[str, Any]:
-    """Norms, clipped mean and moments; no two gradients of examples are kept at once."""
-    model, max_norm = make(batch), median_norm(make, batch)
-    gradient_of = jax.grad(of_one(InJax(model).loss))
-
-    def of_all(params: Any, *batch: Any) -> Any:
-        def add(total: Any, example: Any) -> tuple[Any, jax.Array]:
-            gradient = gradient_of(params, *example)
-            length = norm(gradient)
-            clipped = jax.tree.map(lambda leaf: leaf * jnp.minimum(1, max_norm / length), gradient)
-            squares = jax.tree.map(jnp.square, gradient)
-            return jax.tree.map(jnp.add, total, (gradient, squares, clipped)), length
-
-        total, norms = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, (params, params, params)), batch)
-        mean, second, clipped = jax.tree.map(lambda leaf: leaf / len(batch[0]), total)
-        variance = jax.tree.map(lambda first, second: second - first**2, mean, second)
-        return {"norms": norms, "clipped mean": (clipped, norms), "moments": (mean, second, variance)}
-
-    return in_double(of_all, model.params(), *model.batch)
 
 
 def plots(outcomes: Outcomes) -> list[Plot]:

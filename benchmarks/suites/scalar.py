@@ -1,4 +1,4 @@
-"""Every solver on every objective, a study for each objective: who solves it, who says so truly, at what cost.
+"""Every solver on every objective, a race for each objective: who solves it, who says so truly, at what cost.
 
 The objectives are those of CUTEst by way of sif2jax, or the sums of squares of Moré, Garbow and Hillstrom.
 
@@ -8,8 +8,6 @@ References: Dolan and Moré (2002), doi:10.1007/s101070100263; Moré and Wild (2
 import functools
 import math
 import statistics
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from benchmarks import cutest, mgh, peers, runner
-from benchmarks.cases import OURS, Case, Choice, Claim, Finding, Line, Outcome, Outcomes, Plot, Row, Study
+from benchmarks import cutest, mgh, peers
+from benchmarks.cases import OURS, Case, Choice, Contestant, Finding, Line, Outcome, Outcomes, Plot, Race, Row
 from benchmarks.solvers import GTOL, PAIRS, SOLVERS, Answer, Solver
-from benchmarks.timing import digits, first_line, measure
+from benchmarks.timing import digits
 
 SOURCES = {"cutest": "CUTEst without constraints, n <= 50", "mgh": "Moré, Garbow and Hillstrom, sums of squares"}
 THINNED = 3  # with all of them an hour goes into compilation; ``--models cutest`` takes it
@@ -84,66 +82,45 @@ def flattened(problem: Any) -> Loaded:
 def cases(choice: Choice) -> Iterator[Case]:
     solvers = [solver for solver in SOLVERS if solver.quick or not choice.quick]
     for problem in chosen(choice):
-        id = f"optimizers/{problem.source}/{problem.name.replace(' ', '-').replace(',', '')}"
-        study = functools.partial(run, problem, solvers, choice.quick)
-        yield Study(id, f"{problem.name}, {problem.n} variables", problem.source, study, {"n": problem.n})
+        yield race(problem, solvers, choice.quick, budget=0.03 if choice.quick else 0.1, rounds=3)
 
 
-def run(problem: Problem, solvers: Sequence[Solver], quick: bool, report: Callable[[str], Any], **how: Any) -> Outcome:
-    """Let each solve it once, judge the answers, and let those that were right take turns."""
-    fun, x0, args = problem.load()
-    value_and_grad = jax.jit(jax.value_and_grad(fun))
-    rows, calls = {}, {}
-    for solver in solvers:
-        row = rows[solver.name] = Row(solver.name, solver.peer)
-        if not peers.is_installed(solver.peer):
-            row.status, row.note = "absent", f"{solver.peer} is not installed"
-            continue
-        report(f"solving with {solver.name}")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what solvers complain of is in their answers
-                start = time.perf_counter()
-                call = solver.build(fun, x0, args)
-                answer = Answer(*call())
-                row.metrics["cold_seconds"] = time.perf_counter() - start
-        except Exception as error:  # an exception of a solver is a result
-            row.status, row.note = "failed", first_line(error)
-            continue
-        judge(row, answer, problem.best, *value_and_grad(jnp.asarray(answer.x), args))
-        if row.metrics["solved"]:
-            calls[solver.name] = call
-            if not solver.counts and not quick:  # it compiles once more
-                row.metrics["evaluations"] = solver.count(fun, x0, args)
-    timed = measure(calls, report=report, **({"budget": 0.03 if quick else 0.1, "rounds": 3} | how))
-    for name, timing in timed.items():
-        runner.record(rows[name], timing)
-    runner.relate(rows.values(), to_fastest=True)
-    claims = [
-        Claim(f"{r.name} {r.note if r.status != 'ok' else 'claims no false success'}", r.status == "ok", True)
-        for r in rows.values()
-        if r.peer == OURS
-    ]
-    return Outcome(rows=list(rows.values()), claims=claims, caption=CAPTION)
+def race(problem: Problem, solvers: Sequence[Solver], quick: bool, **how: Any) -> Race:
+    """Each solver once; the answers are judged, and those that solve the problem take turns."""
+    load, by_name = functools.cache(problem.load), {solver.name: solver for solver in solvers}
 
+    def contestants() -> Iterator[Contestant]:
+        for solver in solvers:
+            make = functools.partial(solver.build, *load())
+            yield Contestant(solver.name, solver.peer, make=make, read=lambda found: Answer(*found))
 
-def judge(row: Row, answer: Answer, best: float | None, value: Any, grad: Any) -> None:
-    """Record where the solver ended, by the value and the gradient recomputed there."""
-    end, slope = float(value), float(jnp.max(jnp.abs(grad)))
-    best = math.nan if best is None else best
-    solved = end - best <= EXCESS * max(1, abs(best))  # false for a NaN
-    stationary = slope <= STATIONARY * max(1, abs(end))
-    false = bool(answer.claims) and not solved and not stationary
-    row.metrics |= {
-        "solved": solved, "claims": bool(answer.claims), "false": false, "steps": int(answer.steps),
-        "evaluations": None if answer.evaluations is None else int(answer.evaluations),
-        "excess": end - best, "gradient": slope,
-    }  # fmt: skip
-    if false:
-        row.status = "wrong"
-        row.note = f"claims success at {end:.6g} with a gradient of {slope:.1e}; best is {best:.6g}"
-    elif not solved:
-        row.note = f"ends at {end:.6g}, {'stationary' if stationary else 'not stationary'}"
+    def judge(row: Row, answer: Answer, cold: float) -> bool:
+        """Record where the solver ended, by the value and the gradient recomputed there; whether that is solved."""
+        fun, x0, args = load()
+        value, grad = jax.jit(jax.value_and_grad(fun))(jnp.asarray(answer.x), args)
+        end, slope = float(value), float(jnp.max(jnp.abs(grad)))
+        best = math.nan if problem.best is None else problem.best
+        solved = end - best <= EXCESS * max(1, abs(best))  # false for a NaN
+        stationary = slope <= STATIONARY * max(1, abs(end))
+        false = bool(answer.claims) and not solved and not stationary
+        evaluations, solver = answer.evaluations, by_name[row.name]
+        if solved and not quick and not solver.counts:  # it compiles once more
+            evaluations = solver.count(fun, x0, args)
+        row.metrics |= {
+            "cold_seconds": cold, "solved": solved, "claims": bool(answer.claims), "false": false,
+            "steps": int(answer.steps), "evaluations": None if evaluations is None else int(evaluations),
+            "excess": end - best, "gradient": slope,
+        }  # fmt: skip
+        if false:
+            row.status = "wrong"
+            row.note = f"claims success at {end:.6g} with a gradient of {slope:.1e}; best is {best:.6g}"
+        elif not solved:
+            row.note = f"ends at {end:.6g}, {'stationary' if stationary else 'not stationary'}"
+        return solved
+
+    id = f"optimizers/{problem.source}/{problem.name.replace(' ', '-').replace(',', '')}"
+    title = f"{problem.name}, {problem.n} variables"
+    return Race(id, title, problem.source, contestants, sizes={"n": problem.n}, judge=judge, caption=CAPTION, **how)
 
 
 def performance_profile(costs: Costs) -> dict[str, Curve]:
