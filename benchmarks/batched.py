@@ -142,11 +142,7 @@ def findings(outcomes: Outcomes) -> list[Finding]:
     return [Finding(QUESTION, answer + (f" Not right, and not timed: {'; '.join(wrong)}." if wrong else ""))]
 
 
-def main() -> int:
+if __name__ == "__main__":
     from benchmarks import session  # which imports the suites, and they this module
 
-    return session.alone(cases(Choice()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(session.alone(cases(Choice())))

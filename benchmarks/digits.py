@@ -191,12 +191,8 @@ def network(report: Callable[[str], Any]) -> Outcome:
     return Outcome(rows=rows, claims=[Claim(text, bool(result.success) and steepest <= WANTED_GRADIENT)])
 
 
-def main() -> int:
+if __name__ == "__main__":
     from benchmarks import session  # which imports the suites, and they this module
 
-    title = "64-16-10 network, 1,210 parameters"
-    return session.alone([*cases(Choice()), Study("digits/network", title, "digits", network)])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    study = Study("digits/network", "64-16-10 network, 1,210 parameters", "digits", network)
+    sys.exit(session.alone([*cases(Choice()), study]))
