@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import curvature
-from benchmarks.cases import OURS, Case, Choice, Claim, Contestant, Finding, Outcome, Outcomes, Race
-from benchmarks.reading import fastest, number, share
+from benchmarks.cases import OURS, Case, Choice, Contestant, Finding, Outcomes, Race
+from benchmarks.reading import fastest, number
 from benchmarks.solvers import MAX_STEPS, rosenbrock, run_optax_lbfgs, scipy_solver
 from benchmarks.timing import digits
 
@@ -24,8 +24,6 @@ LANES, SIZE = 1000, 10
 SCIPY_LANES = 50  # of the same starts; the loop takes as long for each
 METHOD = "newton-cg"  # without the eigendecompositions that take most of the time of a trust region in a batch
 COSTLY = "trust-region"  # whose steps take long enough that it pays to leave lanes out
-WANTED_SPEEDUP = 50  # over the fastest of SciPy's methods
-WANTED_GAIN = 1.3  # of minimize_batched over vmap when a tenth needs ten times the steps
 VMAP, BATCHED = "curvature jax.vmap(minimize)", "curvature minimize_batched"
 ROSENBROCKS, UNEVEN = "optimizers/batched/rosenbrock", "optimizers/batched/uneven"
 GTOL = float(np.finfo(np.float64).eps ** 0.5)  # the default of minimize
@@ -43,7 +41,7 @@ def cases(choice: Choice) -> Iterator[Case]:
     how: dict[str, Any] = {"sizes": {"n": SIZE, "lanes": lanes}, "budget": 0.5 if choice.quick else 3.0, "rounds": 3}
     yield Race(
         ROSENBROCKS, f"{lanes:,} Rosenbrock problems in {SIZE} dimensions; {METHOD}", "rosenbrock",
-        partial(contestants, np.full(lanes, 3.0), sample, choice.quick), lambda: 0.0, STATIONARY, claims=speedup,
+        partial(contestants, np.full(lanes, 3.0), sample, choice.quick), lambda: 0.0, STATIONARY,
         caption=f"Seconds for each problem. SciPy solves {sample} of the {lanes:,}, one after the other. An answer is "
         "right where the largest entry of all gradients is small; the problem has minima in two places.", **how,
     )  # fmt: skip
@@ -51,7 +49,7 @@ def cases(choice: Choice) -> Iterator[Case]:
         uneven = np.where(np.arange(lanes) % 10 == 0, 3.0, 0.02)
         yield Race(
             UNEVEN, f"The same, and nine tenths start next to the minimizer; {COSTLY}", "rosenbrock",
-            partial(both_of_ours, uneven, COSTLY), lambda: 0.0, STATIONARY, claims=gain,
+            partial(both_of_ours, uneven, COSTLY), lambda: 0.0, STATIONARY,
             caption="vmap runs every lane until the slowest is done; minimize_batched sorts out those that are.", **how,
         )  # fmt: skip
 
@@ -111,21 +109,6 @@ def contestants(spread: np.ndarray, sample: int, quick: bool) -> Iterator[Contes
 
 def steepest(points: Any) -> float:
     return float(jnp.max(jnp.abs(jax.jit(jax.vmap(jax.grad(rosenbrock)))(jnp.asarray(points)))))
-
-
-def speedup(outcome: Outcome) -> list[Claim]:
-    ours, theirs = (number(fastest(outcome, peer), "seconds") for peer in (OURS, "scipy"))
-    if ours is None or theirs is None:
-        return []
-    text = f"{theirs / ours:.0f} times as fast as the fastest of SciPy's loops (wanted: {WANTED_SPEEDUP})"
-    return [Claim(text, theirs / ours >= WANTED_SPEEDUP)]
-
-
-def gain(outcome: Outcome) -> list[Claim]:
-    factor = share(outcome, VMAP, BATCHED)
-    if factor is None:
-        return []
-    return [Claim(f"{factor:.1f} times as fast as vmap when uneven (wanted: {WANTED_GAIN})", factor >= WANTED_GAIN)]
 
 
 def findings(outcomes: Outcomes) -> list[Finding]:

@@ -20,7 +20,10 @@ Params = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class Layer:
-    """``y = x w + b``, a filter of images where the weight has four axes; then tanh and a mean over 2 x 2."""
+    """``y = x w + b``, a filter of images where the weight has four axes; then tanh and a mean over 2 x 2.
+
+    The bias is empty where there is none.
+    """
 
     weight: str
     bias: str
@@ -117,7 +120,8 @@ def layered(ops: Operations, layers: Sequence[Layer], p: Params, x: Array, shift
         weight = p[layer.weight]
         x = ops.reshape(x, (x.shape[0], -1)) if len(weight.shape) < len(x.shape) else x
         entered.append(x)
-        x = (ops.filter(x, weight) if len(weight.shape) == 4 else x @ weight) + p[layer.bias]
+        x = ops.filter(x, weight) if len(weight.shape) == 4 else x @ weight
+        x = x + p[layer.bias] if layer.bias else x
         x = x if shifts is None else x + shifts[number]
         x = ops.tanh(x) if layer.tanh else x
         if layer.pool:  # the means over squares of 2 x 2
@@ -131,32 +135,31 @@ def of_layers(layers: Sequence[Layer], ops: Operations, p: Params, x: Array) -> 
     return layered(ops, layers, p, x)[0]
 
 
-def mlp(sizes: tuple[int, ...] = (20, 32, 10), examples: int = 256) -> Model:
-    """A tanh network that classifies."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i, (rows, columns) in enumerate(itertools.pairwise(sizes)):
-        shapes |= {f"w{i}": (rows, columns), f"b{i}": (columns,)}
-    layers = [Layer(f"w{i}", f"b{i}", i + 2 < len(sizes)) for i in range(len(sizes) - 1)]
-    batch = np.random.default_rng(1).normal(size=(examples, sizes[0])), one_hot(examples, sizes[-1])
-    return classifier("mlp", f"MLP {'-'.join(map(str, sizes))}", shapes, partial(of_layers, layers), batch, layers)
-
-
-def tanh_network(sizes: tuple[int, ...], examples: int, *, classifies: bool = False, bias: bool = False) -> Model:
-    """A tanh network, by default without biases, with squares for a loss."""
-
-    def loss(ops: Operations, p: Params, x: Array, y: Array) -> Array:
-        for i in range(len(sizes) - 1):
-            x = ops.einsum("bi,ij->bj", ops.tanh(x) if i else x, p[f"w{i}"])
-            x = x + p[f"b{i}"] if bias else x
-        return cross_entropy(ops, x, y) if classifies else ops.mean(ops.sum((x - y) ** 2, axis=-1))
-
+def mlp(
+    sizes: tuple[int, ...] = (20, 32, 10),
+    examples: int = 256,
+    *,
+    title: str = "MLP",
+    classifies: bool = True,
+    bias: bool = True,
+) -> Model:
+    """A tanh network that classifies, or that fits values by squares."""
     shapes: dict[str, tuple[int, ...]] = {}
     for i, pair in enumerate(itertools.pairwise(sizes)):
         shapes |= {f"w{i}": pair} | ({f"b{i}": pair[1:]} if bias else {})
-    rng = np.random.default_rng(1)
+    layers = [Layer(f"w{i}", f"b{i}" if bias else "", i + 2 < len(sizes)) for i in range(len(sizes) - 1)]
+    rng, outputs, title = np.random.default_rng(1), partial(of_layers, layers), f"{title} {'-'.join(map(str, sizes))}"
     inputs, values = rng.normal(size=(examples, sizes[0])), rng.normal(size=(examples, sizes[-1]))
-    batch = inputs, one_hot(examples, sizes[-1]) if classifies else values
-    return Model("mlp", f"tanh network {'-'.join(map(str, sizes))}", shapes, loss, batch)
+    if classifies:
+        return classifier("mlp", title, shapes, outputs, (inputs, one_hot(examples, sizes[-1])), layers)
+
+    def loss(ops: Operations, p: Params, x: Array, y: Array) -> Array:
+        return ops.mean(ops.sum((outputs(ops, p, x) - y) ** 2, axis=-1))
+
+    return Model("mlp", title, shapes, loss, (inputs, values))
+
+
+tanh_network = partial(mlp, title="tanh network", classifies=False, bias=False)
 
 
 def convolutional(channels: tuple[int, int] = (6, 8), side: int = 12, examples: int = 32) -> Model:

@@ -53,8 +53,8 @@ def race(case: Race, report: Report, journal: Journal | None = None) -> Outcome:
                 del calls[name]
         except Exception as error:  # an exception of a contestant is a result
             row.status, row.note = "failed", first_line(error)
-    right = {name: call for name, call in calls.items() if rows[name].status in RIGHT}
-    timed = measure(right, budget=case.budget, rounds=case.rounds, report=report)
+    calls = {name: call for name, call in calls.items() if rows[name].status in RIGHT}
+    timed = measure(calls, budget=case.budget, rounds=case.rounds, report=report)
     for contestant in contestants:
         if (name := contestant.name) in timed:
             record(rows[name], timed[name], contestant.pieces, None if case.judge else compiled[name])

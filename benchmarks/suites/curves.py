@@ -49,7 +49,7 @@ def run(name: str, report: Callable[[str], Any]) -> Outcome:
     """The curve of each solver: steps, seconds, value, largest entry of the gradient."""
     loss, start, exact = {
         "regression": (digits.regression_loss, digits.regression_params(), "newton"),
-        "network": (digits.network_loss, digits.network_params(), "trust-exact"),
+        "network": (digits.network_loss, digits.network_params(digits.HIDDEN), "trust-exact"),
     }[name]
     objective, data = digits.mean_of(loss), digits.data()
     value_and_grad = jax.jit(jax.value_and_grad(objective))
@@ -185,9 +185,7 @@ class Method(NamedTuple):
 
 
 def model(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    for layer in params[:-1]:
-        images = jnp.tanh(images @ layer["weights"] + layer["bias"])
-    return images @ params[-1]["weights"] + params[-1]["bias"]
+    return digits.network(params, images)
 
 
 def mean_loss(logits: jax.Array, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -250,11 +248,7 @@ def train(method: Method, rates: tuple[float, ...], epochs: int, data: Any) -> I
 
     size, full_loss = len(data[1]) // BATCH * BATCH, jax.jit(objective)
     for rate in map(jnp.asarray, rates):
-        rng = np.random.default_rng(0)
-        params: Any = [
-            {"weights": jnp.asarray(rng.normal(size=(rows, columns)) / rows**0.5), "bias": jnp.zeros(columns)}
-            for rows, columns in itertools.pairwise((64, WIDTH, WIDTH, 10))
-        ]
+        params = digits.network_params(WIDTH, WIDTH)
         state = optax.with_extra_args_support(method.make(rate)).init(params)
         jax.block_until_ready(epoch(params, state, rate, jnp.arange(size).reshape(-1, BATCH), data))  # compiles
         curve, spent, rng = [[0.0, 0.0, float(full_loss(params, *data))]], 0.0, np.random.default_rng(1)

@@ -12,18 +12,17 @@ import numpy as np
 
 import curvature
 from benchmarks.cases import OURS, Case, Choice, Claim, Contestant, Finding, Outcome, Outcomes, Plot, Race, Row
-from benchmarks.models import MODELS, Model, mlp
+from benchmarks.models import MODELS, Model, mlp, tanh_network
 from benchmarks.peers import autograd_ways, flat, jax_ways, operations, tensorflow_ways, torch_ways
 from benchmarks.peers.jax_ways import in_double, numbers
 from benchmarks.reading import MISSING, number, others, over, part, ratio_of_fastest, share, spread
-from benchmarks.suites import hessians
 
 TITLE = "Modes"
 QUESTION = "Forward or reverse, and in which order; and by which library?"
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    for make in (jacobians, derivatives, forbidden, hessians.networks, hessians.diagonals):
+    for make in (jacobians, derivatives, forbidden, networks, diagonals):
         yield from make(choice)
 
 
@@ -296,6 +295,93 @@ def forbidden(choice: Choice) -> Iterator[Race]:
                 claims=partial(regret, derivative),
                 caption="JAX's compositions that fail are those that the function forbids.",
             )  # fmt: skip
+
+
+PRODUCT = "the product G.T @ G alone"  # which no way of assembling the matrix from examples avoids
+# Sizes, examples, and how the network is made; what is promised of each is in ``notes.toml``.
+NETWORKS: tuple[tuple[tuple[int, ...], int, dict[str, bool]], ...] = (
+    ((10, 20, 1), 512, {}),
+    ((20, 48, 1), 256, {}),
+    ((20, 48, 1), 512, {}),
+    ((30, 64, 1), 512, {}),
+    ((64, 10), 1797, {"classifies": True, "bias": True}),
+    ((64, 64, 10), 512, {"classifies": True}),
+)
+
+
+def networks(choice: Choice) -> Iterator[Race]:
+    for sizes, examples, how in () if choice.quick else NETWORKS:
+        made = tanh_network(sizes, examples, **how)
+        yield model_race(
+            choice, made, "hessian", partial(network_ways, made), claims=lambda outcome: [],
+            id=f"modes/hessian/network-{'-'.join(map(str, sizes))}/n={made.num_parameters}/batch={examples}",
+            tolerance=choice.tolerance(1e-5), **choice.effort(full=1.5),
+        )  # fmt: skip
+
+
+def network_ways(model: Model) -> Iterator[Contestant]:
+    """JAX's and ours, the diagonal blocks of ours, and the product that cannot be avoided."""
+    yield from jax_ways.contestants(model, "hessian")
+    made = jax_ways.InJax(model)
+    # Its answer is a part of the matrix only, so that it is shown beside the race, not in it.
+    blocks = curvature.mean_hessian(jax_ways.of_one(made.loss), blocks="diagonal")
+    args = (made.params, *made.batch)
+    yield Contestant('curvature.mean_hessian, "diagonal"', "curvature", blocks, args, floor=True)
+    rows = jax.random.normal(jax.random.key(1), (len(made.batch[0]), model.num_parameters))
+    yield Contestant(PRODUCT, "jax", lambda g: g.T @ g, (rows,), floor=True)
+
+
+DIAGONALS = {"small": (16, 32, 32, 1), "large": (64, 132, 86, 1)}  # 1,568 parameters, and too many for the matrix
+CHUNK = 64
+WANTED_BYTES = 2**28  # of temporaries on the large network, where the matrix takes 1.6 GB
+DIAGONAL = "curvature.hessian_diagonal"
+
+
+def diagonals(choice: Choice) -> Iterator[Race]:
+    for name, sizes in () if choice.quick else DIAGONALS.items():
+        made = tanh_network(sizes, 64)
+        n = made.num_parameters
+        title = f"Diagonal of the Hessian, {made.title}, {n:,} parameters"
+        yield Race(
+            f"modes/diagonal/{name}/n={n}", title, made.name, partial(diagonal_ways, made, small=name == "small"),
+            partial(diagonal_reference, made), 1e-4, {"n": n, "batch": 64}, budget=4.0, rounds=3,
+            claims=memory_claim,
+        )  # fmt: skip
+
+
+def diagonal_ways(model: Model, *, small: bool) -> Iterator[Contestant]:
+    made, flat_loss = jax_ways.InJax(model), model.flat_loss(operations.for_jax())
+
+    def ours(x: Any, *batch: jax.Array) -> Any:
+        return curvature.hessian_diagonal(made.loss, x, *batch)
+
+    def products(flat: jax.Array, *batch: jax.Array) -> jax.Array:
+        push = jax.linearize(lambda flat: jax.grad(flat_loss)(flat, *batch), flat)[1]
+        return jnp.diag(jax.vmap(push)(jnp.eye(flat.size)))
+
+    ways = {f"jax, products in chunks of {CHUNK}": partial(in_chunks, flat_loss)}
+    if small:
+        ways["jax, products with a dense identity"] = products
+        ways["diagonal of jax.hessian"] = lambda x, *batch: jnp.diag(jax.hessian(flat_loss)(x, *batch))
+    yield Contestant(DIAGONAL, "curvature", ours, (made.params, *made.batch), read=model.pack)
+    yield from jax_ways.named(ways, (numbers(model.pack(model.params())), *made.batch))
+
+
+def in_chunks(loss: Any, flat: jax.Array, *batch: jax.Array) -> jax.Array:
+    push = jax.linearize(lambda flat: jax.grad(loss)(flat, *batch), flat)[1]
+    entries = jnp.arange(flat.size)
+    return jax.lax.map(lambda i: push(jnp.zeros_like(flat).at[i].set(1.0))[i], entries, batch_size=CHUNK)
+
+
+def diagonal_reference(model: Model) -> np.ndarray:
+    loss = partial(in_chunks, model.flat_loss(operations.for_jax()))
+    return in_double(loss, model.pack(model.params()), *model.batch)
+
+
+def memory_claim(outcome: Outcome) -> list[Claim]:
+    memory = number(outcome.row(DIAGONAL), "temporary_bytes")
+    text = f"{(memory or 0) / 2**20:.0f} MiB of temporaries (wanted: at most {WANTED_BYTES >> 20})"
+    return [Claim(text, memory is not None and memory <= WANTED_BYTES)]
 
 
 def plots(outcomes: Outcomes) -> list[Plot]:

@@ -88,6 +88,7 @@ def cases(choice: Choice) -> Iterator[Case]:
 def race(problem: Problem, solvers: Sequence[Solver], quick: bool, **how: Any) -> Race:
     """Each solver once; the answers are judged, and those that solve the problem take turns."""
     load, by_name = functools.cache(problem.load), {solver.name: solver for solver in solvers}
+    value_and_grad = functools.cache(lambda: jax.jit(jax.value_and_grad(load()[0])))  # one program for all answers
 
     def contestants() -> Iterator[Contestant]:
         for solver in solvers:
@@ -97,7 +98,7 @@ def race(problem: Problem, solvers: Sequence[Solver], quick: bool, **how: Any) -
     def judge(row: Row, answer: Answer, cold: float) -> bool:
         """Record where the solver ended, by the value and the gradient recomputed there; whether that is solved."""
         fun, x0, args = load()
-        value, grad = jax.jit(jax.value_and_grad(fun))(jnp.asarray(answer.x), args)
+        value, grad = value_and_grad()(jnp.asarray(answer.x), args)
         end, slope = float(value), float(jnp.max(jnp.abs(grad)))
         best = math.nan if problem.best is None else problem.best
         solved = end - best <= EXCESS * max(1, abs(best))  # false for a NaN
