@@ -6,9 +6,10 @@ import itertools
 import math
 import textwrap
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,16 +22,17 @@ from benchmarks.results import Results
 from benchmarks.suites import scalar
 from benchmarks.timing import digits
 
-INK, FAINT, GRID = "#23282f", "#8a929d", "#e3e6ea"
+FAINT = "#8a929d"
 _OWN = ("#d1360f", "#7d1226")
 _HUES = ("#1f6fb5", "#12876b", "#8a4fb3", "#b07a00", "#2a9db5", "#b83a7d", "#6f7a1d", "#8a5a3c")
 _MARKERS = "sD^vPXp"
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _LIBRARIES = [peer for peer in peers.PACKAGES if peer != OURS]  # the same color and marker in every picture
-_SIZE = 10  # points, of all text
+_STYLE = Path(__file__).with_name("pictures.mplstyle")
 _LABEL = 0.2  # inches of one line of the legend
 
 
+@matplotlib.style.context(_STYLE)
 def draw(plot: Plot) -> Figure | None:
     """A figure with a legend in the order of the ends of its lines; None without a point."""
     lines = [(line, _values(line.x, plot.x_log), _values(line.y, plot.y_log)) for line in plot.lines]
@@ -45,7 +47,7 @@ def draw(plot: Plot) -> Figure | None:
         axes.plot(x, y, label=label, **look)
     _prepare(axes, plot)
     ends = sorted(axes.get_lines(), key=lambda line: -[y for y in np.asarray(line.get_ydata()) if np.isfinite(y)][-1])
-    legend = figure.legend(handles=ends, loc="outside right center", frameon=False, fontsize=_SIZE, labelcolor=INK)
+    legend = figure.legend(handles=ends, loc="outside right center")
     for text, end in zip(legend.get_texts(), ends, strict=True):
         text.set_fontweight("bold" if str(end.get_label()).startswith(OURS) else "normal")
     return figure
@@ -57,17 +59,9 @@ def _values(values: list[float], log: bool) -> np.ndarray:
 
 
 def _prepare(axes: Axes, plot: Plot) -> None:
-    """Scales, labels and a light grid; ticks at 1, 2 and 5 where a logarithmic axis is short, or at the few sizes."""
-    axes.set(xscale="log" if plot.x_log else "linear", yscale="log" if plot.y_log else "linear")
-    axes.set_xlabel(plot.x_label, color=INK, fontsize=_SIZE)
-    axes.set_ylabel(plot.y_label, color=INK, fontsize=_SIZE)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, which="both", labelsize=_SIZE - 1, length=3, color=FAINT)
-    axes.tick_params(which="minor", length=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.margins(x=0.04, y=0.06)
+    """Scales and labels; ticks at 1, 2 and 5 where a logarithmic axis is short, or at the few sizes."""
+    scales = {"xscale": "log" if plot.x_log else "linear", "yscale": "log" if plot.y_log else "linear"}
+    axes.set(xlabel=plot.x_label, ylabel=plot.y_label, **scales)
     axes.autoscale_view()
     sizes = sorted({x for line in plot.lines for x in line.x})
     for axis, log in ((axes.xaxis, plot.x_log), (axes.yaxis, plot.y_log)):
@@ -129,7 +123,7 @@ def _library(line: Line) -> str | None:
 
 def svg(figure: Figure, name: str) -> bytes:
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+    with matplotlib.style.context([_STYLE, {"svg.hashsalt": name}]):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
