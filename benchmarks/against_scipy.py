@@ -10,15 +10,15 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import jax
 import numpy as np
 
-from benchmarks.cases import Outcome, Row
+from benchmarks import runner, solvers
+from benchmarks.cases import Row
 from benchmarks.cutest import load_problems
-from benchmarks.suites import scalar, solvers
+from benchmarks.suites import scalar
 
 PAIRS = (
     "trust-exact/trust-exact",
@@ -44,48 +44,44 @@ def main() -> None:
     random.Random(0).shuffle(problems)  # so that a run that is cut short has a fair sample
     print(f"{len(problems)} problems, jax {jax.__version__}, gradient to {solvers.GTOL}")
     for pair in options.pairs:
-        found = {}
-        for name, outcome in fight(*pair.split("/"), problems, options.seconds, options.rounds):
-            found[name] = outcome
-            ours, theirs = outcome.rows
-            failed = f"{name:12} {theirs.name} raised {theirs.note}"
-            if options.all or theirs.status == "failed":
-                print(f"  {failed if theirs.status == 'failed' else line(name, ours, theirs)}", flush=True)
+        ours, theirs = pair.split("/")
+        both, end, found = (solvers.ours(ours), solvers.of_scipy(theirs)), time.perf_counter() + options.seconds, []
+        for name, problem, best in problems:
+            if time.perf_counter() > end:
+                break
+            made = scalar.Problem(name, "cutest", 0, best, partial(scalar.flattened, problem))
+            race = scalar.race(made, both, True, budget=0.25, rounds=options.rounds)
+            rows = runner.race(race, lambda line: None).rows
+            found.append(rows)
+            if options.all or rows[1].status == "failed":
+                print(f"  {name:12} {line(*rows)}", flush=True)
         print(summary(pair, found, len(problems)), flush=True)
 
 
-def fight(ours: str, theirs: str, problems: list[Any], seconds: float, rounds: int) -> Iterator[tuple[str, Outcome]]:
-    end, pair = time.perf_counter() + seconds, (solvers.ours(ours), solvers.of_scipy(theirs))
-    for name, problem, best in problems:
-        if time.perf_counter() > end:
-            return
-        made = scalar.Problem(name, "cutest", 0, best, lambda problem=problem: scalar.flattened(problem))
-        yield name, scalar.run(made, pair, True, lambda line: None, budget=0.25, rounds=rounds)
-
-
-def line(name: str, ours: Row, theirs: Row) -> str:
+def line(ours: Row, theirs: Row) -> str:
+    if theirs.status == "failed":
+        return f"{theirs.name} raised {theirs.note}"
     if "seconds" not in ours.metrics or "seconds" not in theirs.metrics:
-        return f"{name:12} not solved by both: {ours.note or 'ours did'}; {theirs.note or 'SciPy did'}"
-    fastest = theirs.metrics["low"] / ours.metrics["low"]
+        return f"not solved by both: {ours.note or 'ours did'}; {theirs.note or 'SciPy did'}"
     return (
-        f"{name:12} {1e3 * ours.metrics['seconds']:9.3f} ms in {ours.metrics['steps']:4} steps  SciPy "
+        f"{1e3 * ours.metrics['seconds']:9.3f} ms in {ours.metrics['steps']:4} steps  SciPy "
         f"{1e3 * theirs.metrics['seconds']:9.2f} ms in {theirs.metrics['steps']:4}  {theirs.metrics['ratio']:7.1f} "
-        f"times, fastest {fastest:.1f}  cold {ours.metrics['cold_seconds']:.2f} s"
+        f"times, fastest {theirs.metrics['low'] / ours.metrics['low']:.1f}  cold {ours.metrics['cold_seconds']:.2f} s"
     )
 
 
-def summary(pair: str, found: dict[str, Outcome], total: int) -> str:
+def summary(pair: str, found: list[list[Row]], total: int) -> str:
     """The median ratio with its quartiles, over the problems that both solved, and the share that reaches the mark."""
-    rows = [outcome.rows for outcome in found.values() if all("seconds" in row.metrics for row in outcome.rows)]
-    if len(rows) < 2:
-        return f"{pair:28} solved by both: {len(rows)} of {len(found)}; no median"
-    ratios = np.array([theirs.metrics["seconds"] / ours.metrics["seconds"] for ours, theirs in rows])
+    both = [rows for rows in found if all("seconds" in row.metrics for row in rows)]
+    if len(both) < 2:
+        return f"{pair:28} solved by both: {len(both)} of {len(found)}; no median"
+    ratios = np.array([theirs.metrics["seconds"] / ours.metrics["seconds"] for ours, theirs in both])
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-    fastest = statistics.median(theirs.metrics["low"] / ours.metrics["low"] for ours, theirs in rows)
-    cold = statistics.median(ours.metrics["cold_seconds"] for ours, _ in rows)
+    fastest = statistics.median(theirs.metrics["low"] / ours.metrics["low"] for ours, theirs in both)
+    cold = statistics.median(ours.metrics["cold_seconds"] for ours, _ in both)
     return (
         f"{pair:28} {middle:.0f} times as fast (quartiles {low:.0f} - {high:.0f}, least {min(ratios):.1f}; "
-        f"fastest turns {fastest:.0f}) on the {len(rows)} problems that both solved, "
+        f"fastest turns {fastest:.0f}) on the {len(both)} problems that both solved, "
         f"{np.mean(ratios >= WANTED):.0%} of them at least {WANTED} times; {len(found)} of {total} tried; "
         f"cold {cold:.2f} s"
     )

@@ -5,7 +5,6 @@ draws or concludes something, ``plots(outcomes)`` and ``findings(outcomes)``. Ev
 numbers and strings, which goes into ``results.json.gz``; the report is made from that file alone.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +71,8 @@ class Race:
         contestants: makes them; the first of ours is what ratios refer to.
         reference: makes the trusted answer, from something slower, in double precision where it can be.
         tolerance: of an answer, relative to the largest entry of each array of the reference.
+        judge: instead of a reference, ``judge(row, answer, seconds)`` records in the row what an answer is worth that
+            came after so many seconds, and says whether it is timed; ratios are then to the fastest of ours.
         sizes: the axes of plots, such as ``{"n": 337, "batch": 256}``.
         budget: seconds for each contestant, in all its turns together.
         rounds: how many turns each gets.
@@ -82,12 +83,13 @@ class Race:
     title: str
     model: str
     contestants: Callable[[], Sequence[Contestant] | Any]
-    reference: Callable[[], Any]
-    tolerance: float
+    reference: Callable[[], Any] = lambda: None
+    tolerance: float = 0.0
     sizes: Mapping[str, float] = field(default_factory=dict)
     budget: float = 1.0
     rounds: int = 5
     claims: "Callable[[Outcome], list[Claim]]" = lambda outcome: []
+    judge: "Callable[[Row, Any, float], bool] | None" = None
     caption: str = ""
 
 
@@ -152,14 +154,9 @@ class Outcome:
     def row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row.name == name and row.status == "ok"), None)
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Outcome":
-        rows = [Row(**row) for row in entry["rows"]]
-        claims = [Claim(**claim) for claim in entry["claims"]]
-        return cls(**{**entry, "rows": rows, "claims": claims})
+    def wrong(self) -> list[str]:
+        """What is wrong with the answers of ours."""
+        return [claim.text for claim in self.claims if claim.correctness and not claim.holds]
 
 
 Outcomes = Mapping[str, Outcome]

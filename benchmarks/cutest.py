@@ -7,43 +7,21 @@ problems: ``--methods trust-region l-bfgs --max-n 100000 --max-steps 200 --secon
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import curvature
+from benchmarks.solvers import largest
+from benchmarks.timing import clock
 from curvature import Status
 
 _PILOT = 3  # steps, by which the seconds of one are judged
+LINE = "n {n:5} {status:15} {steps:5} steps value {value:.6e} gradient {slope:.1e} solved {solved}"
 METHODS = ("trust-exact", "trust-region", "newton", "newton-cg", "cubic-newton", "bfgs", "l-bfgs", "sr1")
-
-
-class Run(NamedTuple):
-    """One solve.
-
-    Attributes:
-        cold: the seconds with tracing and compilation.
-        solved: None where no best value is known.
-        finite: the returned point, its value and its gradient, unless the status says that they are not.
-        cut: by the limit of time, before that of steps.
-        claim: where it says converged: the gradient, recomputed in double precision, over the tolerance.
-    """
-
-    name: str
-    n: int
-    status: Status
-    steps: int
-    value: float
-    grad_norm: float
-    cold: float
-    solved: bool | None
-    finite: bool
-    cut: bool
-    claim: float
 
 
 def main() -> None:
@@ -63,16 +41,12 @@ def main() -> None:
             runs = []
             for name, problem, best in problems:
                 try:
-                    runs.append(run := solve(name, problem, best, method, options))
+                    runs.append(run := {"name": name} | solve(problem, best, method, options))
                 except Exception as error:  # a problem that cannot be evaluated must not end the others
                     print(f"  {method:14} {name:12} raised {type(error).__name__}: {str(error)[:200]}", flush=True)
                     continue
-                if options.all or not run.solved:
-                    print(
-                        f"  {method:14} {run.name:12} n {run.n:5} {run.status.name:15} {run.steps:5} steps "
-                        f"value {run.value:.6e} gradient {run.grad_norm:.1e} solved {run.solved}",
-                        flush=True,
-                    )
+                if options.all or not run["solved"]:
+                    print(f"  {method:14} {name:12} {LINE.format(**run)}", flush=True)
             print(summary(method, runs), flush=True)
 
 
@@ -90,23 +64,26 @@ def load_problems(max_n: int) -> list[tuple[str, Any, float | None]]:
     return [(name, problems[name], best.get(name)) for name in sorted(problems) if sizes[name] <= max_n]
 
 
-def in_dtype(tree: Any, dtype: Any) -> Any:
-    return jax.tree.map(
-        lambda a: jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a, tree
-    )
+def solve(problem: Any, best: float | None, method: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One solve.
 
-
-def solve(name: str, problem: Any, best: float | None, method: str, options: argparse.Namespace) -> Run:
+    Returns:
+        ``cold``: the seconds with tracing and compilation; ``solved``: None where no best value is known; ``finite``:
+        the returned point, its value and its gradient, unless the status says that they are not; ``cut``: by the limit
+        of time, before that of steps; ``claim``: where it says converged, the gradient, recomputed in double precision,
+        over the tolerance; and ``n``, ``status``, ``steps``, ``value``, ``slope``.
+    """
     dtype = jnp.dtype(options.dtype)
-    x0, args = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), problem.y0), in_dtype(problem.args, dtype)
+    x0 = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), problem.y0)
+    args = jax.tree.map(
+        lambda a: jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a, problem.args
+    )
 
     def fun(x: Any, args: Any) -> Any:
         return problem.objective(x, args)
 
     def timed(max_steps: int) -> tuple[Any, float]:
-        start = time.perf_counter()
-        result = curvature.minimize(fun, x0, (args,), method=method, max_steps=max_steps)
-        return jax.block_until_ready(result), time.perf_counter() - start
+        return clock(lambda: curvature.minimize(fun, x0, (args,), method=method, max_steps=max_steps))
 
     max_steps = options.max_steps
     if options.seconds_per_problem is not None:  # the limit of steps is an operand: one program serves all calls
@@ -116,35 +93,32 @@ def solve(name: str, problem: Any, best: float | None, method: str, options: arg
     result, cold = timed(max_steps)
     value, status = float(result.value), Status(int(result.status))
     tolerance = 1e-6 if dtype == jnp.float64 else 1e-3
-    solved = None if best is None else bool(value - best <= tolerance * max(1, abs(best)))
-    numbers = jax.tree.leaves((result.x, result.value, result.grad))
-    finite = status == Status.NONFINITE_START or all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in numbers)
-    cut = status == Status.MAX_STEPS and max_steps < options.max_steps
+    ended = jax.tree.leaves((result.x, result.value, result.grad))
     claim = 0.0
     if status == Status.CONVERGED:
         with jax.enable_x64(True):
             x = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), result.x)
-            claim = largest(jax.jit(jax.grad(fun))(x, args)) / float(jnp.finfo(dtype).eps) ** 0.5
-    n = sum(leaf.size for leaf in jax.tree.leaves(x0))
-    steps = int(result.num_steps)
-    return Run(name, n, status, steps, value, largest(result.grad), cold, solved, finite, cut, claim)
+            claim = float(largest(jax.jit(jax.grad(fun))(x, args))) / float(jnp.finfo(dtype).eps) ** 0.5
+    return {
+        "n": sum(leaf.size for leaf in jax.tree.leaves(x0)), "status": status.name, "steps": int(result.num_steps),
+        "value": value, "slope": float(largest(result.grad)), "cold": cold, "claim": claim,
+        "solved": None if best is None else value - best <= tolerance * max(1, abs(best)),
+        "finite": status == Status.NONFINITE_START or all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in ended),
+        "cut": status == Status.MAX_STEPS and max_steps < options.max_steps,
+    }  # fmt: skip
 
 
-def largest(tree: Any) -> float:
-    return max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
-
-
-def summary(method: str, runs: list[Run]) -> str:
-    solved = [run for run in runs if run.solved]
-    false = [run.name for run in runs if run.status == Status.CONVERGED and run.solved is False]
-    steps = statistics.median(run.steps for run in solved) if solved else 0
-    cold = statistics.median(run.cold for run in runs)
-    claims = {run.name: round(run.claim, 1) for run in runs if run.claim > 1.01}
-    nan, cut = [run.name for run in runs if not run.finite], sum(run.cut for run in runs)
+def summary(method: str, runs: list[dict[str, Any]]) -> str:
+    solved = [run["steps"] for run in runs if run["solved"]]
+    false = [run["name"] for run in runs if run["status"] == "CONVERGED" and run["solved"] is False]
+    colds = [run["cold"] for run in runs]
+    claims = {run["name"]: round(run["claim"], 1) for run in runs if run["claim"] > 1.01}
+    nan, cut = [run["name"] for run in runs if not run["finite"]], sum(run["cut"] for run in runs)
     return (
-        f"{method:14} solved {len(solved)}/{len(runs)}  success elsewhere {false}  median steps {steps}  "
-        f"longest {max(run.steps for run in runs)}  gradient over tolerance, in double precision {claims}  NaN {nan}  "
-        f"cut by the clock {cut}  cold {cold:.2f} s, at most {max(run.cold for run in runs):.1f}"
+        f"{method:14} solved {len(solved)}/{len(runs)}  success elsewhere {false}  "
+        f"median steps {statistics.median(solved or [0])}  longest {max(run['steps'] for run in runs)}  "
+        f"gradient over tolerance, in double precision {claims}  NaN {nan}  cut by the clock {cut}  "
+        f"cold {statistics.median(colds):.2f} s, at most {max(colds):.1f}"
     )
 
 

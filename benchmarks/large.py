@@ -6,10 +6,10 @@ and how the memory that XLA sets aside grows with the number of variables.
 """
 
 import argparse
-import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 
 import curvature
 from benchmarks.cases import OURS, Claim, Outcome, Row, Study
+from benchmarks.solvers import largest, rosenbrock
 from curvature import Status
 
 SIZES = (1_000, 100_000)
@@ -35,15 +36,6 @@ class Problem(NamedTuple):
     fun: Callable[..., Any]
     x0: Any
     args: tuple[Any, ...] = ()
-
-
-def rosenbrock(x: jax.Array) -> jax.Array:
-    return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
-
-
-def chain(n: int) -> Problem:
-    """From 1/2: farther out, every method needs a number of steps that grows with the length of the chain."""
-    return Problem(rosenbrock, jnp.full(n, 0.5))
 
 
 def quadratic(x: jax.Array, eigenvalues: jax.Array, mirrors: jax.Array, minimizer: jax.Array) -> jax.Array:
@@ -79,7 +71,8 @@ def factorization(n: int) -> Problem:
 
 
 PROBLEMS: dict[str, Callable[[int], Problem]] = {
-    "Rosenbrock": chain,
+    # From 1/2: farther out, every method needs a number of steps that grows with the length of the chain.
+    "Rosenbrock": lambda n: Problem(rosenbrock, jnp.full(n, 0.5)),
     "quadratic": ill_conditioned,
     "factorization": factorization,
 }
@@ -106,8 +99,7 @@ def run(name: str, size: int, methods: list[str], report: Callable[[str], Any]) 
         program = compile_solve(problem, method)
         compiled = time.perf_counter()
         result = jax.block_until_ready(program(problem.x0, problem.args))
-        end, status = time.perf_counter(), Status(int(result.status))
-        grad_norm = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(result.grad))
+        end, status, grad_norm = time.perf_counter(), Status(int(result.status)), float(largest(result.grad))
         metrics = {
             "seconds": end - compiled, "compile_seconds": compiled - start,
             "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
@@ -122,15 +114,14 @@ def run(name: str, size: int, methods: list[str], report: Callable[[str], Any]) 
 def memory(names: list[str], methods: list[str], report: Callable[[str], Any]) -> Outcome:
     """Temporary bytes for each variable, at either size; nothing runs."""
     outcome = Outcome(caption=f"Growth: the bytes at {MEMORY_SIZES[1]:,} by those at {MEMORY_SIZES[0]:,}.")
-    for name in names:
-        for method in methods:
-            report(f"{name}, {method}")
-            small, large = (temporary_bytes(PROBLEMS[name](n), method) for n in MEMORY_SIZES)
-            growth, sizes = large / small, zip((small, large), MEMORY_SIZES, strict=True)
-            metrics = {f"bytes / n at {n:,}": size / n for size, n in sizes} | {"growth": growth}
-            outcome.rows.append(Row(f"{name}, {method}", OURS, metrics=metrics))
-            text = f"memory of {method} grows as the variables, tenfold: {name} ({growth:.1f})"
-            outcome.claims.append(Claim(text, LINEAR[0] <= growth <= LINEAR[1]))
+    for name, method in ((name, method) for name in names for method in methods):
+        report(f"{name}, {method}")
+        sizes = {n: temporary_bytes(PROBLEMS[name](n), method) for n in MEMORY_SIZES}
+        growth = sizes[MEMORY_SIZES[1]] / sizes[MEMORY_SIZES[0]]
+        metrics = {f"bytes / n at {n:,}": size / n for n, size in sizes.items()} | {"growth": growth}
+        outcome.rows.append(Row(f"{name}, {method}", OURS, metrics=metrics))
+        text = f"memory of {method} grows as the variables, tenfold: {name} ({growth:.1f})"
+        outcome.claims.append(Claim(text, LINEAR[0] <= growth <= LINEAR[1]))
     return outcome
 
 
@@ -146,12 +137,11 @@ def main(arguments: list[str] | None = None) -> int:
     names = [name for name in PROBLEMS if not options.problems or any(part in name for part in options.problems)]
 
     def studies() -> Iterator[Study]:
-        for name in names:
-            for size in options.sizes:
-                study = functools.partial(run, name, size, options.methods)
-                yield Study(f"large/{name}/n={size}", f"{name}, n = {size:,}", name, study)
+        for name, size in ((name, size) for name in names for size in options.sizes):
+            study = partial(run, name, size, options.methods)
+            yield Study(f"large/{name}/n={size}", f"{name}, n = {size:,}", name, study)
         if not options.no_memory:
-            yield Study("large/memory", "Memory", "", functools.partial(memory, names, options.methods))
+            yield Study("large/memory", "Memory", "", partial(memory, names, options.methods))
 
     return session.alone(studies())
 

@@ -21,7 +21,7 @@ import numpy as np
 import curvature
 from benchmarks import peers
 from benchmarks.cases import OURS, Case, Choice, Claim, Finding, Outcome, Outcomes, Row, Study
-from benchmarks.mgh import PROBLEMS, Problem
+from benchmarks.mgh import PROBLEMS, Problem, Residuals
 from benchmarks.reading import part
 from benchmarks.timing import first_line
 from curvature import Status
@@ -38,70 +38,65 @@ CAPTION = (
 
 
 class Fit(NamedTuple):
-    """A sum of squares, whether success was claimed, and the steps or evaluations that it took."""
+    """Where a solver ended, its sum of squares, whether it claims success, its steps or evaluations, and more of it."""
 
+    x: Any
     value: float
     success: bool
     steps: int
+    result: Any
 
 
-Solve = Callable[[np.ndarray], Fit]
+Solve = Callable[..., Fit]  # of the start and the arguments of the residuals
 
 
-def ours(problem: Problem) -> Solve:
-    def solve(x0: np.ndarray) -> Fit:
-        fit = curvature.least_squares(problem.residuals, x0)
-        return Fit(2 * float(fit.value), Status(int(fit.status)) == Status.CONVERGED, int(fit.num_steps))
+def ours(residuals: Residuals, method: str = "levenberg-marquardt") -> Solve:
+    def solve(x0: np.ndarray, *args: Any) -> Fit:
+        fit = curvature.least_squares(residuals, x0, args, method=method)
+        success = Status(int(fit.status)) == Status.CONVERGED
+        return Fit(fit.x, 2 * float(fit.value), success, int(fit.num_steps), fit)
 
     return solve
 
 
-def minpack(residuals: Callable[..., Any], jacobian: Callable[..., Any], x0: np.ndarray, *args: Any) -> Any:
-    """MINPACK by way of SciPy, its variables scaled, run to the end of precision; None if it cannot start.
-
-    Both functions take the variables and ``args``, and are compiled.
-    """
+def scipy_lm(residuals: Residuals) -> Solve:
+    """MINPACK by way of SciPy on compiled functions, its variables scaled, run to the end of precision."""
     import scipy.optimize
 
+    functions = jax.jit(residuals), jax.jit(jax.jacfwd(residuals))
     ends = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-15) | {"max_nfev": 2 * MAX_STEPS}
-    fun, jac = (lambda x, f=f: np.asarray(f(x, *args)) for f in (residuals, jacobian))
-    try:
-        return scipy.optimize.least_squares(fun, x0, jac=jac, method="lm", x_scale="jac", **ends)
-    except ValueError:  # residuals that are not finite at the start
-        return None
 
-
-def scipy_lm(problem: Problem) -> Solve:
-    residuals, jacobian = jax.jit(problem.residuals), jax.jit(jax.jacfwd(problem.residuals))
-
-    def solve(x0: np.ndarray) -> Fit:
-        fit = minpack(residuals, jacobian, x0)
-        return Fit(math.nan, False, 0) if fit is None else Fit(2 * float(fit.cost), bool(fit.success), int(fit.nfev))
+    def solve(x0: np.ndarray, *args: Any) -> Fit:
+        fun, jac = (lambda x, f=f: np.asarray(f(x, *args)) for f in functions)
+        try:
+            fit = scipy.optimize.least_squares(fun, x0, jac=jac, method="lm", x_scale="jac", **ends)
+        except ValueError:  # residuals that are not finite at the start
+            return Fit(x0, math.nan, False, 0, None)
+        return Fit(fit.x, 2 * float(fit.cost), bool(fit.success), int(fit.nfev), fit)
 
     return solve
 
 
-def optimistix_lm(problem: Problem) -> Solve:
+def optimistix_lm(residuals: Residuals) -> Solve:
     import optimistix
 
     solver = optimistix.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
 
     @jax.jit
     def run(x0: Any) -> Any:
-        residuals = problem.residuals
         found = optimistix.least_squares(lambda x, _: residuals(x), solver, x0, max_steps=MAX_STEPS, throw=False)
         success = found.result == optimistix.RESULTS.successful
-        return jnp.sum(problem.residuals(found.value) ** 2), success, found.stats["num_steps"]
+        return found.value, jnp.sum(residuals(found.value) ** 2), success, found.stats["num_steps"]
 
     def solve(x0: np.ndarray) -> Fit:
-        value, success, steps = run(jnp.asarray(x0))
-        return Fit(float(value), bool(success), int(steps))
+        x, value, success, steps = run(jnp.asarray(x0))
+        return Fit(x, float(value), bool(success), int(steps), None)
 
     return solve
 
 
 # By name: the library, and its solver.
-SOLVERS: dict[str, tuple[str, Callable[[Problem], Solve]]] = {
+SOLVERS: dict[str, tuple[str, Callable[[Residuals], Solve]]] = {
     "curvature": (OURS, ours),
     "scipy lm": ("scipy", scipy_lm),
     "optimistix": ("optimistix", optimistix_lm),
@@ -120,11 +115,6 @@ def studies(solvers: Iterable[str], problems: list[Problem]) -> Iterator[Study]:
         yield Study(id, title, "mgh", functools.partial(run, solver, problems), {"problems": len(problems)})
 
 
-def run_starts(solve: Solve, problem: Problem) -> list[Fit]:
-    x0 = np.array(problem.start)
-    return [solve(factor * x0 if x0.any() else np.full_like(x0, factor if factor > 1 else 0)) for factor in FACTORS]
-
-
 def is_solved(problem: Problem, fit: Fit) -> bool:
     """Whether the sum is one of the published ones to eight digits, or less than the least of them."""
     close = any(abs(fit.value - best) <= max(DIGITS * best, ZERO) for best in problem.minima)
@@ -137,27 +127,27 @@ def run(solver: str, problems: list[Problem], report: Callable[[str], Any]) -> O
     names = [f"{solver}, from {'' if factor == 1 else f'{factor} '}x0" for factor in FACTORS]
     if not peers.is_installed(peer):
         return Outcome(rows=[Row(name, peer, "absent", note=f"{peer} is not installed") for name in names])
-    found: dict[str, list[Fit]] = {}
+    found: list[tuple[Problem, list[Fit]]] = []
     raised: list[str] = []
     for problem in problems:
         report(problem.name)
         try:
-            found[problem.name] = run_starts(make(problem), problem)
+            solve, x0 = make(problem.residuals), np.array(problem.start)
+            starts = [factor * x0 if x0.any() else np.full_like(x0, factor if factor > 1 else 0) for factor in FACTORS]
+            found.append((problem, [solve(start) for start in starts]))
         except Exception as error:  # an exception of a solver is a result
             raised.append(f"{problem.name}: {first_line(error)}")
     rows = []
     for k, name in enumerate(names):
-        tried = [(problem, found[problem.name][k]) for problem in problems if problem.name in found]
-        solved = [fit for problem, fit in tried if is_solved(problem, fit)]
-        rest = [(problem, fit) for problem, fit in tried if not is_solved(problem, fit)]
-        said = [
-            f"{p.name}{f' (success claimed at {fit.value:.6g})' if fit.success else ''}" for p, fit in rest
-        ] + raised
+        solved = [fits[k] for problem, fits in found if is_solved(problem, fits[k])]
+        rest = [(problem.name, fits[k]) for problem, fits in found if not is_solved(problem, fits[k])]
+        said = [f"{name}{f' (success claimed at {fit.value:.6g})' if fit.success else ''}" for name, fit in rest]
         metrics = {
             "solved": len(solved), "of": len(problems), "elsewhere": sum(bool(fit.success) for _, fit in rest),
             "steps": float(statistics.median(fit.steps for fit in solved)) if solved else None,
         }  # fmt: skip
-        rows.append(Row(name, peer, metrics=metrics, note=f"not solved: {', '.join(said)}" if said else ""))
+        note = f"not solved: {', '.join(said + raised)}" if said + raised else ""
+        rows.append(Row(name, peer, metrics=metrics, note=note))
     return Outcome(rows=rows, claims=claims(rows, len(problems)) if peer == OURS else [], caption=CAPTION)
 
 

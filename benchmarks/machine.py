@@ -3,7 +3,6 @@
 import os
 import platform
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from benchmarks.timing import clock, prepare
 
 _SIDE = {"cpu": 1536, "gpu": 8192}  # of the matrices
 _BYTES = {"cpu": 2**28, "gpu": 2**30}  # of an array that fits no cache
-_CALLS = 30
+_CALLS = 31
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -46,14 +45,9 @@ def rates(dtype: str, platform_name: str) -> dict[str, float]:
         vector = in_place(vector)
         return vector
 
-    times = {"flops_per_second": (2 * side**3, product), "bytes_per_second": (2 * vector.nbytes, stream)}
-    return {name: work / _fastest(call) for name, (work, call) in times.items()}
-
-
-def _fastest(call: Callable[[], jax.Array]) -> float:
-    """The least time of a call: other work on the machine only ever adds."""
-    clock(call)
-    return min(clock(call)[1] for _ in range(_CALLS))
+    work = {"flops_per_second": (2 * side**3, product), "bytes_per_second": (2 * vector.nbytes, stream)}
+    # The least time of the calls: other work on the machine only ever adds.
+    return {name: amount / min(clock(call)[1] for _ in range(_CALLS)) for name, (amount, call) in work.items()}
 
 
 def _processor() -> str:

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -19,7 +20,10 @@ Params = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class Layer:
-    """``y = x w + b``, a filter of images where the weight has four axes; then tanh and a mean over 2 x 2."""
+    """``y = x w + b``, a filter of images where the weight has four axes; then tanh and a mean over 2 x 2.
+
+    The bias is empty where there is none.
+    """
 
     weight: str
     bias: str
@@ -116,46 +120,46 @@ def layered(ops: Operations, layers: Sequence[Layer], p: Params, x: Array, shift
         weight = p[layer.weight]
         x = ops.reshape(x, (x.shape[0], -1)) if len(weight.shape) < len(x.shape) else x
         entered.append(x)
-        x = (ops.filter(x, weight) if len(weight.shape) == 4 else x @ weight) + p[layer.bias]
+        x = ops.filter(x, weight) if len(weight.shape) == 4 else x @ weight
+        x = x + p[layer.bias] if layer.bias else x
         x = x if shifts is None else x + shifts[number]
         x = ops.tanh(x) if layer.tanh else x
-        x = pooled(ops, x) if layer.pool else x
+        if layer.pool:  # the means over squares of 2 x 2
+            count, rows, columns, channels = x.shape
+            x = ops.reshape(x, (count, rows // 2, 2, columns // 2, 2, channels))
+            x = ops.mean(ops.mean(x, axis=4), axis=2)
     return x, entered
 
 
-def pooled(ops: Operations, images: Array) -> Array:
-    """The means over squares of 2 x 2."""
-    count, rows, columns, channels = images.shape
-    return ops.mean(ops.mean(ops.reshape(images, (count, rows // 2, 2, columns // 2, 2, channels)), axis=4), axis=2)
+def of_layers(layers: Sequence[Layer], ops: Operations, p: Params, x: Array) -> Array:
+    return layered(ops, layers, p, x)[0]
 
 
-def mlp(sizes: tuple[int, ...] = (20, 32, 10), examples: int = 256) -> Model:
+def mlp(
+    sizes: tuple[int, ...] = (20, 32, 10),
+    examples: int = 256,
+    *,
+    title: str = "MLP",
+    classifies: bool = True,
+    bias: bool = True,
+) -> Model:
+    """A tanh network that classifies, or that fits values by squares."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for i, (rows, columns) in enumerate(itertools.pairwise(sizes)):
-        shapes |= {f"w{i}": (rows, columns), f"b{i}": (columns,)}
-    layers = [Layer(f"w{i}", f"b{i}", i + 2 < len(sizes)) for i in range(len(sizes) - 1)]
-    batch = np.random.default_rng(1).normal(size=(examples, sizes[0])), one_hot(examples, sizes[-1])
-    title = f"MLP {'-'.join(map(str, sizes))}"
-    return classifier("mlp", title, shapes, lambda ops, p, x: layered(ops, layers, p, x)[0], batch, layers)
-
-
-def tanh_network(sizes: tuple[int, ...], examples: int, *, classifies: bool = False, bias: bool = False) -> Model:
-    """A tanh network, by default without biases, with squares for a loss."""
-    pairs = list(itertools.pairwise(sizes))
+    for i, pair in enumerate(itertools.pairwise(sizes)):
+        shapes |= {f"w{i}": pair} | ({f"b{i}": pair[1:]} if bias else {})
+    layers = [Layer(f"w{i}", f"b{i}" if bias else "", i + 2 < len(sizes)) for i in range(len(sizes) - 1)]
+    rng, outputs, title = np.random.default_rng(1), partial(of_layers, layers), f"{title} {'-'.join(map(str, sizes))}"
+    inputs, values = rng.normal(size=(examples, sizes[0])), rng.normal(size=(examples, sizes[-1]))
+    if classifies:
+        return classifier("mlp", title, shapes, outputs, (inputs, one_hot(examples, sizes[-1])), layers)
 
     def loss(ops: Operations, p: Params, x: Array, y: Array) -> Array:
-        for i in range(len(pairs)):
-            x = ops.einsum("bi,ij->bj", ops.tanh(x) if i else x, p[f"w{i}"])
-            x = x + p[f"b{i}"] if bias else x
-        return cross_entropy(ops, x, y) if classifies else ops.mean(ops.sum((x - y) ** 2, axis=-1))
+        return ops.mean(ops.sum((outputs(ops, p, x) - y) ** 2, axis=-1))
 
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i, pair in enumerate(pairs):
-        shapes |= {f"w{i}": pair} | ({f"b{i}": pair[1:]} if bias else {})
-    rng = np.random.default_rng(1)
-    inputs, values = rng.normal(size=(examples, sizes[0])), rng.normal(size=(examples, sizes[-1]))
-    batch = inputs, one_hot(examples, sizes[-1]) if classifies else values
-    return Model("mlp", f"tanh network {'-'.join(map(str, sizes))}", shapes, loss, batch)
+    return Model("mlp", title, shapes, loss, (inputs, values))
+
+
+tanh_network = partial(mlp, title="tanh network", classifies=False, bias=False)
 
 
 def convolutional(channels: tuple[int, int] = (6, 8), side: int = 12, examples: int = 32) -> Model:
@@ -181,7 +185,7 @@ def pooling(channels: tuple[int, int] = (16, 32), side: int = 28, examples: int 
     layers = (Layer("k1", "b1", True, True), Layer("k2", "b2", True, True), Layer("w", "b", False))
     batch = np.random.default_rng(1).normal(size=(examples, side, side, 1)), one_hot(examples, 10)
     title = f"convolutional net {first}-{second}"
-    return classifier("convolutional", title, shapes, lambda ops, p, x: layered(ops, layers, p, x)[0], batch, layers)
+    return classifier("convolutional", title, shapes, partial(of_layers, layers), batch, layers)
 
 
 def attention(ops: Operations, q: Array, k: Array, v: Array, mask: Array | float = 0.0) -> Array:

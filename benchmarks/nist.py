@@ -7,6 +7,7 @@ certified. The data are in ``nist_strd.json``.
 """
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -14,14 +15,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-import curvature
 from benchmarks.cases import Claim, Outcome, Row, Study
-from benchmarks.least_squares import minpack
-from curvature import Status
+from benchmarks.least_squares import Residuals, Solve, ours, scipy_lm
 
 CERTIFIED = 11  # digits
 WANTED = 6  # digits of the parameters
@@ -46,7 +44,7 @@ class Dataset(NamedTuple):
     sum_of_squares: float
 
 
-class Fit(NamedTuple):
+class Digits(NamedTuple):
     """Whether a fit claims success, after how many steps or evaluations, and the digits that agree."""
 
     success: bool
@@ -96,7 +94,6 @@ FORMULAS: dict[str, Model] = {
 }
 MODELS = {name: model for names, model in FORMULAS.items() for name in names.split()}
 RESIDUALS = {model: (lambda b, x, y, model=model: model(b, x) - y) for model in FORMULAS.values()}
-COMPILED = {model: (jax.jit(residuals), jax.jit(jax.jacfwd(residuals))) for model, residuals in RESIDUALS.items()}
 
 
 def load() -> dict[str, Dataset]:
@@ -117,34 +114,31 @@ def agreement(found: Any, certified: Any) -> float:
     return float(np.clip(-np.log10(max(error, 1e-300)), 0, CERTIFIED)) if math.isfinite(error) else 0.0
 
 
-def compared(data: Dataset, success: bool, steps: int, x: Any, deviations: Any, sum_of_squares: Any) -> Fit:
-    pairs = ((x, data.parameters), (deviations, data.deviations), (sum_of_squares, data.sum_of_squares))
-    return Fit(success, steps, *(agreement(*pair) for pair in pairs))
-
-
-def ours(method: str) -> Callable[[Dataset, np.ndarray], Fit]:
-    def fit(data: Dataset, start: np.ndarray) -> Fit:
-        found = curvature.least_squares(RESIDUALS[data.model], start, (data.x, data.y), method=method)
-        success = Status(int(found.status)) == Status.CONVERGED
-        return compared(data, success, int(found.num_steps), found.x, found.standard_errors(), 2 * found.value)
-
-    return fit
-
-
-def scipy_lm(data: Dataset, start: np.ndarray) -> Fit:
-    """MINPACK on compiled residuals, with the standard deviations that its Jacobian gives."""
-    found = minpack(*COMPILED[data.model], start, data.x, data.y)
-    if found is None:
-        return Fit(False, 0, 0.0, 0.0, 0.0)
+def deviations_of_scipy(data: Dataset, found: Any) -> np.ndarray:
+    """From the Jacobian at the end, whose columns are scaled before it is inverted."""
     scale = np.linalg.norm(found.jac, axis=0)
     inverse = np.linalg.pinv(found.jac / np.where(scale > 0, scale, 1))
     variance = 2 * found.cost / (data.y.size - data.parameters.size)
-    deviations = np.sqrt(variance) * np.linalg.norm(inverse, axis=1) / scale
-    return compared(data, bool(found.success), int(found.nfev), found.x, deviations, 2 * found.cost)
+    return np.sqrt(variance) * np.linalg.norm(inverse, axis=1) / scale
 
 
-SOLVERS: dict[str, Callable[[Dataset, np.ndarray], Fit]] = {OURS: ours(OURS), "dogleg": ours("dogleg"), PEER: scipy_lm}
-Fits = dict[tuple[str, str], Fit]
+SOLVERS: dict[str, Callable[[Residuals], Solve]] = {
+    OURS: functools.cache(ours),
+    "dogleg": functools.cache(functools.partial(ours, method="dogleg")),
+    PEER: functools.cache(scipy_lm),
+}
+
+
+def fit(solver: str, data: Dataset, start: np.ndarray) -> Digits:
+    found = SOLVERS[solver](RESIDUALS[data.model])(start, data.x, data.y)
+    if found.result is None:
+        return Digits(False, 0, 0.0, 0.0, 0.0)
+    deviations = deviations_of_scipy(data, found.result) if solver == PEER else found.result.standard_errors()
+    pairs = ((found.x, data.parameters), (deviations, data.deviations), (found.value, data.sum_of_squares))
+    return Digits(found.success, found.steps, *(agreement(*pair) for pair in pairs))
+
+
+Fits = dict[tuple[str, str], Digits]
 
 
 def run(names: list[str], chosen: list[Dataset], report: Callable[[str], Any]) -> Outcome:
@@ -156,9 +150,9 @@ def run(names: list[str], chosen: list[Dataset], report: Callable[[str], Any]) -
             metrics: dict[str, Any] = {"level": data.level}
             for label, start in zip(STARTS, data.starts, strict=True):
                 report(f"{data.name}, {name}")
-                fit = found[name][data.name, label] = SOLVERS[name](data, start)
-                metrics |= {f"{label} steps": f"{fit.steps}{'' if fit.success else '!'}"}
-                digits = {"b": fit.parameters, "s.d.": fit.deviations, "sum": fit.sum_of_squares}
+                one = found[name][data.name, label] = fit(name, data, start)
+                metrics |= {f"{label} steps": f"{one.steps}{'' if one.success else '!'}"}
+                digits = {"b": one.parameters, "s.d.": one.deviations, "sum": one.sum_of_squares}
                 metrics |= {f"{label} {what}": f"{value:.1f}" for what, value in digits.items()}
             rows.append(Row(f"{data.name}: {name}", "scipy" if name == PEER else "curvature", metrics=metrics))
     caption = "Digits of parameters, deviations and sum; ! is a fit that claims no success."

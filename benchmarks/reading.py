@@ -3,11 +3,17 @@
 A value that is missing is None, or left out.
 """
 
+import fnmatch
+import tomllib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from benchmarks.cases import OURS, Claim, Finding, Line, Outcome, Outcomes, Plot, Row
 from benchmarks.timing import digits
 
+# By suite: what needs no code of its own, claims, reasons why ours is behind, plots and findings.
+NOTES: dict[str, dict[str, Any]] = tomllib.loads((Path(__file__).parent / "suites" / "notes.toml").read_text("utf-8"))
 MISSING = "Not measured in this run."
 AXES = {"seconds": ("time", "ms", 1e3), "temporary_bytes": ("temporaries", "MiB", 2**-20)}
 
@@ -19,10 +25,6 @@ def part(outcomes: Outcomes, prefix: str) -> dict[str, Outcome]:
 def number(row: Row | None, metric: str) -> float | None:
     value = None if row is None else row.metrics.get(metric)
     return float(value) if isinstance(value, int | float) else None
-
-
-def seconds(outcome: Outcome, name: str) -> float | None:
-    return number(outcome.row(name), "seconds")
 
 
 def timed(outcome: Outcome, name: str) -> Row | None:
@@ -49,9 +51,15 @@ def at_most(outcome: Outcome, name: str, of: str, wanted: float, metric: str = "
     return [Claim(text, measured <= wanted)]
 
 
+def noted_claims(id: str, outcome: Outcome) -> list[Claim]:
+    """The claims of ``notes.toml`` about the case with this id."""
+    noted = NOTES.get(id.split("/")[0], {}).get("claims", [])
+    return [claim for pattern, *of in noted if fnmatch.fnmatchcase(id, pattern) for claim in at_most(outcome, *of)]
+
+
 def fastest(outcome: Outcome, peer: str) -> Row | None:
     rows = [row for row in outcome.rows if row.peer == peer and row.status == "ok" and number(row, "seconds")]
-    return min(rows, key=lambda row: number(row, "seconds") or 0.0, default=None)
+    return min(rows, key=lambda row: row.metrics["seconds"], default=None)
 
 
 def ratio_of_fastest(outcome: Outcome, peer: str, to: str = OURS) -> float | None:
@@ -65,20 +73,17 @@ def others(outcomes: Outcomes) -> list[str]:
 
 def curves(outcomes: Outcomes, axis: str, metric: str = "seconds", scale: float = 1.0) -> list[Line]:
     """For each name of a row the metric over a size, where there are two points or more."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    rows: dict[str, Row] = {}
-    for outcome in outcomes.values():
+    lines: dict[str, Line] = {}
+    for outcome in sorted(outcomes.values(), key=lambda outcome: outcome.sizes.get(axis, 0.0)):
         for row in outcome.rows:
             value = number(row, metric)
             if row.status in ("ok", "floor") and value and axis in outcome.sizes:
-                points.setdefault(row.name, []).append((outcome.sizes[axis], scale * value))
-                rows[row.name] = row
-    found = {name: [list(values) for values in zip(*sorted(pairs), strict=True)] for name, pairs in points.items()}
-    return [
-        Line(name, x, y, "dashed" if rows[name].status == "floor" else "line", rows[name].peer)
-        for name, (x, y) in found.items()
-        if len(x) > 1
-    ]
+                style = "dashed" if row.status == "floor" else "line"
+                line = lines.setdefault(row.name, Line(row.name, [], [], style, row.peer))
+                line.x.append(outcome.sizes[axis])
+                line.y.append(scale * value)
+    names = dict.fromkeys(row.name for outcome in outcomes.values() for row in outcome.rows)
+    return [lines[name] for name in names if name in lines and len(lines[name].x) > 1]
 
 
 def over(

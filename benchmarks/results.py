@@ -1,12 +1,13 @@
 """``results.json.gz``: written after every case, so that a run can be cut off, resumed, and compared later."""
 
+import dataclasses
 import gzip
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import Outcome
+from benchmarks.cases import Claim, Outcome, Row
 
 FORMAT = 1
 NAME = "results.json.gz"
@@ -37,8 +38,7 @@ class Results:
     def save(self, file: Path) -> None:
         """Write it, whole or not at all; the same results give the same bytes."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        outcomes = {id: outcome.to_json() for id, outcome in self.outcomes.items()}
-        text = json.dumps({"format": FORMAT} | vars(self) | {"outcomes": outcomes}, indent=1)
+        text = json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1)
         partial = file.with_suffix(".partial")
         partial.write_bytes(gzip.compress(text.encode(), mtime=0))
         partial.replace(file)
@@ -54,5 +54,7 @@ def load(file: Path) -> Results:
     entry = json.loads(gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw)
     if (format := entry.pop("format", None)) != FORMAT:
         raise ValueError(f"{file} has format {format!r}, this version reads {FORMAT}; run it again")
-    outcomes = {id: Outcome.from_json(outcome) for id, outcome in entry.pop("outcomes").items()}
-    return Results(**entry, outcomes=outcomes)
+    for id, outcome in entry["outcomes"].items():
+        rows, claims = [Row(**row) for row in outcome["rows"]], [Claim(**claim) for claim in outcome["claims"]]
+        entry["outcomes"][id] = Outcome(**outcome | {"rows": rows, "claims": claims})
+    return Results(**entry)

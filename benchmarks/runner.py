@@ -1,21 +1,19 @@
 """Runs cases: checks each answer against the reference, then lets those that are right take turns."""
 
 import contextlib
-import math
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import peers
+from benchmarks import peers, reading
 from benchmarks.cases import OURS, Case, Claim, Contestant, Outcome, Race, Row
 from benchmarks.crashes import Journal
-from benchmarks.timing import Row as Timing
-from benchmarks.timing import first_line, measure, prepare
+from benchmarks.timing import Report, Timing, first_line, measure, prepare
 
-Report = Callable[[str], Any]
 RIGHT = ("ok", "floor")
 
 
@@ -33,36 +31,42 @@ def run(case: Case, report: Report, journal: Journal | None = None) -> Outcome:
 
 def race(case: Race, report: Report, journal: Journal | None = None) -> Outcome:
     """Prepare, check, time; every contestant has a row, also one that raises."""
-    reference = arrays(case.reference())
-    contestants = list(case.contestants())
+    reference, contestants = arrays(case.reference()), list(case.contestants())
     rows: dict[str, Row] = {}
-    timings: dict[str, Timing] = {}
     calls: dict[str, Callable[[], Any]] = {}
+    compiled: dict[str, Timing] = {}
     for contestant in contestants:
-        report(f"compiling {contestant.name}")
-        row = rows[contestant.name] = Row(contestant.name, contestant.peer)
+        name = contestant.name
+        report(f"compiling {name}")
+        row = rows[name] = Row(name, contestant.peer)
         if why := absence(contestant):
             row.status, row.note = "absent", why
             continue
         try:
-            with journal.starting(case.id, contestant.name) if journal else contextlib.nullcontext():
-                timings[contestant.name], call, answer = start(contestant)
+            with journal.starting(case.id, name) if journal else contextlib.nullcontext():
+                compiled[name], calls[name], answer = start(contestant)
             if contestant.floor:
                 row.status = "floor"
-            else:
-                check(row, answer, reference, case.tolerance)
+            elif case.judge is None:
+                check(row, arrays(answer), reference, case.tolerance)
+            elif not case.judge(row, answer, compiled[name].compile_seconds or 0.0):
+                del calls[name]
         except Exception as error:  # an exception of a contestant is a result
             row.status, row.note = "failed", first_line(error)
-        if row.status in RIGHT:
-            calls[contestant.name] = call
+    calls = {name: call for name, call in calls.items() if rows[name].status in RIGHT}
     timed = measure(calls, budget=case.budget, rounds=case.rounds, report=report)
     for contestant in contestants:
-        if contestant.name in timed:
-            fill(rows[contestant.name], contestant, timings[contestant.name], timed[contestant.name])
-    relate(list(rows.values()))
+        if (name := contestant.name) in timed:
+            record(rows[name], timed[name], contestant.pieces, None if case.judge else compiled[name])
+    relate(rows.values(), to_fastest=case.judge is not None)
     mark_twins(list(rows.values()))
-    outcome = Outcome(rows=list(rows.values()), claims=correctness(rows), caption=case.caption)
-    outcome.claims += case.claims(outcome)
+    outcome = Outcome(rows=list(rows.values()), caption=case.caption)
+    for row in outcome.rows:
+        if row.peer == OURS:
+            right = "agrees with the reference" if case.judge is None else "claims no false success"
+            said = right if row.status in RIGHT else f"{row.status}: {row.note}"
+            outcome.claims.append(Claim(f"{row.name} {said}", row.status in RIGHT, correctness=True))
+    outcome.claims += [*case.claims(outcome), *reading.noted_claims(case.id, outcome)]
     return outcome
 
 
@@ -76,16 +80,18 @@ def absence(contestant: Contestant) -> str:
 
 
 def start(contestant: Contestant) -> tuple[Timing, Callable[[], Any], Any]:
-    """What is known before the first turn, the call, and its answer as arrays."""
+    """What is known before the first turn, the call, and its answer."""
     if contestant.function is not None:
         timing, call = prepare(contestant.name, contestant.function, contestant.args)
-        return timing, call, arrays(contestant.read(jax.block_until_ready(call())))
+        return timing, call, contestant.read(jax.block_until_ready(call()))
     assert contestant.make is not None, f"{contestant.name} has neither function nor make"
     begin = time.perf_counter()
-    call = contestant.make()
-    answer = call()  # a library that compiles at the first call compiles now
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what solvers complain of is in their answers
+        call = contestant.make()
+        answer = call()  # a library that compiles at the first call compiles now
     timing = Timing(contestant.name, compile_seconds=time.perf_counter() - begin)
-    return timing, call, arrays(contestant.read(answer))
+    return timing, call, contestant.read(answer)
 
 
 def arrays(answer: Any) -> list[np.ndarray]:
@@ -98,8 +104,7 @@ def check(row: Row, answer: list[np.ndarray], reference: list[np.ndarray], toler
     if shapes != wanted:
         row.status, row.note = "wrong", f"the answer has shapes {shapes}, the reference {wanted}"
         return
-    error = max((distance(a, r) for a, r in zip(answer, reference, strict=True)), default=0.0)
-    row.metrics["error"] = error
+    row.metrics["error"] = error = max(map(distance, answer, reference), default=0.0)
     if not error <= tolerance:  # a NaN is wrong as well
         row.status, row.note = "wrong", f"differs from the reference by {error:.1e} of it; {tolerance:.0e} is allowed"
 
@@ -110,30 +115,28 @@ def distance(answer: np.ndarray, reference: np.ndarray) -> float:
     return float(np.max(np.abs(answer - reference), initial=0.0) / (scale or 1.0))
 
 
-def fill(row: Row, contestant: Contestant, compiled: Timing, timed: Timing) -> None:
+def record(row: Row, timed: Timing, pieces: int = 1, compiled: Timing | None = None) -> None:
+    """Add to a row the time of one piece of a call, and what is known of its program."""
     if timed.error is not None:
         row.status, row.note = "failed", timed.error
         return
-    pieces, (low, high) = contestant.pieces, timed.spread
-    counts = (compiled.flops, compiled.bytes_accessed)
-    flops, moved = (None if c is None or compiled.has_loop else c / pieces for c in counts)
-    metrics: dict[str, Any] = {
-        "ratio": math.nan, "seconds": timed.seconds / pieces, "low": low / pieces, "high": high / pieces,
-        "compile_seconds": compiled.compile_seconds, "temporary_bytes": compiled.temporary_bytes,
-        "flops": flops, "bytes": moved, "program": compiled.program,
-    }  # fmt: skip
-    row.metrics = metrics | row.metrics
+    low, high = timed.spread
+    row.metrics |= {"seconds": timed.seconds / pieces, "low": low / pieces, "high": high / pieces}
+    if compiled is not None:
+        flops, moved = (c and c / pieces for c in (compiled.flops, compiled.bytes_accessed))
+        row.metrics |= {
+            "compile_seconds": compiled.compile_seconds, "temporary_bytes": compiled.temporary_bytes,
+            "flops": flops, "bytes": moved, "program": compiled.program,
+        }  # fmt: skip
 
 
-def relate(rows: list[Row], *, to_fastest: bool = False) -> None:
+def relate(rows: Iterable[Row], *, to_fastest: bool = False) -> None:
     """The ratio of each time to that of the first, or the fastest, of ours that was right; None where none was."""
     timed = [row for row in rows if "seconds" in row.metrics]
-    right = [row for row in timed if row.peer == OURS and row.status == "ok"]
-    if to_fastest:
-        right.sort(key=lambda row: row.metrics["seconds"])
-    ours = next(iter(right), None)
+    right = [row.metrics["seconds"] for row in timed if row.peer == OURS and row.status == "ok"]
+    ours = min(right, default=None) if to_fastest else next(iter(right), None)
     for row in timed:
-        row.metrics["ratio"] = None if ours is None else row.metrics["seconds"] / ours.metrics["seconds"]
+        row.metrics["ratio"] = None if ours is None else row.metrics["seconds"] / ours
 
 
 def mark_twins(rows: list[Row]) -> None:
@@ -146,13 +149,3 @@ def mark_twins(rows: list[Row]) -> None:
         twins = [other.name for other in rows if other is not row and row.shares_program_with(other)]
         if row.peer == OURS and twins and not row.note:
             row.note = f"the same program as {twins[0]}"
-
-
-def correctness(rows: dict[str, Row]) -> list[Claim]:
-    """What every run asserts: that each of our rows has an answer, and a right one."""
-    return [
-        Claim(f"{row.name} {'agrees with the reference' if ok else f'{row.status}: {row.note}'}", ok, correctness=True)
-        for row in rows.values()
-        if row.peer == OURS
-        for ok in [row.status in RIGHT]
-    ]

@@ -37,10 +37,14 @@ def run(options: argparse.Namespace) -> int:
         try:
             go(screen, found, chosen, choice, file, journal)
         except KeyboardInterrupt:
-            return interrupted(screen, found, chosen, file)
+            found.save(file)
+            screen.print(
+                f"Stopped. {len(found.outcomes)} of {len(chosen)} cases are in {file}: the same command does the rest, "
+                "and with --only-report it makes the report of what is there.", soft_wrap=True,
+            )  # fmt: skip
+            return 130  # as of any program that is stopped from the keyboard
     report.write(found, options.output, old, screen)
-    claims = [claim for outcome in found.outcomes.values() for claim in outcome.claims]
-    wrong = [claim.text for claim in claims if claim.correctness and not claim.holds]
+    wrong = [text for outcome in found.outcomes.values() for text in outcome.wrong()]
     for text in wrong:
         screen.print(f"WRONG  {text}", style="bold red", soft_wrap=True)
     return 1 if wrong else 0
@@ -52,17 +56,6 @@ def load(file: Path) -> Results:
         return results.load(file)
     except (OSError, ValueError) as error:
         raise SystemExit(f"no results are read: {error}") from error
-
-
-def interrupted(screen: Console, found: Results, chosen: list[tuple[str, Case]], file: Path) -> int:
-    """Say how to go on; the exit code is that of a program stopped from the keyboard."""
-    found.save(file)
-    screen.print(
-        f"Stopped. {len(found.outcomes)} of {len(chosen)} cases are in {file}: the same command does the rest, and "
-        "with --only-report it makes the report of what is there.",
-        soft_wrap=True,
-    )
-    return 130
 
 
 def cases(choice: Choice, wanted: list[str] | None) -> Iterator[tuple[str, Case]]:
@@ -143,5 +136,5 @@ def alone(cases: Iterable[Case]) -> int:
                 outcome = runner.run(case, lambda line, title=case.title: status.update(f"{title}: {line}"))
             for line in report.short_lines(case.id, outcome, brief=False):
                 screen.print(line, soft_wrap=True)
-            wrong |= any(claim.correctness and not claim.holds for claim in outcome.claims)
-    return int(wrong)
+            wrong += len(outcome.wrong())
+    return int(wrong > 0)

@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 
 import curvature
 from benchmarks import timing
+from examples import costs
 from examples.digits_methods import compare_methods
 from examples.digits_picture import held_by, save_picture
 
@@ -62,18 +63,18 @@ def load() -> tuple[Params, Data]:
 # ---- what derivatives cost ---------------------------------------------------------------------------------------
 
 
-def show_costs(screen: Console, title: str, caption: str, contestants: Mapping[str, timing.Contestant]) -> None:
+def show_costs(screen: Console, title: str, caption: str, contestants: Mapping[str, costs.Contestant]) -> None:
     """Time the contestants against the gradient, mark the one that ``auto`` turns out to be, and print the table."""
     screen.print(f"{title}: measuring ...", style="dim")
     with screen.status(title) as status:
-        rows = timing.compare(contestants, budget=0.5, report=lambda line: status.update(f"{title}: {line}"))
+        rows = costs.compare(contestants, budget=0.5, report=lambda line: status.update(f"{title}: {line}"))
     if LINEARIZED in rows:
-        rows[LINEARIZED] = timing.share(rows[LINEARIZED], PRODUCTS)
-    screen.print(timing.table(title, timing.mark_choice(rows, "auto"), rows["gradient"], caption))
+        rows[LINEARIZED] = costs.share(rows[LINEARIZED], PRODUCTS)
+    screen.print(costs.table(title, costs.mark_choice(rows, "auto"), rows["gradient"], caption))
     screen.print()
 
 
-def product_contestants(params: Params, data: Data) -> dict[str, timing.Contestant]:
+def product_contestants(params: Params, data: Data) -> dict[str, costs.Contestant]:
     """The gradient, ``hvp`` in each composition of modes, and ``PRODUCTS`` products from one linearization."""
     v = jax.tree.map(jnp.ones_like, params)
     many_v = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (PRODUCTS, *leaf.shape)), v)
@@ -82,7 +83,7 @@ def product_contestants(params: Params, data: Data) -> dict[str, timing.Contesta
         _, _, hvp_fn = curvature.linearize_grad(loss, params, *data)
         return jax.lax.map(hvp_fn, many_v)
 
-    contestants: dict[str, timing.Contestant] = {"gradient": (jax.grad(loss), (params, *data))}
+    contestants: dict[str, costs.Contestant] = {"gradient": (jax.grad(loss), (params, *data))}
     for mode in ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd"):
         contestants[f"hvp {mode}"] = (functools.partial(curvature.hvp, loss, mode=mode), (params, v, *data))
     return {**contestants, LINEARIZED: (many_products, (params, many_v, *data))}
@@ -111,7 +112,7 @@ def show_derivatives(screen: Console, params: Params, data: Data) -> None:
     show_costs(screen, "The full Hessian, 650 x 650", caption, hessians)
 
     for count, shape in ((10, "wide"), (200, "tall")):
-        jacobians: dict[str, timing.Contestant] = {"gradient": (jax.grad(loss), (params, *data))}
+        jacobians: dict[str, costs.Contestant] = {"gradient": (jax.grad(loss), (params, *data))}
         for mode in ("fwd", "rev", "auto"):
             jacobians[mode] = (curvature.jacobian(logits, mode=mode), (params, data[0][:count]))
         title = f"A {shape} Jacobian, {count * CLASSES:,} x 650: the logits of {count} images"

@@ -137,7 +137,7 @@ def compare_methods(
     return fits, curves
 
 
-def method_table(title: str, rows: Mapping[str, timing.Row], fits: Mapping[str, Fit], gtol: float) -> Table:
+def method_table(title: str, rows: Mapping[str, timing.Timing], fits: Mapping[str, Fit], gtol: float) -> Table:
     """What each method took, and where it ended."""
     best = min(fit.value for fit in fits.values())
     caption = (

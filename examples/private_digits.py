@@ -25,6 +25,7 @@ from sklearn.model_selection import train_test_split
 
 import curvature
 from benchmarks import timing
+from examples import costs
 
 STEPS = 100
 MAX_NORM = 1.0
@@ -154,7 +155,7 @@ def clipped_by_hand(params: Params, *data: jax.Array) -> Params:
 def show_costs(screen: Console, data: Data) -> None:
     """Time the three gradients of a step against each other, and print the table."""
     args, plain, ours = (start(), *data), "plain gradient", "clipped_grad"
-    rows = timing.compare(
+    rows = costs.compare(
         {
             plain: (mean_grad, args),
             ours: (curvature.clipped_grad(loss, MAX_NORM), args),
@@ -164,7 +165,7 @@ def show_costs(screen: Console, data: Data) -> None:
         rounds=3,
     )
     caption = f"Clipping costs {rows[ours].seconds / rows[plain].seconds:.1f} plain gradients."
-    screen.print(timing.table("The gradient of a step", rows.values(), rows[plain], caption))
+    screen.print(costs.table("The gradient of a step", rows.values(), rows[plain], caption))
     screen.print()
 
 

@@ -25,8 +25,8 @@ PACKAGES = {
     "scikit-learn": ("sklearn", "scikit-learn"),
     "sif2jax": ("sif2jax", "sif2jax"),
 }
-
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+_distributions = functools.cache(importlib.metadata.packages_distributions)  # takes a second
 
 
 def is_installed(peer: str) -> bool:
@@ -34,21 +34,11 @@ def is_installed(peer: str) -> bool:
 
 
 def versions() -> dict[str, str | None]:
-    """The version of each library; None for one that is absent."""
-    return {peer: _version(peer) for peer in PACKAGES}
-
-
-def _version(peer: str) -> str | None:
-    if not is_installed(peer):
-        return None
-    distributions = _distributions().get(PACKAGES[peer][0], [PACKAGES[peer][1]])
-    return importlib.metadata.version(distributions[0])
-
-
-@functools.cache
-def _distributions() -> dict[str, list[str]]:
-    """The installed distributions by module, which takes a second to find out."""
-    return dict(importlib.metadata.packages_distributions())
+    """The version of each library, by the distribution that its module came with; None for one that is absent."""
+    return {
+        peer: importlib.metadata.version(_distributions().get(module, [usual])[0]) if is_installed(peer) else None
+        for peer, (module, usual) in PACKAGES.items()
+    }
 
 
 def pin_threads(count: int) -> None:

@@ -1,33 +1,12 @@
 """HIPS autograd, on NumPy: its ``grad``, ``hessian_vector_product``, ``hessian`` and ``jacobian`` as contestants."""
 
-import functools
-from collections.abc import Callable, Iterator
+import importlib
 from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import Choice, Contestant, Task
 from benchmarks.peers import operations
-from benchmarks.peers.flat import PRODUCTS, Flat
-
-Function = Callable[..., Any]
-Way = Callable[[Any, Function], Function]  # from the module and ``fun(x)`` to a function of ``x`` and ``v``
-
-
-def contestants(flat: Flat, derivative: str, choice: Choice) -> Iterator[Contestant]:
-    pieces = PRODUCTS if derivative == "products" else 1
-    for name, way in WAYS[derivative].items():
-        yield Contestant(name, "autograd", make=functools.partial(start, flat, way, choice), pieces=pieces)
-
-
-def start(flat: Flat, way: Way, choice: Choice) -> Task:
-    """The call to be timed; NumPy's threads are those of its BLAS, which read the environment."""
-    import autograd
-
-    x, v, *data = (np.asarray(array, choice.dtype) for array in (flat.x, flat.v, *flat.data))
-    function = flat.function(operations.for_autograd(), "autograd")
-    derivative = way(autograd, lambda x: function(x, *data))
-    return lambda: derivative(x, v)
+from benchmarks.peers.flat import Function, Library, Way
 
 
 def of_x(name: str) -> Way:
@@ -56,3 +35,12 @@ WAYS: dict[str, dict[str, Way]] = {
     "hessian": {"autograd.hessian": of_x("hessian")},
     "jacobian": {"autograd.jacobian": of_x("jacobian")},
 }
+# NumPy's threads are those of its BLAS, which read the environment.
+AUTOGRAD = Library(
+    "autograd",
+    load=lambda choice: importlib.import_module("autograd"),
+    array=lambda autograd, values, choice: np.asarray(values, choice.dtype),
+    operations=operations.for_autograd,
+    ways=WAYS,
+)
+contestants = AUTOGRAD.contestants

@@ -1,5 +1,6 @@
 """``curvlinops``: the same operators on the same networks, in torch."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,13 +117,12 @@ def leaves_for_module(model: Model, tree: Arrays) -> list[np.ndarray]:
 
 
 def leaves_of_module(model: Model, leaves: list[np.ndarray]) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
-    for layer, weight, bias in zip(model.layers, leaves[::2], leaves[1::2], strict=True):
-        weight = weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T
-        side, channels = _image(model, layer.weight)
-        if side:
-            weight = weight.reshape(channels, side, side, -1).transpose(1, 2, 0, 3).reshape(weight.shape)
-        found |= {layer.weight: weight, layer.bias: bias}
+    """The reverse: where each entry is laid out is found by laying out their numbers."""
+    numbers = {name: np.arange(math.prod(shape)).reshape(shape) for name, shape in model.shapes.items()}
+    names = [name for layer in model.layers for name in (layer.weight, layer.bias)]
+    found = {name: np.empty(model.shapes[name]) for name in names}
+    for name, places, leaf in zip(names, leaves_for_module(model, numbers), leaves, strict=True):
+        found[name].flat[places.ravel()] = leaf.ravel()
     return found
 
 

@@ -18,6 +18,14 @@ def for_jax() -> Operations:
     def repeat(step: Step, count: int, x: Array, *constants: Array) -> Array:
         return jax.lax.scan(lambda x, _: (step(x, *constants), None), x, None, length=count)[0]
 
+    def convolve(stride: int) -> Callable[[Array, Array], Array]:
+        how: Any = {
+            "window_strides": (stride, stride),
+            "padding": "SAME",
+            "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+        }
+        return lambda images, kernel: jax.lax.conv_general_dilated(images, kernel, **how)
+
     def second_derivative(function: Callable[[Array], Array], x: Array) -> Array:
         ones = jnp.ones_like(x)
         return jax.jvp(lambda x: jax.jvp(function, (x,), (ones,))[1], (x,), (ones,))[1]
@@ -25,14 +33,8 @@ def for_jax() -> Operations:
     return Operations(
         tanh=jnp.tanh, exp=jnp.exp, sin=jnp.sin, sqrt=jnp.sqrt, einsum=jnp.einsum, reshape=jnp.reshape, sum=jnp.sum,
         mean=jnp.mean, concat=jnp.concatenate, logsumexp=jax.nn.logsumexp, softmax=jax.nn.softmax,
-        convolve=lambda images, kernel: jax.lax.conv_general_dilated(
-            images, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        ),
-        filter=lambda images, kernel: jax.lax.conv_general_dilated(
-            images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        ),
-        gelu=jax.nn.gelu, constant=lambda array, like: jnp.asarray(array, like.dtype),
-        repeat=repeat, second_derivative=second_derivative,
+        convolve=convolve(2), filter=convolve(1), gelu=jax.nn.gelu,
+        constant=lambda array, like: jnp.asarray(array, like.dtype), repeat=repeat, second_derivative=second_derivative,
     )  # fmt: skip
 
 

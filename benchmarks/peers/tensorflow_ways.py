@@ -1,19 +1,17 @@
 """TensorFlow: ``GradientTape``, ``ForwardAccumulator`` and ``tf.function``, with XLA and without, as contestants."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks import peers
-from benchmarks.cases import Choice, Contestant, Task
+from benchmarks.cases import Choice, Contestant
 from benchmarks.peers import operations
-from benchmarks.peers.flat import PRODUCTS, Flat
+from benchmarks.peers.flat import PRODUCTS, Flat, Function, Library, Way
 
 TensorFlow = Any  # the module, which is imported when a contestant starts
-Function = Callable[..., Any]
-Way = Callable[[TensorFlow, Function], Function]  # from ``fun(x)`` to a function of ``x`` and ``v``
 
-EXECUTIONS: dict[str, Callable[[TensorFlow, Function], Function]] = {
+EXECUTIONS: dict[str, Way] = {
     "eager": lambda tf, function: function,
     "tf.function": lambda tf, function: tf.function(function),
     "XLA": lambda tf, function: tf.function(function, jit_compile=True),
@@ -24,27 +22,9 @@ def contestants(
     flat: Flat, derivative: str, choice: Choice, executions: Iterable[str] = EXECUTIONS
 ) -> Iterator[Contestant]:
     """Each way to a derivative, a key of ``WAYS``, executed in each way, keys of ``EXECUTIONS``."""
-    pieces = PRODUCTS if derivative == "products" else 1
     for name, way in WAYS[derivative].items():
         for execution in executions:
-            make = functools.partial(start, flat, way, choice, execution)
-            yield Contestant(f"{name}, {execution}", "tensorflow", make=make, pieces=pieces)
-
-
-def start(flat: Flat, way: Way, choice: Choice, execution: str) -> Task:
-    """The call to be timed; compilation happens at its first call."""
-    tf = library(choice.threads, choice.device)
-    x, v, *data = (tf.constant(array, choice.dtype) for array in (flat.x, flat.v, *flat.data))
-    function = flat.function(operations.for_tensorflow(), "tensorflow")
-    derivative = EXECUTIONS[execution](tf, way(tf, lambda x: function(x, *data)))
-
-    def call() -> Any:
-        answer = derivative(x, v)
-        if choice.device == "gpu":
-            tf.test.experimental.sync_devices()
-        return answer
-
-    return call
+            yield TENSORFLOW.contestant(f"{name}, {execution}", flat, way, choice, EXECUTIONS[execution])
 
 
 @functools.cache
@@ -112,3 +92,11 @@ WAYS: dict[str, dict[str, Way]] = {
     "hessian": {"tape.jacobian of GradientTape": lambda tf, fun: jacobian(tf, gradient(tf, fun))},
     "jacobian": {"tape.jacobian": jacobian},
 }
+TENSORFLOW = Library(
+    "tensorflow",
+    load=lambda choice: library(choice.threads, choice.device),
+    array=lambda tf, values, choice: tf.constant(values, choice.dtype),
+    operations=operations.for_tensorflow,
+    ways=WAYS,
+    wait=lambda tf: tf.test.experimental.sync_devices(),
+)

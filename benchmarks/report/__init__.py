@@ -1,6 +1,7 @@
 """The report of a run: lines in the terminal, a page, markdown and pictures, all made from the results.
 
-The page and the markdown are the templates ``index.html`` and ``summary.md`` of this folder.
+The page and the markdown are the templates ``index.html`` and ``summary.md`` of this folder, and ``say.jinja`` is what
+they share.
 """
 
 import re
@@ -17,10 +18,9 @@ from benchmarks.cases import OURS, Outcome
 from benchmarks.report import compare, facts, plots, tables
 from benchmarks.results import Results
 from benchmarks.suites import SUITES
-from benchmarks.timing import plain_table
+from benchmarks.timing import digits, plain_table
 
 _LOOKS = {"wrong": "bold red", "failed": "yellow", "absent": "dim", "floor": "dim"}
-_FOLDER = Path(__file__).parent
 
 
 def short_lines(id: str, outcome: Outcome, *, brief: bool = True) -> list[RenderableType]:
@@ -63,33 +63,9 @@ def write(results: Results, output: Path, old: Results | None, screen: Console) 
     for suite in results.suites():
         for finding in facts.findings(suite, results.outcomes):
             screen.print(Text.assemble((finding.question, "bold"), f"\n  {finding.answer}"))
-    if comparison is not None:
-        _print_changes(screen, comparison)
-    screen.print(facts.summary(results), style="bold", soft_wrap=True)
-    screen.print(f"The report: {output / 'index.html'}, {output / 'summary.md'}", soft_wrap=True)
-
-
-def render(
-    name: str, results: Results, comparison: compare.Comparison | None = None, headlines: list[plots.Plot] | None = None
-) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER), autoescape=name.endswith(".html"), trim_blocks=True,
-        lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters |= {"anchor": lambda text: re.sub(r"[^\w.-]+", "-", text), "picture": plots.data_uri}
-    environment.filters["cell"] = lambda text: text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
-    named = {name: {s: getattr(SUITES.get(s), name, "") for s in results.suites()} for name in ("TITLE", "QUESTION")}
-    return environment.get_template(name).render(
-        results=results, comparison=comparison, headlines=headlines or [], facts=facts, tables=tables, compare=compare,
-        titles={suite: title or suite for suite, title in named["TITLE"].items()}, questions=named["QUESTION"],
-        ours=OURS, roofline=plots.roofline(results),
-    )  # fmt: skip
-
-
-def _print_changes(screen: Console, comparison: compare.Comparison) -> None:
-    for line in comparison.lines():
+    for line in comparison.lines() if comparison else ():
         screen.print(line, soft_wrap=True)
-    if comparison.changes:
+    if comparison and comparison.changes:
         table = Table(box=None, pad_edge=False)
         for i, head in enumerate(compare.HEADS):
             table.add_column(head, justify="left" if i < 3 else "right")
@@ -97,3 +73,28 @@ def _print_changes(screen: Console, comparison: compare.Comparison) -> None:
             look = {"slower": "yellow", "faster": "green", "status": "bold red"}.get(change.kind, "")
             table.add_row(*map(escape, change.cells), style=look)
         screen.print(table)
+    screen.print(environment().get_template("say.jinja").make_module({"results": results}).summary().strip(),
+                 style="bold", soft_wrap=True)  # fmt: skip
+    screen.print(f"The report: {output / 'index.html'}, {output / 'summary.md'}", soft_wrap=True)
+
+
+def environment(*, autoescape: bool = False) -> jinja2.Environment:
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=autoescape, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+    )  # fmt: skip
+    made.filters |= {
+        "anchor": lambda text: re.sub(r"[^\w.-]+", "-", text), "picture": plots.data_uri, "own": facts.ours,
+        "cell": lambda text: text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;"), "digits": digits,
+    }  # fmt: skip
+    made.globals |= {"facts": facts, "tables": tables, "compare": compare, "ours": OURS}
+    made.globals["of_suite"] = lambda suite, name: getattr(SUITES.get(suite), name, "")
+    return made
+
+
+def render(
+    name: str, results: Results, comparison: compare.Comparison | None = None, headlines: list[plots.Plot] | None = None
+) -> str:
+    return environment(autoescape=name.endswith(".html")).get_template(name).render(
+        results=results, comparison=comparison, headlines=headlines or [], roofline=plots.roofline(results)
+    )  # fmt: skip

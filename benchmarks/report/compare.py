@@ -68,13 +68,16 @@ class Comparison:
 
 
 def compare(old: Results, new: Results) -> Comparison:
-    both = list(_pairs(old, new))
     versions = old.environment["packages"], new.environment["packages"]
-    unchanged = [
-        b.metrics["seconds"] / a.metrics["seconds"]
-        for _, a, b in both
-        if a.peer != OURS and versions[0].get(a.peer) == versions[1].get(a.peer) and _has_time(a, b)
-    ]
+    both, unchanged = [], []  # the rows of both runs; how many times as long those of others took that have not changed
+    for id, outcome in new.outcomes.items():
+        before = {row.name: row for row in old.outcomes.get(id, Outcome()).rows}
+        for row in outcome.rows:
+            if row.name in before:
+                both.append((id, before[row.name], row))
+                same = row.peer != OURS and versions[0].get(row.peer) == versions[1].get(row.peer)
+                if same and _has_time(before[row.name], row):
+                    unchanged.append(row.metrics["seconds"] / before[row.name].metrics["seconds"])
     machine = math.exp(sum(map(math.log, unchanged)) / len(unchanged)) if unchanged else None
     changes = [Change("status", id, b.name, a.status, b.status) for id, a, b in both if a.status != b.status]
     changes += [*_claims(old, new), *_times(both, machine or 1.0)]
@@ -82,12 +85,6 @@ def compare(old: Results, new: Results) -> Comparison:
     changes.sort(key=lambda c: (_ORDER.index(c.kind), -abs(math.log(c.factor)) if c.factor else 0.0))
     commits = (old.environment.get("commit", ""), new.environment.get("commit", ""))
     return Comparison(machine, len(unchanged), list(_differences(old, new)), changes, commits)
-
-
-def _pairs(old: Results, new: Results) -> Iterator[tuple[str, Row, Row]]:
-    for id, outcome in new.outcomes.items():
-        before = {row.name: row for row in old.outcomes.get(id, Outcome()).rows}
-        yield from ((id, before[row.name], row) for row in outcome.rows if row.name in before)
 
 
 def _has_time(*rows: Row) -> bool:
@@ -113,7 +110,8 @@ def _times(both: list[tuple[str, Row, Row]], machine: float) -> Iterator[Change]
             scaled = Row(old.name, old.peer, metrics={k: None if v is None else v * machine for k, v in times.items()})
             factor = new.metrics["seconds"] / scaled.metrics["seconds"]
             if not facts.MARGIN <= factor <= 1 / facts.MARGIN and facts.apart(scaled, new):
-                yield Change("slower" if factor > 1 else "faster", id, new.name, _ratio(old), _ratio(new), factor)
+                ratios = [row.status if (r := facts.number(row, "ratio")) is None else f"{r:.2f}" for row in (old, new)]
+                yield Change("slower" if factor > 1 else "faster", id, new.name, *ratios, factor)
 
 
 def _missing(kind: str, here: Results, there: Results) -> Iterator[Change]:
@@ -126,11 +124,6 @@ def _missing(kind: str, here: Results, there: Results) -> Iterator[Change]:
         yield from (Change(kind, id, row.name, "", row.status) for row in outcome.rows if row.name not in names)
 
 
-def _ratio(row: Row) -> str:
-    ratio = facts.number(row, "ratio")
-    return row.status if ratio is None else f"{ratio:.2f}"
-
-
 def _differences(old: Results, new: Results) -> Iterator[str]:
     packages = [run.environment.get("packages", {}) for run in (old, new)]
     for what, keys, before, after in (
@@ -138,8 +131,7 @@ def _differences(old: Results, new: Results) -> Iterator[str]:
         ("Packages", packages[1], *packages),
         ("The options", new.options, old.options, new.options),
     ):
-        moved = [
-            f"{key} {before.get(key)} \u2192 {after.get(key)}" for key in keys if before.get(key) != after.get(key)
-        ]
+        pairs = {key: (before.get(key), after.get(key)) for key in keys}
+        moved = [f"{key} {was} \u2192 {now}" for key, (was, now) in pairs.items() if was != now]
         if moved:
             yield f"{what} differ: {'; '.join(moved)}."

@@ -1,10 +1,8 @@
 """What the rows say: who is level, ahead or behind, by which rule; and the sentences that page and summary share."""
 
 import math
-import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import peers, reading, suites
@@ -15,8 +13,6 @@ from benchmarks.timing import digits
 MARGIN = 0.95  # a ratio closer to one than this is a tie, even where the quartiles are apart
 RACE = {"ratio", "seconds", "low", "high", "compile_seconds", "temporary_bytes", "flops", "bytes", "error", "program"}
 STATUS = {"wrong": "WRONG", "failed": "failed", "absent": "absent", "floor": "a part"}
-# By suite: reasons why ours is behind, and the plots and findings that need no code of their own.
-NOTES: dict[str, dict[str, Any]] = tomllib.loads(Path(suites.__file__).with_name("notes.toml").read_text("utf-8"))
 
 
 def number(row: Row, name: str) -> float | None:
@@ -69,7 +65,7 @@ class Behind:
 
     @property
     def note(self) -> str:
-        reasons = NOTES.get(self.id.split("/")[0], {}).get("reasons", [])
+        reasons = reading.NOTES.get(self.id.split("/")[0], {}).get("reasons", [])
         why = [why for case, row, why in reasons if self.id.startswith(case) and self.peer.name.startswith(row)]
         if self.ours.shares_program_with(self.peer):
             why = ["the same program: a difference of the clock"]
@@ -101,38 +97,30 @@ def best(outcome: Outcome, peer: str) -> Row | None:
     return min((row for row in timed(outcome.rows) if row.peer == peer), key=lambda r: r.metrics["ratio"], default=None)
 
 
-@dataclass
-class Standing:
-    """How a library did, by its fastest right row of each case, and what became of its other rows."""
-
-    peer: str
-    ratios: list[float] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
-
-
 COUNTS = ("ahead", "level", "behind", "wrong", "failed", "absent")
 STANDINGS = ["cases", "mean, \u00d7 ours", "least", "most", "ours ahead", "level", "ours behind", *COUNTS[3:]]
 
 
 def standings(outcomes: Outcomes) -> list[list[str]]:
-    """For each library that has a row the cells that ``library`` and ``STANDINGS`` head."""
-    found = {peer: Standing(peer) for peer in (*peers.PACKAGES, *reading.others(outcomes)) if peer != OURS}
+    """How each library did by its fastest right row of each case, and its other rows: what ``STANDINGS`` heads."""
+    ratios: dict[str, list[float]] = {p: [] for p in (*peers.PACKAGES, *reading.others(outcomes)) if p != OURS}
+    counts = {peer: dict.fromkeys(COUNTS, 0) for peer in ratios}
     for outcome in outcomes.values():
         for row in outcome.rows:
             if row.peer != OURS and row.status in COUNTS:
-                found[row.peer].counts[row.status] += 1
+                counts[row.peer][row.status] += 1
         own = ours(outcome)
         for peer in {row.peer for row in outcome.rows} - {OURS}:
             row = best(outcome, peer)
             if row is not None and own is not None:
-                found[peer].ratios.append(row.metrics["ratio"])
-                found[peer].counts[standing(row, own)] += 1
+                ratios[peer].append(row.metrics["ratio"])
+                counts[peer][standing(row, own)] += 1
     lines = []
-    for peer, one in found.items():
-        if one.ratios or any(one.counts.values()):
-            mean = math.exp(sum(map(math.log, one.ratios)) / len(one.ratios)) if one.ratios else 0.0
-            figures = [digits(mean), digits(min(one.ratios)), digits(max(one.ratios))] if one.ratios else [""] * 3
-            lines.append([peer, str(len(one.ratios)), *figures, *(str(count or "") for count in one.counts.values())])
+    for peer, found in ratios.items():
+        if found or any(counts[peer].values()):
+            mean = math.exp(sum(map(math.log, found)) / len(found)) if found else 0.0
+            figures = [digits(mean), digits(min(found)), digits(max(found))] if found else [""] * 3
+            lines.append([peer, str(len(found)), *figures, *(str(count or "") for count in counts[peer].values())])
     return lines
 
 
@@ -143,102 +131,49 @@ def rates(results: Results, suite: str) -> dict[str, float]:
 
 
 def findings(suite: str, outcomes: Outcomes) -> list[Finding]:
-    """What a suite concludes from the outcomes of a run; one that cannot conclude must not cost the report.
+    """What a suite concludes from the outcomes of a run.
 
     An entry of ``notes.toml`` compares pairs of rows, or, without pairs, the other libraries with ours.
     """
 
-    def of_notes() -> list[Finding]:
-        found = []
-        for entry in NOTES.get(suite, {}).get("findings", []):
-            chosen = reading.part(outcomes, entry["cases"])
-            pairs = {label: (row, of) for label, row, of in entry.get("pairs", [])}
-            if not pairs:
-                found.append(reading.compared(entry["question"], chosen))
-            else:
-                found += reading.ratios(entry["question"], chosen, pairs, entry.get("metric", "seconds"))
-        return found
+    def noted(question: str, cases: str, pairs: Any = (), metric: str = "seconds") -> list[Finding]:
+        chosen = reading.part(outcomes, cases)
+        named = {label: (row, of) for label, row, of in pairs}
+        return reading.ratios(question, chosen, named, metric) if pairs else [reading.compared(question, chosen)]
 
-    return _ask(suite, "findings", outcomes, of_notes, lambda why: Finding("(no findings)", why))
+    return _made("findings", suite, outcomes, noted, lambda why: Finding("(no findings)", why))
 
 
 def plots(suite: str, outcomes: Outcomes) -> list[Plot]:
-    def of_notes() -> list[Plot]:
-        entries = [dict(entry) for entry in NOTES.get(suite, {}).get("plots", [])]
-        return [p for entry in entries for p in reading.over(reading.part(outcomes, entry.pop("cases")), **entry)]
+    def noted(cases: str, **entry: Any) -> list[Plot]:
+        return reading.over(reading.part(outcomes, cases), **entry)
 
-    return _ask(suite, "plots", outcomes, of_notes, lambda why: Plot("none", why, "", "", []))
+    return _made("plots", suite, outcomes, noted, lambda why: Plot("none", why, "", "", []))
 
 
-def _ask(suite: str, name: str, outcomes: Outcomes, of_notes: Any, instead: Any) -> list[Any]:
-    make = getattr(suites.SUITES.get(suite), name, lambda outcomes: [])
+def _made(kind: str, suite: str, outcomes: Outcomes, noted: Any, instead: Any) -> list[Any]:
+    """What the suite makes and what is noted of it; a suite that cannot conclude must not cost the report."""
+    make = getattr(suites.SUITES.get(suite), kind, lambda outcomes: [])
     try:
-        return [*make(outcomes), *of_notes()]
+        return [*make(outcomes), *(one for e in reading.NOTES.get(suite, {}).get(kind, []) for one in noted(**e))]
     except Exception as error:
-        return [instead(f"The {name} of this suite could not be made: {type(error).__name__}: {error}")]
+        return [instead(f"The {kind} of this suite could not be made: {type(error).__name__}: {error}")]
 
 
-def scope(results: Results) -> str:
-    options = results.options
-    dtype = options["dtype"]
-    own = {suite: getattr(suites.SUITES.get(suite), "DTYPE", dtype) for suite in results.suites()}
-    others = [f"{other} in {suite}" for suite, other in own.items() if other != dtype]
-    dtype = f"{dtype} ({', '.join(others)})" if others else dtype
-    parts = ["Quick run" if options["quick"] else "Full run", dtype, options["device"].upper()]
-    parts += [f"models {', '.join(options['models'])}"] if options["models"] else []
-    cases = f"{len(results.outcomes)} cases"
-    return ", ".join([*parts, cases if results.complete else f"{cases}, cut off before its end"])
+def precisions(results: Results) -> dict[str, str]:
+    """The suites that have a precision of their own, and it."""
+    run = results.options["dtype"]
+    found = {suite: getattr(suites.SUITES.get(suite), "DTYPE", run) for suite in results.suites()}
+    return {suite: dtype for suite, dtype in found.items() if dtype != run}
 
 
-def environment(results: Results) -> list[list[str]]:
-    here = results.environment
-    packages: Mapping[str, str | None] = here["packages"]
-    rates = [
-        f"{digits(rate['flops_per_second'] / 1e9)} GFLOP/s, {digits(rate['bytes_per_second'] / 1e9)} GB/s ({dtype})"
-        for dtype, rate in results.rates.items()
-    ]
-    rows = {
-        "Machine": f"{here['processor']}, {here['memory_gib']} GiB, {here['system']}",
-        "Device": f"{here['device']} ({here['platform']})",
-        "Threads": f"{here['threads']} for every library",
-        "Measured rates": "; ".join(rates),
-        "Commit": here["commit"],
-        "Begun": results.started,
-        "Python": here["python"],
-        "Packages": ", ".join(f"{name} {version}" for name, version in packages.items() if version is not None),
-        "Absent": ", ".join(name for name, version in packages.items() if version is None),
-    }
-    return [[name, value] for name, value in rows.items() if value]
-
-
-def summary(results: Results) -> str:
-    outcomes = results.outcomes
-    found = [(outcome, own) for outcome in outcomes.values() if (own := ours(outcome))]
-    if not found:
-        return "No race of this run has a right answer of ours."
-    late = {entry.id for entry in behind(outcomes)}
-    wrong = sum(row.status == "wrong" for outcome in outcomes.values() for row in outcome.rows)
-    without = f" Others have a right answer where ours has none: {', '.join(lost(outcomes))}." if lost(outcomes) else ""
-    pairs = [(row, own) for outcome, own in found for row in timed(outcome.rows) if row is not own]
-    twins = sorted(row.metrics["ratio"] for row, own in pairs if row.shares_program_with(own))
-    noise = (
-        " Rows that are one and the same compiled program as ours differ from it by factors from "
-        f"{digits(twins[0])} to {digits(twins[-1])}: finer than that the clock was not." if twins else ""
-    )  # fmt: skip
-    return (
-        f"Ours is ahead of or level with every row of every other library in {len(found) - len(late)} of {len(found)} "
-        f"races, and behind one in {len(late)}. {wrong or 'No'} answer{'s' * (wrong != 1)} "
-        f"{'was' if wrong == 1 else 'were'} wrong.{without}{noise}"
-    )
-
-
-def is_one_call(row: Row) -> bool:
-    """Whether a row was so slow that one call is all there is of it."""
-    return number(row, "low") == number(row, "seconds") == number(row, "high") is not None
+def twins(outcomes: Outcomes) -> list[float]:
+    """The ratios of rows that are one and the same compiled program as ours, sorted."""
+    pairs = [(row, own) for o in outcomes.values() if (own := ours(o)) for row in timed(o.rows) if row is not own]
+    return sorted(row.metrics["ratio"] for row, own in pairs if row.shares_program_with(own))
 
 
 LATE = ["case", "who", "\u00d7 ours", "ms", "ours, ms", "note"]
-NOT_LATE = "In no row: no right answer of another library came over 5% sooner, beyond the quartiles of ours."
 
 
 def late(outcomes: Outcomes) -> list[list[str]]:

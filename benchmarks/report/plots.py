@@ -6,9 +6,10 @@ import itertools
 import math
 import textwrap
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,19 +22,20 @@ from benchmarks.results import Results
 from benchmarks.suites import scalar
 from benchmarks.timing import digits
 
-INK, FAINT, GRID = "#23282f", "#8a929d", "#e3e6ea"
+FAINT = "#8a929d"
 _OWN = ("#d1360f", "#7d1226")
 _HUES = ("#1f6fb5", "#12876b", "#8a4fb3", "#b07a00", "#2a9db5", "#b83a7d", "#6f7a1d", "#8a5a3c")
 _MARKERS = "sD^vPXp"
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _LIBRARIES = [peer for peer in peers.PACKAGES if peer != OURS]  # the same color and marker in every picture
-_SIZE = 10  # points, of all text
+_STYLE = Path(__file__).with_name("pictures.mplstyle")
 _LABEL = 0.2  # inches of one line of the legend
 
 
+@matplotlib.style.context(_STYLE)
 def draw(plot: Plot) -> Figure | None:
     """A figure with a legend in the order of the ends of its lines; None without a point."""
-    lines = [(line, *_points(line, plot)) for line in plot.lines]
+    lines = [(line, _values(line.x, plot.x_log), _values(line.y, plot.y_log)) for line in plot.lines]
     lines = [(line, x, y) for line, x, y in lines if np.any(np.isfinite(x + y))]
     if not lines:
         return None
@@ -44,38 +46,22 @@ def draw(plot: Plot) -> Figure | None:
     for (_, x, y), look, label in zip(lines, _looks([line for line, _, _ in lines]), labels, strict=True):
         axes.plot(x, y, label=label, **look)
     _prepare(axes, plot)
-    ends = sorted(axes.get_lines(), key=lambda line: -_last(line.get_ydata()))
-    legend = figure.legend(handles=ends, loc="outside right center", frameon=False, fontsize=_SIZE, labelcolor=INK)
+    ends = sorted(axes.get_lines(), key=lambda line: -[y for y in np.asarray(line.get_ydata()) if np.isfinite(y)][-1])
+    legend = figure.legend(handles=ends, loc="outside right center")
     for text, end in zip(legend.get_texts(), ends, strict=True):
         text.set_fontweight("bold" if str(end.get_label()).startswith(OURS) else "normal")
     return figure
 
 
-def _last(values: Any) -> float:
-    found = np.asarray(values, float)
-    return float(found[np.isfinite(found)][-1])
-
-
-def _points(line: Line, plot: Plot) -> tuple[np.ndarray, np.ndarray]:
-    found = []
-    for values, log in ((line.x, plot.x_log), (line.y, plot.y_log)):
-        array = np.array([math.nan if v is None else v for v in values], float)
-        found.append(np.where(array > 0, array, math.nan) if log else array)
-    return found[0], found[1]
+def _values(values: list[float], log: bool) -> np.ndarray:
+    array = np.array([math.nan if v is None else v for v in values], float)
+    return np.where(array > 0, array, math.nan) if log else array
 
 
 def _prepare(axes: Axes, plot: Plot) -> None:
-    """Scales, labels and a light grid; ticks at 1, 2 and 5 where a logarithmic axis is short, or at the few sizes."""
-    axes.set(xscale="log" if plot.x_log else "linear", yscale="log" if plot.y_log else "linear")
-    axes.set_xlabel(plot.x_label, color=INK, fontsize=_SIZE)
-    axes.set_ylabel(plot.y_label, color=INK, fontsize=_SIZE)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, which="both", labelsize=_SIZE - 1, length=3, color=FAINT)
-    axes.tick_params(which="minor", length=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.margins(x=0.04, y=0.06)
+    """Scales and labels; ticks at 1, 2 and 5 where a logarithmic axis is short, or at the few sizes."""
+    scales = {"xscale": "log" if plot.x_log else "linear", "yscale": "log" if plot.y_log else "linear"}
+    axes.set(xlabel=plot.x_label, ylabel=plot.y_label, **scales)
     axes.autoscale_view()
     sizes = sorted({x for line in plot.lines for x in line.x})
     for axis, log in ((axes.xaxis, plot.x_log), (axes.yaxis, plot.y_log)):
@@ -137,7 +123,7 @@ def _library(line: Line) -> str | None:
 
 def svg(figure: Figure, name: str) -> bytes:
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+    with matplotlib.style.context([_STYLE, {"svg.hashsalt": name}]):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
@@ -153,62 +139,41 @@ def headlines(outcomes: Outcomes) -> list[Plot]:
     """What a stranger wants to see first: Hessians, optimizers, per-example gradients; those that have rows."""
     found = []
     races = {id: o for id, o in reading.part(outcomes, "modes/hessian/mlp/").items() if o.sizes.get("batch") == 256}
-    lines = [line for peer in (OURS, *reading.others(races)) if (line := _of_library(races, "n", peer))]
+    lines = []
+    for peer in (OURS, *reading.others(races)):
+        fastest = [(o.sizes["n"], row) for o in races.values() if (row := reading.fastest(o, peer))]
+        points = sorted((n, 1e3 * row.metrics["seconds"]) for n, row in fastest)
+        if len(points) > 1:
+            lines.append(Line(peer, [n for n, _ in points], [ms for _, ms in points], library=peer))
     if lines:
         found.append(
-            Plot(
-                "hessians",
-                "The Hessian of a network's loss, by the fastest way of each library",
-                "parameters",
-                "time, ms",
-                lines,
-                caption="A tanh network that classifies, a batch of 256.",
-            )
-        )
+            Plot("hessians", "The Hessian of a network's loss, by the fastest way of each library", "parameters",
+                 "time, ms", lines, caption="A tanh network that classifies, a batch of 256.")
+        )  # fmt: skip
     table = scalar.costs(objectives := scalar.select(outcomes), "seconds")
-    if table and any(math.isfinite(cost) for row in table.values() for cost in row):
+    if any(math.isfinite(cost) for row in table.values() for cost in row):
+
+        def solved(name: str) -> tuple[int, float]:
+            times = [math.log(cost) for cost in table[name] if math.isfinite(cost)]
+            return len(times), -sum(times)
+
         best: dict[str | None, str] = {}
-        for name, row in table.items():
+        for name in table:
             library = _library(Line(name, [], []))
-            if library not in best or _solved(row) > _solved(table[best[library]]):
-                best[library] = name
+            best[library] = max(best.get(library, name), name, key=solved)
         curves = scalar.performance_profile({name: table[name] for name in best.values()})
         found.append(
-            Plot(
-                "optimizers",
-                "Problems solved, by the solver of each library that solves the most",
-                "time, \u00d7 that of the fastest solver here",
-                "share of the problems solved",
-                [Line(name, *curve, "steps") for name, curve in curves.items()],
-                y_log=False,
-                caption=f"{len(objectives)} objectives. Higher is better, and further left.",
-            )
-        )
-    races = reading.part(outcomes, "per_example/norms/mlp/")
-    if lines := reading.curves(races, "batch", scale=1e3):
+            Plot("optimizers", "Problems solved, by the solver of each library that solves the most",
+                 "time, \u00d7 that of the fastest solver here", "share of the problems solved",
+                 [Line(name, *curve, "steps") for name, curve in curves.items()], y_log=False,
+                 caption=f"{len(objectives)} objectives. Higher is better, and further left.")
+        )  # fmt: skip
+    if lines := reading.curves(reading.part(outcomes, "per_example/norms/mlp/"), "batch", scale=1e3):
         found.append(
-            Plot(
-                "per_example",
-                "The norm of every example's gradient",
-                "examples in the batch",
-                "time, ms",
-                lines,
-                caption="An MLP 784-256-10; the dashed line is what plain training pays.",
-            )
-        )
+            Plot("per_example", "The norm of every example's gradient", "examples in the batch", "time, ms", lines,
+                 caption="An MLP 784-256-10; the dashed line is what plain training pays.")
+        )  # fmt: skip
     return found
-
-
-def _solved(row: list[float]) -> tuple[int, float]:
-    times = [math.log(cost) for cost in row if math.isfinite(cost)]
-    return len(times), -sum(times)
-
-
-def _of_library(races: Outcomes, axis: str, peer: str) -> Line | None:
-    rows = sorted(
-        (o.sizes[axis], 1e3 * row.metrics["seconds"]) for o in races.values() if (row := reading.fastest(o, peer))
-    )
-    return Line(peer, [x for x, _ in rows], [y for _, y in rows], library=peer) if len(rows) > 1 else None
 
 
 def roofline(results: Results) -> Plot | None:

@@ -27,41 +27,36 @@ def table(outcome: Outcome, rates: Mapping[str, float] | None = None, *, brief: 
     not fit a terminal.
     """
     rows = facts.by_time(outcome)
+    columns: list[Column] = [
+        ("\u00d7 ours", lambda row: _scaled(row, "ratio")),
+        ("ms", lambda row: _scaled(row, "seconds", 1e3, 5)),
+        ("quartiles, ms", _quartiles),
+        ("temporary MiB", lambda row: _scaled(row, "temporary_bytes", 2**-20)),
+        ("compile s", lambda row: _scaled(row, "compile_seconds")),
+    ]
+    if not brief:
+        columns += [
+            ("of matmul rate", lambda row: _share(row, "flops", (rates or {}).get("flops_per_second"))),
+            ("of bandwidth", lambda row: _share(row, "bytes", (rates or {}).get("bytes_per_second"))),
+            ("error", lambda row: _exponent(facts.number(row, "error"))),
+        ]
     # A column for each metric that no race has, in the order they first appear.
     names = dict.fromkeys(name for row in rows for name in row.metrics if name not in facts.RACE)
-    columns = [
-        *_of_races(rates or {}, brief),
-        *((head(n), lambda row, n=n: value(n, row.metrics.get(n))) for n in names),
-    ]
+    columns += [(head(name), lambda row, name=name: value(name, row.metrics.get(name))) for name in names]
     columns = [column for column in columns if any(column[1](row) for row in rows)][: _BRIEF if brief else None]
     return Table([head for head, _ in columns], [(row, [cell(row) for _, cell in columns]) for row in rows])
 
 
-def _of_races(rates: Mapping[str, float], brief: bool) -> list[Column]:
-    def scaled(name: str, factor: float) -> Callable[[Row], str]:
-        def cell(row: Row) -> str:
-            found = facts.number(row, name)
-            return "" if found is None else digits(factor * found, 5 if name == "seconds" else 3)
-
-        return cell
-
-    columns = [
-        ("\u00d7 ours", scaled("ratio", 1)), ("ms", scaled("seconds", 1e3)), ("quartiles, ms", _quartiles),
-        ("temporary MiB", scaled("temporary_bytes", 2**-20)), ("compile s", scaled("compile_seconds", 1)),
-    ]  # fmt: skip
-    return columns if brief else [
-        *columns,
-        ("of matmul rate", lambda row: _share(row, "flops", rates.get("flops_per_second"))),
-        ("of bandwidth", lambda row: _share(row, "bytes", rates.get("bytes_per_second"))),
-        ("error", lambda row: _exponent(facts.number(row, "error"))),
-    ]  # fmt: skip
+def _scaled(row: Row, name: str, factor: float = 1, decimals: int = 3) -> str:
+    found = facts.number(row, name)
+    return "" if found is None else digits(factor * found, decimals)
 
 
 def _quartiles(row: Row) -> str:
-    if facts.is_one_call(row):
-        return "one call"
-    low, high = facts.number(row, "low"), facts.number(row, "high")
-    return "" if low is None or high is None else f"{digits(1e3 * low, 5)} \u2013 {digits(1e3 * high, 5)}"
+    if facts.number(row, "low") == facts.number(row, "seconds") == facts.number(row, "high") is not None:
+        return "one call"  # so slow that one is all there is
+    low, high = _scaled(row, "low", 1e3, 5), _scaled(row, "high", 1e3, 5)
+    return f"{low} \u2013 {high}" if low and high else ""
 
 
 def _share(row: Row, work: str, roof: float | None) -> str:
@@ -108,15 +103,11 @@ def overview(outcomes: Outcomes) -> tuple[list[str], list[tuple[str, str, list[s
     lines = []
     for id, outcome in races.items():
         best = {name: facts.best(outcome, name) for name in (OURS, *names)}
+        became = {row.peer: row.status for row in reversed(outcome.rows) if row.status not in ("ok", "floor")}
         cells = [
-            _status(outcome, name) if row is None
+            became.get(name, "") if row is None
             else digits(1e3 * row.metrics["seconds"], 5) if name == OURS else digits(row.metrics["ratio"])
             for name, row in best.items()
         ]  # fmt: skip
         lines.append((id, outcome.title, cells))
     return ["ours, ms", *names], lines
-
-
-def _status(outcome: Outcome, peer: str) -> str:
-    """What became of a library that has no time to show; empty where it has no row."""
-    return next((row.status for row in outcome.rows if row.peer == peer and row.status not in ("ok", "floor")), "")

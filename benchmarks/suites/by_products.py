@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import curvature
-from benchmarks import runner, trusted
+from benchmarks import runner
 from benchmarks.cases import Case, Choice, Claim, Contestant, Line, Outcome, Outcomes, Plot, Race, Row, Study, Task
-from benchmarks.models import Model, cross_entropy, mlp
-from benchmarks.peers import operations
+from benchmarks.models import Model, mlp, tanh_network
+from benchmarks.peers.flat import Function
+from benchmarks.peers.jax_ways import InJax, in_double, named, numbers
 from benchmarks.reading import part
 
 WANTED_EIGENVALUES = 1e-4  # of the largest
@@ -23,31 +24,28 @@ WANTED_SOLUTION = 1e-3  # of its largest entry; residuals are asked to be 1e-5 o
 RTOL = 1e-5
 EIGENVALUES = 10
 INDEFINITE = 1000  # variables
-EIGSH, SCIPY = "curvature.eigsh", "scipy, eigsh"
-
-Function = Callable[..., Any]
+EIGSH, SCIPY, DENSE = "curvature.eigsh", "scipy, eigsh", "jax, eigvalsh of the dense Hessian"
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    network = partial(mlp, *(((20, 24, 16, 10), 128) if choice.quick else ((64, 200, 32, 10), 256)))
-    n = network().num_parameters
-    id, title = f"operators/eigenvalues/mlp/n={n}", f"Ten largest eigenvalues of a Hessian, {n:,} parameters"
-    race = Race(
-        id, title, "mlp", lambda: eigenvalue_contestants(network()), lambda: scipy_eigenvalues(network()),
-        WANTED_EIGENVALUES, budget=0.3 if choice.quick else 3.0, rounds=3,
+    network = mlp(*(((20, 24, 16, 10), 128) if choice.quick else ((64, 200, 32, 10), 256)))
+    n = network.num_parameters
+    yield Race(
+        f"operators/eigenvalues/mlp/n={n}", f"Ten largest eigenvalues of a Hessian, {n:,} parameters", "mlp",
+        partial(eigenvalue_contestants, network), partial(scipy_eigenvalues, network), WANTED_EIGENVALUES, {"n": n},
+        budget=0.3 if choice.quick else 3.0, rounds=3, claims=partial(count_products, network),
         caption="The trusted answer is SciPy's, in double precision.",
     )  # fmt: skip
-    yield Study(id, title, "mlp", partial(eigenvalues, race, network), {"n": n})
     if choice.quick:
         return
     title = "Spectral density of a Hessian, 1,008 parameters"
     yield Study("operators/density/mlp/n=1008", title, "mlp", density, {"n": 1008})
-    small = partial(mlp, (30, 48, 10), 256)
-    solves = {
-        "definite": ("(Gauss-Newton + 0.01 I) x = gradient", small().num_parameters,
-                     lambda: definite_contestants(small()), lambda: definite_reference(small())),
+    small = mlp((30, 48, 10), 256)
+    solves: dict[str, tuple[str, int, Callable[[], Any], Callable[[], Any]]] = {
+        "definite": ("(Gauss-Newton + 0.01 I) x = gradient", small.num_parameters,
+                     partial(definite_contestants, small), partial(definite_reference, small)),
         "indefinite": ("dense symmetric A x = b, eigenvalues in [-10, -1] and [1, 10]", INDEFINITE,
-                       lambda: indefinite_contestants(INDEFINITE), lambda: np.linalg.solve(*indefinite(INDEFINITE))),
+                       indefinite_contestants, lambda: np.linalg.solve(*indefinite())),
     }  # fmt: skip
     for name, (title, n, contestants, reference) in solves.items():
         yield Race(
@@ -57,64 +55,9 @@ def cases(choice: Choice) -> Iterator[Case]:
         )  # fmt: skip
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Counted(curvature.LinearOperator):
-    """An operator that counts the products that are taken with it."""
-
-    op: curvature.LinearOperator
-    is_symmetric = True
-
-    def mv(self, v: Any) -> Any:
-        return self.linearize()(v)
-
-    def linearize(self) -> Callable[[Any], Any]:
-        product = self.op.linearize()
-
-        def counted(v: Any) -> Any:
-            # It takes an entry of the vector, so that vmap runs one callback for each.
-            jax.debug.callback(_count, jax.tree.leaves(v)[0].ravel()[0])
-            return product(v)
-
-        return counted
-
-    def in_structure(self) -> Any:
-        return self.op.in_structure()
-
-    def out_structure(self) -> Any:
-        return self.op.out_structure()
-
-
-_products: list[None] = []
-
-
-def _count(_: Any) -> None:
-    _products.append(None)
-
-
 def hessian(model: Model) -> curvature.HessianOperator:
-    ops = operations.for_jax()
-    params, _, batch = trusted.numbers(model)
-    return curvature.HessianOperator(lambda p, *batch: model.loss(ops, p, *batch), params, *batch)
-
-
-def eigenvalues(race: Race, make: Callable[[], Model], report: Callable[[str], Any]) -> Outcome:
-    """The race, with the products that each takes, and whether all of ours have converged."""
-    outcome = runner.race(race, report)
-    report("counting products")
-    op, counts = hessian(make()), {}
-    _products.clear()
-    pairs = jax.block_until_ready(jax.jit(largest)(Counted(op)))
-    jax.effects_barrier()
-    counts[EIGSH] = len(_products)
-    _products.clear()
-    arpack(counting(curvature.as_scipy(op)))
-    counts[SCIPY] = len(_products)
-    for row in outcome.rows:
-        row.metrics |= {"products": counts[row.name]} if row.name in counts else {}
-    converged = int(pairs.converged.sum())
-    outcome.claims.append(Claim(f"{converged} of {EIGENVALUES} eigenpairs have converged", converged == EIGENVALUES))
-    return outcome
+    made = InJax(model)
+    return curvature.HessianOperator(made.loss, made.params, *made.batch)
 
 
 def largest(op: Any) -> curvature.types.Eigenpairs:
@@ -132,11 +75,7 @@ def eigenvalue_contestants(model: Model) -> Iterator[Contestant]:
     yield Contestant(EIGSH, "curvature", largest, (op,), read=lambda pairs: pairs.eigenvalues)
     yield Contestant(SCIPY, "scipy", make=by_scipy)
     if model.num_parameters < 4000:
-
-        def dense(op: Any) -> Any:
-            return jnp.linalg.eigvalsh(op.as_matrix())[: -EIGENVALUES - 1 : -1]
-
-        yield Contestant("jax, eigvalsh of the dense Hessian", "jax", dense, (op,))
+        yield Contestant(DENSE, "jax", lambda op: jnp.linalg.eigvalsh(op.as_matrix())[: -EIGENVALUES - 1 : -1], (op,))
 
 
 def arpack(operator: Any) -> np.ndarray:
@@ -152,38 +91,71 @@ def scipy_eigenvalues(model: Model) -> np.ndarray:
         return arpack(curvature.as_scipy(hessian(model)))
 
 
-def counting(operator: Any) -> Any:
-    import scipy.sparse.linalg
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Counted(curvature.LinearOperator):
+    """An operator that notes each product that is taken with it in ``products``."""
 
-    def product(v: np.ndarray) -> np.ndarray:
-        _products.append(None)
-        return operator.matvec(v)
+    op: curvature.LinearOperator
+    is_symmetric = True
+    products = []  # noqa: RUF012  # of the class: an operator is made again at each trace
 
-    counted: Any = scipy.sparse.linalg.LinearOperator
-    return counted(operator.shape, matvec=product, dtype=operator.dtype)
+    def mv(self, v: Any) -> Any:
+        return self.linearize()(v)
+
+    def linearize(self) -> Callable[[Any], Any]:
+        product = self.op.linearize()
+
+        def counted(v: Any) -> Any:
+            # It takes an entry of the vector, so that vmap runs one callback for each.
+            jax.debug.callback(self.products.append, jax.tree.leaves(v)[0].ravel()[0])
+            return product(v)
+
+        return counted
+
+    def in_structure(self) -> Any:
+        return self.op.in_structure()
+
+    out_structure = in_structure
+
+
+def count_products(model: Model, outcome: Outcome) -> list[Claim]:
+    """Add to the rows how many products each takes; the claim is that all of ours have converged."""
+    counted, counts = Counted(hessian(model)), {}
+    Counted.products.clear()
+    pairs = jax.block_until_ready(jax.jit(largest)(counted))
+    jax.effects_barrier()
+    counts[EIGSH] = len(Counted.products)
+    Counted.products.clear()
+    arpack(curvature.as_scipy(counted))
+    jax.effects_barrier()
+    counts[SCIPY] = len(Counted.products)
+    for row in outcome.rows:
+        row.metrics |= {"products": counts[row.name]} if row.name in counts else {}
+    converged = int(pairs.converged.sum())
+    return [Claim(f"{converged} of {EIGENVALUES} eigenpairs have converged", converged == EIGENVALUES)]
 
 
 def density(report: Callable[[str], Any]) -> Outcome:
     """The estimated density of the eigenvalues of a Hessian against all of them."""
-    op = hessian_of_squares()
-    find = jax.jit(partial(curvature.spectral_density, num_samples=32)).lower(op, key=jax.random.key(3)).compile()
+    op, key = hessian(tanh_network((20, 48, 1), 512)), jax.random.key(3)
+    find = jax.jit(partial(curvature.spectral_density, num_samples=32)).lower(op, key=key).compile()
     dense = jax.jit(lambda op: jnp.linalg.eigvalsh(op.as_matrix())).lower(op).compile()
     report("timing")
-    calls = {
-        "curvature.spectral_density": lambda: find(op, key=jax.random.key(3)),
-        "jax, eigvalsh of the dense Hessian": lambda: dense(op),
-    }
-    timings = runner.measure(calls, budget=1.0, rounds=3)
-    rows = [Row(name, peer_of(name), metrics={"seconds": timing.seconds}) for name, timing in timings.items()]
-    runner.relate(rows)
-    found = find(op, key=jax.random.key(3))
+    rows = {"curvature.spectral_density": Row("curvature.spectral_density", "curvature"), DENSE: Row(DENSE, "jax")}
+    calls = dict(zip(rows, (lambda: find(op, key=key), lambda: dense(op)), strict=True))
+    for name, timing in runner.measure(calls, budget=1.0, rounds=3).items():
+        runner.record(rows[name], timing)
+    runner.relate(rows.values())
+    found = find(op, key=key)
     spectrum = np.linalg.eigvalsh(np.asarray(jax.jit(lambda op: op.as_matrix())(op), float))
     grid, estimate, error = (np.asarray(array, float) for array in found[:3])
     width = np.ptp(np.asarray(found.ritz_values)) / found.ritz_values.shape[1]  # the default of spectral_density
     exact = np.exp(-0.5 * ((grid[:, None] - spectrum) / width) ** 2).mean(axis=1) / (width * np.sqrt(2 * np.pi))
     series = {"grid": grid, "estimate": estimate, "error": error, "exact": exact}
     return Outcome(
-        rows=rows, claims=density_claims(**series), series={name: [array.tolist()] for name, array in series.items()},
+        rows=list(rows.values()), claims=density_claims(**series),
+        series={name: [array.tolist()] for name, array in series.items()},
         caption="The estimate takes products alone: 32 probes of 64 steps. At this size the dense matrix still fits.",
     )  # fmt: skip
 
@@ -197,19 +169,6 @@ def density_claims(grid: np.ndarray, estimate: np.ndarray, error: np.ndarray, ex
         Claim(f"{distance:.3f} of it lies elsewhere (wanted: {WANTED_DISTANCE})", distance <= WANTED_DISTANCE),
         Claim(f"{within:.1%} of the grid lies within 4 standard errors (wanted: 99%)", within >= 0.99),
     ]
-
-
-def hessian_of_squares() -> curvature.HessianOperator:
-    """Of the mean square error of a tanh network 20-48-1 without biases, on 512 examples."""
-    rng = np.random.default_rng(0)
-    arrays = rng.normal(size=(20, 48)) / np.sqrt(20), rng.normal(size=48) / np.sqrt(48)
-    data = rng.normal(size=(512, 20)), rng.normal(size=512)
-
-    def loss(p: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.mean((jnp.tanh(x @ p[0]) @ p[1] - y) ** 2)
-
-    params, (x, y) = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), (arrays, data))
-    return curvature.HessianOperator(loss, params, x, y)
 
 
 def plots(outcomes: Outcomes) -> list[Plot]:
@@ -230,44 +189,6 @@ def ours(*names: str, wrap: Function = lambda op: op) -> dict[str, Function]:
     }
 
 
-def peer_of(name: str) -> str:
-    return name.replace(",", ".").split(".")[0]
-
-
-def race_of(ways: dict[str, Function], args: tuple[Any, Any]) -> Iterator[Contestant]:
-    for name, way in ways.items():
-        yield Contestant(name, peer_of(name), way, args)
-
-
-def system(model: Model) -> tuple[Any, Any]:
-    """The damped Gauss-Newton matrix and a gradient, in the precision JAX is set to."""
-    ops, outputs = operations.for_jax(), model.outputs
-    assert outputs is not None
-    params, _, batch = trusted.numbers(model)
-    op = curvature.GaussNewtonOperator(
-        lambda p, x, y: outputs(ops, p, x), lambda z, x, y: cross_entropy(ops, z, y), params, *batch
-    )
-    return op + curvature.damping(0.01), jax.grad(lambda p: model.loss(ops, p, *batch))(params)
-
-
-def definite_contestants(model: Model) -> Iterator[Contestant]:
-    args = system(model)
-
-    def by_lineax(op: Any, b: Any) -> Any:
-        import lineax
-
-        structure = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), b)
-        operator = lineax.FunctionLinearOperator(op.linearize(), structure, lineax.positive_semidefinite_tag)
-        return lineax.linear_solve(operator, b, lineax.CG(rtol=RTOL, atol=RTOL)).value
-
-    def by_jax(op: Any, b: Any) -> Any:
-        return jax.scipy.sparse.linalg.cg(op.linearize(), b, tol=RTOL)[0]
-
-    ways = ours("cg", "solve", "minres")
-    yield from race_of({**ways, "jax.scipy.sparse.linalg.cg": by_jax, "lineax.CG": by_lineax}, args)
-    yield by_scipy("cg", *args)
-
-
 def by_scipy(method: str, op: Any, b: Any) -> Contestant:
     """A solver of SciPy on our products; its answer is read as a tree like ``b``."""
     vector, unravel = jax.flatten_util.ravel_pytree(b)
@@ -281,23 +202,50 @@ def by_scipy(method: str, op: Any, b: Any) -> Contestant:
     return Contestant(f"scipy, {method}", "scipy", make=make, read=lambda x: unravel(jnp.asarray(x, vector.dtype)))
 
 
+def system(made: InJax, params: Any, *batch: Any) -> tuple[Any, Any]:
+    """The damped Gauss-Newton matrix and a gradient."""
+    op = curvature.GaussNewtonOperator(made.outputs, made.of_outputs, params, *batch)
+    return op + curvature.damping(0.01), jax.grad(made.loss)(params, *batch)
+
+
+def definite_contestants(model: Model) -> Iterator[Contestant]:
+    made = InJax(model)
+    args = system(made, made.params, *made.batch)
+
+    def by_lineax(op: Any, b: Any) -> Any:
+        import lineax
+
+        structure = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), b)
+        operator = lineax.FunctionLinearOperator(op.linearize(), structure, lineax.positive_semidefinite_tag)
+        return lineax.linear_solve(operator, b, lineax.CG(rtol=RTOL, atol=RTOL)).value
+
+    def by_jax(op: Any, b: Any) -> Any:
+        return jax.scipy.sparse.linalg.cg(op.linearize(), b, tol=RTOL)[0]
+
+    peers = {"jax.scipy.sparse.linalg.cg": by_jax, "lineax.CG": by_lineax}
+    yield from named(ours("cg", "solve", "minres") | peers, args)
+    yield by_scipy("cg", *args)
+
+
 def definite_reference(model: Model) -> Any:
-    with jax.enable_x64(True):
-        op, b = system(model)
+    def solve(params: Any, *batch: Any) -> Any:
+        op, b = system(InJax(model), params, *batch)
         vector, unravel = jax.flatten_util.ravel_pytree(b)
-        return jax.device_get(unravel(jnp.linalg.solve(op.as_matrix(), vector)))
+        return unravel(jnp.linalg.solve(op.as_matrix(), vector))
+
+    return in_double(solve, model.params(), *model.batch)
 
 
-def indefinite(size: int) -> tuple[np.ndarray, np.ndarray]:
+def indefinite() -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
-    values = np.linspace(1, 10, size) * np.where(np.arange(size) % 3, 1, -1)
-    return (basis * values) @ basis.T, rng.normal(size=size)
+    basis = np.linalg.qr(rng.normal(size=(INDEFINITE, INDEFINITE)))[0]
+    values = np.linspace(1, 10, INDEFINITE) * np.where(np.arange(INDEFINITE) % 3, 1, -1)
+    return (basis * values) @ basis.T, rng.normal(size=INDEFINITE)
 
 
-def indefinite_contestants(size: int) -> Iterator[Contestant]:
+def indefinite_contestants() -> Iterator[Contestant]:
     """MINRES of ours and SciPy, GMRES of those who have no MINRES, and a dense factorization."""
-    matrix, b = (jnp.asarray(a, float) for a in indefinite(size))
+    matrix, b = numbers(indefinite())
     args = ((matrix + matrix.T) / 2, b)
 
     def by_lineax(matrix: Any, b: Any) -> Any:
@@ -312,5 +260,5 @@ def indefinite_contestants(size: int) -> Iterator[Contestant]:
     peers = {
         "jax.scipy.sparse.linalg.gmres": by_jax, "lineax.GMRES": by_lineax, "jax, dense solve": jnp.linalg.solve,
     }  # fmt: skip
-    yield from race_of(ours("minres", "solve", wrap=curvature.MatrixOperator) | peers, args)
+    yield from named(ours("minres", "solve", wrap=curvature.MatrixOperator) | peers, args)
     yield by_scipy("minres", curvature.MatrixOperator(args[0]), b)

@@ -1,10 +1,9 @@
 """How fast an objective falls on digits: solves cut off after more and more steps, and training on mini-batches."""
 
-import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ import curvature
 from benchmarks import digits, peers
 from benchmarks.cases import OURS, Case, Choice, Claim, Finding, Line, Outcome, Outcomes, Plot, Row, Study
 from benchmarks.reading import part
-from benchmarks.suites.solvers import largest, run_optax_lbfgs
+from benchmarks.solvers import largest, run_optax_lbfgs
 from benchmarks.timing import clock
 from benchmarks.timing import digits as figures
 
@@ -41,17 +40,19 @@ def cases(choice: Choice) -> Iterator[Case]:
     if not peers.is_installed("scikit-learn"):
         return
     for name, title in () if choice.quick else TITLES.items():
-        yield Study(f"{PREFIX}{name}", f"Convergence on {title}", "digits", functools.partial(run, name))
-    sizes, study = {"batch": BATCH, "epochs": EPOCHS[choice.quick]}, functools.partial(train_all, choice.quick)
+        yield Study(f"{PREFIX}{name}", f"Convergence on {title}", "digits", partial(run, name))
+    sizes, study = {"batch": BATCH, "epochs": EPOCHS[choice.quick]}, partial(train_all, choice.quick)
     yield Study(TRAINING, "Training on mini-batches of digits", "digits", study, sizes)
 
 
-def ways(name: str, objective: Callable[..., jax.Array], start: Any, data: Any) -> Iterator[tuple[str, str, Solve]]:
-    """The solvers by name and library; the number of steps is an operand, so each compiles once."""
-
-    def ours(method: str, **how: Any) -> Solve:
-        solve = functools.partial(curvature.minimize, objective, start, data, method=method, gtol=GTOL, **how)
-        return lambda steps: solve(max_steps=steps).x
+def run(name: str, report: Callable[[str], Any]) -> Outcome:
+    """The curve of each solver: steps, seconds, value, largest entry of the gradient."""
+    loss, start, exact = {
+        "regression": (digits.regression_loss, digits.regression_params(), "newton"),
+        "network": (digits.network_loss, digits.network_params(digits.HIDDEN), "trust-exact"),
+    }[name]
+    objective, data = digits.mean_of(loss), digits.data()
+    value_and_grad = jax.jit(jax.value_and_grad(objective))
 
     def adam(most_steps: Any, x: Any, data: Any) -> Any:
         solver = optax.adam(RATE)
@@ -63,37 +64,35 @@ def ways(name: str, objective: Callable[..., jax.Array], start: Any, data: Any) 
 
         return jax.lax.fori_loop(0, most_steps, step, (x, solver.init(x)))[0]
 
-    exact, loss = ("newton", digits.regression_loss) if name == "regression" else ("trust-exact", digits.network_loss)
-    yield f"curvature {exact}", OURS, ours(exact, hessian=curvature.mean_hessian(loss))
-    yield "curvature trust-region", OURS, ours("trust-region")
-    yield "curvature l-bfgs", OURS, ours("l-bfgs")
-    lbfgs = jax.jit(lambda steps, x, data: run_optax_lbfgs(objective, x, data, GTOL, steps)[0])
-    yield "optax.lbfgs", "optax", lambda steps: lbfgs(steps, start, data)
-    compiled_adam = jax.jit(adam)
-    yield "optax.adam", "optax", lambda steps: compiled_adam(steps, start, data)
+    def ours(method: str, **how: Any) -> Solve:
+        solve = partial(curvature.minimize, objective, start, data, method=method, gtol=GTOL, **how)
+        return lambda steps: solve(max_steps=steps).x
 
+    def lbfgs(most_steps: Any, x: Any, data: Any) -> Any:
+        return run_optax_lbfgs(objective, x, data, GTOL, most_steps).x
 
-def run(name: str, report: Callable[[str], Any]) -> Outcome:
-    """The curve of each way: steps, seconds, value, largest entry of the gradient."""
-    start = digits.regression_params() if name == "regression" else digits.network_params()
-    objective = digits.mean_of(digits.regression_loss if name == "regression" else digits.network_loss)
-    data, value_and_grad = digits.data(), jax.jit(jax.value_and_grad(objective))
+    def compiled(way: Callable[..., Any]) -> Solve:
+        jitted = jax.jit(way)  # once: the number of steps is an operand
+        return lambda steps: jitted(steps, start, data)
 
-    def measured(x: Any) -> tuple[float, float]:
-        value, grad = value_and_grad(x, *data)
-        return float(value), float(largest(grad))
-
+    ways: dict[str, Solve] = {
+        f"curvature {exact}": ours(exact, hessian=curvature.mean_hessian(loss)),
+        "curvature trust-region": ours("trust-region"),
+        "curvature l-bfgs": ours("l-bfgs"),
+        "optax.lbfgs": compiled(lbfgs),
+        "optax.adam": compiled(adam),
+    }
     outcome = Outcome(caption=CAPTION)
-    for label, peer, solve in ways(name, objective, start, data):
+    for label, solve in ways.items():
         report(label)
-        outcome.series[label] = curve = trace(solve, measured)
+        outcome.series[label] = curve = trace(solve, lambda x: value_and_grad(x, *data))
         metrics = dict(zip(("steps", "seconds", "value", "gradient"), curve[-1], strict=True))
-        outcome.rows.append(Row(label, peer, metrics=metrics))
+        outcome.rows.append(Row(label, label.replace(".", " ").split()[0], metrics=metrics))
     compare(outcome)
     return outcome
 
 
-def trace(solve: Solve, measure: Callable[[Any], tuple[float, float]]) -> list[list[float]]:
+def trace(solve: Solve, value_and_grad: Callable[[Any], Any]) -> list[list[float]]:
     """Runs of 0, 1, 2, 3, 4, 6, 8, 12 ... steps, until one takes too long, converges or comes to the last count."""
     jax.block_until_ready(solve(0))  # compiles
     curve: list[list[float]] = []
@@ -103,8 +102,9 @@ def trace(solve: Solve, measure: Callable[[Any], tuple[float, float]]) -> list[l
         while len(taken) < 5 and sum(taken) < 0.5:
             x, seconds = clock(lambda steps=steps: solve(steps))
             taken.append(seconds)
-        value, slope = measure(x)
-        curve.append([float(steps), statistics.median(taken), value, slope])
+        value, grad = value_and_grad(x)
+        slope = float(largest(grad))
+        curve.append([float(steps), statistics.median(taken), float(value), slope])
         still = len(curve) > 3 and curve[-1][2:] == curve[-3][2:]
         if statistics.median(taken) > LONGEST or slope <= GTOL or still:
             break
@@ -134,14 +134,12 @@ def curve_plots(name: str, outcome: Outcome) -> Iterator[Plot]:
     """The excess over the minimum and the gradient, against steps and against seconds."""
     lowest, is_minimum = least(outcome)
     floor = 1e-12 * max(1.0, abs(lowest))  # what rounding leaves of a difference
-    for axis, measure in enumerate(("steps", "seconds")):
-        excess, slopes = [], []
-        for label, curve in outcome.series.items():
-            points = [p for p in curve if p[0] > 0]
-            x = [p[axis] for p in points]
-            excess.append(Line(label, x, [max(p[2] - lowest, floor) for p in points]))
-            slopes.append(Line(label, x, [p[3] for p in points]))
-        unit = "steps" if measure == "steps" else "seconds on this machine, without compilation"
+    for axis, (measure, unit) in enumerate(
+        {"steps": "steps", "seconds": "seconds on this machine, without compilation"}.items()
+    ):
+        curves = {label: [p for p in curve if p[0] > 0] for label, curve in outcome.series.items()}
+        excess = [Line(n, [p[axis] for p in c], [max(p[2] - lowest, floor) for p in c]) for n, c in curves.items()]
+        slopes = [Line(n, [p[axis] for p in c], [p[3] for p in c]) for n, c in curves.items()]
         title = f"{TITLES[name]}, against {measure}"
         if is_minimum:
             label = "objective above its minimum"
@@ -154,14 +152,13 @@ def curve_findings(outcomes: Outcomes) -> Iterator[Finding]:
     said = []
     for id, outcome in part(outcomes, PREFIX).items():
         if outcome.series:
-            there = [r for r in outcome.rows if r.metrics.get("seconds_to_close") is not None]
-            there.sort(key=lambda row: row.metrics["seconds_to_close"])
+            there = [row for row in outcome.rows if row.metrics.get("seconds_to_close") is not None]
             times = [
                 f"{row.name} {figures(1e3 * row.metrics['seconds_to_close'])} ms, at most "
                 f"{row.metrics['steps_to_close']:.0f} steps"
-                for row in there
+                for row in sorted(there, key=lambda row: row.metrics["seconds_to_close"])
             ]
-            never = [r.name for r in outcome.rows if r not in there]
+            never = [row.name for row in outcome.rows if row not in there]
             rest = f" Not there, for want of time or at another minimum: {', '.join(never)}." if never else ""
             said.append(f"On {TITLES[id.removeprefix(PREFIX)]}: {'; '.join(times) or 'nobody'}.{rest}")
     if said:
@@ -188,9 +185,7 @@ class Method(NamedTuple):
 
 
 def model(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    for layer in params[:-1]:
-        images = jnp.tanh(images @ layer["weights"] + layer["bias"])
-    return images @ params[-1]["weights"] + params[-1]["bias"]
+    return digits.network(params, images)
 
 
 def mean_loss(logits: jax.Array, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -199,14 +194,6 @@ def mean_loss(logits: jax.Array, images: jax.Array, labels: jax.Array) -> jax.Ar
 
 def objective(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
     return mean_loss(model(params, images, labels), images, labels)
-
-
-def random_params() -> list[dict[str, jax.Array]]:
-    rng = np.random.default_rng(0)
-    return [
-        {"weights": jnp.asarray(rng.normal(size=(rows, columns)) / rows**0.5), "bias": jnp.zeros(columns)}
-        for rows, columns in itertools.pairwise((64, WIDTH, WIDTH, 10))
-    ]
 
 
 def methods() -> dict[str, Method]:
@@ -230,8 +217,8 @@ def train_all(quick: bool, report: Callable[[str], Any]) -> Outcome:
         if quick and not method.quick:
             continue
         report(name)
-        epoch, rates = compiled_epoch(method, data), method.rates[:1] if quick else method.rates
-        curves = {rate: train(epoch, method, rate, EPOCHS[quick], data) for rate in rates}
+        rates = method.rates[:1] if quick else method.rates
+        curves = dict(zip(rates, train(method, rates, EPOCHS[quick], data), strict=True))
         rate = min(curves, key=lambda rate: curves[rate][-1][2])
         outcome.series[name] = curve = curves[rate]
         tried = ", ".join(f"{r:g}" for r in rates if r == r)
@@ -243,48 +230,42 @@ def train_all(quick: bool, report: Callable[[str], Any]) -> Outcome:
     return outcome
 
 
-def compiled_epoch(method: Method, data: Any) -> Callable[..., Any]:
-    """``epoch(params, state, rate, order) -> (params, state)`` in one program."""
-
-    def step(solver: Any, carry: Any, batch: Any) -> tuple[Any, None]:
-        params, state = carry
-        value, grad, hvp_fn = curvature.linearize_grad(objective, params, *batch)  # unused products cost nothing
-        more = {"value": value, "value_fn": lambda params: objective(params, *batch), "args": batch, "hvp_fn": hvp_fn}
-        updates, state = solver.update(grad, state, params, **more)
-        return (optax.apply_updates(params, updates), state), None
+def train(method: Method, rates: tuple[float, ...], epochs: int, data: Any) -> Iterator[list[list[float]]]:
+    """For each rate, after every epoch: its number, the seconds spent in epochs, the loss of all images."""
 
     @jax.jit
     def epoch(params: Any, state: Any, rate: jax.Array, order: jax.Array, data: Any) -> Any:
         solver = optax.with_extra_args_support(method.make(rate))
-        batches = jax.tree.map(lambda leaf: leaf[order], data)
-        return jax.lax.scan(functools.partial(step, solver), (params, state), batches)[0]
 
-    return lambda *args: jax.block_until_ready(epoch(*args, data))
+        def step(carry: Any, batch: Any) -> tuple[Any, None]:
+            params, state = carry
+            value, grad, hvp_fn = curvature.linearize_grad(objective, params, *batch)  # unused products cost nothing
+            more = {"value_fn": lambda params: objective(params, *batch), "args": batch, "hvp_fn": hvp_fn}
+            updates, state = solver.update(grad, state, params, value=value, **more)
+            return (optax.apply_updates(params, updates), state), None
 
+        return jax.lax.scan(step, (params, state), jax.tree.map(lambda leaf: leaf[order], data))[0]
 
-def train(epoch: Callable[..., Any], method: Method, rate: float, epochs: int, data: Any) -> list[list[float]]:
-    """After every epoch its number, the seconds spent in epochs, the loss of all images."""
-    rng, full_loss = np.random.default_rng(1), jax.jit(objective)
-    size, operand, params = len(data[1]) // BATCH * BATCH, jnp.asarray(rate), random_params()
-    state = optax.with_extra_args_support(method.make(operand)).init(params)
-    epoch(params, state, operand, jnp.arange(size).reshape(-1, BATCH))  # compiles
-    curve, spent = [[0.0, 0.0, float(full_loss(params, *data))]], 0.0
-    for number in range(1, epochs + 1):
-        order = jnp.asarray(rng.permutation(len(data[1]))[:size].reshape(-1, BATCH))
-        begin = time.perf_counter()
-        params, state = epoch(params, state, operand, order)
-        spent += time.perf_counter() - begin
-        curve.append([float(number), spent, float(full_loss(params, *data))])
-    return curve
+    size, full_loss = len(data[1]) // BATCH * BATCH, jax.jit(objective)
+    for rate in map(jnp.asarray, rates):
+        params = digits.network_params(WIDTH, WIDTH)
+        state = optax.with_extra_args_support(method.make(rate)).init(params)
+        jax.block_until_ready(epoch(params, state, rate, jnp.arange(size).reshape(-1, BATCH), data))  # compiles
+        curve, spent, rng = [[0.0, 0.0, float(full_loss(params, *data))]], 0.0, np.random.default_rng(1)
+        for number in range(1, epochs + 1):
+            order = jnp.asarray(rng.permutation(len(data[1]))[:size].reshape(-1, BATCH))
+            (params, state), seconds = clock(partial(epoch, params, state, rate, order, data))
+            spent += seconds
+            curve.append([float(number), spent, float(full_loss(params, *data))])
+        yield curve
 
 
 def plots(outcomes: Outcomes) -> list[Plot]:
     found = [plot for id, o in part(outcomes, PREFIX).items() if o.series
              for plot in curve_plots(id.removeprefix(PREFIX), o)]  # fmt: skip
-    outcome = outcomes.get(TRAINING, Outcome())
-    for axis, label in enumerate(("epochs", "seconds on this machine")) if outcome.series else ():
-        curves = {name: curve[1:] for name, curve in outcome.series.items()}
-        lines = [Line(name, [p[axis] for p in curve], [p[2] for p in curve]) for name, curve in curves.items()]
+    curves = outcomes.get(TRAINING, Outcome()).series
+    for axis, label in enumerate(("epochs", "seconds on this machine")) if curves else ():
+        lines = [Line(name, [p[axis] for p in curve[1:]], [p[2] for p in curve[1:]]) for name, curve in curves.items()]
         unit, what = label.split()[0], "cross entropy of all images"
         title = f"Training loss on digits, against {unit}"
         found.append(Plot(f"training-{unit}", title, label, what, lines, axis == 1, caption=TRAINING_CAPTION))

@@ -14,8 +14,8 @@ import numpy as np
 import curvature
 from benchmarks.cases import Case, Choice, Contestant, Finding, Outcome, Outcomes, Plot, Race
 from benchmarks.peers import autograd_ways, operations, tensorflow_ways, torch_ways
-from benchmarks.peers.flat import Flat
-from benchmarks.peers.jax_ways import named
+from benchmarks.peers.flat import Flat, Function, Library
+from benchmarks.peers.jax_ways import in_double, named, numbers
 from benchmarks.reading import over, part, ratio_of_fastest, share, spread
 from benchmarks.suites import modes
 from benchmarks.timing import digits
@@ -24,8 +24,6 @@ TITLE = "Folklore"
 QUESTION = "Which of the things that everybody says are so?"
 MOST = 5
 MAGNITUDES = 100  # "orders of magnitude", in the plural
-
-Function = Callable[..., Any]
 
 
 def scalar(points: int) -> Flat:
@@ -60,16 +58,13 @@ def cases(choice: Choice) -> Iterator[Case]:
     for name, make, points, orders in HIGHER:
         for order in orders if choice.quick else range(1, MOST + 1):
             flat = make(points)
+            plain = nest(forward, order, flat.build(operations.for_jax()))
             yield Race(
                 f"folklore/higher/{name}/points={points}/order={order}",
                 f"derivative of order {order} of a {name} of one variable at {points:,} points", name,
-                partial(contestants, flat, order, choice), partial(reference, flat, order), choice.tolerance(),
-                {"order": order, "points": points}, **choice.effort(),
+                partial(contestants, flat, order, choice), partial(in_double, plain, flat.x, *flat.data),
+                choice.tolerance(), {"order": order, "points": points}, **choice.effort(),
             )  # fmt: skip
-
-
-def _run_eagerly(fun: Function, args: tuple[Any, ...]) -> Any:
-    return jax.block_until_ready(fun(*args))
 
 
 def nest(step: Callable[[Function], Function], order: int, fun: Function) -> Function:
@@ -99,7 +94,7 @@ TORCH: dict[str, Function] = {
 
 def contestants(flat: Flat, order: int, choice: Choice) -> Iterator[Contestant]:
     """Ours and JAX's, compiled and not; then the others, nested as deep; a quick run compiles only what it must."""
-    fun, args = flat.build(operations.for_jax()), tuple(jnp.asarray(a, float) for a in (flat.x, *flat.data))
+    fun, args = flat.build(operations.for_jax()), numbers((flat.x, *flat.data))
     nested = nest(forward, order, fun)
     ways = {
         "curvature.directional_derivatives": lambda x, *data: curvature.directional_derivatives(
@@ -109,32 +104,27 @@ def contestants(flat: Flat, order: int, choice: Choice) -> Iterator[Contestant]:
         "jax, nested grad": nest(lambda fun: jax.grad(lambda x, *data: jnp.sum(fun(x, *data))), order, fun),
     }
     yield from named(ways, args)
-    yield Contestant("jax, nested jvp, not compiled", "jax", make=lambda: partial(_run_eagerly, nested, args))
+    eager = "jax, nested jvp, not compiled"
+    yield Contestant(eager, "jax", make=lambda: lambda: jax.block_until_ready(nested(*args)))
 
-    def way_of(step: Function) -> Function:
-        def way(library: Any, fun: Function) -> Function:
-            derivative = nest(partial(step, library), order, fun)
+    def other(library: Library, name: str, step: Function, compile: Any = None) -> Contestant:
+        def way(module: Any, fun: Function) -> Function:
+            derivative = nest(partial(step, module), order, fun)
             return lambda x, v: derivative(x)
 
-        return way
+        return library.contestant(name, flat, way, choice, compile)
 
     for name, step in TORCH.items():
-        make = partial(torch_ways.start, flat, way_of(step), choice)
-        yield Contestant(f"torch, nested {name}", "torch", make=make, read=torch_ways.read)
+        yield other(torch_ways.TORCH, f"torch, nested {name}", step)
     if not choice.quick:
-        make = partial(torch_ways.start, flat, way_of(TORCH["func.jvp"]), choice, compiled=True)
-        yield Contestant("torch.compile, nested func.jvp", "torch", make=make, read=torch_ways.read)
-    for execution in ("XLA",) if choice.quick else tensorflow_ways.EXECUTIONS:
-        make = partial(tensorflow_ways.start, flat, way_of(tensorflow_ways.gradient), choice, execution)
-        yield Contestant(f"tensorflow, nested GradientTape, {execution}", "tensorflow", make=make)
-    make = partial(autograd_ways.start, flat, way_of(lambda lib, fun: lib.elementwise_grad(fun)), choice)
-    yield Contestant("autograd, nested elementwise_grad", "autograd", make=make)
-
-
-def reference(flat: Flat, order: int) -> np.ndarray:
-    with jax.enable_x64(True):
-        args = tuple(map(jnp.asarray, (flat.x, *flat.data)))
-        return np.asarray(jax.jit(nest(forward, order, flat.build(operations.for_jax())))(*args))
+        name = "torch.compile, nested func.jvp"
+        yield other(torch_ways.TORCH, name, TORCH["func.jvp"], torch_ways.compile)
+    for execution, compile in tensorflow_ways.EXECUTIONS.items():
+        if execution == "XLA" or not choice.quick:
+            name = f"tensorflow, nested GradientTape, {execution}"
+            yield other(tensorflow_ways.TENSORFLOW, name, tensorflow_ways.gradient, compile)
+    elementwise = "autograd, nested elementwise_grad"
+    yield other(autograd_ways.AUTOGRAD, elementwise, lambda autograd, fun: autograd.elementwise_grad(fun))
 
 
 def of_higher(outcomes: Outcomes, name: str, points: int) -> dict[str, Outcome]:

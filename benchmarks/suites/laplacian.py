@@ -1,6 +1,6 @@
 """The Laplacian of a network by its inputs, at many points at once, over growing dimension; and in a PINN's loss."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,22 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import curvature
-from benchmarks.cases import Case, Choice, Claim, Contestant, Outcome, Race
+from benchmarks.cases import Case, Choice, Contestant, Race
 from benchmarks.peers import torch_ways
-from benchmarks.reading import at_most
+from benchmarks.peers.flat import Function
+from benchmarks.peers.jax_ways import in_double, numbers
 
 TITLE = "Laplacian"
 QUESTION = "What does a sum of second derivatives cost, without the matrix that holds them?"
 TOLERANCE = 2e-5  # of the largest Laplacian, in single precision
-OURS, FOLX, TRACE, FLOOR = "curvature.laplacian", "folx", "jax, trace of hessian", "matrix products alone"
-# Not slower than folx, with room for the clock; on the tanh network a third of the trace, which takes about twice the
-# products, which are most of the time; and 1.3 times the products alone.
-WANTED = {FOLX: 1 / 0.95, TRACE: 1 / 3.0, FLOOR: 1.3}
+FLOOR = "matrix products alone"
 CAPTION = f"The row '{FLOOR}': the products of all directions with the square weight matrices, and nothing else."
 TANH = "tanh"
 
 Params = dict[str, Any]
-Function = Callable[..., Any]
 
 
 class Sizes(NamedTuple):
@@ -79,31 +76,54 @@ def problem(sizes: Sizes) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 def cases(choice: Choice) -> Iterator[Case]:
     """Each network at 64 inputs; the tanh network over growing dimension; the gradient of a PINN's loss."""
-    for name in (TANH, "relu-squared", "tanh-in-a-scan") if choice.quick else NETWORKS:
-        sizes = Sizes(points=8) if choice.quick else Sizes()
-        yield network_case(choice, name, sizes, "network", partial(claims, name))
-    for inputs in (4, 16) if choice.quick else (2, 8, 32, 128, 256):
-        sizes = Sizes(inputs, 64 if choice.quick else 128)
-        yield network_case(choice, TANH, sizes, "dimension", lambda outcome: [])
+    networks = (TANH, "relu-squared", "tanh-in-a-scan") if choice.quick else NETWORKS
+    chosen = [("network", name, Sizes(points=8) if choice.quick else Sizes()) for name in networks]
+    width, dimensions = (64, (4, 16)) if choice.quick else (128, (2, 8, 32, 128, 256))
+    chosen += [("dimension", TANH, Sizes(inputs, width)) for inputs in dimensions]
+    for kind, name, sizes in chosen:
+        inputs, width, layers, points = sizes
+        yield Race(
+            f"laplacian/{kind}/{name}/d={inputs}",
+            f"Laplacian by {inputs} inputs at {points} points, {name.replace('-', ' ')}, {layers} layers of {width}",
+            name, partial(contestants, name, sizes, choice), partial(reference, name, sizes),
+            choice.tolerance(TOLERANCE), {"d": inputs, "points": points}, caption=CAPTION, **choice.effort(0.25, 2.0),
+        )  # fmt: skip
     for inputs in () if choice.quick else (2, 5, 10):
         sizes = Sizes(inputs, 32, 3, 512)
+        gradient = jax.grad(partial(residual_loss, by_trace(jnp, jax)), argnums=1)
         yield Race(
             f"laplacian/training/pinn/d={inputs}",
             f"Gradient of a PINN's loss, {inputs} inputs, {sizes.points} points, 3 layers of 32", "pinn",
-            partial(pinn_contestants, sizes), partial(pinn_reference, sizes), choice.tolerance(),
+            partial(pinn_contestants, sizes), partial(in_double, gradient, *problem(sizes)), choice.tolerance(),
             {"d": inputs, "points": sizes.points}, **choice.effort(full=1.0),
             caption="The loss is the mean square of the Laplacian plus a source; contestants get it differently.",
         )  # fmt: skip
 
 
-def network_case(choice: Choice, name: str, sizes: Sizes, kind: str, claims: Function) -> Race:
-    return Race(
-        f"laplacian/{kind}/{name}/d={sizes.inputs}",
-        f"Laplacian by {sizes.inputs} inputs at {sizes.points} points, {name.replace('-', ' ')}, "
-        f"{sizes.layers} layers of {sizes.width}", name,
-        partial(contestants, name, sizes, choice), partial(reference, name, sizes), choice.tolerance(TOLERANCE),
-        {"d": sizes.inputs, "points": sizes.points}, claims=claims, caption=CAPTION, **choice.effort(0.25, 2.0),
-    )  # fmt: skip
+# Ways to the Laplacian of a function of a vector. Where a way is one for JAX and torch, ``np`` and ``func`` are the
+# array operations and the transformations of the library.
+
+
+def by_trace(np: Any, func: Any) -> Function:
+    return lambda function: lambda x: np.trace(func.hessian(function)(x))
+
+
+def by_directions(np: Any, func: Any, second: Function | None = None) -> Function:
+    """The sum over directions of ``second(function, x, v)``, by default one ``jvp`` of another."""
+
+    def along(function: Function, x: Any, v: Any) -> Any:
+        return func.jvp(lambda x: func.jvp(function, (x,), (v,))[1], (x,), (v,))[1]
+
+    def way(function: Function) -> Function:
+        return lambda x: func.vmap(lambda v: (second or along)(function, x, v))(np.eye(len(x), dtype=x.dtype)).sum()
+
+    return way
+
+
+def by_jet(function: Function, x: jax.Array, v: jax.Array) -> jax.Array:
+    from jax.experimental import jet
+
+    return jet.jet(function, (x,), ([v, jnp.zeros_like(v)],))[1][1]
 
 
 def by_folx(function: Function) -> Function:
@@ -117,44 +137,30 @@ def by_folx(function: Function) -> Function:
     return laplacian
 
 
-def over_directions(along: Function) -> Function:
-    """The sum over directions of ``along(function, x, v)``."""
-    return lambda function: (
-        lambda x: jnp.sum(jax.vmap(partial(along, function), (None, 0))(x, jnp.eye(x.size, dtype=x.dtype)))
-    )
-
-
-def by_jvp(function: Function, x: jax.Array, v: jax.Array) -> jax.Array:
-    return jax.jvp(lambda x: jax.jvp(function, (x,), (v,))[1], (x,), (v,))[1]
-
-
-def by_jet(function: Function, x: jax.Array, v: jax.Array) -> jax.Array:
-    from jax.experimental import jet
-
-    return jet.jet(function, (x,), ([v, jnp.zeros_like(v)],))[1][1]
-
-
 WAYS: dict[str, tuple[str, Function]] = {
-    OURS: ("curvature", curvature.laplacian),
-    FOLX: ("folx", by_folx),
-    TRACE: ("jax", lambda function: lambda x: jnp.trace(jax.hessian(function)(x))),
-    "jax, jvp of jvp": ("jax", over_directions(by_jvp)),
+    "curvature.laplacian": ("curvature", curvature.laplacian),
+    "folx": ("folx", by_folx),
+    "jax, trace of hessian": ("jax", by_trace(jnp, jax)),
+    "jax, jvp of jvp": ("jax", by_directions(jnp, jax)),
 }
 
 
 def contestants(name: str, sizes: Sizes, choice: Choice) -> Iterator[Contestant]:
-    points, params = problem(sizes)
-    args = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), (points, params))
-    network = NETWORKS[name]
-    ways = WAYS | ({"jax.experimental.jet": ("jax", over_directions(by_jet))} if name == TANH else {})
+    network, args = NETWORKS[name], numbers(problem(sizes))
 
-    def over_points(way: Function) -> Function:
-        return lambda points, params: jax.vmap(way(lambda x: network(jnp, x, params)))(points)
+    def over_points(np: Any, func: Any, way: Function) -> Function:
+        return lambda points, params: func.vmap(way(lambda x: network(np, x, params)))(points)
 
-    for title, (peer, way) in ways.items():
-        yield Contestant(title, peer, over_points(way), args)
-    if name == TANH:
-        yield from torch_ways.laplacians(network, *jax.tree.map(lambda a: a.astype(choice.dtype), (points, params)))
+    jet = {"jax.experimental.jet": ("jax", by_directions(jnp, jax, by_jet))} if name == TANH else {}
+    for title, (peer, way) in (WAYS | jet).items():
+        yield Contestant(title, peer, over_points(jnp, jax, way), args)
+    in_torch = {"torch.func, trace of hessian": by_trace, "torch.func, jvp of jvp": by_directions}
+    for title, way_in in in_torch.items() if name == TANH else ():
+
+        def build(torch: Any, way_in: Function = way_in) -> Function:
+            return over_points(torch, torch.func, way_in(torch, torch.func))
+
+        yield torch_ways.without_graph(title, build, choice.dtype, *problem(sizes))
     yield Contestant(FLOOR, "jax", partial(matrix_products, sizes), args, floor=True)
 
 
@@ -167,11 +173,12 @@ def matrix_products(sizes: Sizes, points: jax.Array, params: Params) -> jax.Arra
 
 
 def reference(name: str, sizes: Sizes) -> np.ndarray:
-    """The trace of ``jax.hessian`` in double precision."""
-    with jax.enable_x64(True):
-        points, params = jax.tree.map(jnp.asarray, problem(sizes))
-        trace = WAYS[TRACE][1](lambda x: NETWORKS[name](jnp, x, params))
-        return np.asarray(jax.jit(lambda points: jax.lax.map(trace, points))(points))
+    """The trace of ``jax.hessian``, point by point."""
+
+    def traces(points: Any, params: Params) -> Any:
+        return jax.lax.map(by_trace(jnp, jax)(lambda x: NETWORKS[name](jnp, x, params)), points)
+
+    return in_double(traces, *problem(sizes))
 
 
 def residual_loss(way: Function, points: jax.Array, params: Params) -> jax.Array:
@@ -181,22 +188,8 @@ def residual_loss(way: Function, points: jax.Array, params: Params) -> jax.Array
 
 
 def pinn_contestants(sizes: Sizes) -> Iterator[Contestant]:
-    args = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), problem(sizes))
+    args, network = numbers(problem(sizes)), NETWORKS[TANH]
     for title, (peer, way) in WAYS.items():
         yield Contestant(title, peer, jax.grad(partial(residual_loss, way), argnums=1), args)
-    network = NETWORKS[TANH]
     mean = jax.grad(lambda x, p: jnp.mean(jax.vmap(lambda x: network(jnp, x, p))(x)), argnums=1)
     yield Contestant("one gradient of the network", "jax", mean, args, floor=True)
-
-
-def pinn_reference(sizes: Sizes) -> Any:
-    """In double precision, over the trace of ``jax.hessian``."""
-    with jax.enable_x64(True):
-        args = jax.tree.map(jnp.asarray, problem(sizes))
-        return jax.device_get(jax.jit(jax.grad(partial(residual_loss, WAYS[TRACE][1]), argnums=1))(*args))
-
-
-def claims(name: str, outcome: Outcome) -> list[Claim]:
-    """Not slower than folx; on the tanh network, well ahead of the trace and near the products alone."""
-    chosen = WANTED if name == TANH else {FOLX: WANTED[FOLX]}
-    return [claim for of, wanted in chosen.items() for claim in at_most(outcome, OURS, of, wanted)]

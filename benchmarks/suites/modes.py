@@ -12,18 +12,17 @@ import numpy as np
 
 import curvature
 from benchmarks.cases import OURS, Case, Choice, Claim, Contestant, Finding, Outcome, Outcomes, Plot, Race, Row
-from benchmarks.models import MODELS, Model, mlp
-from benchmarks.peers import everyone, jax_ways, operations
-from benchmarks.peers.flat import Flat
+from benchmarks.models import MODELS, Model, mlp, tanh_network
+from benchmarks.peers import autograd_ways, flat, jax_ways, operations, tensorflow_ways, torch_ways
+from benchmarks.peers.jax_ways import in_double, numbers
 from benchmarks.reading import MISSING, number, others, over, part, ratio_of_fastest, share, spread
-from benchmarks.suites import hessians
 
 TITLE = "Modes"
 QUESTION = "Forward or reverse, and in which order; and by which library?"
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    for make in (jacobians, derivatives, forbidden, hessians.networks, hessians.diagonals):
+    for make in (jacobians, derivatives, forbidden, networks, diagonals):
         yield from make(choice)
 
 
@@ -43,30 +42,29 @@ REGRET = 1.1  # time of ours over that of the best composition of JAX's transfor
 
 def regret(what: str, outcome: Outcome) -> list[Claim]:
     """Whether ours, by default, is as fast as the best composition of JAX, or the same program."""
+
+    def low(row: Row) -> float:
+        """The lower quartile: other work on the machine only ever adds."""
+        return number(row, "low") or 0.0
+
     ours = next((row for row in outcome.rows if row.peer == OURS and row.status == "ok"), None)
-    hands = [row for row in outcome.rows if row.peer == "jax" and row.status == "ok" and "low" in row.metrics]
-    if ours is None or "low" not in ours.metrics or not hands:
+    timed = [row for row in outcome.rows if "low" in row.metrics]
+    best = min((row for row in timed if row.peer == "jax" and row.status == "ok"), key=low, default=None)
+    if ours is None or "low" not in ours.metrics or best is None:
         return []
-    best = min(hands, key=_low)
     same = ours.shares_program_with(best)
-    twins = [row for row in outcome.rows if "low" in row.metrics and ours.shares_program_with(row)]
-    factor = 1.0 if same else min(_low(row) for row in (ours, *twins)) / _low(best)  # the time of any twin is ours too
+    twins = [row for row in timed if ours.shares_program_with(row)]
+    factor = 1.0 if same else min(map(low, (ours, *twins))) / low(best)  # the time of any twin is ours too
     said = "is the same program as" if same else f"takes {factor:.2f} times as long as"
     return [Claim(f"{what}: {ours.name} {said} {best.name} (wanted: at most {REGRET} times)", factor <= REGRET)]
-
-
-def _low(row: Row) -> float:
-    """The lower quartile: other work on the machine only ever adds."""
-    return number(row, "low") or 0.0
 
 
 def regret_finding(outcomes: Outcomes) -> list[Finding]:
     mark = f"(wanted: at most {REGRET} times)"
     every = [(id, claim) for id, outcome in outcomes.items() for claim in outcome.claims if mark in claim.text]
-    failed = [f"{id}: {claim.text}" for id, claim in every if not claim.holds]
-    answer = f"In {len(every) - len(failed)} of {len(every)} cases it takes at most {REGRET} times as long." + "".join(
-        f" Not in {text}." for text in failed
-    )
+    failed = "".join(f" Not in {id}: {claim.text}." for id, claim in every if not claim.holds)
+    held = sum(claim.holds for _, claim in every)
+    answer = f"In {held} of {len(every)} cases it takes at most {REGRET} times as long.{failed}"
     return [Finding('Is what "auto" takes the best composition by hand?', answer)] if every else []
 
 
@@ -78,7 +76,7 @@ WIDTH, EXAMPLES = 64, 16
 BOTH = {"JAX": ("jax.jacfwd", "jax.jacrev"), "torch.func": ("torch.func.jacfwd", "torch.func.jacrev")}
 
 
-def function(m: int, n: int) -> Flat:
+def function(m: int, n: int) -> flat.Flat:
     """From n numbers to m: two layers of a network whose inputs are sums over examples, so that no entry is cheap."""
     rng = np.random.default_rng(0)
     into, out = rng.normal(size=(EXAMPLES, n, WIDTH)) / math.sqrt(n), rng.normal(size=(WIDTH, m)) / math.sqrt(WIDTH)
@@ -90,7 +88,7 @@ def function(m: int, n: int) -> Flat:
 
         return fun
 
-    return Flat(build, rng.normal(size=n), (into, out))
+    return flat.Flat(build, rng.normal(size=n), (into, out))
 
 
 def jacobians(choice: Choice) -> Iterator[Race]:
@@ -98,27 +96,32 @@ def jacobians(choice: Choice) -> Iterator[Race]:
     tall = [round(math.sqrt(entries * ratio)) for ratio in ratios]
     squares = () if choice.quick else GROWTH_OF_SQUARES
     for m, n in [(m, round(entries / m)) for m in tall] + [(size, size) for size in squares]:
-        flat = function(m, n)
+        made = function(m, n)
+        plain = (jax.jacrev if m < n else jax.jacfwd)(made.build(operations.for_jax()))
         yield Race(
             f"modes/jacobian/m={m}/n={n}", f"Jacobian of {m} outputs by {n} inputs", "jacobian",
-            partial(jacobian_ways, flat, choice), partial(jacobian_reference, flat), choice.tolerance(),
+            partial(jacobian_ways, made, choice), partial(in_double, plain, made.x, *made.data), choice.tolerance(),
             {"m": m, "n": n, "m/n": m / n}, claims=partial(regret, "Jacobian"), **choice.effort(),
         )  # fmt: skip
 
 
-def jacobian_ways(flat: Flat, choice: Choice) -> Iterator[Contestant]:
-    fun = flat.build(operations.for_jax())
-    args = tuple(jnp.asarray(array, float) for array in (flat.x, *flat.data))
+def jacobian_ways(made: flat.Flat, choice: Choice) -> Iterator[Contestant]:
+    fun = made.build(operations.for_jax())
     ways = {"curvature.jacobian": curvature.jacobian, "jax.jacfwd": jax.jacfwd, "jax.jacrev": jax.jacrev}
-    yield from jax_ways.named({name: way(fun) for name, way in ways.items()}, args)
-    yield from everyone.others(flat, "jacobian", choice, compiled=False)
+    yield from jax_ways.named({name: way(fun) for name, way in ways.items()}, numbers((made.x, *made.data)))
+    yield from other_libraries(made, "jacobian", choice, compiled=False)
 
 
-def jacobian_reference(flat: Flat) -> np.ndarray:
-    with jax.enable_x64(True):
-        args = tuple(jnp.asarray(array) for array in (flat.x, *flat.data))
-        wide = flat.data[1].shape[1] < flat.x.size
-        return np.asarray(jax.jit((jax.jacrev if wide else jax.jacfwd)(flat.build(operations.for_jax())))(*args))
+def other_libraries(made: flat.Flat, derivative: str, choice: Choice, *, compiled: bool) -> Iterator[Contestant]:
+    """Those that JAX does not compile; ``compiled`` adds ``torch.compile``, which takes long to start.
+
+    A quick run takes TensorFlow as XLA compiles it, and only so: eager execution and ``tf.function`` are left out.
+    """
+    quick = ("tf.function",) if derivative == "products" else ("XLA",)  # XLA takes half a minute to compile 32 passes
+    executions = quick if choice.quick else tensorflow_ways.EXECUTIONS
+    yield from torch_ways.contestants(made, derivative, choice, compiled=compiled)
+    yield from tensorflow_ways.contestants(made, derivative, choice, executions)
+    yield from autograd_ways.contestants(made, derivative, choice)
 
 
 def crossover(outcomes: Outcomes, forward: str, reverse: str) -> float | None:
@@ -196,10 +199,16 @@ def derivatives(choice: Choice) -> Iterator[Race]:
     """Each derivative of each model; the MLP in several sizes."""
     for derivative in WORDS:
         for model in models(choice, derivative):
-            compiled = not choice.quick and model.name in ("logistic", "mlp")
-            contestants = partial(everyone.of_model, model, derivative, choice, compiled=compiled)
             options = {"claims": lambda outcome: []} if derivative == "products" else {}
+            contestants = partial(every_library, model, derivative, choice)
             yield model_race(choice, model, derivative, contestants, caption=CAPTION, **options)
+
+
+def every_library(model: Model, derivative: str, choice: Choice) -> Iterator[Contestant]:
+    """Ours, JAX, and all others, at a derivative of a model's loss with respect to its parameters."""
+    yield from jax_ways.contestants(model, derivative)
+    compiled = not choice.quick and model.name in ("logistic", "mlp")
+    yield from other_libraries(flat.of_model(model, derivative), derivative, choice, compiled=compiled)
 
 
 def models(choice: Choice, derivative: str) -> Iterator[Model]:
@@ -286,6 +295,93 @@ def forbidden(choice: Choice) -> Iterator[Race]:
                 claims=partial(regret, derivative),
                 caption="JAX's compositions that fail are those that the function forbids.",
             )  # fmt: skip
+
+
+PRODUCT = "the product G.T @ G alone"  # which no way of assembling the matrix from examples avoids
+# Sizes, examples, and how the network is made; what is promised of each is in ``notes.toml``.
+NETWORKS: tuple[tuple[tuple[int, ...], int, dict[str, bool]], ...] = (
+    ((10, 20, 1), 512, {}),
+    ((20, 48, 1), 256, {}),
+    ((20, 48, 1), 512, {}),
+    ((30, 64, 1), 512, {}),
+    ((64, 10), 1797, {"classifies": True, "bias": True}),
+    ((64, 64, 10), 512, {"classifies": True}),
+)
+
+
+def networks(choice: Choice) -> Iterator[Race]:
+    for sizes, examples, how in () if choice.quick else NETWORKS:
+        made = tanh_network(sizes, examples, **how)
+        yield model_race(
+            choice, made, "hessian", partial(network_ways, made), claims=lambda outcome: [],
+            id=f"modes/hessian/network-{'-'.join(map(str, sizes))}/n={made.num_parameters}/batch={examples}",
+            tolerance=choice.tolerance(1e-5), **choice.effort(full=1.5),
+        )  # fmt: skip
+
+
+def network_ways(model: Model) -> Iterator[Contestant]:
+    """JAX's and ours, the diagonal blocks of ours, and the product that cannot be avoided."""
+    yield from jax_ways.contestants(model, "hessian")
+    made = jax_ways.InJax(model)
+    # Its answer is a part of the matrix only, so that it is shown beside the race, not in it.
+    blocks = curvature.mean_hessian(jax_ways.of_one(made.loss), blocks="diagonal")
+    args = (made.params, *made.batch)
+    yield Contestant('curvature.mean_hessian, "diagonal"', "curvature", blocks, args, floor=True)
+    rows = jax.random.normal(jax.random.key(1), (len(made.batch[0]), model.num_parameters))
+    yield Contestant(PRODUCT, "jax", lambda g: g.T @ g, (rows,), floor=True)
+
+
+DIAGONALS = {"small": (16, 32, 32, 1), "large": (64, 132, 86, 1)}  # 1,568 parameters, and too many for the matrix
+CHUNK = 64
+WANTED_BYTES = 2**28  # of temporaries on the large network, where the matrix takes 1.6 GB
+DIAGONAL = "curvature.hessian_diagonal"
+
+
+def diagonals(choice: Choice) -> Iterator[Race]:
+    for name, sizes in () if choice.quick else DIAGONALS.items():
+        made = tanh_network(sizes, 64)
+        n = made.num_parameters
+        title = f"Diagonal of the Hessian, {made.title}, {n:,} parameters"
+        yield Race(
+            f"modes/diagonal/{name}/n={n}", title, made.name, partial(diagonal_ways, made, small=name == "small"),
+            partial(diagonal_reference, made), 1e-4, {"n": n, "batch": 64}, budget=4.0, rounds=3,
+            claims=memory_claim,
+        )  # fmt: skip
+
+
+def diagonal_ways(model: Model, *, small: bool) -> Iterator[Contestant]:
+    made, flat_loss = jax_ways.InJax(model), model.flat_loss(operations.for_jax())
+
+    def ours(x: Any, *batch: jax.Array) -> Any:
+        return curvature.hessian_diagonal(made.loss, x, *batch)
+
+    def products(flat: jax.Array, *batch: jax.Array) -> jax.Array:
+        push = jax.linearize(lambda flat: jax.grad(flat_loss)(flat, *batch), flat)[1]
+        return jnp.diag(jax.vmap(push)(jnp.eye(flat.size)))
+
+    ways = {f"jax, products in chunks of {CHUNK}": partial(in_chunks, flat_loss)}
+    if small:
+        ways["jax, products with a dense identity"] = products
+        ways["diagonal of jax.hessian"] = lambda x, *batch: jnp.diag(jax.hessian(flat_loss)(x, *batch))
+    yield Contestant(DIAGONAL, "curvature", ours, (made.params, *made.batch), read=model.pack)
+    yield from jax_ways.named(ways, (numbers(model.pack(model.params())), *made.batch))
+
+
+def in_chunks(loss: Any, flat: jax.Array, *batch: jax.Array) -> jax.Array:
+    push = jax.linearize(lambda flat: jax.grad(loss)(flat, *batch), flat)[1]
+    entries = jnp.arange(flat.size)
+    return jax.lax.map(lambda i: push(jnp.zeros_like(flat).at[i].set(1.0))[i], entries, batch_size=CHUNK)
+
+
+def diagonal_reference(model: Model) -> np.ndarray:
+    loss = partial(in_chunks, model.flat_loss(operations.for_jax()))
+    return in_double(loss, model.pack(model.params()), *model.batch)
+
+
+def memory_claim(outcome: Outcome) -> list[Claim]:
+    memory = number(outcome.row(DIAGONAL), "temporary_bytes")
+    text = f"{(memory or 0) / 2**20:.0f} MiB of temporaries (wanted: at most {WANTED_BYTES >> 20})"
+    return [Claim(text, memory is not None and memory <= WANTED_BYTES)]
 
 
 def plots(outcomes: Outcomes) -> list[Plot]:

@@ -1,19 +1,21 @@
 """Curvature operators: what a product costs in gradients, and, in ``by_products``, what is found by products."""
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import curvature
-from benchmarks import trusted
-from benchmarks.cases import Case, Choice, Claim, Contestant, Finding, Outcome, Outcomes, Plot, Race
-from benchmarks.models import Model, cross_entropy, language_model, mlp, pooling
+from benchmarks.cases import Case, Choice, Claim, Contestant, Finding, Outcome, Outcomes, Race
+from benchmarks.models import Model, language_model, layered, mlp, pooling
 from benchmarks.peers import curvlinops_ways, operations
-from benchmarks.peers.jax_ways import forward_over_reverse, of_one
-from benchmarks.reading import MISSING, at_most, compared, number, part, share, timed
+from benchmarks.peers.flat import Function
+from benchmarks.peers.jax_ways import InJax, forward_over_reverse, in_double, of_one
+from benchmarks.reading import MISSING, compared, number, share, timed
 from benchmarks.suites import by_products
 
 TITLE = "Operators"
@@ -21,20 +23,13 @@ QUESTION = "How many gradients does a product with a curvature matrix cost, and 
 TOLERANCE_SMALL = 1e-5  # on networks of a few hundred parameters, in single precision
 TOLERANCE_SAMPLED = 0.1  # of v' F v: three standard errors and more, with this many samples
 SAMPLES = 16
-
 PRODUCTS = 32  # in a row from one linearization, in a loop
 UNROLLED = {"convolutional": 4}  # so many without a loop: XLA runs convolutions in one slowly, jax-ml/jax#12868
 IN_A_ROW = ", in a row"
 GRADIENT, FRESH = "one gradient", "curvature.hvp"
 HESSIAN, GAUSS_NEWTON = "curvature.HessianOperator", "curvature.GaussNewtonOperator"
 FISHER, KRONECKER = "curvature.FisherOperator", "curvature.KroneckerOperator"
-
-WANTED_LINEARIZED = 0.85  # of a fresh product
-WANTED_GAUSS_NEWTON = 0.8  # of a Hessian product
 WANTED_MEMORY = 2.5  # of the gradient's
-
-Function = Callable[..., Any]
-
 TITLES = {
     "hessian": "Hessian", "gauss-newton": "Gauss-Newton and exact Fisher", "fisher-empirical": "empirical Fisher",
     "fisher-sampled": f"sampled Fisher, {SAMPLES} labels each", "expand": "KFAC, expand", "reduce": "KFAC, reduce",
@@ -44,192 +39,217 @@ CAPTIONS = {
     "fisher-sampled": "Labels are drawn, so that v' F v is compared with the exact one, within its standard error.",
     **dict.fromkeys(curvlinops_ways.KRONECKER, "The factors are made before; 'with its factors' makes them as well."),
 }
-SMALL = ("hessian", "gauss-newton", "fisher-empirical", "expand", "reduce", "ekfac")
-REFERENCES: dict[str, Function] = {
-    "hessian": trusted.hessian,
-    "gauss-newton": trusted.gauss_newton,
-    "fisher-empirical": trusted.empirical_fisher,
-    "fisher-sampled": trusted.fisher_form,
-    **{way: partial(trusted.kronecker, way=way) for way in curvlinops_ways.KRONECKER},
-}
+ALL, SMALL = tuple(TITLES), tuple(what for what in TITLES if what != "fisher-sampled")
 
 
 def cases(choice: Choice) -> Iterator[Case]:
-    quick: list[tuple[Callable[[], Model], tuple[str, ...]]] = [
-        (partial(mlp, (64, 128, 128, 10), 256), ("hessian", "gauss-newton", "fisher-empirical", "expand")),
-        (partial(pooling, (8, 16), 16, 16), ("expand",)),
+    quick = [
+        (mlp((64, 128, 128, 10), 256), ("hessian", "gauss-newton", "fisher-empirical", "expand")),
+        (pooling((8, 16), 16, 16), ("expand",)),
     ]
-    full: list[tuple[Callable[[], Model], tuple[str, ...]]] = [
-        (partial(mlp, (128, 256, 256, 10), 512), tuple(TITLES)),
-        (pooling, tuple(TITLES)),
-        (partial(language_model, examples=8), ("hessian", "gauss-newton", "fisher-empirical", "fisher-sampled")),
-        (partial(mlp, (6, 5, 4, 3), 7), SMALL),
-        (partial(pooling, (3, 4), 8, 7), SMALL),
-        (partial(language_model, layers=6, width=384, words=512, examples=4), ("hessian", "gauss-newton")),
+    full = [
+        (mlp((128, 256, 256, 10), 512), ALL),
+        (pooling(), ALL),
+        (language_model(), ("hessian", "gauss-newton", "fisher-empirical", "fisher-sampled")),
+        (mlp((6, 5, 4, 3), 7), SMALL),
+        (pooling((3, 4), 8, 7), SMALL),
+        (language_model(layers=6, width=384, words=512, examples=4), ("hessian", "gauss-newton")),
     ]
-    for make, whats in quick if choice.quick else full:
+    for model, whats in quick if choice.quick else full:
+        n, count = model.num_parameters, len(model.batch[0])
         for what in whats:
-            yield case(choice, make, what)
+            small = n < 1000 and what != "ekfac"
+            tolerance = choice.tolerance(TOLERANCE_SMALL if small else 1e-4)
+            yield Race(
+                f"operators/{what}/{model.name}/n={n}",
+                f"Products, {TITLES[what]}, {model.title}, {n:,} parameters, {count} examples", model.name,
+                partial(contestants, model, what, choice.dtype), partial(reference, model, what),
+                TOLERANCE_SAMPLED if what == "fisher-sampled" else tolerance, {"n": n, "batch": count},
+                claims=partial(memory_claims, n), caption=CAPTIONS.get(what, ""), **choice.effort(0.25, 1.0),
+            )  # fmt: skip
     yield from by_products.cases(choice)
 
 
-def case(choice: Choice, make: Callable[[], Model], what: str) -> Race:
-    model = make()
-    n, count = model.num_parameters, len(model.batch[0])
-    small = n < 1000 and what != "ekfac"
-    tolerance = choice.tolerance(TOLERANCE_SMALL if small else 1e-4)
-    return Race(
-        f"operators/{what}/{model.name}/n={n}",
-        f"Products, {TITLES[what]}, {model.title}, {n:,} parameters, {count} examples", model.name,
-        lambda: contestants(make(), what, choice.dtype), lambda: trusted.in_double(REFERENCES[what], make()),
-        TOLERANCE_SAMPLED if what == "fisher-sampled" else tolerance, {"n": n, "batch": count},
-        claims=partial(claims, what, n), caption=CAPTIONS.get(what, ""), **choice.effort(0.25, 1.0),
-    )  # fmt: skip
-
-
-class Pieces:
-    """A network as operators take it: a model, a loss of its outputs, and the arguments of a product."""
-
-    def __init__(self, network: Model):
-        ops, outputs = operations.for_jax(), network.outputs
-        assert outputs is not None
-        self.model: Function = lambda p, x, y: outputs(ops, p, x)
-        self.loss: Function = lambda outputs, x, y: cross_entropy(ops, outputs, y)
-        self.objective: Function = lambda p, x, y: network.loss(ops, p, x, y)
-        self.params, self.v, self.batch = trusted.numbers(network)
-        self.args = (self.params, self.v, *self.batch)
-        self.count = UNROLLED.get(network.name, PRODUCTS)
-        self.unroll = network.name in UNROLLED
-
-    def product(self, name: str, make: Function, **more: Any) -> Contestant:
-        """A single product, evaluated afresh; ``make(params, *batch)`` is the operator."""
-        return Contestant(name, "curvature", lambda p, v, *batch: make(p, *batch).mv(v), self.args, **more)
-
-    def products_in_a_row(self, name: str, make: Function, **more: Any) -> Contestant:
-        """As in a solve: one linearization, then one product after the other."""
-        many_v = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.count, *leaf.shape)), self.v)
-
-        def function(p: Any, many_v: Any, *batch: Any) -> Any:
-            product = make(p, *batch).linearize()
-            return jax.lax.scan(lambda carry, v: (carry, product(v)), None, many_v, unroll=self.unroll)[1]
-
-        args = (self.params, many_v, *self.batch)
-        more |= {"read": lambda products: jax.tree.map(lambda leaf: leaf[-1], products), "pieces": self.count}
-        return Contestant(name + IN_A_ROW, "curvature", function, args, **more)
-
-    def both(self, name: str, make: Function, **more: Any) -> Iterator[Contestant]:
-        yield self.product(name, make, **more)
-        yield self.products_in_a_row(name, make, **more)
-
-    def hessian(self, p: Any, *batch: Any) -> Any:
-        return curvature.HessianOperator(self.objective, p, *batch)
-
-    def gauss_newton(self, p: Any, *batch: Any) -> Any:
-        return curvature.GaussNewtonOperator(self.model, self.loss, p, *batch)
-
-    def fisher(self, p: Any, *batch: Any, **options: Any) -> Any:
-        return curvature.FisherOperator(self.model, self.loss, p, *batch, **options)
-
-    def kronecker(self, p: Any, *batch: Any, **options: Any) -> Any:
-        return curvature.KroneckerOperator(self.model, self.loss, p, *batch, likelihood="categorical", **options)
+def reference(model: Model, what: str) -> Any:
+    """The product by plain transformations; a sampled one only as the ``v' F v`` that it estimates."""
+    made, args = InJax(model), (model.params(), model.direction(), *model.batch)
+    products: dict[str, Function] = {
+        "hessian": partial(forward_over_reverse, made.loss),
+        "gauss-newton": partial(gauss_newton_in_jax, made),
+        "fisher-empirical": partial(fisher_in_jax, made),
+    }
+    if what == "fisher-sampled":
+        product, v = in_double(products["gauss-newton"], *args), model.direction()
+        return sum(np.sum(product[name] * v[name]) for name in v)
+    return in_double(products.get(what, partial(kronecker, model, way=what)), *args)
 
 
 def contestants(network: Model, what: str, dtype: str) -> Iterator[Contestant]:
-    pieces = Pieces(network)
-    if what in curvlinops_ways.KRONECKER:
-        yield from kronecker(pieces, what)
+    """Ours, what anyone writes in JAX, the same operator of curvlinops, and one gradient."""
+    made = InJax(network)
+    many = UNROLLED.get(network.name, PRODUCTS)
+    args = (made.params, made.v, *made.batch)
+    hessian = partial(curvature.HessianOperator, made.loss)
+    gauss_newton, fisher, factored_fisher = (
+        partial(operator, made.outputs, made.of_outputs)
+        for operator in (curvature.GaussNewtonOperator, curvature.FisherOperator, curvature.KroneckerOperator)
+    )
+
+    def product(name: str, make: Function, **more: Any) -> Contestant:
+        """A single product, evaluated afresh; ``make(params, *batch)`` is the operator."""
+        return Contestant(name, "curvature", lambda p, v, *batch: make(p, *batch).mv(v), args, **more)
+
+    def in_a_row(name: str, make: Function, **more: Any) -> Contestant:
+        """As in a solve: one linearization, then one product after the other."""
+        many_v = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (many, *leaf.shape)), made.v)
+
+        def function(p: Any, many_v: Any, *batch: Any) -> Any:
+            of = make(p, *batch).linearize()
+            return jax.lax.scan(lambda carry, v: (carry, of(v)), None, many_v, unroll=network.name in UNROLLED)[1]
+
+        more |= {"read": lambda products: jax.tree.map(lambda leaf: leaf[-1], products), "pieces": many}
+        return Contestant(name + IN_A_ROW, "curvature", function, (made.params, many_v, *made.batch), **more)
+
+    def form(contestant: Contestant) -> Contestant:
+        """The contestant, with its product multiplied by v once more, outside of what is timed."""
+
+        def read(answer: Any) -> float:
+            found = contestant.read(answer)
+            return sum(float(jnp.sum(jnp.asarray(found[name]) * made.v[name])) for name in found)
+
+        return dataclasses.replace(contestant, read=read)
+
+    peer = curvlinops_ways.contestant(network, dtype, what, SAMPLES)
+    if what == "hessian":
+        yield product(HESSIAN, hessian)
+        yield in_a_row(HESSIAN, hessian)
+        hvp = partial(curvature.hvp, made.loss)
+        yield Contestant(FRESH, "curvature", lambda p, v, *batch: hvp(p, v, *batch), args)
+        yield Contestant("jax, jvp of grad", "jax", partial(forward_over_reverse, made.loss), args)
+    elif what == "gauss-newton":  # the Fisher matrix in closed form is the same
+        yield product(GAUSS_NEWTON, gauss_newton)
+        yield in_a_row(GAUSS_NEWTON, gauss_newton)
+        yield product(f"{FISHER}, closed form", partial(fisher, likelihood="categorical"))
+        yield Contestant("jax, jvp and vjp", "jax", partial(gauss_newton_in_jax, made), args)
+        yield product(HESSIAN, hessian, floor=True)
+        yield in_a_row(HESSIAN, hessian, floor=True)
+    elif what == "fisher-empirical":
+        yield product(FISHER, partial(fisher, kind="empirical"))
+        yield Contestant("jax, vmap(grad)", "jax", partial(fisher_in_jax, made), args)
+    elif what == "fisher-sampled":
+        how = {"kind": "sampled", "likelihood": "categorical", "key": jax.random.key(7), "num_samples": SAMPLES}
+        yield form(product(FISHER, partial(fisher, **how)))
+        peer = form(peer)
     else:
-        makers = {"hessian": hessian, "gauss-newton": gauss_newton, "fisher-empirical": empirical}
-        yield from makers.get(what, sampled)(pieces)
+        how = {"approximation": "ekfac"} if what == "ekfac" else {"sharing": what}
+        make = partial(factored_fisher, likelihood="categorical", **how)
+        op = jax.jit(make)(made.params, *made.batch)
+        yield Contestant(KRONECKER, "curvature", lambda op, v: op.mv(v), (op, made.v))
+        yield product(f"{KRONECKER}, with its factors", make)
     if not (what == "fisher-empirical" and network.name == "transformer"):  # it takes each token for an example
-        peer = curvlinops_ways.contestant(network, dtype, what, SAMPLES)
-        yield by_form(peer, pieces) if what == "fisher-sampled" else peer
-    yield Contestant(GRADIENT, "jax", jax.grad(pieces.objective), (pieces.params, *pieces.batch), floor=True)
+        yield peer
+    yield Contestant(GRADIENT, "jax", jax.grad(made.loss), (made.params, *made.batch), floor=True)
 
 
-def hessian(pieces: Pieces) -> Iterator[Contestant]:
-    """The operator, ``hvp``, and what anyone writes in JAX."""
-    yield from pieces.both(HESSIAN, pieces.hessian)
-    hvp = partial(curvature.hvp, pieces.objective)
-    yield Contestant(FRESH, "curvature", lambda p, v, *batch: hvp(p, v, *batch), pieces.args)
-    yield Contestant("jax, jvp of grad", "jax", partial(forward_over_reverse, pieces.objective), pieces.args)
+def gauss_newton_in_jax(made: InJax, p: Any, v: Any, *batch: Any) -> Any:
+    outputs, tangents = jax.jvp(lambda p: made.outputs(p, *batch), (p,), (v,))
+    curved = jax.jvp(jax.grad(lambda z: made.of_outputs(z, *batch)), (outputs,), (tangents,))[1]
+    return jax.vjp(lambda p: made.outputs(p, *batch), p)[1](curved)[0]
 
 
-def gauss_newton(pieces: Pieces) -> Iterator[Contestant]:
-    """The operator, the Fisher matrix in closed form, which is the same, and what anyone writes in JAX."""
-
-    def by_hand(p: Any, v: Any, *batch: Any) -> Any:
-        outputs, tangents = jax.jvp(lambda p: pieces.model(p, *batch), (p,), (v,))
-        curved = jax.jvp(jax.grad(lambda z: pieces.loss(z, *batch)), (outputs,), (tangents,))[1]
-        return jax.vjp(lambda p: pieces.model(p, *batch), p)[1](curved)[0]
-
-    yield from pieces.both(GAUSS_NEWTON, pieces.gauss_newton)
-    yield pieces.product(f"{FISHER}, closed form", partial(pieces.fisher, likelihood="categorical"))
-    yield Contestant("jax, jvp and vjp", "jax", by_hand, pieces.args)
-    yield from pieces.both(HESSIAN, pieces.hessian, floor=True)
+def fisher_in_jax(made: InJax, p: Any, v: Any, *batch: Any) -> Any:
+    g = jax.vmap(lambda *example: jax.grad(of_one(made.loss))(p, *example))(*batch)
+    inner = sum(jnp.tensordot(g[name], v[name], v[name].ndim) for name in g) / len(batch[0])
+    return jax.tree.map(lambda leaf: jnp.tensordot(inner, leaf, 1), g)
 
 
-def empirical(pieces: Pieces) -> Iterator[Contestant]:
-    def by_hand(p: Any, v: Any, *batch: Any) -> Any:
-        g = jax.vmap(lambda *example: jax.grad(of_one(pieces.objective))(p, *example))(*batch)
-        inner = sum(jnp.tensordot(g[name], v[name], v[name].ndim) for name in g) / len(batch[0])
-        return jax.tree.map(lambda leaf: jnp.tensordot(inner, leaf, 1), g)
+def kronecker(model: Model, p: Any, v: Any, x: jax.Array, _: jax.Array, *, way: str) -> Any:
+    """KFAC or EKFAC of the exact Fisher matrix, layer by layer; ``way`` is "expand", "reduce" or "ekfac".
 
-    yield pieces.product(FISHER, partial(pieces.fisher, kind="empirical"))
-    yield Contestant("jax, vmap(grad)", "jax", by_hand, pieces.args)
-
-
-def sampled(pieces: Pieces) -> Iterator[Contestant]:
-    """The operator; its product is read as ``v' F v``."""
-    options = {"kind": "sampled", "likelihood": "categorical", "key": jax.random.key(7), "num_samples": SAMPLES}
-    yield by_form(pieces.product(FISHER, partial(pieces.fisher, **options)), pieces)
-
-
-def by_form(contestant: Contestant, pieces: Pieces) -> Contestant:
-    """The contestant, with its product multiplied by v once more, outside of what is timed."""
-
-    def read(product: Any) -> float:
-        found = contestant.read(product)
-        return sum(float(jnp.sum(jnp.asarray(found[name]) * pieces.v[name])) for name in found)
-
-    return Contestant(contestant.name, contestant.peer, contestant.function, contestant.args, contestant.make, read)
+    References: Eschenhagen et al. (2023), arXiv:2311.00636, sections 3.1 and 3.2; George et al. (2018),
+        arXiv:1806.03884, equation (11).
+    """
+    product = {}
+    block, reduce = corrected if way == "ekfac" else factored, way == "reduce"
+    for layer, a, g in zip(model.layers, *inputs_and_scores(model, p, x), strict=True):
+        weight = v[layer.weight]
+        matrix = weight if weight.ndim == 2 else weight.transpose(2, 0, 1, 3).reshape(-1, weight.shape[3])
+        found = block(a, g, matrix, reduce)
+        if weight.ndim == 4:  # as patches have it: channels, rows, columns
+            rows, columns, channels, _ = weight.shape
+            found = found.reshape(channels, rows, columns, -1).transpose(1, 2, 0, 3)
+        product[layer.weight] = found
+        product[layer.bias] = block(jnp.ones((*a.shape[:2], 1)), g, v[layer.bias][None], reduce)[0]
+    return product
 
 
-def kronecker(pieces: Pieces, way: str) -> Iterator[Contestant]:
-    """The operator with its factors made before, and one that makes them first."""
-    options: dict[str, Any] = {"approximation": "ekfac"} if way == "ekfac" else {"sharing": way}
-    make = partial(pieces.kronecker, **options)
-    op = jax.jit(make)(pieces.params, *pieces.batch)
-    yield Contestant(KRONECKER, "curvature", lambda op, v: op.mv(v), (op, pieces.v))
-    yield pieces.product(f"{KRONECKER}, with its factors", make)
+def inputs_and_scores(model: Model, p: Any, x: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    """For each layer what enters, (examples, places, in), and pseudo-gradients, (examples, classes, places, out).
+
+    The outer products of the pseudo-gradients by what leaves a layer, summed over classes, are the exact Fisher matrix.
+    """
+    ops = operations.for_jax()
+    inputs = layered(ops, model.layers, p, x)[1]
+    places = [(*rows.shape[1:-1], p[layer.bias].size) for layer, rows in zip(model.layers, inputs, strict=True)]
+
+    def of_example(image: jax.Array) -> list[jax.Array]:
+        zeros = [jnp.zeros(shape) for shape in places]
+
+        def logits(shifts: list[jax.Array]) -> jax.Array:
+            return layered(ops, model.layers, p, image[None], [shift[None] for shift in shifts])[0][0]
+
+        q = jax.nn.softmax(logits(zeros))
+        root = jnp.sqrt(q)
+        roots = jnp.diag(root) - jnp.outer(q, root)  # roots @ roots.T = diag(q) - q q'
+        jacobians = jax.jacrev(logits)(zeros)
+        return [jnp.einsum("kc,kto->cto", roots, j.reshape(len(q), -1, j.shape[-1])) for j in jacobians]
+
+    entered = [rows[:, None] if rows.ndim == 2 else patches(rows) for rows in inputs]
+    return entered, jax.lax.map(of_example, x)
 
 
-def claims(what: str, n: int, outcome: Outcome) -> list[Claim]:
-    """What a product in a row saves, what Gauss-Newton saves, and the memory of products of a large network."""
-    found: list[Claim] = []
-    if what == "hessian" and n > 1000:
-        found += at_most(outcome, HESSIAN + IN_A_ROW, FRESH, WANTED_LINEARIZED)
-    if what == "gauss-newton" and n > 1000:
-        for suffix in ("", IN_A_ROW):
-            found += at_most(outcome, GAUSS_NEWTON + suffix, HESSIAN + suffix, WANTED_GAUSS_NEWTON)
-    if n > 10**6:
-        found += memory_claims(outcome, n, GAUSS_NEWTON if what == "gauss-newton" else HESSIAN)
-    return found
+def patches(images: jax.Array) -> jax.Array:
+    """What a filter of 3 x 3 sees at each place, (examples, places, channels * 9)."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    seen = jax.lax.conv_general_dilated_patches(images, (3, 3), (1, 1), "SAME", dimension_numbers=layout)
+    return seen.reshape(len(images), -1, seen.shape[-1])
 
 
-def memory_claims(outcome: Outcome, n: int, name: str) -> list[Claim]:
-    """How much more a product holds at once than a gradient: x, v and the answer, against x and the answer."""
+def factors(a: jax.Array, g: jax.Array, reduce: bool) -> tuple[jax.Array, jax.Array]:
+    count, places = a.shape[:2]
+    if reduce:
+        a, g, places = jnp.mean(a, axis=1, keepdims=True), jnp.sum(g, axis=2, keepdims=True), 1
+    # n: example, t: place, c: class, i, j: inputs, o, p: outputs
+    return jnp.einsum("nti,ntj->ij", a, a) / (count * places), jnp.einsum("ncto,nctp->op", g, g) / count
+
+
+def factored(a: jax.Array, g: jax.Array, v: jax.Array, reduce: bool) -> jax.Array:
+    left, right = factors(a, g, reduce)
+    return left @ v @ right
+
+
+def corrected(a: jax.Array, g: jax.Array, v: jax.Array, reduce: bool) -> jax.Array:
+    """EKFAC: second moments of single gradients as eigenvalues, in the eigenvectors of the factors."""
+    left, right = (jnp.linalg.eigh(factor)[1] for factor in factors(a, g, reduce))
+    moments = jnp.mean(jnp.sum(jnp.einsum("nti,ncto->ncio", a @ left, g @ right) ** 2, axis=1), axis=0)
+    return left @ (moments * (left.T @ v @ right)) @ right.T
+
+
+def memory_claims(n: int, outcome: Outcome) -> list[Claim]:
+    """How much more a product of a large network holds at once than a gradient: x, v and the answer, not two of them.
+
+    The product is that of the first row.
+    """
+    name, size = outcome.rows[0].name, 4 * n
     own, gradient = (number(timed(outcome, row), "temporary_bytes") for row in (name, GRADIENT))
-    if own is None or gradient is None:
+    if n <= 10**6 or own is None or gradient is None:
         return []
-    size = 4 * n
     peak = (3 * size + own) / (2 * size + gradient)
     text = f"a product of {name} holds {peak:.2f} times as much at once as a gradient (wanted: at most {WANTED_MEMORY})"
     return [Claim(text, peak <= WANTED_MEMORY)]
 
 
-def plots(outcomes: Outcomes) -> list[Plot]:
-    return by_products.plots(outcomes)
+plots = by_products.plots
 
 
 def findings(outcomes: Outcomes) -> list[Finding]:
@@ -244,6 +264,4 @@ def findings(outcomes: Outcomes) -> list[Finding]:
     return [
         Finding("How many gradients is a product?", " ".join(costs) or MISSING),
         compared("And in other libraries?", products),
-        compared("Who finds the largest eigenvalues the fastest?", part(outcomes, "operators/eigenvalues")),
-        compared("And who solves the fastest?", part(outcomes, "operators/solve")),
     ]

@@ -1,4 +1,4 @@
-"""Every solver on every objective, a study for each objective: who solves it, who says so truly, at what cost.
+"""Every solver on every objective, a race for each objective: who solves it, who says so truly, at what cost.
 
 The objectives are those of CUTEst by way of sif2jax, or the sums of squares of Moré, Garbow and Hillstrom.
 
@@ -8,8 +8,6 @@ References: Dolan and Moré (2002), doi:10.1007/s101070100263; Moré and Wild (2
 import functools
 import math
 import statistics
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from benchmarks import cutest, mgh, peers, runner
-from benchmarks.cases import OURS, Case, Choice, Claim, Finding, Line, Outcome, Outcomes, Plot, Row, Study
-from benchmarks.suites.solvers import GTOL, PAIRS, SOLVERS, Answer, Solver
-from benchmarks.timing import digits, first_line, measure
+from benchmarks import cutest, mgh, peers
+from benchmarks.cases import OURS, Case, Choice, Contestant, Finding, Line, Outcome, Outcomes, Plot, Race, Row
+from benchmarks.solvers import GTOL, PAIRS, SOLVERS, Answer, Solver
+from benchmarks.timing import digits
 
 SOURCES = {"cutest": "CUTEst without constraints, n <= 50", "mgh": "Moré, Garbow and Hillstrom, sums of squares"}
 THINNED = 3  # with all of them an hour goes into compilation; ``--models cutest`` takes it
@@ -37,12 +35,9 @@ CAPTION = (
     "and compared with the fastest of ours."
 )
 ORDERS = {"second": "with second derivatives", "first": "with first derivatives only"}
-COSTS = {
-    "seconds": ("time", "times the least time of all that are drawn"),
-    "evaluations": ("evaluations", "evaluations of the objective"),
-}
 Costs = Mapping[str, Sequence[float]]  # of each solver, the costs of the problems; infinity for one not solved
 Curve = tuple[list[float], list[float]]
+Loaded = tuple[Callable[..., Any], jax.Array, Any]  # ``fun(x, args)``, where it starts, and ``args``
 
 
 @dataclass(frozen=True)
@@ -53,105 +48,80 @@ class Problem:
     source: str
     n: int
     best: float | None
-    load: Callable[[], tuple[Callable[..., Any], jax.Array, Any]]
+    load: Callable[[], Loaded]
 
 
 def chosen(choice: Choice) -> list[Problem]:
     """A few of Moré, Garbow and Hillstrom for a quick run; else of CUTEst, or the former where that is absent."""
-    squares = [
-        Problem(p.name, "mgh", len(p.start), min(p.minima), functools.partial(_squares, p)) for p in mgh.PROBLEMS
-    ]
-    if choice.quick:
-        return [problem for problem in squares if problem.name in QUICK]
-    if not peers.is_installed("sif2jax"):
-        return squares
+    if choice.quick or not peers.is_installed("sif2jax"):
+        return [
+            Problem(p.name, "mgh", len(p.start), min(p.minima), functools.partial(_squares, p))
+            for p in mgh.PROBLEMS
+            if p.name in QUICK or not choice.quick
+        ]
     known = [(name, entry) for name, entry in sorted(cutest.known().items()) if entry["best"] is not None]
     found = [Problem(n, "cutest", e["n"], e["best"], functools.partial(_cutest, n)) for n, e in known]
     return found if "cutest" in choice.models else found[::THINNED]
 
 
-def _squares(problem: mgh.Problem) -> tuple[Callable[..., Any], jax.Array, Any]:
+def _squares(problem: mgh.Problem) -> Loaded:
     return lambda x, _: jnp.sum(problem.residuals(x) ** 2), jnp.asarray(problem.start, float), None
 
 
-def _cutest(name: str) -> tuple[Callable[..., Any], jax.Array, Any]:
+def _cutest(name: str) -> Loaded:
     import sif2jax
 
     return flattened(next(p for p in sif2jax.unconstrained_minimisation_problems if type(p).__name__ == name))
 
 
-def flattened(problem: Any) -> tuple[Callable[..., Any], jax.Array, Any]:
+def flattened(problem: Any) -> Loaded:
     x0, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.asarray(leaf, float), problem.y0))
     return lambda x, args: problem.objective(unravel(x), args), x0, problem.args
 
 
 def cases(choice: Choice) -> Iterator[Case]:
+    solvers = [solver for solver in SOLVERS if solver.quick or not choice.quick]
     for problem in chosen(choice):
-        solvers = [solver for solver in SOLVERS if solver.quick or not choice.quick]
-        id = f"optimizers/{problem.source}/{problem.name.replace(' ', '-').replace(',', '')}"
-        study = functools.partial(run, problem, solvers, choice.quick)
-        yield Study(id, f"{problem.name}, {problem.n} variables", problem.source, study, {"n": problem.n})
+        yield race(problem, solvers, choice.quick, budget=0.03 if choice.quick else 0.1, rounds=3)
 
 
-def run(problem: Problem, solvers: Sequence[Solver], quick: bool, report: Callable[[str], Any], **how: Any) -> Outcome:
-    """Let each solve it once, judge the answers, and let those that were right take turns."""
-    fun, x0, args = problem.load()
-    value_and_grad = jax.jit(jax.value_and_grad(fun))
-    rows, calls = {}, {}
-    for solver in solvers:
-        row = rows[solver.name] = Row(solver.name, solver.peer)
-        if not peers.is_installed(solver.peer):
-            row.status, row.note = "absent", f"{solver.peer} is not installed"
-            continue
-        report(f"solving with {solver.name}")
-        try:
-            call, answer, row.metrics["cold_seconds"] = solve(solver, fun, x0, args)
-        except Exception as error:  # an exception of a solver is a result
-            row.status, row.note = "failed", first_line(error)
-            continue
-        judge(row, answer, problem.best, *value_and_grad(jnp.asarray(answer.x), args))
-        if row.metrics["solved"]:
-            calls[solver.name] = call
-            if solver.count is not None and not quick:  # it compiles once more
-                row.metrics["evaluations"] = solver.count(fun, x0, args)
-    timed = measure(calls, report=report, **({"budget": 0.03 if quick else 0.1, "rounds": 3} | how))
-    for name, timing in timed.items():
-        rows[name].metrics |= {"seconds": timing.seconds, "low": timing.spread[0], "high": timing.spread[1]}
-    runner.relate(list(rows.values()), to_fastest=True)
-    claims = [
-        Claim(f"{r.name} {r.note if r.status != 'ok' else 'claims no false success'}", r.status == "ok", True)
-        for r in rows.values()
-        if r.peer == OURS
-    ]
-    return Outcome(rows=list(rows.values()), claims=claims, caption=CAPTION)
+def race(problem: Problem, solvers: Sequence[Solver], quick: bool, **how: Any) -> Race:
+    """Each solver once; the answers are judged, and those that solve the problem take turns."""
+    load, by_name = functools.cache(problem.load), {solver.name: solver for solver in solvers}
+    value_and_grad = functools.cache(lambda: jax.jit(jax.value_and_grad(load()[0])))  # one program for all answers
 
+    def contestants() -> Iterator[Contestant]:
+        for solver in solvers:
+            make = functools.partial(solver.build, *load())
+            yield Contestant(solver.name, solver.peer, make=make, read=lambda found: Answer(*found))
 
-def solve(solver: Solver, fun: Callable[..., Any], x0: jax.Array, args: Any) -> tuple[Callable[[], Any], Answer, float]:
-    """The call, the answer of the first one, and the seconds until then, compilation included."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what solvers complain of is in their answers
-        start = time.perf_counter()
-        call = solver.build(fun, x0, args)
-        found = call()
-        return call, solver.read(found), time.perf_counter() - start
+    def judge(row: Row, answer: Answer, cold: float) -> bool:
+        """Record where the solver ended, by the value and the gradient recomputed there; whether that is solved."""
+        fun, x0, args = load()
+        value, grad = value_and_grad()(jnp.asarray(answer.x), args)
+        end, slope = float(value), float(jnp.max(jnp.abs(grad)))
+        best = math.nan if problem.best is None else problem.best
+        solved = end - best <= EXCESS * max(1, abs(best))  # false for a NaN
+        stationary = slope <= STATIONARY * max(1, abs(end))
+        false = bool(answer.claims) and not solved and not stationary
+        evaluations, solver = answer.evaluations, by_name[row.name]
+        if solved and not quick and not solver.counts:  # it compiles once more
+            evaluations = solver.count(fun, x0, args)
+        row.metrics |= {
+            "cold_seconds": cold, "solved": solved, "claims": bool(answer.claims), "false": false,
+            "steps": int(answer.steps), "evaluations": None if evaluations is None else int(evaluations),
+            "excess": end - best, "gradient": slope,
+        }  # fmt: skip
+        if false:
+            row.status = "wrong"
+            row.note = f"claims success at {end:.6g} with a gradient of {slope:.1e}; best is {best:.6g}"
+        elif not solved:
+            row.note = f"ends at {end:.6g}, {'stationary' if stationary else 'not stationary'}"
+        return solved
 
-
-def judge(row: Row, answer: Answer, best: float | None, value: Any, grad: Any) -> None:
-    """Record where the solver ended, by the value and the gradient recomputed there."""
-    end, slope = float(value), float(jnp.max(jnp.abs(grad)))
-    best = math.nan if best is None else best
-    solved = end - best <= EXCESS * max(1, abs(best))  # false for a NaN
-    stationary = slope <= STATIONARY * max(1, abs(end))
-    false = answer.claims and not solved and not stationary
-    row.metrics |= {
-        "solved": solved, "claims": answer.claims, "false": false, "steps": answer.steps,
-        "evaluations": answer.evaluations, "excess": end - best, "gradient": slope,
-    }  # fmt: skip
-    if false:
-        row.status = "wrong"
-        row.note = f"claims success at {end:.6g} with a gradient of {slope:.1e}; best is {best:.6g}"
-    elif not solved:
-        row.note = f"ends at {end:.6g}, {'stationary' if stationary else 'not stationary'}"
+    id = f"optimizers/{problem.source}/{problem.name.replace(' ', '-').replace(',', '')}"
+    title = f"{problem.name}, {problem.n} variables"
+    return Race(id, title, problem.source, contestants, sizes={"n": problem.n}, judge=judge, caption=CAPTION, **how)
 
 
 def performance_profile(costs: Costs) -> dict[str, Curve]:
@@ -185,59 +155,56 @@ def data_profile(costs: Costs) -> dict[str, Curve]:
 
 def select(outcomes: Outcomes) -> dict[str, Outcome]:
     """The outcomes of this part that have rows: those of CUTEst, or else the others."""
-    of_sources = [
+    of_sources = (
         {id: outcome for id, outcome in outcomes.items() if id.startswith(f"optimizers/{source}/") and outcome.rows}
         for source in SOURCES
-    ]
-    return next((found for found in of_sources if found), {})
+    )
+    return next(filter(None, of_sources), {})
 
 
 def costs(outcomes: Outcomes, measure: str) -> dict[str, list[float]]:
     """The costs of the objectives, by solver, of those that were there for every objective."""
+
+    def cost(row: Row | None) -> float:
+        found = row.metrics.get(measure) if row is not None and row.metrics.get("solved") else None
+        return math.inf if found is None else float(found)
+
     found = [{row.name for row in outcome.rows if row.status != "absent"} for outcome in outcomes.values()]
     present = [solver.name for solver in SOLVERS if found and all(solver.name in names for names in found)]
-    return {name: [_cost(outcome.row(name), measure) for outcome in outcomes.values()] for name in present}
-
-
-def _cost(row: Row | None, measure: str) -> float:
-    cost = row.metrics.get(measure) if row is not None and row.metrics.get("solved") else None
-    return math.inf if cost is None else float(cost)
+    return {name: [cost(outcome.row(name)) for outcome in outcomes.values()] for name in present}
 
 
 def plots(outcomes: Outcomes) -> list[Plot]:
+    """For each order of derivatives the profiles of Dolan and Moré, by time, and of Moré and Wild, by evaluations."""
     outcomes = select(outcomes)
     if not outcomes:
         return []
     problems = f"{len(outcomes)} objectives, {SOURCES[next(iter(outcomes)).split('/')[1]]}"
-    found = []
-    for order in ORDERS:
-        for kind in COSTS:
-            table = costs(outcomes, kind)
-            if any(math.isfinite(cost) for name, row in table.items() for cost in row if name in PAIRS):
-                found.append(_profile(problems, order, kind, table))
+    share = "share of the problems solved"
+    times, evaluations, found = costs(outcomes, "seconds"), costs(outcomes, "evaluations"), []
+    kinds = (
+        ("time", times, performance_profile, "times the least time of all that are drawn",
+         "At 1 stands the share on which a solver is the fastest, on the right what it solves at all; Dolan and Moré."),
+        ("evaluations", evaluations, data_profile, "evaluations of the objective",
+         "Data profile of Moré and Wild; products with a Hessian are not counted."),
+    )  # fmt: skip
+    for order, words in ORDERS.items():
+        names = {solver.name for solver in SOLVERS if solver.second == (order == "second")}
+        for word, table, profile, label, meaning in kinds:
+            if any(math.isfinite(cost) for name in PAIRS.keys() & table.keys() for cost in table[name]):
+                drawn = profile({name: row for name, row in table.items() if name in names})
+                leader = max(drawn, key=lambda name, drawn=drawn: _area(drawn[name]), default="nobody")
+                lines = [Line(name, *curve, "steps") for name, curve in drawn.items()]
+                title = f"By {word}, solvers {words}: {leader} is ahead"
+                caption = f"{problems}. Higher is better, and further left. {meaning}"
+                found.append(Plot(f"profile-{word}-{order}", title, label, share, lines, y_log=False, caption=caption))
     marks = []
-    for name, row in costs(outcomes, "seconds").items():
-        if times := [1e3 * seconds for seconds in row if math.isfinite(seconds)]:
-            marks.append(Line(name, [statistics.median(times)], [len(times) / len(row)], "marks"))
+    for name, row in times.items():
+        if finite := [1e3 * seconds for seconds in row if math.isfinite(seconds)]:
+            marks.append(Line(name, [statistics.median(finite)], [len(finite) / len(row)], "marks"))
     title, label = "What each solver solves, and what that takes", "milliseconds, the median of the problems it solves"
     caption = f"{problems}. Better is up and to the left."
-    return [*found, Plot("solved", title, label, "share of the problems solved", marks, y_log=False, caption=caption)]
-
-
-def _profile(problems: str, order: str, kind: str, table: Costs) -> Plot:
-    """The profile of the solvers of one order: of Dolan and Moré for times, of Moré and Wild for evaluations."""
-    of_order = {solver.name for solver in SOLVERS if solver.second == (order == "second")}
-    table = {name: row for name, row in table.items() if name in of_order}
-    curves = performance_profile(table) if kind == "seconds" else data_profile(table)
-    leader = max(curves, key=lambda name: _area(curves[name])) if curves else "nobody"
-    word, label = COSTS[kind]
-    return Plot(
-        f"profile-{word}-{order}", f"By {word}, solvers {ORDERS[order]}: {leader} is ahead", label,
-        "share of the problems solved", [Line(name, *curve, "steps") for name, curve in curves.items()], y_log=False,
-        caption=f"{problems}. Higher is better, and further left. "
-        + ("At 1 stands the share on which a solver is the fastest, on the right what it solves at all; Dolan and Moré."
-           if kind == "seconds" else "Data profile of Moré and Wild; products with a Hessian are not counted."),
-    )  # fmt: skip
+    return [*found, Plot("solved", title, label, share, marks, y_log=False, caption=caption)]
 
 
 def _area(curve: Curve) -> float:

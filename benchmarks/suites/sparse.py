@@ -10,16 +10,13 @@ import numpy as np
 import scipy.sparse
 
 import curvature
-from benchmarks.cases import Case, Choice, Claim, Contestant, Outcome, Race, Task
+from benchmarks.cases import Case, Choice, Contestant, Race, Task
 from benchmarks.peers.jax_ways import named
-from benchmarks.reading import at_most
 
 TITLE = "Sparse"
 QUESTION = "What does a derivative with few entries cost, in gradients, and when is the dense one no longer an option?"
 DTYPE = "float64"
 TOLERANCE = 1e-13  # of the largest entry
-WANTED_OVERHEAD = 1.1  # over asdex, or jax, called directly
-WANTED_GRADIENTS = 6  # of the Hessian of the chain at 100,000 variables
 DENSE_UP_TO = 1000
 CAPTION = "Compile seconds hold the preparation as well: finding and coloring the pattern."
 
@@ -78,8 +75,7 @@ def cases(choice: Choice) -> Iterator[Case]:
             yield Race(
                 f"sparse/{order}/{name}/n={n}", f"Sparse {order.capitalize()}, {name}, {n:,} variables", name,
                 partial(contestants, name, n), lambda n=n, closed=closed_form: canonical(closed(point(n))), TOLERANCE,
-                {"n": n}, budget=0.3 if choice.quick else 1.5, rounds=5 if choice.quick else 15,
-                claims=partial(claims, name, n), caption=CAPTION,
+                {"n": n}, budget=0.3 if choice.quick else 1.5, rounds=5 if choice.quick else 15, caption=CAPTION,
             )  # fmt: skip
 
 
@@ -112,7 +108,7 @@ def contestants(name: str, size: int) -> Iterator[Contestant]:
     if size <= DENSE_UP_TO:
         jax_way = jax.hessian if order == "hessian" else jax.jacfwd
         ways = {f"curvature.{order}, dense": getattr(curvature, order)(function), "jax, dense": jax_way(function)}
-        yield from named(ways, (x,), partial(of_dense, name, size))
+        yield from named(ways, (x,), canonical)
     alone = prepared(partial(by_asdex, f"compressed_{order}"))
     yield Contestant("asdex, its products alone", "asdex", make=alone, floor=True)
     floor, what = (jax.grad(function), "one gradient") if order == "hessian" else (function, "one evaluation")
@@ -130,21 +126,3 @@ def canonical(matrix: Any) -> tuple[Vector, Vector, Vector]:
 def of_bcoo(found: Any) -> tuple[Vector, Vector, Vector]:
     rows, columns = np.asarray(found.indices).T
     return canonical(scipy.sparse.coo_array((np.asarray(found.data), (rows, columns)), shape=found.shape))
-
-
-def of_dense(name: str, size: int, found: Any) -> tuple[Vector, Vector, Vector]:
-    """A dense matrix, read at the places of the closed form; an entry elsewhere makes it a wrong answer."""
-    dense, (rows, columns, _) = np.asarray(found), canonical(PROBLEMS[name][2](point(size)))
-    elsewhere = dense.copy()
-    elsewhere[rows, columns] = 0
-    return (rows, columns, dense[rows, columns]) if not elsewhere.any() else (*np.nonzero(dense), dense[dense != 0])
-
-
-def claims(name: str, size: int, outcome: Outcome) -> list[Claim]:
-    """Neither the dense way nor what we put around asdex takes a tenth more; an evaluation costs a few gradients."""
-    order = PROBLEMS[name][0]
-    ours, dense = f"curvature.sparse_{order}", f"curvature.{order}, dense"
-    found = at_most(outcome, f"{ours}, under jit", "asdex, under jit", WANTED_OVERHEAD) if size >= 100_000 else []
-    if name == "rosenbrock" and size == 100_000:
-        found += at_most(outcome, ours, "one gradient", WANTED_GRADIENTS)
-    return found + at_most(outcome, dense, "jax, dense", WANTED_OVERHEAD)

@@ -9,8 +9,8 @@ import pytest
 from benchmarks import reading, report, results
 from benchmarks.cases import OURS
 from benchmarks.report import facts, plots
+from benchmarks.solvers import PAIRS
 from benchmarks.suites import SUITES
-from benchmarks.suites.solvers import PAIRS
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "benchmarks" / "results" / "cpu"

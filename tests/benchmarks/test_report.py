@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks import reading, report
 from benchmarks.cases import Line, Outcome, Plot, Row
 from benchmarks.report import facts, plots, tables
 from benchmarks.report.compare import compare
@@ -309,7 +309,7 @@ def test_the_same_picture_is_the_same_file():
 
 def test_a_suite_tells_why_it_is_behind_only_where_it_is(monkeypatch):
     reasons = [("toy/trouble", "jax", "a hand knows better"), ("toy/trouble", "autograd", "never told")]
-    monkeypatch.setitem(facts.NOTES, "toy", {"reasons": reasons})
+    monkeypatch.setitem(reading.NOTES, "toy", {"reasons": reasons})
     monkeypatch.setitem(SUITES, "toy", made_up.SUITE)
     notes = [entry.note for entry in facts.behind(made_up.results().outcomes)]
     assert notes == ["a hand knows better; gives up a factor of two for symmetry"]

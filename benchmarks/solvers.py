@@ -7,9 +7,9 @@ SciPy's L-BFGS-B stops by the change of the value too, its Newton-CG by the leng
 ``optimistix`` by both of these.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,6 @@ GTOL = 1e-5
 CHANGE = 1e-8  # the tolerance of optimistix, relative and absolute
 MAX_STEPS = 1000
 
-Call = Callable[[], Any]
 Objective = Callable[..., Any]
 
 
@@ -32,9 +31,9 @@ class Answer(NamedTuple):
     """Where a solver ended, whether it calls that a success, and its own counts; None where it does not count."""
 
     x: Any
-    claims: bool
-    steps: int
-    evaluations: int | None = None
+    claims: Any
+    steps: Any
+    evaluations: Any = None
 
 
 @dataclass(frozen=True)
@@ -42,23 +41,39 @@ class Solver:
     """A way to minimize.
 
     Attributes:
-        build: ``build(fun, x0, args)`` gives the call of a solve of ``fun(x, args)``, which compiles when first made.
-        read: reads what the call returns.
+        run: ``run(fun, x0, args)`` minimizes ``fun(x, args)``, and is traced; of SciPy, it gives what is then called.
         second: whether it takes second derivatives.
         quick: whether it is in a quick run.
-        count: ``count(fun, x0, args)``, for a solver that does not say how often it evaluates.
+        counts: whether it says how often it evaluates.
     """
 
     name: str
     peer: str
-    build: Callable[[Objective, jax.Array, Any], Call]
-    read: Callable[[Any], Answer]
+    run: Callable[[Objective, Any, Any], Any]
     second: bool = False
     quick: bool = False
-    count: Callable[[Objective, jax.Array, Any], int] | None = None
+    counts: bool = True
+
+    def build(self, fun: Objective, x0: jax.Array, args: Any) -> Callable[[], Answer]:
+        """The call of a solve, which compiles when it is first made."""
+        if self.peer == "scipy":
+            return self.run(fun, np.asarray(x0), args)
+        return compiled(partial(self.run, fun), x0, args)
+
+    def count(self, fun: Objective, x0: jax.Array, args: Any) -> int:
+        """At how many points the objective is evaluated or linearized, by a run that calls the host at each of them."""
+        points: list[None] = []
+
+        def counted(x: jax.Array, args: Any) -> Any:
+            jax.debug.callback(lambda: points.append(None))
+            return fun(x, args)
+
+        self.build(counted, x0, args)()
+        jax.effects_barrier()
+        return len(points)
 
 
-def compiled(run: Callable[..., Any], *args: Any) -> Call:
+def compiled(run: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     jitted = jax.jit(run)
     return lambda: jax.block_until_ready(jitted(*args))
 
@@ -67,28 +82,16 @@ def largest(tree: Any) -> jax.Array:
     return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
+def rosenbrock(x: jax.Array) -> jax.Array:
+    return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+
 def ours(method: str, **options: Any) -> Solver:
-    def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
-        how = {"method": method, "gtol": GTOL, "max_steps": MAX_STEPS}
-        return compiled(lambda x0, args: curvature.minimize(fun, x0, (args,), **how), x0, args)
+    def run(fun: Objective, x0: Any, args: Any) -> Answer:
+        result = curvature.minimize(fun, x0, (args,), method=method, gtol=GTOL, max_steps=MAX_STEPS)
+        return Answer(result.x, result.success, result.num_steps)
 
-    def read(result: Any) -> Answer:
-        return Answer(result.x, bool(result.success), int(result.num_steps))
-
-    return Solver(f"curvature {method}", "curvature", build, read, count=functools.partial(_count, build), **options)
-
-
-def _count(build: Callable[..., Call], fun: Objective, x0: jax.Array, args: Any) -> int:
-    """How many points the objective is evaluated or linearized at, by a run that calls the host at each of them."""
-    points: list[None] = []
-
-    def counted(x: jax.Array, args: Any) -> Any:
-        jax.debug.callback(lambda: points.append(None))
-        return fun(x, args)
-
-    build(counted, x0, args)()
-    jax.effects_barrier()
-    return len(points)
+    return Solver(f"curvature {method}", "curvature", run, counts=False, **options)
 
 
 def scipy_solver(fun: Objective, method: str, gtol: float = GTOL) -> Callable[[np.ndarray, Any], Any]:
@@ -117,18 +120,21 @@ def scipy_solver(fun: Objective, method: str, gtol: float = GTOL) -> Callable[[n
 def of_scipy(method: str, **options: Any) -> Solver:
     """A method of ``scipy.optimize.minimize`` on compiled functions."""
 
-    def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
-        return functools.partial(scipy_solver(fun, method), np.asarray(x0), args)
+    def run(fun: Objective, x0: Any, args: Any) -> Callable[[], Answer]:
+        solve = scipy_solver(fun, method)
 
-    def read(result: Any) -> Answer:
-        hessians = result.nhev if method == "trust-exact" else 0  # elsewhere it counts products, which are not points
-        return Answer(result.x, bool(result.success), int(result.nit), int(result.nfev + hessians))
+        def call() -> Answer:
+            result = solve(x0, args)
+            hessians = result.nhev if method == "trust-exact" else 0  # of the others, products, which are not points
+            return Answer(result.x, result.success, result.nit, result.nfev + hessians)
 
-    return Solver(f"SciPy {method}", "scipy", build, read, **options)
+        return call
+
+    return Solver(f"SciPy {method}", "scipy", run, **options)
 
 
-def run_optax_lbfgs(fun: Objective, x0: Any, args: tuple[Any, ...], gtol: Any, most_steps: Any) -> Any:
-    """``optax.lbfgs`` as its manual drives it, to be compiled: ``(x, whether it converged, steps, evaluations)``."""
+def run_optax_lbfgs(fun: Objective, x0: Any, args: tuple[Any, ...], gtol: Any, most_steps: Any) -> Answer:
+    """``optax.lbfgs`` as its manual drives it, to be compiled."""
     solver = optax.lbfgs()
 
     def objective(x: Any) -> jax.Array:
@@ -149,52 +155,33 @@ def run_optax_lbfgs(fun: Objective, x0: Any, args: tuple[Any, ...], gtol: Any, m
 
     zero = jnp.asarray(0)
     x, state, steps, evaluations = jax.lax.while_loop(unfinished, step, (x0, solver.init(x0), zero, zero + 1))
-    return x, largest(optax.tree.get(state, "grad")) <= gtol, steps, evaluations
-
-
-def of_optax(**options: Any) -> Solver:
-    def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
-        return compiled(lambda x0, args: run_optax_lbfgs(fun, x0, (args,), GTOL, MAX_STEPS), x0, args)
-
-    def read(found: Any) -> Answer:
-        return Answer(found[0], bool(found[1]), int(found[2]), int(found[3]))
-
-    return Solver("optax.lbfgs", "optax", build, read, **options)
+    return Answer(x, largest(optax.tree.get(state, "grad")) <= gtol, steps, evaluations)
 
 
 def of_optimistix(kind: str, **options: Any) -> Solver:
     """A minimizer by the name of its class; it evaluates once in each step, as its search does."""
 
-    def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
+    def run(fun: Objective, x0: Any, args: Any) -> Answer:
         import optimistix
 
         solver = getattr(optimistix, kind)(rtol=CHANGE, atol=CHANGE)
+        found = optimistix.minimise(fun, solver, x0, args, max_steps=MAX_STEPS, throw=False)
+        steps = found.stats["num_steps"]
+        return Answer(found.value, found.result == optimistix.RESULTS.successful, steps, steps)
 
-        def run(x0: jax.Array, args: Any) -> Any:
-            found = optimistix.minimise(fun, solver, x0, args, max_steps=MAX_STEPS, throw=False)
-            return found.value, found.result == optimistix.RESULTS.successful, found.stats["num_steps"]
-
-        return compiled(run, x0, args)
-
-    def read(found: Any) -> Answer:
-        return Answer(found[0], bool(found[1]), int(found[2]), int(found[2]))
-
-    return Solver(f"optimistix {kind}", "optimistix", build, read, **options)
+    return Solver(f"optimistix {kind}", "optimistix", run, **options)
 
 
 def of_jaxopt(kind: str, **options: Any) -> Solver:
     """A minimizer by the name of its class, which counts its evaluations."""
 
-    def build(fun: Objective, x0: jax.Array, args: Any) -> Call:
+    def run(fun: Objective, x0: Any, args: Any) -> Answer:
         import jaxopt
 
-        return compiled(getattr(jaxopt, kind)(fun, tol=GTOL, maxiter=MAX_STEPS).run, x0, args)
+        x, state = getattr(jaxopt, kind)(fun, tol=GTOL, maxiter=MAX_STEPS).run(x0, args)
+        return Answer(x, state.error <= GTOL, state.iter_num, state.num_fun_eval)
 
-    def read(found: Any) -> Answer:
-        x, state = found
-        return Answer(x, bool(state.error <= GTOL), int(state.iter_num), int(state.num_fun_eval))
-
-    return Solver(f"jaxopt {kind}", "jaxopt", build, read, **options)
+    return Solver(f"jaxopt {kind}", "jaxopt", run, **options)
 
 
 SOLVERS = (
@@ -209,7 +196,7 @@ SOLVERS = (
     of_scipy("Newton-CG", second=True),
     of_scipy("BFGS", quick=True),
     of_scipy("L-BFGS-B", quick=True),
-    of_optax(quick=True),
+    Solver("optax.lbfgs", "optax", lambda f, x0, args: run_optax_lbfgs(f, x0, (args,), GTOL, MAX_STEPS), quick=True),
     of_optimistix("BFGS", quick=True),
     of_optimistix("LBFGS"),
     of_jaxopt("BFGS"),
