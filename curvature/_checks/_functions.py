@@ -1,4 +1,4 @@
-"""Input checks of the user's functions: their outputs, and the modes that can differentiate them."""
+"""Input checks of the functions that users pass: what they are and what they return."""
 
 from typing import Any
 
