@@ -1,4 +1,4 @@
-"""Globalization: one trial loop for a trust radius or a cubic weight, and what all searches share."""
+"""The trial loop over a trust radius or a cubic weight, the update of the radius, and what all searches share."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,21 +13,22 @@ from curvature._types import Scalar, Status, Vector
 from curvature.linalg._subproblems import RegionStep
 from curvature.optimizers._method import Local, Slope, choose
 
-ACCEPT = 1e-4  # N&W algorithm 4.1: the least ratio of actual to predicted reduction that is a step,
-POOR, GOOD = 0.25, 0.75  # below which the region shrinks, above which it grows
+ACCEPT = 1e-4  # N&W algorithm 4.1: the smallest ratio of actual to predicted reduction at which a step is accepted
+POOR, GOOD = 0.25, 0.75  # the region shrinks below the first ratio and grows above the second
 FAR = 10  # a trial that raises the value by more than this times the predicted reduction: the model says nothing there
 MAX_TRIALS = 40
 _SHRINK = (0.1, 0.5)  # a rejected step is cut to a length between these shares of it
-_GROWTH = 4.0  # of the region after a good step,
-_DOUBLING = 2.0  # and within one update,
-_LASTING = 1.25  # where the fall of the value grows by this with it, though the model is poor
+_GROWTH = 4.0  # Heuristic: the ratio of the next radius to this one after a good step to the boundary
+_DOUBLING = 2.0  # the ratio of the radii that one update tries
+# Heuristic: a larger step is kept, though its ratio is below ``GOOD``, if it lowers the value by so many times as much.
+_LASTING = 1.25
 
 Flag = Bool[Array, ""] | bool
-"""Known or traced; where it is known to be false, nothing is compiled for the other case."""
+"""A boolean of Python or of a trace. For Python's False the code for True is not compiled."""
 
 
 class Trial(NamedTuple):
-    """A trial step, or the one accepted before where the last is no better."""
+    """The last trial step, or the accepted one before it where the last is no better."""
 
     size: Scalar  # the radius, or the weight of the cubic term
     step: Vector
@@ -37,7 +38,7 @@ class Trial(NamedTuple):
     ratio: Scalar  # of the actual to the predicted reduction
     count: Int[Array, ""]
     inner_steps: Int[Array, ""]
-    learned: Any = None  # what all trials have taught the method
+    learned: Any = None  # the memory of the method after all trials
 
     @property
     def accepted(self) -> Bool[Array, ""]:
@@ -45,7 +46,7 @@ class Trial(NamedTuple):
         return self.ratio >= ACCEPT
 
     def next_radius(self) -> Scalar:
-        """The radius after an accepted step: N&W algorithm 4.1."""
+        """The radius after an accepted step: N&W algorithm 4.1, but by 4, and to a quarter of the step."""
         grown = jnp.where((self.ratio > GOOD) & self.on_boundary, _GROWTH * self.size, self.size)
         grown = jnp.minimum(grown, jnp.finfo(grown.dtype).max / 8)
         return jnp.where(self.ratio < POOR, POOR * norm(self.step), grown)
@@ -64,7 +65,7 @@ class Attempt(NamedTuple):
     value: Scalar
     usable: Bool[Array, ""]  # whether the value, and the gradient where it is evaluated, is finite
     inner_steps: Any = 0
-    learn: Callable[[Scalar], Any] = lambda ratio: None  # from the ratio of the trial
+    learn: Callable[[Scalar], Any] = lambda ratio: None  # the memory of the method after a trial of this ratio
 
 
 class _Search(NamedTuple):
@@ -93,9 +94,9 @@ def search(
 
     Where the first step is accepted and ends on the boundary, a region that ``grows`` is doubled for as long as that
     lowers the value, as the model foresees or else by a quarter as much again: the internal doubling of Dennis and
-    Schnabel (1996), algorithm A6.4.5, doi:10.1137/1.9781611971200. It pays where another radius costs little beside
-    another Hessian. It need not follow the model, which is poor wherever the curvature is that of ripples on a slope;
-    but a fall that levels off ends on a plateau.
+    Schnabel (1996), algorithm A6.4.5, doi:10.1137/1.9781611971200. It pays where a solve at another radius is cheap
+    beside another Hessian. The model need not be good: on a slope with ripples the Hessian is that of the ripples. A
+    quarter more of a decrease is asked for, so that the doubling stops before a plateau.
     """
     noise = local.noise + jnp.finfo(local.noise.dtype).tiny
     smallest = shortest_radius(local) if resize is None else 0
@@ -148,7 +149,7 @@ def _keep_better(
     falls_on = local.value - trial.value >= _LASTING * (local.value - last.value)
     improves = fair & (~found | ((trial.value < last.value - local.noise) & (good | falls_on)))
     kept = last._replace(
-        on_boundary=last.on_boundary & good,  # a larger region that was not good is not grown into
+        on_boundary=last.on_boundary & good,  # if not good, ``next_radius`` does not grow either
         count=trial.count,
         inner_steps=trial.inner_steps,
     )
@@ -162,16 +163,15 @@ def guess_radius(local: Slope | Local, radius: Scalar) -> tuple[Scalar, Bool[Arr
     return jnp.where(is_guess, first_length(local, norm(local.grad)), radius), is_guess
 
 
-def first_length(local: Slope | Local, slope: Scalar) -> Scalar:
+def first_length(local: Slope | Local, grad_norm: Scalar) -> Scalar:
     """A guess of how long a first step may be: a hundredth of ``norm(x)``, or of ``abs(f) / norm(g)`` where ``x = 0``.
 
-    ``slope`` is ``norm(g)``.
     Both follow the units of ``x`` and of ``f``. Without either it is a hundredth. Heuristic: a length that is too short
-    costs a few evaluations, one that is too long may end on a plateau, which is why a step of this length must be one
-    that the model foresees.
+    costs a few evaluations. One that is too long may end on a plateau, so a first step is accepted only if its ratio is
+    within a factor of 4 of 1: ``is_guess`` in ``search``.
     """
     size = norm(local.x)
-    unit = jnp.where(size > 0, size, jnp.abs(local.value) / slope)
+    unit = jnp.where(size > 0, size, jnp.abs(local.value) / grad_norm)
     return jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1) / 100
 
 
@@ -182,10 +182,10 @@ def shortest_radius(local: Slope | Local) -> Scalar:
 
 
 def hides(local: Slope | Local, step: Vector, value: Scalar) -> Bool[Array, ""]:
-    """Whether the value is the same after a step so short that the difference may be lost inside the objective.
+    """Whether a step of at most ``sqrt(eps) norm(x)`` leaves the value exactly equal.
 
-    ``log(1 + r^2)`` is 0 for every ``abs(r) < sqrt(eps)``, and the rounding of 0 says nothing of it. This step
-    is to be judged by the gradient it leads to, and so is accepted: of at most ``sqrt(eps) norm(x)``.
+    ``log(1 + r^2)`` is 0 for every ``abs(r) < sqrt(eps)``, and ten roundings of 0 are 0, so that the noise of the value
+    does not cover it. Such a step is accepted, and the gradient at its end decides.
     """
     root = float(jnp.finfo(step.dtype).eps) ** 0.5
     return (value == local.value) & (norm(step) <= root * norm(local.x))

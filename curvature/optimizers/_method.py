@@ -52,10 +52,10 @@ class DenseSecondOrder(SecondOrder):
 
 
 class Unevaluated(NamedTuple):
-    """What ``optax.value_and_grad_from_state`` looks for in a state, with nothing in it.
+    """A placeholder for the value and the gradient that ``optax.value_and_grad_from_state`` reads.
 
-    The value is infinite, which has optax evaluate both afresh: the gradient at the new point comes with the
-    linearization that the next update makes there, so an update has none to leave behind.
+    The value is infinite, so optax evaluates both. Methods of second order store nothing: the next update computes the
+    gradient as part of its linearization.
     """
 
     value: Float[Array, ""]
@@ -63,7 +63,7 @@ class Unevaluated(NamedTuple):
 
 
 def unevaluated(params: Tree) -> Unevaluated:
-    """Nothing stored, in the shapes of what could be; the value in the dtype of the parameters, as optax has it."""
+    """The placeholder, in the shapes and dtypes of ``params``."""
     with jax.numpy_dtype_promotion("standard"):  # leaves may differ in dtype even where users are strict
         dtype = jnp.result_type(*jax.tree.leaves(params) or [jnp.float32])  # map_params passes a tree without leaves
     return Unevaluated(jnp.asarray(jnp.inf, dtype), jax.tree.map(jnp.zeros_like, params))
@@ -72,7 +72,7 @@ def unevaluated(params: Tree) -> Unevaluated:
 class Stored(NamedTuple):
     """Value and gradient at the point that an update chose, where ``optax.value_and_grad_from_state`` finds them.
 
-    ``params`` is that point: what comes later in a chain, or a projection, may have led to another.
+    ``params`` is that point: a later transformation of a chain, or a projection, may have moved on from it.
     """
 
     value: Float[Array, ""]
@@ -81,7 +81,7 @@ class Stored(NamedTuple):
 
 
 def nothing_stored(params: Tree) -> Stored:
-    """No value, gradient or point, in the shapes of what could be."""
+    """The placeholder for value, gradient and point, in the shapes and dtypes of ``params``."""
     return Stored(*unevaluated(params), jax.tree.map(jnp.zeros_like, params))
 
 
@@ -195,13 +195,14 @@ def transformation(
 ) -> T:
     """An optax transformation whose state is a named tuple of this ``kind``.
 
-    At first its counts, named ``num_...``, and its other numbers are zero, but for the fields that ``start(x)`` gives.
+    At first every field is zero, an integer if its name starts with ``num_``, but for ``status``, ``stored`` and those
+    that ``start(x)`` gives.
     """
 
     def init(params: Tree) -> Any:
         if bounds and not is_placeholder(params):
             box_of(*bounds, "params", params)
-        # A placeholder for the parameters has no entries, and a state for it no shapes that count.
+        # Optax may pass a placeholder without arrays, for which the shapes of the state do not matter.
         x = jnp.zeros(1, jnp.float32) if is_placeholder(params) else ravel(params)[0]
         fields = {name: jnp.asarray(0, jnp.int32 if name.startswith("num_") else x.dtype) for name in kind._fields}
         fields |= {"status": jnp.asarray(Status.RUNNING, jnp.int32), "stored": stored(params)}
@@ -226,12 +227,12 @@ def reused(build: Callable[P, T]) -> Callable[P, T]:
 
 
 def is_finite(value: Scalar, grad: Vector) -> Bool[Array, ""]:
-    """Whether there is a step from here: an infinite value is one that any other is below."""
+    """Whether a step can start here: the gradient is finite, and the value no NaN. Every value is below infinity."""
     return (value == value) & jnp.all(jnp.isfinite(grad))  # a NaN equals nothing; fewer operations than its negation
 
 
 def unless_lost(usable: Bool[Array, ""], after: Any, state: Any) -> Any:
-    """The state after a step, or, where the gradient was not usable, the one before it, which says so."""
+    """The state after a step; where the gradient was not usable the one before it, with the status NONFINITE."""
 
     def leaf(new: Array, old: Array) -> Array:
         return new if new is old else jax.lax.select(usable, new, old)
@@ -241,10 +242,10 @@ def unless_lost(usable: Bool[Array, ""], after: Any, state: Any) -> Any:
 
 
 def _is_stale(stored: Stored, params: Tree, value: Scalar, grad: Tree) -> Bool[Array, ""] | np.ndarray:
-    """Whether value and gradient were taken from the state while the parameters have gone elsewhere since.
+    """Whether value and gradient are the stored ones although ``params`` is no longer the stored point.
 
-    That is so where something follows in a chain, or projects the parameters. Whoever passes the very arrays of the
-    state, as ``minimize`` does, has gone to its point.
+    That is so where a later transformation of a chain, or a projection, has moved the parameters. If ``grad`` holds the
+    very arrays of the state, as in ``minimize``, it is not stale, and nothing is compared.
     """
     pairs = list(zip(jax.tree.leaves(grad), jax.tree.leaves(stored.grad), strict=True))
     if all(one is other for one, other in pairs):
@@ -315,13 +316,13 @@ def bind_extras(value_fn: Callable[..., Any], extras: dict[str, Any]) -> Callabl
 
 
 def resolved(local: Local, *, by_powers_of_two: bool = False) -> tuple[Local, Vector]:
-    """The objective in variables ``d x`` in which no curvature drowns in the rounding of another, and ``d``.
+    """The objective in scaled variables ``d x``, in which no curvature is lost in the rounding of another, and ``d``.
 
-    An eigendecomposition knows eigenvalues to ``eps`` of the largest. With ``h`` the diagonal of the Hessian over its
-    largest entry, in absolute values, ``d = sqrt(clip(h / sqrt(eps), sqrt(eps), 1))``: where the variables differ by
-    less than ``h = sqrt(eps)`` it is 1, and beyond it brings those that hardly curve back to there. The bounds are our
-    own choice; a region in ``d x`` stays one in ``x`` to a bounded factor, as the theory of trust regions asks. With
-    ``d`` ``by_powers_of_two`` a step to a bound is exact in either variables.
+    An eigendecomposition has errors of ``eps`` times the largest eigenvalue. With ``h`` the diagonal of the Hessian
+    over its largest entry, in absolute values, ``d = sqrt(clip(h / sqrt(eps), sqrt(eps), 1))``: 1 for a relative
+    curvature of at least ``sqrt(eps)``, and smaller ones are raised, by at most ``1 / sqrt(eps)``. Heuristic: these
+    bounds, with which a region in ``d x`` is one in ``x`` to a bounded factor, as the theory of trust regions asks.
+    With ``d`` ``by_powers_of_two`` a step to a bound is exact in either variables.
     """
     hessian = local.hessian()
     curvature = jnp.abs(jnp.einsum("ii->i", hessian))  # jnp.diagonal would be a gather

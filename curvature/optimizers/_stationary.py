@@ -16,16 +16,18 @@ from curvature.optimizers._bounds import Box, around, downhill, project
 from curvature.optimizers._method import choose, evaluate
 
 _ROUNDINGS = 16  # by which each entry of x moves; fewer would be hard to tell from the rounding of the gradient
-_LENIENCE = 4.0  # where no step is found that could do better
+# Heuristic: where a method is stuck the gradient may be so many times its changes, because rounding along directions of
+# large curvature can stop it before the gradient vanishes along the others.
+_LENIENCE = 4.0
 _PROBES = 4  # vectors of factors: in one of them the terms of a row of the Hessian may cancel
 _HOPELESS = 64.0  # a gradient so many times the change in the first probes is not worth the others
 _ANGLE = 1.88  # radians; the cosines of its multiples differ from entry to entry and from probe to probe
-_CLEAR = 100  # so many times its rounding, the value must have fallen for a slope on the way to say something
-_POINTS = _PROBES + 3  # and on the way from the start: the start, three quarters of it, and half as far again
+_CLEAR = 100  # Heuristic: slopes on the way count only if the value has fallen by so many times its noise
+_POINTS = _PROBES + 3  # the probes, and three points ``x0 + t (x - x0)``, with t = 0, 0.75, 1.5
 
 
 class Verdict(NamedTuple):
-    """Whether a point is stationary to rounding, and whether the way to it leads on without end, or to ``-inf``."""
+    """Whether the gradient is zero to rounding, and whether the value does not rise beyond the point or is ``-inf``."""
 
     is_stationary: Bool[Array, ""]
     drifts: Bool[Array, ""]
@@ -39,7 +41,7 @@ class _Examination(NamedTuple):
     peak: Scalar  # the highest value over the probes
     value: Scalar  # at the last point
     slope: Scalar  # along the way, at the last point
-    vanishes: Bool[Array, ""]  # the slope, from a high point before the last to the last
+    vanishes: Bool[Array, ""]  # whether the slope is below eps^(1/4) of that at the point before, clearly higher
     drifts: Bool[Array, ""]
 
 
@@ -51,13 +53,15 @@ def examine(
     The point is stationary to rounding if no entry of its gradient exceeds the largest change of that entry as ``x``
     moves to ``x + 16 eps max(|x|, sqrt(eps) |x0|) c``, for four vectors ``c`` of factors between -1 and 1. The maximum
     gives a scale to an entry whose minimizer is zero. The changes include the rounding of the gradient itself, and they
-    follow the units of the objective and of each variable. Nor may the gradient be longer than all changes when their
-    parts along the first change are left out, in the units of these moves. At the last point, from which no step led
-    on, four times these changes are allowed: directions of large curvature can keep a method from using the others to
-    the end.
+    follow the units of the objective and of each variable. At the last point, from which no step led on, four times
+    these changes are allowed.
 
-    At a pole such as that of ``log(abs(x))`` the gradient changes sign as well; there the value rises, over a probe, by
-    more than ``sqrt(eps)`` of what it rises half as far again from ``x0``.
+    The second condition: when the gradient and its changes, in units of the moves, are projected onto the complement of
+    the first change, the gradient is no longer than the longest change. In a narrow valley every probe changes the
+    gradient mainly across the valley, and the projection leaves the slope along its floor.
+
+    A pole such as that of ``log(abs(x))`` passes both conditions. It is recognized by its value, which a probe raises
+    by more than rounding plus ``sqrt(eps)`` times its rise at ``x + (x - x0) / 2``.
 
     The objective drifts if half as far again from ``x0``, at ``x + (x - x0) / 2``, the value is no higher, beyond
     rounding, and if the slope along this way had fallen below ``eps^(1/4)`` of the first one at three quarters of it.
@@ -119,11 +123,7 @@ def examine(
 
 
 def _changes_as_much_across(grad: Vector, changes: Float[Array, "k n"], lenience: Scalar) -> Bool[Array, ""]:
-    """Whether the gradient is no longer than its changes also across the direction in which it changes most.
-
-    On the floor of a narrow valley any probe changes the gradient most across the valley, and so does the first. What
-    is left of the gradient when this direction is projected out is the slope along the floor.
-    """
+    """The second condition of ``examine``, on the complement of the first change."""
     rows = jnp.concatenate([changes, grad[None]])
     rows = rows / jnp.maximum(jnp.max(jnp.abs(rows)), jnp.finfo(rows.dtype).tiny)  # so that no square underflows
     rounding = (4 * grad.size * jnp.finfo(grad.dtype).eps) ** 2

@@ -131,6 +131,7 @@ class _Reading:
             self.mixed |= is_strict
             return
         known = self.data.issuperset(eqn.outvars)
+        # Without an axis the equation sums over the examples: one term for each, unless it can be used whole.
         if step.axes[0] is None:
             if not known and not self._repeats(step):
                 self.mixed |= self._takes_more_memory(eqn)
@@ -161,7 +162,7 @@ class _Reading:
             return None
         uses = _cut_axes(eqn, rule[0])
         alike = all(not isinstance(v, Var) or uses[v] == axis for v, axis in zip(eqn.invars, rule[0], strict=True))
-        return _Step(eqn, *rule) if alike else None  # a variable used twice is cut alike
+        return _Step(eqn, *rule) if alike else None  # not where it would cut one variable along two axes
 
     def _axes_of_custom(self, eqn: Equation, given: Axes) -> Rule | None:
         """The rule of a function with a custom derivative: the function and its derivative must not mix the examples.
@@ -201,7 +202,7 @@ def _read_program(jaxpr: Jaxpr, size: int) -> _Reading:
     on_x = dependents(jaxpr, jaxpr.invars)
     constants: list[Variable] = list(jaxpr.constvars)
 
-    def is_filled(eqn: Equation) -> bool:  # with one number, so that it need not be cut out of memory
+    def is_filled(eqn: Equation) -> bool:  # a constant array, which is broadcast for one example instead of sliced
         return eqn.primitive.name == "broadcast_in_dim" and not isinstance(eqn.invars[0], Var)
 
     data = {*constants, *(v for eqn in jaxpr.eqns for v in eqn.outvars if v not in on_x and not is_filled(eqn))}
@@ -339,6 +340,7 @@ def _custom_on_one(reading: _Reading, step: _Step) -> Callable[..., list[Any]]:
         derivative = _read_derivative(reading.jaxpr, eqn, step.needs, size)
         if derivative is not None:
             return on_one(*values), _run_body(derivative, [*axes, *axes], [*values, *directions])
+        # The derivative may mix examples, as far as can be shown: evaluate it on equal examples, and keep the first.
         along = jax.jvp(fun, _repeat_examples(values, axes, size), _repeat_examples(directions, axes, size))[1]
         first = [jnp.take(out, jnp.array([0]), axis) for out, axis in zip(along, step.axes, strict=True)]
         return on_one(*values), first

@@ -268,17 +268,17 @@ class _Solve(NamedTuple):
         tolerance = jnp.where(before.best.value == jnp.inf, self.limits.rtol * point.offset, before.tolerance)
         allowed = self.limits.gtol * jnp.sqrt(2 * point.value) + tolerance + point.rounding
         allowed = jnp.where(finite & jnp.isfinite(allowed), allowed, -1)
-        flat = point.offset <= allowed
-        doubtful = flat & _loses_rank(linear)
+        is_flat = point.offset <= allowed
+        doubtful = is_flat & _loses_rank(linear)
         loop = before._replace(tolerance=tolerance)
-        loop = _test_convergence(loop, point, flat & ~doubtful, finite, self.limits.max_steps)
+        loop = _record_point(loop, point, is_flat & ~doubtful, finite, self.limits.max_steps)
         # 2. Take a step, or take the last one back where it led to derivatives that are not finite.
         request = Request(doubtful | (loop.idle_steps > 0), loop.taken_back, self.deferred)
         update_fn: Callable[..., tuple[Tree, Any]] = self.method.update
 
         def update(loop: _Loop) -> _Loop:
             updates, state = update_fn(None, loop.state, loop.x, linearized=linear, request=request)
-            return _moved(loop, point, updates, state, allowed, request)
+            return _apply_update(loop, point, updates, state, allowed, request)
 
         def take_back(loop: _Loop) -> _Loop:
             return loop._replace(x=loop.before, taken_back=jnp.ones_like(loop.taken_back))
@@ -309,7 +309,7 @@ def _point(x: Tree, linear: _residuals.Linearized) -> _Point:
     )
 
 
-def _moved(loop: _Loop, point: _Point, updates: Tree, state: Any, allowed: Scalar, request: Request) -> _Loop:
+def _apply_update(loop: _Loop, point: _Point, updates: Tree, state: Any, allowed: Scalar, request: Request) -> _Loop:
     """The loop after an update, which stays where the decrement says that the point has converged.
 
     An update that found no step ends the solve only if it evaluated the decrement: else the next one does.
@@ -336,7 +336,7 @@ def _loses_rank(linear: _residuals.Linearized) -> Bool[Array, ""]:
     return jnp.any(linear.factors.values == 0)
 
 
-def _test_convergence(loop: _Loop, point: _Point, converged: Array, finite: Array, max_steps: Array) -> _Loop:
+def _record_point(loop: _Loop, point: _Point, converged: Array, finite: Array, max_steps: Array) -> _Loop:
     """Update the best point and the status: is it converged, out of steps, or stuck?
 
     Where it is not finite, the solve ends only if it stands at the start or if too many steps in a row led nowhere.

@@ -33,12 +33,18 @@ from curvature.transforms._compositions import linearize_program, trace_objectiv
 from curvature.transforms._modes import choose_for_solver
 
 _PATIENCE = 10  # steps without a lower value or a smaller gradient, beyond rounding, before a method has stalled
-_WINDOWS = (100, 500)  # steps that together must halve the gradient or lower the value by more than their roundings,
-_ROUNDINGS = 100  # which are so many: in the long window those of the largest value seen
-_RETREAT = 0.25  # the share that is left of a step to a point where a method can do nothing
+# Heuristic: a method has stalled if so many steps neither halve the gradient nor lower the value by ``_ROUNDINGS``
+# times its noise: that of the current value for the short window, that of the largest value seen for the long one.
+_WINDOWS = (100, 500)
+_ROUNDINGS = 100
+_CUT = 0.25  # the factor by which a step is shortened if it ends where derivatives are NaN or infinite
 _INTERVAL = np.int32(64)  # the best point is examined after so many steps even if each of them lowers the value
-_LEARNING = 5  # steps that lower nothing, of which a method without the Hessian still learns: until a first examination
-_SHARES = (10, 2)  # of all steps taken, the windows of a long solve: slow convergence is none the less convergence
+# Heuristic: a method without the Hessian is first examined after so many steps without a lower value, because its
+# memory still improves during them.
+_LEARNING = 5
+# Heuristic: in a long solve the windows are a tenth and half of all steps, so that slow convergence does not count as
+# stalled.
+_SHARES = (10, 2)
 
 
 class MinimizeStep(NamedTuple):
@@ -66,9 +72,13 @@ class Point(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """The last iterate that lowered the value or halved the gradient by more than rounding, for either window.
+    """The last iterate that lowered the value by more than rounding or halved the gradient: short window, long window.
 
-    The value, the smallest gradient, the roundings that count, and when.
+    Attributes:
+        value: the lowest value up to the mark.
+        grad_norm: the smallest norm of the gradient up to the mark.
+        noise: the noise with which a decrease is compared.
+        num_steps: the number of steps at the mark.
     """
 
     value: Float[Array, "2"]
@@ -91,7 +101,7 @@ class Check(NamedTuple):
     due: Bool[Array, ""]
     num_steps: Int[Array, ""]  # at which it was last, or the value was last lowered
     wait: Int[Array, ""]  # how many steps later it may be again: 0 after the end
-    settles: Bool[Array, ""]  # whether the last step lowered the value by rounding, or next to nothing of the largest
+    has_leveled: Bool[Array, ""]  # whether the last step lowered the value by rounding at most: ``_test_convergence``
 
 
 class Loop(NamedTuple):
@@ -180,18 +190,18 @@ class Solve(NamedTuple):
 
     def settle(self, loop: Loop) -> Loop:
         """Examine the best point where that is due, or where a solve without an absolute tolerance has ended."""
-        due, num_steps, wait, settles = loop.check
+        due, num_steps, wait, has_leveled = loop.check
         wanted = self.limits.to_rounding & (due | ~is_running(loop)) & (wait > 0)
         is_stuck = (loop.status == Status.STALLED) | (loop.status == Status.SETTLED)
         verdict = examine(self.value_fn, loop.start, loop.best, self.box, wanted, is_stuck)
-        is_stationary = verdict.is_stationary & (settles | is_stuck)
+        is_stationary = verdict.is_stationary & (has_leveled | is_stuck)
         status = _status_if(is_stationary, Status.CONVERGED, loop.status)
         status = _status_if(verdict.drifts, Status.NO_MINIMUM, status)
         wait = choose(due, jnp.minimum(2 * wait, _INTERVAL), wait)
         return loop._replace(
             status=_status_if(verdict.is_unbounded, Status.UNBOUNDED, status),
-            num_steps=choose(due & is_stationary, num_steps, loop.num_steps),  # an update since then was in vain
-            check=Check(jnp.zeros_like(due), num_steps, choose(is_running(loop), wait, np.int32(0)), settles),
+            num_steps=choose(due & is_stationary, num_steps, loop.num_steps),  # an update after it is not counted
+            check=Check(jnp.zeros_like(due), num_steps, choose(is_running(loop), wait, np.int32(0)), has_leveled),
         )
 
     def _evaluate(self, loop: Loop) -> tuple[Point, dict[str, Any]]:
@@ -213,7 +223,7 @@ class Solve(NamedTuple):
     def _update(self, loop: Loop, point: Point, extras: dict[str, Any]) -> Loop:
         """The loop after an update of the method."""
 
-        def objective(x: Tree, args: Any = None) -> Any:  # optax's line searches refuse what it does not take
+        def objective(x: Tree, args: Any = None) -> Any:  # optax's line searches pass every extra, and here is ``args``
             return self.value_fn(x)
 
         extras = extras | {"grad": point.grad, "value_fn": objective, "args": self.args}
@@ -221,9 +231,9 @@ class Solve(NamedTuple):
         updates, state = update_fn(point.grad, loop.state, loop.x, **extras)
         status = state.status if isinstance(self.transformation, WithStatus) else loop.status
         moved = status == Status.RUNNING
-        if isinstance(self.transformation, FirstOrder):  # its line search may end lower, though not where it should
+        if isinstance(self.transformation, FirstOrder):  # a line search that is unbounded may end at a lower point
             moved |= (status == Status.UNBOUNDED) & (state.stored.value < point.value)
-        x, state = jax.lax.stop_gradient((optax.apply_updates(loop.x, updates), state))  # of what may be closed over
+        x, state = jax.lax.stop_gradient((optax.apply_updates(loop.x, updates), state))  # it may close over tracers
         return loop._replace(x=x, state=state, status=status, num_steps=loop.num_steps + moved.astype(jnp.int32))
 
     def _arrive(self, loop: Loop, point: Point) -> Loop:
@@ -235,8 +245,8 @@ class Solve(NamedTuple):
     def _report(self, loop: Loop, point: Point) -> Point:
         """The point with the norm of its projected gradient, after a call of the callback.
 
-        Its clipped form is in units of ``x`` as well, and depends on the units of the objective. So it serves the
-        absolute tolerance alone.
+        With bounds and ``gtol`` that is the norm of ``P(x - g) - x``, which mixes the units of ``x`` and of the
+        objective. Without ``gtol`` it is that of the gradient without the entries that point out of the box at a bound.
         """
         if self.box is not None:
             free = downhill(around(self.box, point.x), ravel(point.grad)[0])
@@ -253,11 +263,12 @@ def _cut_step(loop: Loop, origin: Origin, point: Point, after: Loop) -> Loop:
     """``after``, or a shorter step from the origin, where the last one led to derivatives that are NaN or infinite.
 
     Methods that form or apply the Hessian judge a trial by its value, because derivatives at each would cost as much as
-    a step. So it is here that a trial is rejected after all, and a shortened step if its value is no lower.
+    a step. So a step that was accepted by its value is rejected here if the derivatives at its end are not finite. It
+    is cut by ``_CUT`` until they are, and the value is no higher than at the origin up to rounding.
     """
     rejected = (after.status == Status.NONFINITE) | ((origin.num_cuts > 0) & (point.value > origin.value))
     rejected &= (loop.num_steps > 0) & (origin.num_cuts < MAX_TRIALS)
-    step = jax.tree.map(lambda x, start: _RETREAT * (x - start), loop.x, origin.x)
+    step = jax.tree.map(lambda x, start: _CUT * (x - start), loop.x, origin.x)
     state = after.state
     if hasattr(state, "radius"):
         state = state._replace(radius=choose(rejected, norm(ravel(step)[0]), state.radius))
@@ -293,7 +304,7 @@ def _point(loop: Loop, value: Float[Array, ""], grad: Tree) -> Point:
 def _stored_or_fresh(program: Program, loop: Loop) -> tuple[Float[Array, ""], Tree]:
     """Value and gradient, from the state if a line search that comes last has left those of the point it chose.
 
-    Of one that does not come last they are not: what follows it in the chain changes the step.
+    A line search that is not last in the chain is ignored, because later transformations change its step.
     """
     last = loop.state
     while isinstance(last, tuple) and last and not hasattr(last, "_fields"):
@@ -306,7 +317,7 @@ def _stored_or_fresh(program: Program, loop: Loop) -> tuple[Float[Array, ""], Tr
 
 
 def _begin(loop: Loop, point: Point, limits: Limits) -> Loop:
-    """As ``_test_convergence`` at the first point, which is the best so far, with little to trace and to compile."""
+    """``_test_convergence`` at the first point, written out because it traces and compiles faster."""
     tolerance = limits.gtol + limits.rtol * point.grad_norm
     finite = jnp.isfinite(point.value) & jnp.isfinite(point.grad_norm)
     status = jnp.where(limits.max_steps > 0, Status.RUNNING, Status.MAX_STEPS)
@@ -320,10 +331,13 @@ def _begin(loop: Loop, point: Point, limits: Limits) -> Loop:
 def _test_convergence(loop: Loop, point: Point, limits: Limits, has_status: bool) -> Loop:
     """Update the best point and the status: is it converged, out of steps, stuck, or broken?
 
-    Only methods that descend at every step can be stuck; others may wander and recover. They are stuck when a row of
-    steps lowers neither the value, by more than its rounding, nor the gradient; or when the steps of a longer row lower
-    the value by less than a rounding each, as chance does, and have not halved the gradient. In the longest row the
-    roundings are those of the largest value seen: what is left is a valley that the model of the method cannot see.
+    Only methods that descend at every step can be stuck; others may wander and recover. A method is stuck if
+
+    1. ``_PATIENCE`` steps in a row lower neither the value by more than its rounding nor the gradient, or
+    2. the steps of a window neither lower the value by ``_ROUNDINGS`` times its noise nor halve the gradient. The long
+       window measures the noise at the largest value seen, so that a descent without end along a valley ends too.
+
+    The value has leveled if the step lowers it by at most its noise, or ``eps`` times the noise of the largest value.
     """
     first = loop.best.value == jnp.inf
     tolerance = choose(first, loop.tolerance + limits.rtol * point.grad_norm, loop.tolerance)
@@ -333,10 +347,11 @@ def _test_convergence(loop: Loop, point: Point, limits: Limits, has_status: bool
     lower = point.value < loop.best.value - loop.best.noise
     flatter = (point.value <= loop.best.value + loop.best.noise) & (point.grad_norm < loop.best.grad_norm)
     better = finite & (lower | flatter)
-    later = (point.value <= loop.best.value) & (point.grad_norm <= 2 * loop.best.grad_norm)  # gains that both hide
-    best = choose(better | converged | first | (finite & later), point, loop.best)
+    # Where gains are below rounding, the best point moves along: the value is no higher, the gradient at most doubles.
+    no_worse = (point.value <= loop.best.value) & (point.grad_norm <= 2 * loop.best.grad_norm)
+    best = choose(better | converged | first | (finite & no_worse), point, loop.best)
     idle_steps = choose(better, np.int32(0), loop.idle_steps + 1)
-    mark = _mark(loop, point)
+    mark = _update_mark(loop, point)
 
     status = _status_if(loop.num_steps >= limits.max_steps, Status.MAX_STEPS, Status.RUNNING)
     if has_status:
@@ -348,8 +363,8 @@ def _test_convergence(loop: Loop, point: Point, limits: Limits, has_status: bool
     checked = choose(lower, loop.num_steps, loop.check.num_steps)
     due = (loop.num_steps - checked >= loop.check.wait) | (jax.lax.rem(loop.num_steps, _INTERVAL) == _INTERVAL - 1)
     next_to_nothing = jnp.maximum(loop.best.noise, jnp.finfo(tolerance.dtype).eps * mark.noise[1])
-    settles = ~(point.value < loop.best.value - next_to_nothing)
-    check = Check(limits.to_rounding & due, choose(due, loop.num_steps, checked), loop.check.wait, settles)
+    has_leveled = ~(point.value < loop.best.value - next_to_nothing)
+    check = Check(limits.to_rounding & due, choose(due, loop.num_steps, checked), loop.check.wait, has_leveled)
     return loop._replace(best=best, tolerance=tolerance, idle_steps=idle_steps, mark=mark, status=status, check=check)
 
 
@@ -357,8 +372,8 @@ def _status_if(condition: Bool[Array, ""], status: Any, other: Any) -> Int[Array
     return choose(condition, *(jnp.asarray(one, jnp.int32) for one in (status, other)))
 
 
-def _mark(loop: Loop, point: Point) -> Mark:
-    """Here and now, if the way from the last mark is more than rounding could have made."""
+def _update_mark(loop: Loop, point: Point) -> Mark:
+    """The mark, moved here for each window in which the value fell by ``_ROUNDINGS`` noises or the gradient halved."""
     mark = loop.mark
     noise = jnp.maximum(point.noise, mark.noise * np.array([0, 1], mark.noise.dtype))
     lower = point.value < mark.value - _ROUNDINGS * noise

@@ -45,9 +45,10 @@ def minimize(
 
         |grad f(x)_i| <= max_c |grad f(x + 16 eps max(|x|, sqrt(eps) |x0|) c)_i - grad f(x)_i|
 
-    with ``eps`` the rounding unit, over four vectors ``c`` of factors between -1 and 1, and with 64 for 16 where no
-    further step is found. The norm of the gradient may not exceed those of its changes either when their parts along
-    the first change are left out: on the floor of a narrow valley all changes are across the floor. So other units of
+    with ``eps`` the rounding unit, over four vectors ``c`` of factors between -1 and 1, and with four times the
+    right side where no further step is found. The same must hold of the norms of what is left when gradient and changes
+    are projected onto the complement of the first change: on the floor of a narrow valley all changes are across the
+    floor. So other units of
     ``f`` or ``x`` change nothing but the units. The test is made where a step has not lowered the value by more than
     its rounding, or five in a row have not for a method without the Hessian; and every 64 steps, if the last one has
     lowered it by no more than ``10 eps^2`` of the largest value seen. Nothing else is called success. Where the value

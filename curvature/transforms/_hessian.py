@@ -119,7 +119,8 @@ def hessian(
             that is faster. Otherwise, on a CPU, the whole Hessian of a scalar function takes reverse over reverse
             first, which is faster for many products and slower for one. It does not if there are convolutions, or if
             the gradient holds an operation that may have an infinite derivative: reverse over reverse could then be
-            NaN where forward over reverse, as in ``jax.hessian``, is finite. ``explain`` reports the choice.
+            NaN where forward over reverse, as in ``jax.hessian``, is finite. A ``lax.while_loop`` on the way from ``x``
+            has no reverse derivative; there ``"auto"`` is forward over forward. ``explain`` reports the choice.
         chunk_size: how many columns are computed at once; see ``vmap``.
         blocks: ``(rows, columns)`` for only the block of two leaves or sub-trees of ``x``, named by their paths as by
             ``jax.tree_util.keystr(path, simple=True, separator="/")``, such as ``("layers/0/w", "head")``; the empty
@@ -142,7 +143,8 @@ def hessian(
         RuntimeError: if ``check`` finds a difference; the message names the block, the rule for each of its leaves, and
             the equations and lines where the leaves enter ``f``.
 
-    Cost: ``f`` is linearized once, then one product of about 1.5 gradients for each of the n entries of ``x``. Memory:
+    Cost: ``f`` is linearized once, then one product of about 1.5 gradients for each of the n entries of ``x``; forward
+        over forward takes n^2 second derivatives along two directions instead. Memory:
         the n x n result, the intermediates of one gradient, and the tangents of one chunk. A block takes products for
         its columns alone (its rows in the modes under reverse mode), differentiated back to its rows alone. The
         diagonal takes n products, each back to one leaf, and never holds the n x n matrix. From examples: as

@@ -1,4 +1,4 @@
-"""Choice of the mode of differentiation, from the legality and the sizes of a traced function alone."""
+"""Choice of the mode of differentiation by sizes and legality; ``programs/_legality`` knows what forbids a mode."""
 
 from collections.abc import Sequence
 from typing import get_args

@@ -1,8 +1,9 @@
 """Hessian blocks from second derivatives at pre-activations ("points") of a loss.
 
 A point is a variable through which parameters act. Let parameters enter as ``z_l[j] = sum_i a_l[i] u_l[i, j]`` at point
-l, let ``d_l`` be the cotangent of ``z_l``, and let D be the derivative along ``z_l[j]`` with all parameters fixed. The
-gradient at point m is ``a_m[I] d_m[J]``. So for points m that are evaluated no sooner than l, summed over examples b,
+l, let ``d_l`` be the cotangent of ``z_l``, and let ``D y[...; j]`` be the derivative of ``y`` along ``z_l[j]`` with all
+parameters fixed. Columns belong to point l (input i, entry j), rows to point m (input I, entry J). The gradient at
+point m is ``a_m[I] d_m[J]``. So where m is l or is evaluated after l, summed over examples b,
 
     H[m: I, J; l: i, j] = sum_b a_l[i] (d_m[J] D a_m[I; j] + a_m[I] D d_m[J; j]),
 
@@ -31,7 +32,7 @@ from curvature.transforms._chunks import vmap
 
 
 class Use(NamedTuple):
-    """One site of a root, at a point.
+    """A root (a parameter, or a function of parameters: ``_taps.Origin``) that acts on a point through one site.
 
     Attributes:
         site: the site.
@@ -97,7 +98,8 @@ def find_points(taps: Taps) -> Points:
             uses.setdefault(point, []).append(_use(site, root))
             where[root].add(point)
 
-    # 2. The directions of a point are shared: roots that pay for theirs alone make them free for others.
+    # 2. The directions of a point are counted once. First come the roots whose points have no more entries than the
+    #    root. The points of these roots then cost other roots nothing.
     def cost(root: Variable, paid: set[Variable]) -> int:
         return sum(point.aval.size for point in where[root] - paid)
 
