@@ -126,3 +126,13 @@ def test_nobody_is_sent_to_the_other_package():
     ]
     for file in files:
         assert not re.search(r"pip install (-\S+ )*['\"]?curvature(?!-jax)", file.read_text()), file
+
+
+def test_contributing_names_what_exists():
+    text = re.sub(r"```.*?```", "", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
+    for path in re.findall(r"`([\w.]+/[\w./]*)`", text):
+        assert (ROOT / path).exists() or (PACKAGE / path).exists(), path
+    named = re.findall(r"`([\w.]+)(?:\(\.\.\.\))?`\s+(?:in|of)\s+`([\w/]+\.py)`", text)
+    assert len(named) > 5
+    for name, path in named:
+        assert re.search(rf"\b{name}\b", (PACKAGE / path).read_text()), f"{name} is not in {path}"
