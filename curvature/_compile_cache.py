@@ -17,8 +17,9 @@ from curvature._types import Objective, Tree
 
 T = TypeVar("T")
 
-# The results of `cached`; their keys hold weak references to functions.
-_RESULTS: dict[Any, Any] = {}
+# The results of `cached`, those used last at the end, and the finalizers of their functions; their keys hold weak
+# references to functions.
+_RESULTS: dict[Any, tuple[Any, list[Any]]] = {}
 _MAX_RESULTS = 1000  # Heuristic: more than one session needs; keys that hold numbers could grow without bound.
 
 # Up to JAX 0.11.0, XLA's fusion emitters take more than half of a compilation for the CPU. They do not make small
@@ -50,7 +51,8 @@ def clear_caches() -> None:
         >>> result = curvature.minimize(lambda x: jnp.sum((x - 1) ** 2), jnp.zeros(2))
         >>> curvature.clear_caches()
     """
-    _RESULTS.clear()
+    for key in list(_RESULTS):
+        _drop(key)
 
 
 def is_traced() -> bool:
@@ -84,21 +86,27 @@ def cached(functions: tuple[Any, ...], key: Any, make: Callable[[], T], otherwis
     """``make()``, stored for these functions and the key until one of the functions is garbage-collected.
 
     Functions that cannot be keys, because they are not hashable or not weakly referable, get ``otherwise()`` at every
-    call, or ``make()`` if that is None. If there are too many results, the oldest is dropped.
+    call, or ``make()`` if that is None. If there are too many results, the one unused for longest is dropped.
     """
     try:
         key = tuple(map(weakref.ref, functions)), key
-        if key in _RESULTS:
-            return _RESULTS[key]
+        entry = _RESULTS.pop(key, None)
     except TypeError:
         return make() if otherwise is None else otherwise()
-    result = make()
-    if len(_RESULTS) >= _MAX_RESULTS:
-        _RESULTS.pop(next(iter(_RESULTS)), None)
-    _RESULTS[key] = result
-    for function in functions:
-        weakref.finalize(function, _RESULTS.pop, key, None).atexit = False
-    return result
+    if entry is None:
+        entry = make(), [weakref.finalize(function, _drop, key) for function in functions]
+        for finalizer in entry[1]:
+            finalizer.atexit = False
+        while len(_RESULTS) >= _MAX_RESULTS:
+            _drop(next(iter(_RESULTS)))
+    _RESULTS[key] = entry
+    return entry[0]
+
+
+def _drop(key: Any) -> None:
+    """Forget a result, and have the functions that it was stored for forget it too."""
+    for finalizer in _RESULTS.pop(key, (None, []))[1]:
+        finalizer.detach()
 
 
 def _jit_objective(call: Callable[..., Any], program: Callable[..., Any], quickly: bool) -> Callable[..., Any]:

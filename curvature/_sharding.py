@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
+from jax.core import AbstractValue
 from jaxtyping import Array
 
 from curvature._types import Tree
@@ -30,7 +30,7 @@ def vary_like(tree: Tree, batch: Any) -> Tree:
 
 def _type_of(value: Any) -> Any:
     """The type of an array; a value that is a type already, as of a traced output, is returned."""
-    return value if isinstance(value, ShapedArray) else jax.typeof(value)
+    return value if isinstance(value, AbstractValue) else jax.typeof(value)
 
 
 def varying_axes(aval: Any) -> frozenset[str]:

@@ -818,6 +818,11 @@ CASES = {
         ValueError,
         r"hessian_diagonal: chunk_size=0",
     ),
+    "scaled-operator-chunk-size": (
+        lambda: (2.0 * curvature.JacobianOperator(lambda x: x[:2] ** 2, np.arange(40.0))).as_matrix(chunk_size=0),
+        ValueError,
+        r"as_matrix: chunk_size=0",
+    ),
     # sparse
     "sparse-mode": (
         lambda: curvature.sparse_hessian(square, np.ones(3), mode="fwd_over_fwd"),

@@ -74,7 +74,8 @@ def _check_number(name: str, value: Any, in_range: Callable[[Any], Any], expecte
     if isinstance(value, Tracer):
         return
     is_number = is_array_like(value) and not isinstance(value, bool) and np.ndim(value) == 0
-    if not (is_number and in_range(value)):
+    number = np.asarray(value) if isinstance(value, jax.Array) else value  # JAX would trace the comparison in a branch
+    if not (is_number and in_range(number)):
         raise ValueError(f"{caller()}: {name}={value!r}, expected {expected}.")
 
 

@@ -197,8 +197,10 @@ class SumOperator(LinearOperator):
     def out_structure(self) -> Tree:
         return self._structured().out_structure()
 
+    @public
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
         """The sum of the matrices of the terms, each formed in its cheapest way; see ``LinearOperator``."""
+        _checks.check_chunk_size(chunk_size)
         matrices = [term.as_matrix(chunk_size) for term in self.terms if not isinstance(term, DampingOperator)]
         total = sum(matrices[1:], matrices[0])
         for term in self.terms:
@@ -206,8 +208,10 @@ class SumOperator(LinearOperator):
                 total = total + term.scale.astype(total.dtype) * jnp.eye(len(total), dtype=total.dtype)
         return total
 
+    @public
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
         """The sum of the diagonals of the terms, each computed in its cheapest way; see ``LinearOperator``."""
+        _checks.check_chunk_size(chunk_size)
         ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), self.in_structure())
         return _total(
             [term.mv(ones) if isinstance(term, DampingOperator) else term.diagonal(chunk_size) for term in self.terms]
@@ -239,12 +243,16 @@ class ScaledOperator(LinearOperator):
         product = self.operator.linearize()
         return lambda v: scaled(self.scale, product(v))
 
+    @public
     def as_matrix(self, chunk_size: ChunkSize = "auto") -> Float[Array, "m n"]:
         """A multiple of the matrix of ``A``, formed in its cheapest way; see ``LinearOperator``."""
+        _checks.check_chunk_size(chunk_size)
         return scaled(self.scale, self.operator.as_matrix(chunk_size))
 
+    @public
     def diagonal(self, chunk_size: ChunkSize = "auto") -> Tree:
         """A multiple of the diagonal of ``A``, computed in its cheapest way; see ``LinearOperator``."""
+        _checks.check_chunk_size(chunk_size)
         return scaled(self.scale, self.operator.diagonal(chunk_size))
 
     def in_structure(self) -> Tree:

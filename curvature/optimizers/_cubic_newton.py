@@ -122,7 +122,8 @@ def _attempt(local: Local, model: QuadraticModel) -> Callable[[Scalar, Scalar], 
         value, length = local.value_after(region.step), norm(region.step)
         cubic = weight * length * length * length / 3
         exact = 3 * (value - local.value + region.predicted) / jnp.where(length > 0, length, 1) ** 3
-        region = region._replace(predicted=region.predicted - cubic)
+        predicted = region.predicted - cubic
+        region = region._replace(predicted=jnp.where(jnp.isinf(cubic), 0, predicted))  # a heavier weight is tried next
         return Attempt(region, value, jnp.isfinite(value), learn=lambda ratio: exact)
 
     return attempt

@@ -138,7 +138,7 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
         last = search_radius(local, solve, radius, is_guess, grows=grows, num_shared=num_shared)
         fields = {"num_inner_steps": last.inner_steps, "grad_norm": first}
         vector, state = last.take_step(state, accepted=last.next_radius(), rejected=POOR * radius, **fields)
-        return vector / d, state
+        return jnp.where(last.accepted, vector / d, 0), state  # an infinite curvature makes ``d`` NaN
 
     return second_order(TrustRegionState, step, dense=subproblem == "exact", start=start)
 

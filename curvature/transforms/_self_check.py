@@ -129,7 +129,7 @@ def require_agreement(
     worst_first = sorted(excesses, key=_ratio, reverse=True)
     at_fault = [leaf for one in worst_first if one.ratio > 1 for leaf in sorted(one.leaves)][:_MOST_LEAVES]
     paths, routes = leaf_paths(subject.x), subject.routes()
-    leaves = dict.fromkeys(at_fault or range(len(paths)))
+    leaves = dict.fromkeys(at_fault or range(len(paths))[:_MOST_LEAVES])
     sentences = [_describe_leaf(subject, leaf, paths[leaf], routes.get(paths[leaf])) for leaf in leaves]
     what = what.format(*(repr(paths[leaf] or "x") for leaf in worst_first[0].leaves))
     raise RuntimeError(

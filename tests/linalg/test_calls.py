@@ -197,3 +197,34 @@ def test_cleared_caches_compile_again():
     assert traces_of(calls[2]) == 0
     curvature.clear_caches()
     assert all(traces_of(call) > 0 for call in calls)
+
+
+def test_a_function_that_lives_on_remembers_no_result_of_one_that_died():
+    def lasting(x):
+        return x
+
+    counts = []
+    for _ in range(3):
+        fleeting = lambda x: x
+        assert _compile_cache.cached((fleeting, lasting), "key", lambda: 1) == 1
+        del fleeting
+        gc.collect()
+        counts.append(weakref.getweakrefcount(lasting))
+    assert counts[0] == counts[2]
+
+
+def test_the_result_unused_for_longest_is_dropped(monkeypatch):
+    monkeypatch.setattr(_compile_cache, "_MAX_RESULTS", 2)
+    curvature.clear_caches()
+
+    def function(x):
+        return x
+
+    made = []
+
+    def ask(key):
+        return _compile_cache.cached((function,), key, lambda: made.append(key))
+
+    for key in ["a", "b", "a", "c", "a", "b"]:
+        ask(key)
+    assert made == ["a", "b", "c", "b"]

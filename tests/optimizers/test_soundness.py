@@ -332,3 +332,16 @@ def test_long_programs_of_few_variables_form_the_hessian_forward(method, exact, 
     chosen.clear()
     curvature.minimize(lambda x: jnp.sum((x - 1) ** 2), jnp.zeros(2), method=method)
     assert set(chosen) == {"fwd_over_rev"}
+
+
+@pytest.mark.parametrize("subproblem", ["exact", "gltr"])
+def test_a_rejected_update_is_zero_where_a_curvature_is_infinite(subproblem):
+    def fun(x):
+        return jnp.sum(x**1.5) + jnp.sum((x - 2) ** 2)
+
+    x = jnp.array([0.0, 1.0])  # value and gradient are finite; H[0, 0] is infinite
+    optimizer = curvature.trust_region(subproblem)
+    value, grad = jax.value_and_grad(fun)(x)
+    updates, state = optimizer.update(grad, optimizer.init(x), x, value=value, grad=grad, value_fn=fun)
+    np.testing.assert_array_equal(updates, jnp.zeros(2))
+    assert state.status != Status.RUNNING

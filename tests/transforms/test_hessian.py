@@ -203,3 +203,9 @@ def test_data_is_an_operand_and_not_a_constant():
     compiled = jax.jit(lambda x, data: curvature.hvp(lambda x, d: jnp.sum(x * d) ** 2, x, x, data))
     jaxpr = compiled.trace(jnp.ones(1000), data).jaxpr
     assert not jaxpr.consts
+
+
+def test_a_mutable_array_may_be_read():
+    ref = jax.new_ref(jnp.arange(1.0, 4.0))
+    matrix = curvature.hessian(lambda x: jnp.sum((x * ref[...]) ** 3))(jnp.arange(3.0))
+    assert_close(matrix, np.diag([0.0, 6 * 8, 6 * 27 * 2]))
