@@ -51,11 +51,17 @@ class Trial(NamedTuple):
         grown = jnp.minimum(grown, jnp.finfo(grown.dtype).max / 8)
         return jnp.where(self.ratio < POOR, POOR * norm(self.step), grown)
 
-    def take_step(self, state: Any, *, accepted: Scalar, rejected: Scalar, **fields: Any) -> tuple[Vector, Any]:
-        """The step if it is accepted, and the state after it: its radius is ``accepted`` or else ``rejected``."""
+    def take_step(
+        self, state: Any, units: Vector | None = None, *, accepted: Scalar, rejected: Scalar, **fields: Any
+    ) -> tuple[Vector, Any]:
+        """The step if it is accepted, and the state after it: its radius is ``accepted`` or else ``rejected``.
+
+        A step in variables ``units * x`` is divided by the units. These are NaN where a curvature is infinite.
+        """
         fields["radius"] = jnp.where(self.accepted, accepted, rejected)
         fields["status"] = trial_status(self.accepted, self.value, self.predicted)
-        return jnp.where(self.accepted, self.step, 0), state._replace(num_trials=self.count, **fields)
+        step = self.step if units is None else self.step / units
+        return jnp.where(self.accepted, step, 0), state._replace(num_trials=self.count, **fields)
 
 
 class Attempt(NamedTuple):

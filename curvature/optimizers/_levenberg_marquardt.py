@@ -174,8 +174,9 @@ def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | Array | N
             by_second = second_order | (request.decrement & (subproblem == "exact"))
             solve = _factored(linear, scale, subproblem, by_second, curvature)
         last = search_radius(local, solve, radius)
-        vector, state = last.take_step(
+        return last.take_step(
             state,
+            scale,
             accepted=_next_radius(last),
             rejected=POOR * radius,
             scale=largest,
@@ -185,7 +186,6 @@ def _build(subproblem: LeastSquaresSubproblem, initial_radius: float | Array | N
             num_inner_steps=last.inner_steps,
             grad_norm=first,
         )
-        return vector / scale, state
 
     return _residual_method.residual_method(LevenbergMarquardtState, step, dense=subproblem != "cg", start=start)
 

@@ -89,8 +89,7 @@ def _step_exact(state: TrustRegionState, local: Local) -> tuple[Vector, TrustReg
     def stay(step: Vector) -> Vector:
         return d * stay_inside(box, local.x, step / d)
 
-    step, state = _step(stay, state, scaled, model, _box_subproblem.by_eigenvectors, state.grad_norm)
-    return step / d, state
+    return _step(stay, state, scaled, model, _box_subproblem.by_eigenvectors, state.grad_norm, d)
 
 
 def _step_by_cg(state: TrustRegionState, local: Local) -> tuple[Vector, TrustRegionState]:
@@ -111,8 +110,9 @@ def _step(
     model: _box_subproblem.BoxModel,
     solve_face: _box_subproblem.FaceSolver,
     first: Scalar,
+    units: Vector | None = None,
 ) -> tuple[Vector, TrustRegionState]:
-    """Search the radius whose step within the box is accepted."""
+    """Search the radius whose step within the box is accepted; the problem is in variables ``units * x``."""
 
     def solve(radius: Scalar) -> tuple[RegionStep, Int[Array, ""]]:
         region, inner_steps = _box_subproblem.minimize_in_box(model, radius, solve_face)
@@ -121,4 +121,4 @@ def _step(
     radius, is_guess = guess_radius(local, state.radius)
     last = search_radius(local, solve, radius, is_guess, grows=is_guess)
     fields = {"num_inner_steps": last.inner_steps, "grad_norm": first}
-    return last.take_step(state, accepted=last.next_radius(), rejected=POOR * radius, **fields)
+    return last.take_step(state, units, accepted=last.next_radius(), rejected=POOR * radius, **fields)

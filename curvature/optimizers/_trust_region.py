@@ -137,8 +137,7 @@ def _build(subproblem: Subproblem, initial_radius: float | Array | None, max_inn
         grows = is_guess | (subproblem != "cg")
         last = search_radius(local, solve, radius, is_guess, grows=grows, num_shared=num_shared)
         fields = {"num_inner_steps": last.inner_steps, "grad_norm": first}
-        vector, state = last.take_step(state, accepted=last.next_radius(), rejected=POOR * radius, **fields)
-        return jnp.where(last.accepted, vector / d, 0), state  # an infinite curvature makes ``d`` NaN
+        return last.take_step(state, d, accepted=last.next_radius(), rejected=POOR * radius, **fields)
 
     return second_order(TrustRegionState, step, dense=subproblem == "exact", start=start)
 

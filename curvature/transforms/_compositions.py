@@ -56,7 +56,7 @@ def linearize_program(program: _traced.Program, composition: str) -> tuple[Any, 
     if composition == "rev_over_rev":
         grad, pull, (value, aux) = jax.vjp(program.reverse.fun, x, has_aux=True)
         return value, grad, (lambda v: pull(v)[0]) if is_symmetric(program) else transposed(pull, x), aux
-    forward = composition == "fwd_over_fwd" and _modes.pays_forward(program)
+    forward = composition == "fwd_over_fwd" and _modes.is_small(program)
     grad, (value, aux) = gradient_of(program, x, "fwd" if forward or program.blocker("rev") is not None else "rev")
     return value, grad, lambda v: product_of(program, composition, v), aux
 

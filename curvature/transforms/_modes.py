@@ -47,9 +47,13 @@ def choose_for_solver(program: Program, *, forms_hessian: bool) -> str:
 
 def pays_forward(program: Program) -> bool:
     """Whether forward over forward is legal, with so few variables and so small arrays that it is best."""
-    n = num_entries(program.x)
-    is_small = n <= _FORWARD_VARIABLES and n**2 * largest_array(program.jaxpr) <= _FORWARD_ENTRIES
-    return is_small and program.jaxpr is not None and program.composition_blocker("fwd_over_fwd") is None
+    return is_small(program) and program.composition_blocker("fwd_over_fwd") is None
+
+
+def is_small(program: Program) -> bool:
+    """Whether there are so few variables, and so small arrays, that forward mode is best for all derivatives."""
+    n, jaxpr = num_entries(program.x), program.jaxpr
+    return jaxpr is not None and n <= _FORWARD_VARIABLES and n**2 * largest_array(jaxpr) <= _FORWARD_ENTRIES
 
 
 def _order_for_matrix(program: Program) -> Sequence[str]:

@@ -334,13 +334,16 @@ def test_long_programs_of_few_variables_form_the_hessian_forward(method, exact, 
     assert set(chosen) == {"fwd_over_rev"}
 
 
-@pytest.mark.parametrize("subproblem", ["exact", "gltr"])
+@pytest.mark.parametrize("subproblem", ["exact", "gltr", "exact in bounds"])
 def test_a_rejected_update_is_zero_where_a_curvature_is_infinite(subproblem):
     def fun(x):
         return jnp.sum(x**1.5) + jnp.sum((x - 2) ** 2)
 
     x = jnp.array([0.0, 1.0])  # value and gradient are finite; H[0, 0] is infinite
-    optimizer = curvature.trust_region(subproblem)
+    if subproblem == "exact in bounds":
+        optimizer = curvature.projected_newton(0.0, 9.0, subproblem="exact")
+    else:
+        optimizer = curvature.trust_region(subproblem)
     value, grad = jax.value_and_grad(fun)(x)
     updates, state = optimizer.update(grad, optimizer.init(x), x, value=value, grad=grad, value_fn=fun)
     np.testing.assert_array_equal(updates, jnp.zeros(2))
